@@ -1,0 +1,59 @@
+# Everything runs in .venv, made from requirements.lock. `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# One thread a process: the tests run several training processes at a time.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check bench configs lock
+
+# $(call stage,NAME,COMMAND): runs a command and prints the time it took.
+define stage
+@echo "== $(1)"; start=$$SECONDS; $(2); echo "== $(1): $$((SECONDS - start)) s"
+endef
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-12s%s\n' "$$name" "$$text"; done
+
+setup: $(STAMP) ## make .venv with the locked packages and rayalign itself (editable)
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+quickstart: setup ## make a tiny model and data, align it, compare before and after
+	$(BIN)/python examples/quickstart/run.py
+
+test: export HF_HUB_OFFLINE := 1
+test: setup ## all tests: unit, parity, integration, faults, a smoke of the benchmarks
+	$(call stage,unit,$(BIN)/pytest -q tests/unit)
+	$(call stage,parity,$(BIN)/pytest -q tests/parity)
+	$(call stage,integration,$(BIN)/pytest -q tests/integration)
+	$(call stage,faults,$(BIN)/pytest -q tests/faults)
+	$(call stage,benchmark smoke,$(BIN)/python benchmarks/run.py --smoke)
+
+check: setup ## format, lint, types and import rules of the whole tree
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## measure the ratios of benchmarks/README.md on this machine
+	$(BIN)/python benchmarks/run.py
+
+configs: setup ## rewrite pipelines/configs/*.yaml with every flag there is, values kept
+	@mkdir -p build; for name in dpo sft tune; do \
+		$(BIN)/python pipelines/$$name.py --config pipelines/configs/$$name.yaml --print_config > build/config.yaml; \
+		mv build/config.yaml pipelines/configs/$$name.yaml; \
+	done
+
+lock: ## resolve pyproject.toml anew into requirements.lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet uv
+	build/lock/bin/uv pip compile pyproject.toml --universal --python-version 3.10 --all-extras --upgrade \
+		--custom-compile-command "make lock" --quiet --output-file requirements.lock

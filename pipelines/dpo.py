@@ -1,0 +1,14 @@
+"""Direct preference optimisation of a vision-language model."""
+
+import sys
+
+from rayalign import cli
+from rayalign.algorithms import ALGORITHMS
+
+if __name__ == "__main__":
+    config = cli.parse(ALGORITHMS, sys.argv[1:], prog="pipelines/dpo.py", description=__doc__, algorithm="dpo")
+    cli.configure_logging()
+
+    from rayalign import train  # here, so that a mistyped flag is answered before Ray is loaded
+
+    train.run(config)

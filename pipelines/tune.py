@@ -1,0 +1,14 @@
+"""A sweep over the flags of any training algorithm: many short runs, ranked by a metric."""
+
+import sys
+
+from rayalign import cli
+from rayalign.algorithms import ALGORITHMS
+
+if __name__ == "__main__":
+    config, sweep = cli.parse_sweep(ALGORITHMS, sys.argv[1:], prog="pipelines/tune.py", description=__doc__)
+    cli.configure_logging()
+
+    from rayalign import tune  # here, so that a mistyped flag is answered before Ray is loaded
+
+    tune.run(config, sweep)

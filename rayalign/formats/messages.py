@@ -1,0 +1,50 @@
+"""ms-swift 4: `messages` that end with the chosen reply, and rejected_response or rejected_messages; with `label`, KTO."""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+from rayalign.formats import cells
+from rayalign.records import Message, PreferenceRecord, RecordError, build_record
+
+NEEDS = "messages, rejected_response (or rejected_messages)"
+
+
+def matches(columns: Set[str]) -> bool:
+    return "messages" in columns and "chosen" not in columns
+
+
+def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
+    messages, inline = cells.conversation(row["messages"], column="messages")
+    if messages and messages[0].role != "system":
+        messages = cells.system_message(row) + messages
+    prompt, chosen = cells.split_reply(messages, column="messages")
+    images = cells.all_images(row, inline)
+    if "rejected_images" in row and cells.as_images(row["rejected_images"], column="rejected_images") not in ((), images):
+        raise RecordError(
+            "unsupported content",
+            "the rejected reply has other images than the chosen one",
+            field="rejected_images",
+        )
+    column = "rejected_messages" if "rejected_messages" in row else "rejected_response"
+    return build_record(
+        id=id,
+        messages=prompt,
+        images=images,
+        chosen=chosen,
+        rejected=_rejected(row[column], prompt, column=column) if column in row else None,
+        margin=cells.margin(row),
+        label=cells.label(row),
+        columns={"system": "messages", "query": "messages", "history": "messages", "chosen": "messages", "rejected": column},
+    )
+
+
+def _rejected(value: Any, prompt: list[Message], *, column: str) -> str:
+    """The rejected reply: text, its message alone, or the whole conversation, which must agree with `messages` before it."""
+    if isinstance(value, str):
+        return value
+    conversation, _ = cells.conversation(value, column=column)
+    before, reply = cells.split_reply(conversation, column=column)
+    without_system = [m for m in prompt if m.role != "system"]
+    if before not in ([], prompt, without_system):
+        raise RecordError("prompts differ", "only the last reply may differ from 'messages'", field=column)
+    return reply

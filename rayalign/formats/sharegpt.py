@@ -1,0 +1,50 @@
+"""ShareGPT as LLaMA-Factory reads it: conversations of {from, value}, chosen, rejected, images; with `label`, KTO."""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+from rayalign.formats import cells
+from rayalign.records import PreferenceRecord, RecordError, build_record
+
+NEEDS = "conversations, chosen, rejected"
+
+
+def matches(columns: Set[str]) -> bool:
+    return "conversations" in columns
+
+
+def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
+    messages, inline = cells.conversation(row["conversations"], column="conversations")
+    if messages and messages[0].role != "system":
+        messages = cells.system_message(row) + messages
+    if "chosen" in row:
+        prompt, chosen = messages, _reply(row["chosen"], column="chosen")
+    else:
+        prompt, chosen = cells.split_reply(messages, column="conversations")
+    rejected_column = "rejected" if "rejected" in row else "rejected_response"
+    return build_record(
+        id=id,
+        messages=prompt,
+        images=cells.all_images(row, inline),
+        chosen=chosen,
+        rejected=_reply(row[rejected_column], column=rejected_column) if rejected_column in row else None,
+        margin=cells.margin(row),
+        label=cells.label(row),
+        columns={
+            "query": "conversations",
+            "history": "conversations",
+            "chosen": "chosen" if "chosen" in row else "conversations",
+            "rejected": rejected_column,
+        },
+    )
+
+
+def _reply(value: Any, *, column: str) -> str:
+    """A reply as text, as one message, or as a list of one message."""
+    if isinstance(value, str):
+        return value
+    messages, _ = cells.conversation(value, column=column)
+    before, reply = cells.split_reply(messages, column=column)
+    if before:
+        raise RecordError("wrong type", f"expected one reply, found a conversation of {len(messages)} messages", field=column)
+    return reply

@@ -1,0 +1,100 @@
+"""Log-probabilities of response tokens from hidden states, in chunks: a [rows, length, vocabulary] tensor never exists."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class SequenceLogps:
+    """Log-probabilities of B responses: `total` [B] is the sum over response tokens, `tokens` [B] their number."""
+
+    total: Tensor
+    tokens: Tensor
+
+    @property
+    def average(self) -> Tensor:
+        """[B], per token."""
+        return self.total / self.tokens
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Both responses of B pairs; `rejected` holds no tokens where a batch has chosen responses only."""
+
+    chosen: SequenceLogps
+    rejected: SequenceLogps
+
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log p(target) for each row.
+
+    `hidden` [N, H] are the states that predict, `weight` [V, H] is the output head, `targets` [N] are token ids. Returns [N] in
+    float32 (float64 for float64 input). At most CHUNK_TOKENS x V logits exist at a time, in the backward pass too.
+    """
+    logps: Tensor = _TokenLogps.apply(hidden, weight, targets)
+    return logps
+
+
+class _TokenLogps(torch.autograd.Function):
+    """d log p / d logits = onehot(target) - softmax(logits), so the gradient of `hidden` can be formed while the chunk's logits are
+    at hand, up to the factor that arrives in backward; only a trainable head has its logits computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        keep_gradient = hidden.requires_grad
+        gradient = torch.empty_like(hidden) if keep_gradient else None
+        chunks = []
+        for start in range(0, len(targets), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            logits, logps = _chunk_logps(hidden[part], weight, targets[part])
+            chunks.append(logps)
+            if gradient is not None:
+                gradient[part] = _logits_gradient(logits, targets[part]).to(weight.dtype) @ weight
+        ctx.trains_head = weight.requires_grad
+        ctx.save_for_backward(*([gradient] if keep_gradient else []), *([hidden, weight, targets] if ctx.trains_head else []))
+        ctx.keep_gradient = keep_gradient
+        if not chunks:
+            return hidden.new_zeros(0, dtype=_loss_dtype(hidden.dtype))
+        return torch.cat(chunks)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (upstream,) = outputs
+        saved = list(ctx.saved_tensors)
+        hidden_gradient = None
+        if ctx.keep_gradient:
+            gradient = saved.pop(0)
+            hidden_gradient = (gradient * upstream[:, None]).to(gradient.dtype)
+        weight_gradient = None
+        if ctx.trains_head:
+            hidden, weight, targets = saved
+            weight_gradient = torch.zeros_like(weight)
+            for start in range(0, len(targets), CHUNK_TOKENS):
+                part = slice(start, start + CHUNK_TOKENS)
+                logits, _ = _chunk_logps(hidden[part], weight, targets[part])
+                scaled = _logits_gradient(logits, targets[part]) * upstream[part, None]
+                weight_gradient.addmm_(scaled.to(weight.dtype).t(), hidden[part])
+        return hidden_gradient, weight_gradient, None
+
+
+def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-softmax [n, V] of a chunk and the targets' entries [n]."""
+    logits = (hidden @ weight.t()).to(_loss_dtype(hidden.dtype))
+    logits -= torch.logsumexp(logits, dim=-1, keepdim=True)
+    return logits, logits.gather(1, targets[:, None]).squeeze(1)
+
+
+def _logits_gradient(log_softmax: Tensor, targets: Tensor) -> Tensor:
+    """onehot - softmax [n, V], made in place of the log-softmax."""
+    gradient = log_softmax.exp_().neg_()
+    gradient[torch.arange(len(targets), device=targets.device), targets] += 1
+    return gradient

@@ -1,0 +1,257 @@
+"""The optimizer step and the run around it, in plain torch: works on one process, under Ray Train, or on a bare GPU machine.
+
+A step runs its micro-batches, sums gradients over workers once, clips, and updates. Nothing hooks into the backward pass, so any
+number of forwards, uneven tails and idle workers are fine.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rayalign.algorithms import Algorithm
+from rayalign.batch import PairBatch
+from rayalign.config import OptimizerConfig, RunConfig
+from rayalign.metrics import MetricSums, gather
+from rayalign.plan import StepPlan, StepTotals
+from rayalign.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+BUCKET_ELEMENTS = 64 * 2**20
+
+
+def make_optimizer(policy: Policy, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable weights; no decay on biases and norms (fewer than two dimensions)."""
+    parameters = list(policy.trainable.values())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=policy.device.type == "cuda",
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """The rate of a step (0-based): a linear rise over `warmup_ratio` of the steps, then the decay to 0."""
+    warmup = math.ceil(config.warmup_ratio * num_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    match config.lr_scheduler_type:
+        case "linear":
+            factor = 1 - progress
+        case "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * progress))
+        case "constant":
+            factor = 1.0
+    return config.learning_rate * factor
+
+
+def sum_over_workers(tensors: Iterable[Tensor]) -> None:
+    """Adds each tensor up over all workers, in place; buckets bound the extra memory."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (sum(t.numel() for t in bucket) + tensor.numel() > BUCKET_ELEMENTS or bucket[0].dtype != tensor.dtype):
+            _sum_bucket(bucket)
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(bucket: list[Tensor]) -> None:
+    flat = torch.cat([t.reshape(-1) for t in bucket])
+    dist.all_reduce(flat)
+    for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def start_alike(policy: Policy) -> None:
+    """Gives every worker rank 0's trainable weights."""
+    if dist.is_initialized():
+        for parameter in policy.trainable.values():
+            dist.broadcast(parameter.data, src=0)
+
+
+class Trainer:
+    """One worker's share of the optimisation: the policy, its optimizer, and the sums behind the next line of metrics."""
+
+    def __init__(self, policy: Policy, algorithm: Algorithm, config: OptimizerConfig, *, num_steps: int, rank: int = 0) -> None:
+        self.policy = policy
+        self.algorithm = algorithm
+        self.config = config
+        self.num_steps = num_steps
+        self.rank = rank
+        self.optimizer = make_optimizer(policy, config)
+        self.window = MetricSums()
+        self._parameters = list(policy.trainable.values())
+
+    def gradients(self, micro_batches: Iterable[PairBatch], totals: StepTotals) -> int:
+        """Fills the gradients of a whole step, summed over workers; returns the tokens this worker ran."""
+        tokens = 0
+        for batch in micro_batches:
+            tokens += batch.num_tokens
+            output = self.algorithm.step(self.policy, batch.to(self.policy.device), totals)
+            output.loss_share.backward()  # type: ignore[no-untyped-call]
+            self.window.add(output)
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sum_over_workers(p.grad for p in self._parameters if p.grad is not None)
+        return tokens
+
+    def step(self, step: int, micro_batches: Iterable[PairBatch], totals: StepTotals) -> tuple[Tensor, int]:
+        """One optimizer step; returns the gradient norm before clipping [] and the tokens this worker ran."""
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.rank)
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = self.gradients(micro_batches, totals)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step, self.num_steps)
+        self.optimizer.step()
+        return norm, tokens
+
+    def evaluate(self, batches: Iterable[PairBatch], totals: StepTotals) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Metrics over the held-out pairs of all workers, and each of this worker's pairs' own values by metric."""
+        sums = MetricSums()
+        pairs: dict[str, dict[str, float]] = {}
+        with torch.no_grad(), _dropout_off(self.policy):
+            for batch in batches:
+                output = self.algorithm.step(self.policy, batch.to(self.policy.device), totals)
+                sums.add(output)
+                columns = {name: values.tolist() for name, values in output.pair_metrics.items()}
+                for i, pair_id in enumerate(batch.ids):
+                    pairs[pair_id] = {name: column[i] for name, column in columns.items()}
+        return sums.reduce(steps=1), pairs
+
+
+def _dropout_off(policy: Policy) -> AbstractContextManager[None]:
+    decoder = policy.base.get_decoder()
+    if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in decoder.modules()):
+        return nullcontext()
+    return _EvalMode(decoder)
+
+
+class _EvalMode(AbstractContextManager[None]):
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        self._module.eval()
+
+    def __exit__(self, *exception: object) -> None:
+        self._module.train()
+
+
+@dataclass(frozen=True)
+class LoopEvents:
+    """What the surroundings do when the loop says so. All workers call each, at the same steps."""
+
+    log: Callable[[Mapping[str, float]], None]
+    evaluate: Callable[[int], None]
+    save: Callable[[int], None]
+
+
+def run_steps(
+    trainer: Trainer, plan: StepPlan, stream: Iterator[tuple[int, PairBatch]], run: RunConfig, events: LoopEvents, *, start_step: int
+) -> None:
+    """Trains from `start_step` (steps already done) to the plan's end.
+
+    `stream` yields this worker's (step, micro-batch) in plan order. Raises FloatingPointError when the loss is no longer finite.
+    """
+    clock = _Clock()
+    for step in range(start_step, plan.num_steps):
+        count = len(plan.micro_batches(step, trainer.rank))
+        totals = plan.totals(step)
+        norm, tokens = trainer.step(step, clock.waited_for(_take(stream, step, count)), totals)
+        clock.count(pairs=totals.pairs, tokens=tokens)
+        done = step + 1
+        if done % run.logging_steps == 0 or done == plan.num_steps:
+            metrics = trainer.window.reduce(steps=clock.steps)
+            trainer.window = MetricSums()
+            if not math.isfinite(metrics["loss"]):
+                raise FloatingPointError(
+                    f"The loss is {metrics['loss']} at step {done}. Lower --learning_rate, or use --dtype float32 or bfloat16."
+                )
+            rates = clock.reduce()
+            rate = learning_rate(trainer.config, step, plan.num_steps)
+            epoch = done / plan.steps_per_epoch
+            events.log({"step": done, "epoch": epoch, **metrics, "grad_norm": float(norm), "learning_rate": rate, **rates})
+        if done % run.eval_steps == 0 or done == plan.num_steps:
+            events.evaluate(done)
+            clock.skip()
+        if done % run.save_steps == 0 or done == plan.num_steps:
+            events.save(done)
+            clock.skip()
+
+
+def _take(stream: Iterator[tuple[int, PairBatch]], step: int, count: int) -> Iterator[PairBatch]:
+    for _ in range(count):
+        arrived, batch = next(stream)
+        assert arrived == step, f"the stream is at step {arrived}, the plan at {step}"
+        yield batch
+
+
+class _Clock:
+    """Rates since the last line of metrics: pairs and tokens per second, and the share of the time spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._pairs = self._tokens = 0
+        self._total_tokens = 0.0
+        self._waited = self._skipped = 0.0
+        self._started = self._marked = time.perf_counter()
+
+    def waited_for(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+        """The same batches; the time until each arrives counts as waiting."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def count(self, *, pairs: int, tokens: int) -> None:
+        """A step is done: pairs of all workers, tokens of this one."""
+        self.steps += 1
+        self._pairs += pairs
+        self._tokens += tokens
+        self._marked = time.perf_counter()
+
+    def skip(self) -> None:
+        """What happened since the last step (evaluation, saving) is no training time."""
+        now = time.perf_counter()
+        self._skipped += now - self._marked
+        self._marked = now
+
+    def reduce(self) -> dict[str, float]:
+        """The rates over all workers, and a fresh start."""
+        seconds = time.perf_counter() - self._started - self._skipped
+        workers = gather((self._tokens, self._waited / seconds))
+        tokens = sum(worker[0] for worker in workers)
+        self._total_tokens += tokens
+        rates = {
+            "num_tokens": self._total_tokens,
+            "pairs_per_second": self._pairs / seconds,
+            "tokens_per_second": tokens / seconds,
+            "data_wait_fraction": sum(worker[1] for worker in workers) / len(workers),
+        }
+        self.steps = self._pairs = self._tokens = 0
+        self._waited = self._skipped = 0.0
+        self._started = self._marked = time.perf_counter()
+        return rates

@@ -1,0 +1,28 @@
+"""LLaVA 1.5 (https://arxiv.org/abs/2310.03744): one square image, one feature per patch of the vision tower."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rayalign.models.family import Family
+
+
+def features_per_tile(config: Any) -> int:
+    """Features of one square input of the vision tower; the `default` selection drops the class token."""
+    side: int = config.vision_config.image_size // config.vision_config.patch_size
+    return side * side + (config.vision_feature_select_strategy == "full")
+
+
+def image_token_counts(config: Any, inputs: Mapping[str, Any]) -> list[int]:
+    """Features of each image, from `pixel_values` [num_images, 3, H, W]."""
+    return [features_per_tile(config)] * len(inputs["pixel_values"])
+
+
+FAMILY = Family(
+    model_type="llava",
+    registered={
+        "llava1_5-7b-instruct": "llava-hf/llava-1.5-7b-hf",
+        "llava1_5-13b-instruct": "llava-hf/llava-1.5-13b-hf",
+    },
+    attention_projections=("q_proj", "k_proj", "v_proj"),
+    image_token_counts=image_token_counts,
+)

@@ -1,0 +1,134 @@
+"""Which records make optimizer step k: a pure function of (seed, epoch, the prepared records), never of timing.
+
+So a run that is killed and resumed, at any step and on any worker count, trains on what an undisturbed run would have; and every
+worker knows the whole step's counts without asking the others. `prepared` holds the records, `data` streams them in this order.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rayalign.prepared import PairReader, PreparedData, RowLengths, Rows
+
+WINDOW_ROWS = 65_536
+"""Rows are shuffled within windows of this many neighbours (and the windows among each other), so that the reads of a step stay
+in few shards of a data set of any size."""
+
+CHUNK_PAIRS = 64
+"""A look-up fetches whole steps, about this many pairs of one worker at a time."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts over a WHOLE optimizer step: every worker, every micro-batch. Losses are divided by them, so that the way a global
+    batch is cut changes nothing."""
+
+    pairs: int
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the order of a run depends on besides the records. `held_out_ratio` of the rows are never trained on."""
+
+    global_batch_size: int
+    batch_size: int
+    num_workers: int
+    num_epochs: float
+    max_steps: int | None
+    seed: int
+    held_out_ratio: float = 0.0
+
+
+def totals_of(rows: Rows, lengths: RowLengths) -> StepTotals:
+    """Counts over some rows."""
+    return StepTotals(len(rows), int(lengths.chosen[rows].sum()), int(lengths.rejected[rows].sum()))
+
+
+def hold_out(num_rows: int, *, ratio: float, seed: int) -> tuple[Rows, Rows]:
+    """Splits row numbers into (training, held-out), both ascending; at least one row stays for training."""
+    held = min(round(num_rows * ratio), num_rows - 1)
+    order = np.random.default_rng([seed, 0x5E1EC7]).permutation(num_rows)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def epoch_order(rows: Rows, *, seed: int, epoch: int) -> Rows:
+    """All rows once, in the order of an epoch: windows shuffled, and rows shuffled within each window."""
+    generator = np.random.default_rng([seed, epoch])
+    windows = [rows[start : start + WINDOW_ROWS] for start in range(0, len(rows), WINDOW_ROWS)]
+    return np.concatenate([generator.permutation(windows[i]) for i in generator.permutation(len(windows))])
+
+
+def cut_micro_batches(rows: Rows, lengths: RowLengths, *, batch_size: int, rank: int, num_workers: int) -> list[Rows]:
+    """Cuts rows into micro-batches of similar length (little padding), longest first, and returns those of one worker."""
+    by_length = rows[np.argsort(-lengths.row_tokens(rows), kind="stable")]
+    cut = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return cut[rank::num_workers]
+
+
+class StepPlan:
+    """The records of every step.
+
+    A step takes `global_batch_size` rows (the last one of an epoch what is left); micro-batches of `batch_size` rows of similar
+    length are dealt to the workers in turn. Raises ValueError where there is nothing to train on.
+    """
+
+    def __init__(self, lengths: RowLengths, settings: PlanSettings) -> None:
+        if lengths.num_rows == 0:
+            raise ValueError("There are no records to train on.")
+        self.lengths = lengths
+        self.settings = settings
+        self.rows, self.held_out = hold_out(lengths.num_rows, ratio=settings.held_out_ratio, seed=settings.seed)
+        self.steps_per_epoch = math.ceil(len(self.rows) / settings.global_batch_size)
+        self.num_steps = settings.max_steps or max(1, math.ceil(settings.num_epochs * self.steps_per_epoch))
+        self._order = functools.lru_cache(maxsize=1)(lambda epoch: epoch_order(self.rows, seed=settings.seed, epoch=epoch))
+
+    def rows_of_step(self, step: int) -> Rows:
+        """Row numbers of a step (0-based)."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        size = self.settings.global_batch_size
+        rows: Rows = self._order(epoch)[k * size : (k + 1) * size]
+        return rows
+
+    def totals(self, step: int) -> StepTotals:
+        """Counts over the whole step, on all workers."""
+        return totals_of(self.rows_of_step(step), self.lengths)
+
+    def micro_batches(self, step: int, rank: int) -> list[Rows]:
+        """A worker's micro-batches of a step; a worker may have one less than another, or none."""
+        settings = self.settings
+        rows = self.rows_of_step(step)
+        return cut_micro_batches(
+            rows, self.lengths, batch_size=settings.batch_size, rank=rank, num_workers=settings.num_workers
+        )
+
+    @property
+    def steps_per_chunk(self) -> int:
+        """Steps that one look-up fetches."""
+        return math.ceil(CHUNK_PAIRS * self.settings.num_workers / self.settings.global_batch_size)
+
+    def chunks(self, start_step: int) -> list[range]:
+        """The steps from `start_step` to the end, cut into look-ups."""
+        size = self.steps_per_chunk
+        return [range(s, min(s + size, self.num_steps)) for s in range(start_step, self.num_steps, size)]
+
+
+def look_up(chunk: Mapping[str, pa.Array] | pa.Table, *, data: PreparedData, settings: PlanSettings, rank: int) -> pa.Table:
+    """A worker's pairs of the steps `first` to `last` (exclusive) of a one-line table, in the order it trains on them.
+
+    Runs in Ray Data's processes: plan and open shards are kept between calls.
+    """
+    plan, reader = _open(data, settings)
+    steps = range(chunk["first"][0].as_py(), chunk["last"][0].as_py())
+    rows = [batch for step in steps for batch in plan.micro_batches(step, rank)]
+    return reader.read(np.concatenate(rows) if rows else [])
+
+
+@functools.lru_cache(maxsize=4)
+def _open(data: PreparedData, settings: PlanSettings) -> tuple[StepPlan, PairReader]:
+    return StepPlan(data.lengths(), settings), data.reader()

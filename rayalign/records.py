@@ -1,0 +1,171 @@
+"""The preference record: what `formats` makes of a raw row and `encode` turns into tokens, and what can be wrong with it.
+
+Every problem of a single record is a `RecordError`: the record is dropped and counted under the error's reason.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pydantic
+
+IMAGE_MARK = "<image>"
+"""Marks in a user message where an image goes."""
+
+
+class RecordError(ValueError):
+    """A record that can't be used: `reason` is a short phrase to count by, `field` names the cell, str() says it in full."""
+
+    def __init__(self, reason: str, words: str = "", *, field: str = "") -> None:
+        super().__init__(": ".join(part for part in (field, words or reason) if part))
+        self.reason = reason
+        self.words = words
+        self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(RecordError, field=self.field), (self.reason, self.words)
+
+
+class Message(pydantic.BaseModel):
+    """One turn of a conversation; images stand in the text as `<image>` marks."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class PreferenceRecord(pydantic.BaseModel):
+    """A prompt with its images, the chosen reply and, for pairs, the rejected one; always usable once it exists.
+
+    `messages` is everything before the trained reply. `images` holds a path, URL, data: URI, base64 or the bytes of each image,
+    in the order of the `<image>` marks. `build_record` is the constructor that reports in the words of the row's own columns.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[str | bytes, ...] = ()
+    chosen: str
+    rejected: str | None = None
+    margin: float | None = None
+    label: bool | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _is_usable(self, info: pydantic.ValidationInfo) -> "PreferenceRecord":
+        columns: Mapping[str, str] = info.context or {}
+        _check_conversation(self.messages, columns)
+        _check_replies(self.chosen, self.rejected, columns)
+        _check_marks(self, columns)
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise RecordError("bad margin", f"{self.margin} is not a finite number", field=columns.get("margin", "margin"))
+        return self
+
+
+def build_record(
+    *,
+    id: str,
+    messages: Sequence[Message],
+    images: Sequence[str | bytes],
+    chosen: str,
+    rejected: str | None = None,
+    margin: float | None = None,
+    label: bool | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> PreferenceRecord:
+    """Makes a record, with missing `<image>` marks put in front of the first round's query.
+
+    `columns` says what the row calls `system`, `query`, `history`, `images`, `chosen`, `rejected` and `margin`, for the errors.
+    Raises RecordError.
+    """
+    values = {
+        "id": id,
+        "messages": place_marks(messages, len(images)),
+        "images": tuple(images),
+        "chosen": chosen,
+        "rejected": rejected,
+        "margin": margin,
+        "label": label,
+    }
+    try:
+        return PreferenceRecord.model_validate(values, context=columns)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, RecordError):
+            raise cause from None
+        field = str(first["loc"][0]) if first["loc"] else ""
+        raise RecordError("wrong type", first["msg"], field=(columns or {}).get(field, field)) from None
+
+
+def place_marks(messages: Sequence[Message], num_images: int) -> tuple[Message, ...]:
+    """The messages with as many `<image>` marks as images: missing ones go in front of the first user message."""
+    missing = num_images - sum(m.content.count(IMAGE_MARK) for m in messages if m.role == "user")
+    first = next((i for i, m in enumerate(messages) if m.role == "user"), None)
+    if missing <= 0 or first is None:
+        return tuple(messages)
+    marked = Message(role="user", content=IMAGE_MARK * missing + messages[first].content)
+    return (*messages[:first], marked, *messages[first + 1 :])
+
+
+def require_pair(record: PreferenceRecord) -> None:
+    """Raises RecordError for a record without a rejected reply, which every algorithm that compares two replies needs."""
+    if record.rejected is None:
+        raise RecordError(
+            "missing field",
+            "the record has one reply only, and this algorithm compares a chosen with a rejected one; "
+            "add the column, or train with sft (or kto, with a label)",
+            field="rejected_response",
+        )
+
+
+def _check_conversation(messages: Sequence[Message], columns: Mapping[str, str]) -> None:
+    """Raises RecordError unless the messages are [system], user, assistant, user, ..., user, none of them empty."""
+    query, history = columns.get("query", "query"), columns.get("history", "messages")
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    if not turns:
+        raise RecordError("missing field", "there is no question to answer", field=query)
+    roles = [m.role for m in turns]
+    if roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))] or roles[-1] != "user":
+        raise RecordError(
+            "roles not alternating",
+            f"{', '.join(m.role for m in messages)}: before the trained reply come user and assistant in turn, "
+            "from user to user, after at most one system message",
+            field=history,
+        )
+    for number, message in enumerate(turns, start=1):
+        if message.content.strip():
+            continue
+        if message.role == "assistant":
+            raise RecordError("empty answer", f"the reply of round {number // 2} is empty", field=history)
+        last = number == len(turns)
+        raise RecordError("empty query", "the question is empty", field=query if last else history)
+
+
+def _check_replies(chosen: str, rejected: str | None, columns: Mapping[str, str]) -> None:
+    names = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
+    for name, reply in zip(names, (chosen, rejected), strict=True):
+        if reply is None:
+            continue
+        if not reply.strip():
+            raise RecordError("empty answer", "the reply is empty", field=name)
+        if IMAGE_MARK in reply:
+            raise RecordError(
+                "image mark in answer", f"a reply can't hold an image, but this one holds {IMAGE_MARK}", field=name
+            )
+    if rejected is not None and chosen.strip() == rejected.strip():
+        raise RecordError("identical answers", f"the reply equals {names[0]}, so there is nothing to prefer", field=names[1])
+
+
+def _check_marks(record: PreferenceRecord, columns: Mapping[str, str]) -> None:
+    for message in record.messages:
+        if message.role != "user" and IMAGE_MARK in message.content:
+            field = columns.get("system", "system") if message.role == "system" else columns.get("history", "messages")
+            reason = "image mark in system" if message.role == "system" else "image mark in answer"
+            raise RecordError(reason, f"{IMAGE_MARK} can stand in user messages only", field=field)
+    marks, images = sum(m.content.count(IMAGE_MARK) for m in record.messages), len(record.images)
+    if marks != images:
+        words = f"the text holds {marks} {IMAGE_MARK} marks, and the number of images is {images}"
+        raise RecordError("image mark count", words, field=columns.get("images", "images"))

@@ -1,0 +1,107 @@
+"""Real model families at toy size, built from their config classes, with working processors; nothing is downloaded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+FAMILIES = ("llava", "llava_next")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<s>' if loop.first else '' }}{{ message['role'] | upper }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{{ '</s>' if message['role'] == 'assistant' else '\n' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+    "projection_dim": 32,
+}
+TEXT = {
+    "model_type": "mistral",
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": None,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 4096,
+}
+PINPOINTS = [[28, 56], [56, 28], [56, 56]]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on a few sentences."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    sentences = ["Which digit is it? The digit is two.", "USER ASSISTANT SYSTEM: describe the image. A cat sits on the mat."]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(sentences, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def make_processor(family: str) -> Any:
+    tokenizer = make_tokenizer()
+    common = {
+        "patch_size": VISION["patch_size"],
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    if family == "llava":
+        return LlavaProcessor(CLIPImageProcessorPil(**sizes), tokenizer, **common)
+    return LlavaNextProcessor(LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=PINPOINTS), tokenizer, **common)
+
+
+def make_model(family: str, *, text: dict[str, Any] | None = None, seed: int = 0) -> Any:
+    """The model with random weights, scaled up so that outputs really depend on every input (tests of equality would be empty)."""
+    image_token = make_tokenizer().convert_tokens_to_ids("<image>")
+    common = {"vision_config": VISION, "text_config": {**TEXT, **(text or {})}, "image_token_index": image_token}
+    config = LlavaConfig(**common) if family == "llava" else LlavaNextConfig(**common, image_grid_pinpoints=PINPOINTS)
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in _matrices(model):
+            parameter.mul_(5)
+    return model
+
+
+def save_tiny_model(folder: Path, family: str = "llava", *, text: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """Writes model and processor where AutoModelForImageTextToText and AutoProcessor find them."""
+    make_model(family, text=text, seed=seed).save_pretrained(folder)
+    make_processor(family).save_pretrained(folder)
+    return folder
+
+
+def _matrices(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    return (p for p in model.parameters() if p.ndim >= 2)
