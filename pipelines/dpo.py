@@ -11,4 +11,5 @@ if __name__ == "__main__":
 
     from rayalign import train  # here, so that a mistyped flag is answered before Ray is loaded
 
-    train.run(config)
+    with cli.user_errors():
+        train.run(config)

@@ -9,6 +9,7 @@ if __name__ == "__main__":
     config, sweep = cli.parse_sweep(ALGORITHMS, sys.argv[1:], prog="pipelines/tune.py", description=__doc__)
     cli.configure_logging()
 
-    from rayalign import tune  # here, so that a mistyped flag is answered before Ray is loaded
+    from rayalign.tune import run  # here, so that a mistyped flag is answered before Ray is loaded
 
-    tune.run(config, sweep)
+    with cli.user_errors():
+        run(config, sweep)

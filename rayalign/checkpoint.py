@@ -55,12 +55,16 @@ def load_checkpoint(checkpoint: Checkpoint, policy: Policy, optimizer: Optimizer
         checkpoint.store.download(folder)
         for name, entry in json.loads((folder / MANIFEST).read_text()).items():
             if _file_entry(folder / name) != entry:
-                raise ValueError(f"The checkpoint {checkpoint.store.location} is damaged: {name} does not have the hash it was saved with.")
+                raise ValueError(
+                    f"The checkpoint {checkpoint.store.location} is damaged: {name} does not have the hash it was saved with."
+                )
         weights, moments = load_file(folder / "trainable.safetensors"), load_file(folder / "optimizer.safetensors")
     parameters = policy.trainable
     if set(weights) != set(parameters):
         odd = sorted(set(weights) ^ set(parameters))[:3]
-        raise ValueError(f"The checkpoint {checkpoint.store.location} trains other weights than this run ({', '.join(odd)}, ...).")
+        raise ValueError(
+            f"The checkpoint {checkpoint.store.location} trains other weights than this run ({', '.join(odd)}, ...)."
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -68,7 +72,9 @@ def load_checkpoint(checkpoint: Checkpoint, policy: Policy, optimizer: Optimizer
         name, moment = key.split("|")
         parameter = parameters[name]
         # AdamW keeps its step counts on the CPU unless it is fused or capturable.
-        optimizer.state[parameter][moment] = _on_device(value, parameter, optimizer) if moment == "step" else value.to(parameter.device)
+        optimizer.state[parameter][moment] = (
+            _on_device(value, parameter, optimizer) if moment == "step" else value.to(parameter.device)
+        )
 
 
 def newest_checkpoint(folder: Store) -> Checkpoint | None:

@@ -5,19 +5,21 @@ sentence on stderr.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
+import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml
 
 from rayalign.config import Config, Flag, TuneConfig, config_from_mapping, flags_of, section_from_mapping, section_types
-from rayalign.flags import did_you_mean, expected_value
+from rayalign.flags import convert, did_you_mean, expected_value
 from rayalign.search import check_search
 from rayalign.storage import Store
 
@@ -28,6 +30,19 @@ def configure_logging() -> None:
     """Sends rayalign's log to stderr from INFO on, other libraries' from WARNING on."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("rayalign").setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the program with code 2 and one sentence for what the user can mend (ValueError, a loss that is no longer finite); with
+    RAYALIGN_TRACEBACK=1 the traceback is shown, too."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("RAYALIGN_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
 
 
 def parse(
@@ -58,7 +73,7 @@ def to_yaml(config: Config, tune: TuneConfig | None = None) -> str:
         for index, flag in enumerate(flags_of(section)):
             lines += ["", f"## {flag.section}"] if index == 0 else []
             lines += textwrap.wrap(_help_of(flag), 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-            lines.append(f"{flag.name}: {_yaml_value(values[flag.name])}")
+            lines.append(f"{flag.name}: {_yaml_value(convert(flag, values[flag.name]))}")
     return "\n".join(lines) + "\n"
 
 
@@ -114,15 +129,15 @@ class _Command:
         return {flag.name: flag for section in self._sections(name) for flag in flags_of(section)}
 
     def _algorithm_name(self, wanted: Any) -> str:
-        name = wanted or self.algorithm or DEFAULT_ALGORITHM
+        name = str(wanted or self.algorithm or DEFAULT_ALGORITHM)
         if name not in self.algorithms:
             choices = ", ".join(self.algorithms)
-            raise ValueError(f"--rlhf_type {name}: must be one of {choices}.{did_you_mean(str(name), self.algorithms)}")
+            raise ValueError(f"--rlhf_type {name}: must be one of {choices}.{did_you_mean(name, self.algorithms)}")
         if self.algorithm not in (None, name):
             raise ValueError(
                 f"--rlhf_type {name}: {self.prog} runs {self.algorithm}; use pipelines/rlhf.py or pipelines/{name}.py."
             )
-        return str(name)
+        return name
 
     def _parser(self, name: str) -> _Parser:
         width = min(shutil.get_terminal_size().columns - 2, 98)
@@ -169,6 +184,8 @@ class _Command:
             return f"--{flag_name} belongs to {' and '.join(owners)}, not {name}."
         if flag_name in {flag.name for flag in flags_of(TuneConfig)}:
             return f"--{flag_name} belongs to pipelines/tune.py, not {self.prog}."
+        if flag_name in ("config", "print_config"):
+            return f"--{flag_name} belongs to the command line, not in a file."
         known = (*self._flags(name), "config", "rlhf_type", "print_config")
         return f"Unknown flag --{flag_name}.{did_you_mean(flag_name, known, prefix='--')}"
 

@@ -1,7 +1,7 @@
 """Ray Data: reads, validates and encodes records into the cache, and streams them to the workers in plan order.
 
-`prepare` runs once for a data set and model: read -> validate -> encode -> shards on shared storage, on every CPU of the cluster.
-`pairs_in_order` is what a train worker iterates: look up -> decode -> batch, prefetched across steps and epochs.
+`prepare` runs once for a data set and model: read -> validate -> encode -> shards on shared storage, on every CPU of the
+cluster. `pairs_in_order` is what a train worker iterates: look up -> decode -> batch, prefetched across steps and epochs.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,8 @@ from rayalign.batch import PairBatch, assemble
 from rayalign.config import DataConfig
 from rayalign.encode import Encoder, EncoderSpec, image_processing
 from rayalign.formats import parse_row
-from rayalign.formats.files import Dataset, Span, read_rows, resolve_dataset, spans_of
+from rayalign.formats.files import Dataset, read_rows, resolve_dataset, spans_of
+from rayalign.formats.rows import Span
 from rayalign.images import fetch_image
 from rayalign.plan import StepPlan, look_up
 from rayalign.prepared import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, from_batch, write_shard
@@ -85,8 +86,8 @@ def prepare(arguments: Sequence[str], spec: EncoderSpec, config: DataConfig, cac
 
 
 def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
-    """Names an encoded data set by everything it depends on: the files (place, size, time of change), the draw, the images' rules,
-    the processor and model settings."""
+    """Names an encoded data set by everything it depends on: the files (place, size, time of change), the draw, the images'
+    rules, the processor and model settings."""
     drawn = any(dataset.sample is not None for dataset in sources.datasets)
     parts = {
         "version": CACHE_VERSION,
@@ -118,7 +119,8 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
     tables, done, told = [], 0, started
     with _user_errors():
-        for table in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+            table = cast(pa.Table, batch)
             tables.append(table.cast(OUTCOME_SCHEMA))
             done += table.num_rows
             if time.monotonic() - told > PROGRESS_SECONDS:
@@ -134,7 +136,8 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     index = outcome.filter(pa.compute.invert(is_dropped)).select(INDEX_SCHEMA.names)
     if len(dropped) > config.max_dropped_fraction * total or not index.num_rows:
         raise TooManyDropped(
-            f"{table_of_reasons(dropped, total)}\nThat is more than --max_dropped_fraction {config.max_dropped_fraction:g} allows. "
+            f"{table_of_reasons(dropped, total)}\nThat is more than --max_dropped_fraction {config.max_dropped_fraction:g} "
+            f"allows. "
             f"First: {_first_dropped(dropped)}. Mend the data, or raise the limit.",
             dropped,
         )
@@ -211,7 +214,7 @@ def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: Encode
         try:
             if isinstance(content, RecordError):
                 raise content
-            pair = _encode_row(content, f"{file.name}:{row}", Store(file.location).parent, sources, spec)
+            pair = _encode_row(content, f"{_file_label(sources, task)}:{row}", Store(file.location).parent, sources, spec)
         except RecordError as error:
             outcome |= {"reason": error.reason, "field": error.field, "detail": str(error)}
         else:
@@ -222,6 +225,13 @@ def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: Encode
     if pairs:
         write_shard(folder / shard, pairs)
     return pa.Table.from_pylist(outcomes, schema=OUTCOME_SCHEMA)
+
+
+def _file_label(sources: Sources, task: PrepareTask) -> str:
+    """What a file's records are called after; numbered where several files could have the same name."""
+    name = sources.datasets[task.dataset].files[task.file].name
+    several = sum(len(dataset.files) for dataset in sources.datasets) > 1
+    return f"{task.dataset}.{task.file}/{name}" if several else name
 
 
 def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> EncodedPair:
@@ -275,10 +285,10 @@ def pairs_in_order(
     lines = [{"first": steps.start, "last": steps.stop} for steps in chunks]
     _settle_context()
     find = functools.partial(look_up, data=data, settings=plan.settings, rank=rank)
-    # Look-ups wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor wait for
-    # one for ever where the workers hold them all.
+    # Look-ups wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
+    # wait for one for ever where the workers hold them all.
     tables = ray.data.from_items(lines, override_num_blocks=len(lines)).map_batches(
-        find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=2)
+        find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))
     )
     make_batch = batch_maker(spec)
 
@@ -328,7 +338,7 @@ def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
                 if stop.is_set():
                     return
             put((False, None))
-        except BaseException as error:  # it belongs to whoever iterates
+        except BaseException as error:  # noqa: BLE001  # raised again where the items are used
             put((False, error))
 
     threading.Thread(target=produce, name="batches-ahead", daemon=True).start()

@@ -22,6 +22,7 @@ from rayalign.models import Family, find_family
 from rayalign.prepared import EncodedPair
 from rayalign.records import IMAGE_MARK, Message, PreferenceRecord, RecordError
 
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """Everything the encoding depends on besides the record; `fingerprint` keys the cache of encoded data.
@@ -49,14 +50,17 @@ class EncoderSpec:
         return find_family(self.model_config.model_type)
 
     def fingerprint(self) -> str:
-        """Hex digest of the processor's files (tokenizer, chat template, image settings), the model's config and the settings."""
+        """Hex digest of the processor's files (tokenizer, chat template, image settings), the model's config and the
+        settings."""
         digest = hashlib.sha256()
         with tempfile.TemporaryDirectory() as folder:
             self.processor.save_pretrained(folder)
             for file in sorted(Path(folder).rglob("*")):
                 if file.is_file():
                     digest.update(file.name.encode() + b"\0" + file.read_bytes())
-        config = {k: v for k, v in self.model_config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")}
+        config = {
+            k: v for k, v in self.model_config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")
+        }
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k != "model"}
         digest.update(json.dumps(settings, sort_keys=True).encode())
@@ -96,7 +100,9 @@ class Encoder:
             if self.spec.truncation_strategy == "right" and len(prompt_ids) < limit:
                 response_ids = [ids[: limit - len(prompt_ids)] for ids in response_ids]
                 if len(response_ids) == 2 and response_ids[0] == response_ids[1]:
-                    raise RecordError("identical answers", f"the answers are the same after the cut to {limit} tokens", field="rejected")
+                    raise RecordError(
+                        "identical answers", f"the answers are the same after the cut to {limit} tokens", field="rejected"
+                    )
                 break
             raise RecordError("too long", f"{length} tokens, --max_length is {limit}", field="messages")
         return EncodedPair(
@@ -119,8 +125,9 @@ class Encoder:
             whole: str = self.processor.apply_chat_template([*turns, turn])
             if not whole.startswith(prompt):
                 raise ValueError(
-                    f"The chat template of {self.spec.model} renders a prompt differently once it is answered, so it can't be told where "
-                    f"the answer begins. Prompt: {prompt[-80:]!r}; with answer: {whole[:len(prompt) + 20][-100:]!r}. "
+                    f"The chat template of {self.spec.model} renders a prompt differently once it is answered, so it can't "
+                    f"be told where "
+                    f"the answer begins. Prompt: {prompt[-80:]!r}; with answer: {whole[: len(prompt) + 20][-100:]!r}. "
                     "Give the processor a template whose generation prompt is a prefix of the answered conversation."
                 )
             response = whole[len(prompt) :]

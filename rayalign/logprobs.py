@@ -36,13 +36,13 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     `hidden` [N, H] are the states that predict, `weight` [V, H] is the output head, `targets` [N] are token ids. Returns [N] in
     float32 (float64 for float64 input). At most CHUNK_TOKENS x V logits exist at a time, in the backward pass too.
     """
-    logps: Tensor = _TokenLogps.apply(hidden, weight, targets)
+    logps: Tensor = _TokenLogps.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return logps
 
 
 class _TokenLogps(torch.autograd.Function):
-    """d log p / d logits = onehot(target) - softmax(logits), so the gradient of `hidden` can be formed while the chunk's logits are
-    at hand, up to the factor that arrives in backward; only a trainable head has its logits computed again."""
+    """d log p / d logits = onehot(target) - softmax(logits), so the gradient of `hidden` can be formed while the chunk's
+    logits are at hand, up to the factor that arrives in backward; only a trainable head has its logits computed again."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The optimizer step and the run around it, in plain torch: works on one process, under Ray Train, or on a bare GPU machine.
 
-A step runs its micro-batches, sums gradients over workers once, clips, and updates. Nothing hooks into the backward pass, so any
-number of forwards, uneven tails and idle workers are fine.
+A step runs its micro-batches, sums gradients over workers once, clips, and updates. Nothing hooks into the backward pass, so
+any number of forwards, uneven tails and idle workers are fine.
 """
 
 import logging
@@ -106,7 +106,7 @@ class Trainer:
         for batch in micro_batches:
             tokens += batch.num_tokens
             output = self.algorithm.step(self.policy, batch.to(self.policy.device), totals)
-            output.loss_share.backward()  # type: ignore[no-untyped-call]
+            output.loss_share.backward()
             self.window.add(output)
         for parameter in self._parameters:
             if parameter.grad is None:
@@ -125,7 +125,9 @@ class Trainer:
         self.optimizer.step()
         return norm, tokens
 
-    def evaluate(self, batches: Iterable[PairBatch], totals: StepTotals) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    def evaluate(
+        self, batches: Iterable[PairBatch], totals: StepTotals
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """Metrics over the held-out pairs of all workers, and each of this worker's pairs' own values by metric."""
         sums = MetricSums()
         pairs: dict[str, dict[str, float]] = {}
@@ -167,13 +169,21 @@ class LoopEvents:
 
 
 def run_steps(
-    trainer: Trainer, plan: StepPlan, stream: Iterator[tuple[int, PairBatch]], run: RunConfig, events: LoopEvents, *, start_step: int
+    trainer: Trainer,
+    plan: StepPlan,
+    stream: Iterator[tuple[int, PairBatch]],
+    run: RunConfig,
+    events: LoopEvents,
+    *,
+    start_step: int,
+    tokens_before: float = 0,
 ) -> None:
     """Trains from `start_step` (steps already done) to the plan's end.
 
-    `stream` yields this worker's (step, micro-batch) in plan order. Raises FloatingPointError when the loss is no longer finite.
+    `stream` yields this worker's (step, micro-batch) in plan order; `tokens_before` is what `num_tokens` counts on from. Raises FloatingPointError when the loss is no longer
+    finite.
     """
-    clock = _Clock()
+    clock = _Clock(tokens_before)
     for step in range(start_step, plan.num_steps):
         count = len(plan.micro_batches(step, trainer.rank))
         totals = plan.totals(step)
@@ -209,10 +219,10 @@ def _take(stream: Iterator[tuple[int, PairBatch]], step: int, count: int) -> Ite
 class _Clock:
     """Rates since the last line of metrics: pairs and tokens per second, and the share of the time spent waiting for data."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens_before: float) -> None:
         self.steps = 0
         self._pairs = self._tokens = 0
-        self._total_tokens = 0.0
+        self._total_tokens = tokens_before
         self._waited = self._skipped = 0.0
         self._started = self._marked = time.perf_counter()
 

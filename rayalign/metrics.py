@@ -31,8 +31,8 @@ class MetricSums:
             self._accumulate(name, total, count)
 
     def reduce(self, *, steps: int) -> dict[str, float]:
-        """Means over everything that all workers added; `loss` is the sum of the loss shares per optimizer step. Every worker calls
-        it; an idle one with nothing added."""
+        """Means over everything that all workers added; `loss` is the sum of the loss shares per optimizer step. Every worker
+        calls it; an idle one with nothing added."""
         local = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
         local["loss"] = (float(torch.stack(self._loss).sum()) if self._loss else 0.0, 0.0)
         sums: dict[str, tuple[float, float]] = {}

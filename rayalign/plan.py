@@ -1,7 +1,8 @@
 """Which records make optimizer step k: a pure function of (seed, epoch, the prepared records), never of timing.
 
-So a run that is killed and resumed, at any step and on any worker count, trains on what an undisturbed run would have; and every
-worker knows the whole step's counts without asking the others. `prepared` holds the records, `data` streams them in this order.
+So a run that is killed and resumed, at any step and on any worker count, trains on what an undisturbed run would have; and
+every worker knows the whole step's counts without asking the others. `prepared` holds the records, `data` streams them in this
+order.
 """
 
 import functools

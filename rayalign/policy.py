@@ -53,7 +53,9 @@ def resolve_model(config: ModelConfig) -> ModelSource:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         return ModelSource(base, adapter=str(folder))
     if not (folder / "config.json").exists():
-        raise ValueError(f"--model {config.model}: the folder has neither config.json (a model) nor adapter_config.json (an adapter).")
+        raise ValueError(
+            f"--model {config.model}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)."
+        )
     return ModelSource(str(folder))
 
 
@@ -61,12 +63,12 @@ class Policy:
     """A VLM under training. `model` is the PEFT-wrapped (LoRA) or plain (full) transformers model."""
 
     def __init__(self, model: Any, family: Family) -> None:
-        self.model = model
-        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model: Any = model
+        self.base: Any = self.model.get_base_model() if isinstance(model, PeftModel) else model
         self.family = family
         self.device: torch.device = self.base.get_input_embeddings().weight.device
-        self._tuner_layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        has_reference = isinstance(model, PeftModel) and REFERENCE in model.peft_config
+        self._tuner_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        has_reference = isinstance(model, PeftModel) and REFERENCE in self.model.peft_config
         self._reference_adapters = [REFERENCE] if has_reference else []
         self.base.eval()
         self.base.get_decoder().train()
@@ -105,7 +107,9 @@ class Policy:
     def reference_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
         """The same by the reference policy, without a graph."""
         if not self._tuner_layers:
-            raise ValueError("The reference is the model without its adapter, and --sft_type full trains no adapter: use --sft_type lora.")
+            raise ValueError(
+                "The reference is the model without its adapter, and --sft_type full trains no adapter: use --sft_type lora."
+            )
         with torch.no_grad(), self.reference_weights():
             return self.logps(batch, images)
 
@@ -155,10 +159,12 @@ def load_policy(
     Raises ValueError for models of unknown families and for a reference that `sft_type` cannot provide.
     """
     if needs_reference and tuner.sft_type == "full":
-        raise ValueError("--sft_type full: this algorithm compares with a reference, which is the model without its adapter. Use lora.")
+        raise ValueError(
+            "--sft_type full: this algorithm compares with a reference, which is the model without its adapter. Use lora."
+        )
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(model.dtype) or getattr(torch, model.dtype)
     placement = {"device_map": "auto"} if spread_over_gpus else {}
-    base = AutoModelForImageTextToText.from_pretrained(
+    base: Any = AutoModelForImageTextToText.from_pretrained(
         source.base,
         dtype=dtype,
         attn_implementation=model.attn_implementation,
@@ -198,7 +204,9 @@ def lora_targets(base: Any, modules: tuple[str, ...], family: Family) -> list[st
             raise ValueError(f"--lora_target_modules {modules[0]!r} is no valid regular expression: {error}.") from None
     if not chosen:
         names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
-        raise ValueError(f"--lora_target_modules {' '.join(modules)} matches no linear of the language model. Its linears: {names}.")
+        raise ValueError(
+            f"--lora_target_modules {' '.join(modules)} matches no linear of the language model. Its linears: {names}."
+        )
     return chosen
 
 

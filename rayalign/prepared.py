@@ -1,7 +1,7 @@
 """Encoded records on storage: shards of pairs, one index, one manifest. Written by `data`, read at random by every worker.
 
-A data set is complete or absent: the manifest is written last, and it names the files that count. A shard holds one Arrow record
-batch per pair, so that one pair is one small read, on a disk and on an object store alike.
+A data set is complete or absent: the manifest is written last, and it names the files that count. A shard holds one Arrow
+record batch per pair, so that one pair is one small read, on a disk and on an object store alike.
 """
 
 import functools

@@ -53,7 +53,7 @@ def render_report(
 ) -> str:
     """The page as a string. `metrics` are the lines of metrics.jsonl, `dropped` the number of records by reason.
 
-    An empty `summary` says that the run has not finished; `algorithm` and `wall_seconds` are read from it where they are there.
+    An empty `summary` says that the run has not finished; `algorithm` and `seconds` are read from it where they are there.
     """
     css = importlib.resources.files("rayalign").joinpath("report.css").read_text(encoding="utf-8")
     style_hash = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
@@ -118,8 +118,8 @@ def _tiles(
         tiles.append(
             ("Pairs per second" if has_rejected else "Records per second", format_number(statistics.median(rates)), "median")
         )
-    if "wall_seconds" in summary:
-        tiles.append(("Wall time", _duration(float(summary["wall_seconds"])), ""))
+    if "seconds" in summary:
+        tiles.append(("Wall time", _duration(float(summary["seconds"])), ""))
     tiles.append(("Records dropped", _total(dropped), "reasons below" if dropped else ""))
     cells = [
         f'<div class="tile"><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'

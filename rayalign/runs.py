@@ -28,8 +28,8 @@ FREE_TO_CHANGE = frozenset(
         *("cache_dir", "max_dropped_fraction", "gradient_checkpointing", "attn_implementation"),
     }
 )
-"""Flags that a continued run may set anew: they change neither the data nor the update. (The three that make up the global batch may
-change only together, which is checked.)"""
+"""Flags that a continued run may set anew: they change neither the data nor the update. (The three that make up the global
+batch may change only together, which is checked.)"""
 
 REPORTED_PAIRS = 2000
 """Held-out pairs whose scores go into the report's histograms."""
@@ -63,7 +63,9 @@ def _check_resumable(folder: Store, config: Config) -> None:
         changed.append("batch_size x gradient_accumulation_steps x num_workers")
     if changed:
         lines = "".join(f"\n  {name}: {before.get(name)} -> {now.get(name, config.global_batch_size)}" for name in changed)
-        raise ValueError(f"--output_dir {folder.location} holds an unfinished run with another configuration:{lines}\n{way_out}")
+        raise ValueError(
+            f"--output_dir {folder.location} holds an unfinished run with another configuration:{lines}\n{way_out}"
+        )
 
 
 def _global_batch(values: Mapping[str, Any]) -> int:

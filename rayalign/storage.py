@@ -1,4 +1,5 @@
-"""Files on local disks and object stores under one interface: every path of a run may be a folder or an s3:// gs:// file:// URL."""
+"""Files on local disks and object stores under one interface: every path of a run may be a folder or an s3:// gs:// file://
+URL."""
 
 import json
 import os
@@ -61,10 +62,10 @@ class Store:
         return filesystem.get_file_info(path)
 
     def exists(self) -> bool:
-        return self.info().type != pafs.FileType.NotFound
+        return bool(self.info().type != pafs.FileType.NotFound)
 
     def is_dir(self) -> bool:
-        return self.info().type == pafs.FileType.Directory
+        return bool(self.info().type == pafs.FileType.Directory)
 
     def list(self, *, recursive: bool = False) -> list["Store"]:
         """The files and folders inside, sorted by name; empty where the folder does not exist."""

@@ -1,4 +1,5 @@
-"""Ray Train: one run from configuration to result folder. The driver prepares data and starts a TorchTrainer; each worker runs `loop`.
+"""Ray Train: one run from configuration to result folder. The driver prepares data and starts a TorchTrainer; each worker runs
+`loop`.
 
 `run` is what pipelines call; `fit` trains on data that is already prepared, which is what the trials of a sweep do.
 """
@@ -82,21 +83,24 @@ def run(config: Config) -> Result:
 
 
 def start_ray(config: Config) -> None:
-    """Joins the cluster the job was submitted to or the one on this machine, or starts a local one with room for the workers."""
+    """Joins the cluster the job was submitted to or the one on this machine, or starts a local one with room for the
+    workers."""
+    _quiet_ray()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     if not ray.is_initialized():
         try:
-            ray.init(address="auto", logging_level="WARNING")
+            ray.init(address="auto", logging_level=logging.WARNING)
         except ConnectionError:
             cluster = config.cluster
             # One more than the workers take: preparation and look-ups must find a place beside them.
             cpus = max(os.cpu_count() or 1, int(cluster.num_workers * cluster.cpus_per_worker) + 1)
             # Ray Train asks the dashboard whether a run that vanished still holds its resources.
-            ray.init(num_cpus=cpus, include_dashboard=True, logging_level="WARNING")
+            ray.init(num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)
 
 
 def settle_cluster(config: Config) -> Config:
-    """The same configuration with the workers' GPUs decided; raises ValueError at once for workers that no node could ever hold."""
+    """The same configuration with the workers' GPUs decided; raises ValueError at once for workers that no node could ever
+    hold."""
     cluster = config.cluster
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     has_gpus = any(node.get("GPU", 0) for node in nodes)
@@ -106,7 +110,8 @@ def settle_cluster(config: Config) -> Config:
     if fits < cluster.num_workers and not _autoscales():
         largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in wanted}
         raise ValueError(
-            f"--num_workers {cluster.num_workers} with {wanted['CPU']:g} CPUs and {gpus:g} GPUs each: the cluster has room for {fits} "
+            f"--num_workers {cluster.num_workers} with {wanted['CPU']:g} CPUs and {gpus:g} GPUs each: the cluster has room "
+            f"for {fits} "
             f"({len(nodes)} nodes, the largest with {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs) and does not scale. "
             "Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes."
         )
@@ -153,15 +158,16 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     started = time.time()
     cluster = config.cluster
     gpus = cluster.gpus_per_worker or 0
+    make_run_config: Any = ray.train.RunConfig  # type checkers see the class of Ray Train 1 under this name
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]  # its annotation lacks the return value that Result carries
         train_loop_config={"config": config, "data": data},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=make_run_config(
             name="checkpoints",
             storage_path=folder.location,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
@@ -171,7 +177,7 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
         ),
     )
     try:
-        outcome = trainer.fit()
+        outcome: Any = trainer.fit()
     except ray.train.WorkerGroupError as error:
         raise _user_error(error) or error from None
     prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit)
@@ -187,7 +193,12 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
         "data_key": data.training.store.name,
         "seed": config.optimizer.seed,
         "data_seed": config.data.data_seed,
-        "versions": {"rayalign": __version__, "ray": ray.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "rayalign": __version__,
+            "ray": ray.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     write_results(folder, config, data, summary, outcome.return_value["pairs"])
     logger.info("Done: %s steps in %s s; the result is in %s", summary["steps"], summary["seconds"], folder.location)
@@ -208,7 +219,7 @@ def plan_of(config: Config, data: RunData) -> StepPlan:
     return StepPlan(data.training.lengths(), settings)
 
 
-def train_worker(job: Mapping[str, Any]) -> dict[str, Any]:
+def train_worker(job: dict[Any, Any]) -> dict[str, Any]:
     """One train worker, from loading the model to its last step; rank 0 writes the model and returns the final figures."""
     quiet_logging()
     config: Config = job["config"]
@@ -219,12 +230,20 @@ def train_worker(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def quiet_logging() -> None:
     """In a Ray process: rayalign's own lines only, and other libraries' warnings."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("rayalign").setLevel(logging.INFO)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    _quiet_ray()
     transformers.utils.logging.disable_progress_bar()
-    # peft asks transformers by the older of two names. https://github.com/huggingface/peft; drop this when its release uses the new one.
+    # peft asks transformers by the older of two names. https://github.com/huggingface/peft; drop this when its release uses
+    # the new one.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def _quiet_ray() -> None:
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 class _Worker:
@@ -274,7 +293,17 @@ class _Worker:
             pin_memory=self.device.type == "cuda",
         )
         events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
-        run_steps(self.trainer, self.plan, stream, self.config.run, events, start_step=self.start_step)
+        lines = self.log_file.lines if self.log_file is not None else []
+        tokens_before = next((line["num_tokens"] for line in reversed(lines) if "num_tokens" in line), 0)
+        run_steps(
+            self.trainer,
+            self.plan,
+            stream,
+            self.config.run,
+            events,
+            start_step=self.start_step,
+            tokens_before=tokens_before,
+        )
         if not self.pairs:
             self._evaluate(self.plan.num_steps)
         if self.rank == 0:
@@ -295,7 +324,11 @@ class _Worker:
             self.log_file.append(metrics)
         step, total = int(metrics["step"]), self.plan.num_steps
         seconds = (time.monotonic() - self._started) / max(1, step - self.start_step) * (total - step)
-        shown = [f"{name} {metrics[name]:.4g}" for name in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm") if name in metrics]
+        shown = [
+            f"{name} {metrics[name]:.4g}"
+            for name in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
+            if name in metrics
+        ]
         rate = f"{metrics['pairs_per_second']:.1f} pairs/s"
         self._say("Step %d/%d  %s  %s, %.0f s to go", step, total, "  ".join(shown), rate, seconds)
 
@@ -320,7 +353,9 @@ class _Worker:
             if self.rank == 0:
                 write_checkpoint(Path(temporary), self.trainer.policy, self.trainer.optimizer, step=step)
                 checkpoint = ray.train.Checkpoint.from_directory(temporary)
-            ray.train.report({"step": step, **self.latest}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step, self.attempt))
+            ray.train.report(
+                {"step": step, **self.latest}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step, self.attempt)
+            )
 
     def _write_model(self) -> None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -358,4 +393,3 @@ def _user_error(error: Any) -> ValueError | FloatingPointError | None:
         if isinstance(cause, (ValueError, FloatingPointError)):
             return cause
     return None
-

@@ -42,7 +42,9 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
         for name in ("trials", "tune", "sweep.json", "best.yaml"):
             (folder / name).delete()
     if (folder / "sweep.json").exists():
-        raise ValueError(f"--output_dir {folder.location} holds a finished sweep. Pass --overwrite true, or another --output_dir.")
+        raise ValueError(
+            f"--output_dir {folder.location} holds a finished sweep. Pass --overwrite true, or another --output_dir."
+        )
     train.start_ray(config)
     config = train.settle_cluster(config)
     train.prepare_run(config)
@@ -78,7 +80,9 @@ def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", train.POLL_SECONDS)
     name = ray.tune.get_context().get_trial_id()
     folder = Store.at(str(config.run.output_dir)) / "trials" / str(name)
-    trial = config.replace({**sampled, "output_dir": folder.location, "cache_dir": train.cache_of(config).location, "overwrite": False})
+    trial = config.replace(
+        {**sampled, "output_dir": folder.location, "cache_dir": train.cache_of(config).location, "overwrite": False}
+    )
     open_run(trial)
     train.fit(trial, train.prepare_run(trial), callbacks=[TuneReportCallback()])
 
@@ -96,7 +100,8 @@ def _to_ray(values: SearchRange) -> Any:
 
 
 def _trials_that_fit(config: Config) -> int:
-    """Trials whose workers fit the cluster side by side, with a CPU to spare; Tune itself doesn't see the workers' resources."""
+    """Trials whose workers fit the cluster side by side, with a CPU to spare; Tune itself doesn't see the workers'
+    resources."""
     cluster, have = config.cluster, ray.cluster_resources()
     fits = (have.get("CPU", 1) - 1) // (cluster.num_workers * cluster.cpus_per_worker)
     if cluster.gpus_per_worker:
@@ -104,12 +109,21 @@ def _trials_that_fit(config: Config) -> int:
     return max(1, int(fits))
 
 
-def _finish(config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange], folder: Store, outcome: ray.tune.ResultGrid) -> Sweep:
+def _finish(
+    config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange], folder: Store, outcome: ray.tune.ResultGrid
+) -> Sweep:
     lines: list[dict[str, Any]] = []
-    for result in outcome:
+    for result in (outcome[i] for i in range(len(outcome))):
         metrics = result.metrics or {}
         line: dict[str, Any] = {name: result.config[name] for name in ranges} if result.config else {}
-        lines.append({**line, sweep.metric: metrics.get(sweep.metric), "trial": metrics.get("trial_id"), "error": _first_line(result.error)})
+        lines.append(
+            {
+                **line,
+                sweep.metric: metrics.get(sweep.metric),
+                "trial": metrics.get("trial_id"),
+                "error": _first_line(result.error),
+            }
+        )
     worked = [line for line in lines if line[sweep.metric] is not None and line["error"] is None]
     if not worked:
         raise RuntimeError(f"Every trial of the sweep failed; the first: {lines[0]['error'] if lines else 'there was none'}")
@@ -117,7 +131,9 @@ def _finish(config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange]
     trials = [*worked, *(line for line in lines if line not in worked)]
     best = config.replace({name: worked[0][name] for name in ranges})
     (folder / "best.yaml").write_bytes(to_yaml(best).encode())
-    (folder / "sweep.json").write_bytes((json.dumps({"metric": sweep.metric, "mode": sweep.mode, "trials": trials}, indent=2) + "\n").encode())
+    (folder / "sweep.json").write_bytes(
+        (json.dumps({"metric": sweep.metric, "mode": sweep.mode, "trials": trials}, indent=2) + "\n").encode()
+    )
     logger.info("%s\nBest: %s, in %s", _table(trials), {n: worked[0][n] for n in ranges}, (folder / "best.yaml").location)
     return Sweep(folder, tuple(trials), best)
 

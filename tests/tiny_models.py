@@ -1,10 +1,14 @@
 """Real model families at toy size, built from their config classes, with working processors; nothing is downloaded."""
 
-from collections.abc import Iterator
+import functools
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -16,6 +20,13 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from rayalign.batch import PairBatch, assemble
+from rayalign.config import ModelConfig, TunerConfig
+from rayalign.encode import Encoder, EncoderSpec, image_processing
+from rayalign.policy import TRAINED, ModelSource, Policy, load_policy
+from rayalign.prepared import EncodedPair
+from rayalign.records import IMAGE_MARK, Message, PreferenceRecord
 
 FAMILIES = ("llava", "llava_next")
 
@@ -105,3 +116,75 @@ def save_tiny_model(folder: Path, family: str = "llava", *, text: dict[str, Any]
 
 def _matrices(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     return (p for p in model.parameters() if p.ndim >= 2)
+
+
+def noise_image(width: int, height: int, *, seed: int = 0) -> bytes:
+    """A PNG of noise: no two seeds give the same features."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def encode_pair(
+    folder: Path, pair_id: str, question: str, chosen: str, rejected: str, *, images: Sequence[bytes] = ()
+) -> EncodedPair:
+    """A pair as the encoder of a tiny model makes it; the images stand before the question."""
+    message = Message(role="user", content=IMAGE_MARK * len(images) + question)
+    record = PreferenceRecord(id=pair_id, messages=(message,), images=tuple(images), chosen=chosen, rejected=rejected)
+    return _encoder(folder).encode(record, images)
+
+
+def make_batch(folder: Path, pairs: Sequence[EncodedPair], *, with_rejected: bool = True) -> PairBatch:
+    """The batch of some pairs, images processed by the tiny model's own processor."""
+    return assemble(
+        pairs, with_rejected=with_rejected, pad_token_id=0, process_images=image_processing(_encoder(folder).spec)
+    )
+
+
+def make_policy(
+    source: Path | ModelSource,
+    *,
+    model: ModelConfig | None = None,
+    tuner: TunerConfig | None = None,
+    uses_dropout: bool = False,
+    needs_reference: bool = False,
+    seed: int = 42,
+) -> Policy:
+    """The policy of a tiny model on the CPU, in float32 and without gradient checkpointing unless told otherwise."""
+    return load_policy(
+        source if isinstance(source, ModelSource) else ModelSource(str(source)),
+        model=model or ModelConfig(gradient_checkpointing=False),
+        tuner=tuner or TunerConfig(),
+        device=torch.device("cpu"),
+        uses_dropout=uses_dropout,
+        needs_reference=needs_reference,
+        seed=seed,
+    )
+
+
+def wake_adapters(policy: Policy, *, scale: float = 0.1, seed: int = 0) -> Policy:
+    """Gives the trained adapters weights that change the outputs; new ones are zero, and so are half of their gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.trainable.items():
+            if name.endswith(f"lora_B.{TRAINED}.weight"):
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return policy
+
+
+def in_float64(policy: Policy) -> Policy:
+    """Casts the policy's weights, and swaps the norms, which transformers computes in float32 for any input, for torch's own."""
+    policy.model.double()
+    for parent in list(policy.model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, torch.nn.RMSNorm):
+                exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+    return policy
+
+
+@functools.cache
+def _encoder(folder: Path) -> Encoder:
+    return Encoder(EncoderSpec(str(folder), with_rejected=True))

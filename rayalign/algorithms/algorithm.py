@@ -25,8 +25,8 @@ class PolicyForward(Protocol):
 class StepOutput:
     """What one micro-batch contributes to an optimizer step.
 
-    `loss_share` [] is differentiable; shares of all micro-batches of all workers add up to the step's loss. `pair_metrics` holds,
-    for each metric, one value per pair [B] (detached); `token_metrics` a (sum [], count []) over response tokens.
+    `loss_share` [] is differentiable; shares of all micro-batches of all workers add up to the step's loss. `pair_metrics`
+    holds, for each metric, one value per pair [B] (detached); `token_metrics` a (sum [], count []) over response tokens.
     """
 
     loss_share: Tensor

@@ -14,13 +14,12 @@ from rayalign.plan import StepTotals
 
 
 def dpo_loss(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """[B]: -log sigmoid(beta d) (1 - e) - log sigmoid(-beta d) e, with d = (policy - reference)(chosen) - (policy - reference)(rejected).
+    """[B]: -log sigmoid(beta d) (1 - e) - log sigmoid(-beta d) e, with d = (policy - reference)(chosen) - (policy -
+    reference)(rejected).
 
     Equation 7 of the paper; label smoothing e as in its repository and cDPO.
     """
-    margin = beta * (
-        (policy.chosen.total - reference.chosen.total) - (policy.rejected.total - reference.rejected.total)
-    )
+    margin = beta * ((policy.chosen.total - reference.chosen.total) - (policy.rejected.total - reference.rejected.total))
     return -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing
 
 
@@ -36,9 +35,12 @@ class DPO:
 
     beta: float = flag(0.1, "Strength of the pull to the reference: higher keeps closer to it.", above=0)
     label_smoothing: float = flag(0.0, "Probability that a preference label is wrong.", at_least=0, at_most=0.5)
-    rpo_alpha: float = flag(1.0, "Weight of the chosen responses' token-mean negative log-likelihood (RPO); 0 turns it off.", at_least=0)
+    rpo_alpha: float = flag(
+        1.0, "Weight of the chosen responses' token-mean negative log-likelihood (RPO); 0 turns it off.", at_least=0
+    )
 
-    __post_init__ = check_bounds
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
     def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals) -> StepOutput:
         images = policy.image_features(batch)

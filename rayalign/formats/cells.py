@@ -50,15 +50,20 @@ def optional_text(row: Mapping[str, Any], column: str) -> str | None:
 
 
 def as_text(value: Any, *, column: str) -> str:
+    """A value that must be text, and valid Unicode: JSON can spell half a surrogate pair, which no tokenizer takes."""
     if not isinstance(value, str):
         raise RecordError("wrong type", f"expected text, found {type(value).__name__} {_shown(value)}", field=column)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError("not UTF-8", f"half a surrogate pair at character {error.start}", field=column) from None
     return value
 
 
 def system_message(row: Mapping[str, Any]) -> list[Message]:
     """The `system` cell as a message; nothing where it is absent or blank."""
     content = optional_text(row, "system")
-    return [message("system", content, column="system")] if content and content.strip() else []
+    return [Message(role="system", content=content)] if content and content.strip() else []
 
 
 def images(row: Mapping[str, Any]) -> Images:
@@ -96,15 +101,6 @@ def _as_image(value: Any, *, column: str) -> str | bytes:
     return value
 
 
-def message(role: str, content: str, *, column: str) -> Message:
-    """A message; raises RecordError for text that is not valid Unicode."""
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError("not UTF-8", f"half a surrogate pair at character {error.start}", field=column) from None
-    return Message(role=ROLES[role], content=content)
-
-
 def conversation(value: Any, *, column: str) -> tuple[list[Message], Images]:
     """A list of {"role", "content"} or {"from", "value"} as messages, with the images that stand inside content lists."""
     if isinstance(value, Mapping):
@@ -117,14 +113,14 @@ def conversation(value: Any, *, column: str) -> tuple[list[Message], Images]:
     inline: list[str | bytes] = []
     for item in value:
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise RecordError("unknown role", f"{role!r} is none of {', '.join(ROLES)}", field=column)
         if item.get("tool_calls"):
             raise RecordError("unsupported content", "tool calls can't be trained on", field=column)
         if isinstance(content, list):
             content, found = _content_list(content, column=column)
             inline.extend(found)
-        messages.append(message(role, as_text(content, column=column), column=column))
+        messages.append(Message(role=ROLES[role], content=as_text(content, column=column)))
     return messages, tuple(inline)
 
 

@@ -41,7 +41,7 @@ def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
 def _rejected(value: Any, prompt: list[Message], *, column: str) -> str:
     """The rejected reply: text, its message alone, or the whole conversation, which must agree with `messages` before it."""
     if isinstance(value, str):
-        return value
+        return cells.as_text(value, column=column)
     conversation, _ = cells.conversation(value, column=column)
     before, reply = cells.split_reply(conversation, column=column)
     without_system = [m for m in prompt if m.role != "system"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from rayalign.formats import cells
-from rayalign.records import PreferenceRecord, build_record
+from rayalign.records import Message, PreferenceRecord, build_record
 
 NEEDS = "question, chosen, rejected, image"
 
@@ -14,7 +14,7 @@ def matches(columns: Set[str]) -> bool:
 
 
 def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
-    question = cells.message("user", cells.text(row, "question"), column="question")
+    question = Message(role="user", content=cells.text(row, "question"))
     return build_record(
         id=id,
         messages=[*cells.system_message(row), question],

@@ -42,7 +42,7 @@ def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
 def _reply(value: Any, *, column: str) -> str:
     """A reply as text, as one message, or as a list of one message."""
     if isinstance(value, str):
-        return value
+        return cells.as_text(value, column=column)
     messages, _ = cells.conversation(value, column=column)
     before, reply = cells.split_reply(messages, column=column)
     if before:

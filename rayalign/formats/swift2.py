@@ -15,7 +15,7 @@ def matches(columns: Set[str]) -> bool:
 
 def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
     messages = cells.system_message(row) + _history(row.get("history", []))
-    messages.append(cells.message("user", cells.text(row, "query"), column="query"))
+    messages.append(Message(role="user", content=cells.text(row, "query")))
     return build_record(
         id=id,
         messages=messages,
@@ -31,8 +31,8 @@ def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
 def _history(value: Any) -> list[Message]:
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise RecordError("wrong type", "expected a list of [query, response] pairs", field="history")
-    return [
-        cells.message(role, cells.as_text(content, column="history"), column="history")
-        for pair in value
-        for role, content in zip(("user", "assistant"), pair, strict=True)
-    ]
+    messages = []
+    for query, response in value:
+        messages.append(Message(role="user", content=cells.as_text(query, column="history")))
+        messages.append(Message(role="assistant", content=cells.as_text(response, column="history")))
+    return messages

@@ -39,7 +39,7 @@ def _prompt(row: Mapping[str, Any]) -> tuple[list[Message], cells.Images]:
     """The `prompt` cell as messages; nothing where the replies hold it."""
     value = row.get("prompt", [])
     if isinstance(value, str):
-        return [*cells.system_message(row), cells.message("user", value, column="prompt")], ()
+        return [*cells.system_message(row), Message(role="user", content=cells.text(row, "prompt"))], ()
     messages, inline = cells.conversation(value, column="prompt")
     has_system = any(m.role == "system" for m in messages)
     return [*([] if has_system else cells.system_message(row)), *messages], inline
@@ -53,7 +53,7 @@ def _reply(row: Mapping[str, Any], column: str, given: list[Message]) -> tuple[l
             raise RecordError(
                 "missing field", f"{column!r} is plain text, so the question must stand in a column of its own", field="prompt"
             )
-        return given, value, ()
+        return given, cells.text(row, column), ()
     conversation, inline = cells.conversation(value, column=column)
     before, reply = cells.split_reply(conversation, column=column)
     if before[: len(given)] == given:

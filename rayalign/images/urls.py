@@ -18,6 +18,7 @@ TIMEOUT_SECONDS = 10
 TOTAL_SECONDS = 60
 MAX_REDIRECTS = 5
 BLOCK_BYTES = 2**16
+HEADERS = {"User-Agent": "rayalign", "Accept": "image/*", "Accept-Encoding": "identity"}
 URL_SIGNS = "/%:=&?~+!$,;'@()*[]"
 """Characters of a URL that stay as they are; others, such as spaces and accents, are percent-encoded."""
 
@@ -42,62 +43,58 @@ def fetch_url(url: str, *, max_bytes: int) -> bytes:
 def _get(url: str, *, deadline: float, max_bytes: int) -> bytes | tuple[str]:
     """One request: the body, or where it redirects to."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or parts.password is not None:
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
         raise RecordError("image URL refused", f"{url[:200]}: only http(s)://host/path, without credentials", field="images")
-    connection = _connect(parts, parts.hostname)
-    watchdog = threading.Timer(deadline - time.monotonic(), _hang_up, [connection])
+    connection, sock = _connect(parts, parts.hostname)
+    watchdog = threading.Timer(deadline - time.monotonic(), _hang_up, [sock])
     watchdog.daemon = True
     watchdog.start()
     try:
         path = quote(parts.path or "/", safe=URL_SIGNS)
         query = f"?{quote(parts.query, safe=URL_SIGNS)}" if parts.query else ""
-        connection.request(
-            "GET", path + query, headers={"User-Agent": "rayalign", "Accept": "image/*", "Accept-Encoding": "identity"}
-        )
-        response = connection.getresponse()
-        location = response.getheader("Location")
-        if response.status in (301, 302, 303, 307, 308) and location:
-            return (location,)
-        if response.status in (404, 410):
-            raise RecordError("image missing", f"{url[:200]}: HTTP {response.status}", field="images")
-        if response.status != 200:
-            raise RecordError("image URL failed", f"{url[:200]}: HTTP {response.status}", field="images")
-        content = bytearray()
-        while block := response.read1(BLOCK_BYTES):
-            content += block
-            if len(content) > max_bytes:
-                raise RecordError("image too large", f"{url[:200]}: more than {max_bytes // 2**20} MiB", field="images")
-        if response.length or time.monotonic() > deadline:
-            raise RecordError("image URL failed", f"{url[:200]}: cut off after {len(content)} bytes", field="images")
-        return bytes(content)
+        connection.request("GET", path + query, headers=HEADERS)
+        with connection.getresponse() as response:
+            location = response.getheader("Location")
+            if response.status in (301, 302, 303, 307, 308) and location:
+                return (location,)
+            if response.status in (404, 410):
+                raise RecordError("image missing", f"{url[:200]}: HTTP {response.status}", field="images")
+            if response.status != 200:
+                raise RecordError("image URL failed", f"{url[:200]}: HTTP {response.status}", field="images")
+            content = bytearray()
+            while block := response.read1(BLOCK_BYTES):
+                content += block
+                if len(content) > max_bytes:
+                    raise RecordError("image too large", f"{url[:200]}: more than {max_bytes // 2**20} MiB", field="images")
+            if response.length or time.monotonic() > deadline:
+                raise RecordError("image URL failed", f"{url[:200]}: cut off after {len(content)} bytes", field="images")
+            return bytes(content)
     finally:
         watchdog.cancel()
         connection.close()
 
 
-def _hang_up(connection: http.client.HTTPConnection) -> None:
+def _hang_up(sock: socket.socket) -> None:
     """Ends a transfer past its deadline, however slowly the server drips; the reader then sees the end of the stream."""
     with contextlib.suppress(OSError):
-        connection.sock.shutdown(socket.SHUT_RDWR)
+        sock.shutdown(socket.SHUT_RDWR)
 
 
-def _connect(parts: SplitResult, host: str) -> http.client.HTTPConnection:
+def _connect(parts: SplitResult, host: str) -> tuple[http.client.HTTPConnection, socket.socket]:
     """A connection to the very address that was checked, so that the name can't be resolved anew to another one."""
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    address = _public_address(host, port)
-    sock = socket.create_connection((address, port), timeout=TIMEOUT_SECONDS)
-    connection: http.client.HTTPConnection
+    sock = socket.create_connection((_public_address(host, port), port), timeout=TIMEOUT_SECONDS)
+    connection = http.client.HTTPConnection(host, port)
     if parts.scheme == "https":
+        context = ssl.create_default_context()
+        connection = http.client.HTTPSConnection(host, port, context=context)
         try:
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+            sock = context.wrap_socket(sock, server_hostname=host)
         except BaseException:
             sock.close()
             raise
-        connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_SECONDS)
-    else:
-        connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_SECONDS)
     connection.sock = sock
-    return connection
+    return connection, sock
 
 
 def _public_address(host: str, port: int) -> str:

@@ -9,7 +9,7 @@ from rayalign.models.family import Family
 def features_per_tile(config: Any) -> int:
     """Features of one square input of the vision tower; the `default` selection drops the class token."""
     side: int = config.vision_config.image_size // config.vision_config.patch_size
-    return side * side + (config.vision_feature_select_strategy == "full")
+    return side * side + int(config.vision_feature_select_strategy == "full")
 
 
 def image_token_counts(config: Any, inputs: Mapping[str, Any]) -> list[int]:

@@ -1,4 +1,5 @@
-"""LLaVA-NeXT (1.6): an image becomes a thumbnail and a grid of tiles; padding is cut away and each feature row ends in a newline."""
+"""LLaVA-NeXT (1.6): an image becomes a thumbnail and a grid of tiles; padding is cut away and each feature row ends in a
+newline."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -167,6 +167,8 @@ def test_a_file_is_read_by_url(tmp_path: Path):
     [
         ("bata: 1\n", "Unknown flag --bata. Did you mean --beta?"),
         ("simpo_gamma: 1\n", "--simpo_gamma belongs to simpo, not dpo."),
+        ("config: b.yaml\n", "--config belongs to the command line, not in a file."),
+        ("rlhf_type: [dpo]\n", "--rlhf_type ['dpo']: must be one of sft, dpo, simpo, cpo. Did you mean dpo?"),
         ("- beta\n", "--config FILE: must hold lines of `flag: value`."),
         ("beta: 1\nbeta: 2\n", "--config FILE: beta is given more than once."),
         ("batch_size: true\n", "--batch_size True: must be a whole number."),

@@ -30,7 +30,7 @@ def test_records_and_messages_are_frozen_and_survive_pickling() -> None:
     record = build(images=[b"\x89PNG"], margin=0.5, label=True)
     assert pickle.loads(pickle.dumps(record)) == record
     with pytest.raises(pydantic.ValidationError, match="frozen"):
-        record.chosen = "x"  # type: ignore[misc]
+        record.chosen = "x"
 
 
 def test_unknown_fields_are_refused() -> None:
@@ -127,7 +127,7 @@ def test_a_broken_invariant_is_a_record_error_that_names_the_field(changes: dict
 
 
 def test_errors_use_the_rows_own_column_names() -> None:
-    with pytest.raises(RecordError, match="^rejected_response: the reply equals response, so there is nothing to prefer$"):
+    with pytest.raises(RecordError, match=r"^rejected_response: the reply equals response, so there is nothing to prefer$"):
         build(rejected="A cat.", columns={"chosen": "response", "rejected": "rejected_response"})
 
 

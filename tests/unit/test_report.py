@@ -56,7 +56,7 @@ def render(**changes: Any) -> str:
     values: dict[str, Any] = {
         "title": "my run",
         "config": {"model": "some/model", "dataset": ["rlaif-v#1000"], "beta": 0.1},
-        "summary": {"algorithm": "dpo", "wall_seconds": 4325.0, "versions": {"torch": "2.7.1"}},
+        "summary": {"algorithm": "dpo", "seconds": 4325.0, "versions": {"torch": "2.7.1"}},
         "metrics": METRICS,
         "dropped": {"image cannot be decoded": 3},
         "pairs": [pair(k) for k in range(40)],

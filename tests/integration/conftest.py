@@ -1,0 +1,28 @@
+"""One cluster, one tiny model and one data set for all integration tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import Cluster, running_cluster
+from tests.tiny_data import write_rows
+from tests.tiny_models import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def cluster_of_four_cpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Logical CPUs: two workers and the data tasks beside them also on a machine of two cores."""
+    with running_cluster(tmp_path_factory.mktemp("ray"), num_cpus=4) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "llava")
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 good records and two bad lines."""
+    return write_rows(tmp_path_factory.mktemp("data"), 50, extra_lines=("{broken", '{"query": "no answers"}'))

@@ -1,0 +1,141 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rayalign import logprobs
+from rayalign.logprobs import SequenceLogps, token_logps
+
+CHUNK = 4
+# Both orders of summation are exact to a few units in the last place of numbers around 10.
+FLOAT64 = 1e-13
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", CHUNK)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any operation's result had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return (hidden @ weight.t()).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def inputs(n: int, *, vocabulary: int = 11, width: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(n, width, dtype=torch.float64).to(dtype)
+    weight = torch.randn(vocabulary, width, dtype=torch.float64).to(dtype)
+    return hidden, weight, torch.randint(vocabulary, (n,))
+
+
+def test_two_tokens_with_known_probabilities() -> None:
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    weight = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
+    # Logits: row 0 [0, 0] -> 1/2 each; row 1 [log 3, 0] -> 3/4 and 1/4.
+    logps = token_logps(hidden, weight, torch.tensor([1, 0]))
+    torch.testing.assert_close(logps, torch.tensor([math.log(1 / 2), math.log(3 / 4)]))
+
+
+@pytest.mark.parametrize("n", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 2])
+def test_values_and_both_gradients_equal_the_plain_log_softmax(n: int) -> None:
+    hidden, weight, targets = inputs(n)
+    upstream = torch.randn(n, dtype=torch.float64)  # every token has its own factor, as in a preference loss
+    results = []
+    for function in (token_logps, plain_logps):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps = function(h, w, targets)
+        logps.backward(upstream)
+        results.append((logps.detach(), h.grad, w.grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=FLOAT64, rtol=FLOAT64)
+
+
+def test_gradcheck_of_hidden_states_and_head() -> None:
+    hidden, weight, targets = inputs(CHUNK + 2)
+    assert torch.autograd.gradcheck(token_logps, (hidden.requires_grad_(), weight.requires_grad_(), targets))
+
+
+@pytest.mark.parametrize(("hidden_learns", "head_learns"), [(True, False), (False, True)])
+def test_what_does_not_learn_gets_no_gradient(hidden_learns: bool, head_learns: bool) -> None:
+    hidden, weight, targets = inputs(CHUNK + 1)
+    h, w = hidden.clone().requires_grad_(hidden_learns), weight.clone().requires_grad_(head_learns)
+    token_logps(h, w, targets).sum().backward()
+    plain_h, plain_w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    plain_logps(plain_h, plain_w, targets).sum().backward()
+    for ours, plain, learns in ((h.grad, plain_h.grad, hidden_learns), (w.grad, plain_w.grad, head_learns)):
+        if learns:
+            torch.testing.assert_close(ours, plain, atol=FLOAT64, rtol=FLOAT64)
+        else:
+            assert ours is None
+
+
+def test_no_tokens_give_no_log_probs_and_zero_gradients() -> None:
+    hidden, weight, targets = inputs(0)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps = token_logps(hidden, weight, targets)
+    assert logps.shape == (0,)
+    logps.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 3)
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_the_inputs_are_left_as_they_were() -> None:
+    hidden, weight, targets = inputs(CHUNK + 1)
+    before = hidden.clone(), weight.clone()
+    token_logps(hidden.requires_grad_(), weight.requires_grad_(), targets).sum().backward()
+    assert torch.equal(hidden, before[0])
+    assert torch.equal(weight, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_states_give_float32_log_probs_and_gradients_of_their_own_type(dtype: torch.dtype) -> None:
+    hidden, weight, targets = inputs(CHUNK + 1, dtype=dtype)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logps = token_logps(h, w, targets)
+    assert logps.dtype == torch.float32
+    # The logits are rounded by the matrix product; from there on the arithmetic is float32.
+    expected = (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(logps.detach(), expected, atol=1e-6, rtol=1e-6)
+    logps.sum().backward()
+    exact_h, exact_w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    plain_logps(exact_h, exact_w, targets).sum().backward()
+    for ours, exact in ((h.grad, exact_h.grad), (w.grad, exact_w.grad)):
+        assert ours is not None
+        assert ours.dtype == dtype
+        # bfloat16 keeps 8 bits: 2^-8 = 0.4 % of numbers up to 4, over a handful of additions.
+        torch.testing.assert_close(ours.double(), exact, atol=0.1, rtol=0.05)
+
+
+def test_no_tensor_is_larger_than_one_chunk_of_logits_forward_and_backward() -> None:
+    n, vocabulary = 40 * CHUNK, 500
+    hidden, weight, targets = inputs(n, vocabulary=vocabulary)
+    peaks = []
+    for function in (token_logps, plain_logps):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with LargestTensor() as largest:
+            function(h, w, targets).sum().backward()
+        peaks.append(largest.numel)
+    assert peaks == [CHUNK * vocabulary, n * vocabulary]
+
+
+def test_the_average_is_per_token() -> None:
+    logps = SequenceLogps(total=torch.tensor([-6.0, -1.0]), tokens=torch.tensor([3, 2]))
+    assert logps.average.tolist() == [-2.0, -0.5]

@@ -1,0 +1,32 @@
+"""The YAML files of pipelines/configs are complete, explained and up to date with the flags."""
+
+from pathlib import Path
+
+import pytest
+
+from rayalign import cli
+from rayalign.algorithms import ALGORITHMS
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+STALE = "the flags have changed: `make configs` rewrites the file, values kept"
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_the_file_of_every_algorithm_holds_exactly_its_flags(name: str):
+    file = PIPELINES / "configs" / f"{name}.yaml"
+    config = cli.parse(ALGORITHMS, ["--config", str(file)], prog=f"pipelines/{name}.py", description="", algorithm=name)
+    assert config.data.dataset
+    assert config.model.model_type
+    assert cli.to_yaml(config) == file.read_text(), STALE
+
+
+def test_the_sweeps_file_holds_exactly_its_flags():
+    file = PIPELINES / "configs" / "tune.yaml"
+    config, tune = cli.parse_sweep(ALGORITHMS, ["--config", str(file)], prog="pipelines/tune.py", description="")
+    assert cli.to_yaml(config, tune) == file.read_text(), STALE
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_the_name_of_an_algorithm_is_its_key_and_its_pipeline(name: str):
+    assert ALGORITHMS[name].name == name
+    assert (PIPELINES / f"{name}.py").exists()
