@@ -10,15 +10,17 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rayalign.policy import Policy
 from rayalign.storage import Store
+
+if TYPE_CHECKING:
+    from rayalign.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class Checkpoint:
     step: int
 
 
-def write_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer, *, step: int) -> None:
+def write_checkpoint(folder: Path, policy: "Policy", optimizer: Optimizer, *, step: int) -> None:
     """Writes the learnt weights, the optimizer's moments and the number of steps done; the manifest last."""
     names = {id(p): name for name, p in policy.trainable.items()}
     save_file({name: p.detach().contiguous() for name, p in policy.trainable.items()}, folder / "trainable.safetensors")
@@ -48,7 +50,7 @@ def write_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer, *, step
     (folder / MANIFEST).write_text(json.dumps(files))
 
 
-def load_checkpoint(checkpoint: Checkpoint, policy: Policy, optimizer: Optimizer) -> None:
+def load_checkpoint(checkpoint: Checkpoint, policy: "Policy", optimizer: Optimizer) -> None:
     """Restores weights and optimizer in place. Raises ValueError where the checkpoint is of another model or adapter."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

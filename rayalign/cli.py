@@ -34,8 +34,8 @@ def configure_logging() -> None:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the program with code 2 and one sentence for what the user can mend (ValueError, a loss that is no longer finite); with
-    RAYALIGN_TRACEBACK=1 the traceback is shown, too."""
+    """Ends the program with code 2 and one sentence for what the user can mend (ValueError, a loss that is no longer finite);
+    with RAYALIGN_TRACEBACK=1 the traceback is shown, too."""
     try:
         yield
     except (ValueError, FloatingPointError) as error:

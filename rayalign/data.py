@@ -1,7 +1,7 @@
-"""Ray Data: reads, validates and encodes records into the cache, and streams them to the workers in plan order.
+"""Ray Data on the cluster's side: reads, validates and encodes records into the cache.
 
 `prepare` runs once for a data set and model: read -> validate -> encode -> shards on shared storage, on every CPU of the
-cluster. `pairs_in_order` is what a train worker iterates: look up -> decode -> batch, prefetched across steps and epochs.
+cluster. `stream` brings them to the train workers.
 """
 
 import contextlib
@@ -9,35 +9,33 @@ import functools
 import hashlib
 import json
 import logging
-import queue
-import threading
+import sys
 import time
 import uuid
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+import transformers
 
-from rayalign.batch import PairBatch, assemble
 from rayalign.config import DataConfig
-from rayalign.encode import Encoder, EncoderSpec, image_processing
+from rayalign.encode import Encoder, EncoderSpec
 from rayalign.formats import parse_row
 from rayalign.formats.files import Dataset, read_rows, resolve_dataset, spans_of
 from rayalign.formats.rows import Span
 from rayalign.images import fetch_image
-from rayalign.plan import StepPlan, look_up
-from rayalign.prepared import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, from_batch, write_shard
+from rayalign.models import ModelSource
+from rayalign.prepared import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
 from rayalign.records import RecordError, require_pair
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SPAN_ROWS = 256
 """Rows that one task reads, encodes and writes as one shard."""
@@ -49,6 +47,16 @@ CACHE_VERSION = 1
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
 OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS])
 """What a task reports: a line of the index for each pair written, or the reason (not null) for each record dropped."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains and is evaluated on. `held_out` None: a part of `training` is held out."""
+
+    source: ModelSource
+    spec: EncoderSpec
+    training: PreparedData
+    held_out: PreparedData | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     total = sum(task.span.num_rows if task.rows is None else len(task.rows) for task in tasks)
     attempt = uuid.uuid4().hex[:12]
     prepare_rows = functools.partial(_prepare_rows, tasks=ray.put(tasks), sources=sources, spec=spec, folder=store / attempt)
-    _settle_context()
+    settle_context()
     numbers = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
     outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
     tables, done, told = [], 0, started
@@ -196,7 +204,7 @@ def _draw(num_rows: int, dataset: Dataset, seed: int) -> Rows | None:
         return None
     if dataset.sample > num_rows:
         raise ValueError(f"--dataset {dataset.argument}: {dataset.sample} records are asked for, and there are {num_rows}.")
-    name = int.from_bytes(hashlib.sha256(dataset.argument.encode()).digest()[:4], "big")
+    name = int.from_bytes(hashlib.sha256(dataset.name.encode()).digest()[:4], "big")
     return np.sort(np.random.default_rng([seed, name]).choice(num_rows, dataset.sample, replace=False))
 
 
@@ -268,88 +276,26 @@ def _user_errors() -> Iterator[None]:
         raise ValueError(str(cause.args[0]) if cause.args else str(cause)) from None
 
 
-def _settle_context() -> None:
+def quiet_logging() -> None:
+    """In a Ray process: rayalign's own lines, and of Ray and other libraries only what goes wrong."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("rayalign").setLevel(logging.INFO)
+    quiet_ray()
+    transformers.utils.logging.disable_progress_bar()
+    # peft asks transformers for this by a name that is on its way out; drop the line when a peft release uses the new one.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def quiet_ray() -> None:
+    """Leaves of what Ray's libraries log the warnings, in this process."""
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def settle_context() -> None:
     """Ray Data's settings for the data sets that this process builds next."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # the order is planned, timing must not change it
     context.enable_progress_bars = False  # they flood job logs; stages log a line with rate and time to go
-
-
-def pairs_in_order(
-    data: PreparedData, plan: StepPlan, spec: EncoderSpec, *, rank: int, start_step: int, pin_memory: bool = False
-) -> Iterator[tuple[int, PairBatch]]:
-    """A worker's (step, micro-batch) from `start_step` to the end of the run, always a few ahead of the training."""
-    chunks = plan.chunks(start_step)
-    if not chunks:
-        return iter(())
-    lines = [{"first": steps.start, "last": steps.stop} for steps in chunks]
-    _settle_context()
-    find = functools.partial(look_up, data=data, settings=plan.settings, rank=rank)
-    # Look-ups wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
-    # wait for one for ever where the workers hold them all.
-    tables = ray.data.from_items(lines, override_num_blocks=len(lines)).map_batches(
-        find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))
-    )
-    make_batch = batch_maker(spec)
-
-    def batches() -> Iterator[tuple[int, PairBatch]]:
-        arriving = iter(tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-        for steps in chunks:
-            sizes = [(step, len(rows)) for step in steps for rows in plan.micro_batches(step, rank)]
-            pairs = from_batch(next(arriving)) if sizes else []
-            for step, size in sizes:
-                batch = make_batch(pairs[:size])
-                del pairs[:size]
-                yield step, batch.pin_memory() if pin_memory else batch
-
-    return ahead(batches(), depth=2)
-
-
-def held_out_pairs(data: PreparedData, micro_batches: Sequence[Rows], spec: EncoderSpec) -> Iterator[PairBatch]:
-    """Batches of given rows, a few ahead of their use."""
-    reader, make_batch = data.reader(), batch_maker(spec)
-    return ahead((make_batch(from_batch(reader.read(rows))) for rows in micro_batches), depth=2)
-
-
-def batch_maker(spec: EncoderSpec) -> Callable[[Sequence[EncodedPair]], PairBatch]:
-    """The function that decodes images and builds tensors, for one model."""
-    tokenizer = spec.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return functools.partial(
-        assemble, with_rejected=spec.with_rejected, pad_token_id=pad, process_images=image_processing(spec)
-    )
-
-
-def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
-    """The same items, made in a thread that stays up to `depth` items ahead; its exceptions are raised here."""
-    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                waiting.put(entry, timeout=0.2)
-                return
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put((True, item))
-                if stop.is_set():
-                    return
-            put((False, None))
-        except BaseException as error:  # noqa: BLE001  # raised again where the items are used
-            put((False, error))
-
-    threading.Thread(target=produce, name="batches-ahead", daemon=True).start()
-    try:
-        while True:
-            more, item = waiting.get()
-            if more:
-                yield item
-            elif item is None:
-                return
-            else:
-                raise item
-    finally:
-        stop.set()

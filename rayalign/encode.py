@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
 from transformers import AutoConfig, AutoProcessor
 
 from rayalign.images import image_hash, open_image
 from rayalign.models import Family, find_family
 from rayalign.prepared import EncodedPair
 from rayalign.records import IMAGE_MARK, Message, PreferenceRecord, RecordError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,11 @@ class Encoder:
         return ids
 
 
-def image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes]], Mapping[str, Tensor]]:
+def image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes]], "Mapping[str, Tensor]"]:
     """The function that turns images' bytes into the model's image inputs, as the encoder saw them."""
     process = spec.processor.image_processor
 
-    def process_images(contents: Sequence[bytes]) -> Mapping[str, Tensor]:
+    def process_images(contents: Sequence[bytes]) -> "Mapping[str, Tensor]":
         opened = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
         return dict(process(opened, return_tensors="pt"))
 

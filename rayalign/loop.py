@@ -180,8 +180,8 @@ def run_steps(
 ) -> None:
     """Trains from `start_step` (steps already done) to the plan's end.
 
-    `stream` yields this worker's (step, micro-batch) in plan order; `tokens_before` is what `num_tokens` counts on from. Raises FloatingPointError when the loss is no longer
-    finite.
+    `stream` yields this worker's (step, micro-batch) in plan order; `tokens_before` is what `num_tokens` counts on from.
+    Raises FloatingPointError when the loss is no longer finite.
     """
     clock = _Clock(tokens_before)
     for step in range(start_step, plan.num_steps):

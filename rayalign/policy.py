@@ -4,11 +4,9 @@ The reference is the same weights seen differently: adapters off, or, where trai
 kept frozen beside the one that learns. So it costs no second model, and rewards at step 0 are exactly 0.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from rayalign.batch import PairBatch, attention_mask
 from rayalign.config import ModelConfig, TunerConfig
 from rayalign.logprobs import PairLogps, SequenceLogps, token_logps
-from rayalign.models import Family, find_family, hub_id_of
+from rayalign.models import Family, ModelSource, find_family
 
 TRAINED, REFERENCE = "default", "reference"
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where weights come from: `base` is a folder or hub id, `adapter` the folder of an adapter to continue from."""
-
-    base: str
-    adapter: str | None = None
-
-
-def resolve_model(config: ModelConfig) -> ModelSource:
-    """Finds out what --model or --model_type means; an adapter's folder brings its base model along."""
-    if config.model and config.model_type:
-        raise ValueError(f"--model {config.model} and --model_type {config.model_type} both name the model: give one of them.")
-    if config.model_type:
-        return ModelSource(hub_id_of(config.model_type))
-    if not config.model:
-        raise ValueError("No model given: pass --model FOLDER_OR_HUB_ID, or --model_type with a registered name.")
-    folder = Path(config.model).expanduser()
-    if not folder.is_dir():
-        if config.model.startswith((".", "/", "~")):
-            raise ValueError(f"--model {config.model}: there is no such folder.")
-        return ModelSource(config.model)
-    folder = folder.resolve()
-    if (folder / "adapter_config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return ModelSource(base, adapter=str(folder))
-    if not (folder / "config.json").exists():
-        raise ValueError(
-            f"--model {config.model}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)."
-        )
-    return ModelSource(str(folder))
 
 
 class Policy:

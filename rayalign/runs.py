@@ -14,7 +14,7 @@ from rayalign.report import ScoredPair, render_report
 from rayalign.storage import Store
 
 if TYPE_CHECKING:
-    from rayalign.train import RunData
+    from rayalign.data import RunData
 
 logger = logging.getLogger(__name__)
 

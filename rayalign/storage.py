@@ -52,10 +52,11 @@ class Store:
 
     def resolve(self) -> tuple[pafs.FileSystem, str]:
         """The pyarrow file system and the path in it."""
-        if is_url(self.location):
-            filesystem, path = pafs.FileSystem.from_uri(self.location)
-            return filesystem, path
-        return pafs.LocalFileSystem(), self.location
+        local = self.local_path
+        if local is not None:
+            return pafs.LocalFileSystem(), str(local)
+        filesystem, path = pafs.FileSystem.from_uri(self.location)
+        return filesystem, path
 
     def info(self) -> pafs.FileInfo:
         filesystem, path = self.resolve()

@@ -14,6 +14,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from rayalign import train
 from rayalign.cli import to_yaml
 from rayalign.config import Config, TuneConfig
+from rayalign.data import quiet_logging
 from rayalign.runs import open_run
 from rayalign.search import SearchRange, check_search
 from rayalign.storage import Store
@@ -76,7 +77,7 @@ def _tuner(config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange],
 
 def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
     """One trial, in a process of its own: finds the prepared data in the cache and trains; a trial started again resumes."""
-    train.quiet_logging()
+    quiet_logging()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", train.POLL_SECONDS)
     name = ray.tune.get_context().get_trial_id()
     folder = Store.at(str(config.run.output_dir)) / "trials" / str(name)

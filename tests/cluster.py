@@ -86,9 +86,10 @@ def running_cluster(folder: Path, *, num_cpus: int, env: dict[str, str] | None =
     finally:
         head.send_signal(signal.SIGTERM)
         try:
-            head.wait(timeout=30)
+            head.wait(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
 
 
 def _wait_for(port: int, head: subprocess.Popen[bytes], log: Path) -> None:

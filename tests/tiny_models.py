@@ -32,8 +32,9 @@ FAMILIES = ("llava", "llava_next")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<s>' if loop.first else '' }}{{ message['role'] | upper }}: "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{{ '</s>' if message['role'] == 'assistant' else '\n' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ '</s>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
 
 VISION = {
@@ -95,7 +96,7 @@ def make_processor(family: str) -> Any:
 
 
 def make_model(family: str, *, text: dict[str, Any] | None = None, seed: int = 0) -> Any:
-    """The model with random weights, scaled up so that outputs really depend on every input (tests of equality would be empty)."""
+    """The model with random weights, scaled up so that outputs depend on every input (equality would say nothing otherwise)."""
     image_token = make_tokenizer().convert_tokens_to_ids("<image>")
     common = {"vision_config": VISION, "text_config": {**TEXT, **(text or {})}, "image_token_index": image_token}
     config = LlavaConfig(**common) if family == "llava" else LlavaNextConfig(**common, image_grid_pinpoints=PINPOINTS)
@@ -137,9 +138,7 @@ def encode_pair(
 
 def make_batch(folder: Path, pairs: Sequence[EncodedPair], *, with_rejected: bool = True) -> PairBatch:
     """The batch of some pairs, images processed by the tiny model's own processor."""
-    return assemble(
-        pairs, with_rejected=with_rejected, pad_token_id=0, process_images=image_processing(_encoder(folder).spec)
-    )
+    return assemble(pairs, with_rejected=with_rejected, pad_token_id=0, process_images=image_processing(_encoder(folder).spec))
 
 
 def make_policy(
@@ -174,7 +173,7 @@ def wake_adapters(policy: Policy, *, scale: float = 0.1, seed: int = 0) -> Polic
 
 
 def in_float64(policy: Policy) -> Policy:
-    """Casts the policy's weights, and swaps the norms, which transformers computes in float32 for any input, for torch's own."""
+    """Casts the policy's weights, and swaps the norms, which transformers computes in float32 always, for torch's own."""
     policy.model.double()
     for parent in list(policy.model.modules()):
         for name, norm in list(parent.named_children()):

@@ -4,8 +4,7 @@ newline."""
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+from transformers.image_processing_utils import select_best_resolution
 
 from rayalign.models.family import Family
 from rayalign.models.llava import features_per_tile
@@ -16,12 +15,19 @@ def image_token_counts(config: Any, inputs: Mapping[str, Any]) -> list[int]:
     tile = config.vision_config.image_size
     side = tile // config.vision_config.patch_size
     counts = []
-    for size in torch.as_tensor(inputs["image_sizes"]).tolist():
-        rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile)
-        grid = torch.empty(1, rows * side, columns * side, device="meta")
-        height, width = unpad_image(grid, size).shape[1:]
-        counts.append(features_per_tile(config) + height * (width + 1))
+    for height, width in inputs["image_sizes"]:
+        canvas_height, canvas_width = select_best_resolution((int(height), int(width)), config.image_grid_pinpoints)
+        rows, columns = _without_padding(int(height), int(width), canvas_height // tile * side, canvas_width // tile * side)
+        counts.append(features_per_tile(config) + rows * (columns + 1))
     return counts
+
+
+def _without_padding(height: int, width: int, rows: int, columns: int) -> tuple[int, int]:
+    """The feature rows and columns that the picture covers when it is scaled into the grid with its proportions kept; the
+    padding is cut off on both sides alike."""
+    if width / height > columns / rows:
+        return rows - (rows - int(round(height * (columns / width), 7))) // 2 * 2, columns
+    return rows, columns - (columns - int(round(width * (rows / height), 7))) // 2 * 2
 
 
 FAMILY = Family(

@@ -23,6 +23,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def good_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 records that can all be used."""
+    return write_rows(tmp_path_factory.mktemp("good"), 60, seed=1)
+
+
+@pytest.fixture(scope="session")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """50 good records and two bad lines."""
     return write_rows(tmp_path_factory.mktemp("data"), 50, extra_lines=("{broken", '{"query": "no answers"}'))

@@ -27,11 +27,11 @@ def sft_run(cluster_of_four_cpus: Cluster, model: Path, records: Path, tmp_path_
 
 
 @pytest.fixture(scope="module")
-def dpo_run(cluster_of_four_cpus: Cluster, sft_run: Path, records: Path) -> Path:
+def dpo_run(cluster_of_four_cpus: Cluster, sft_run: Path, good_records: Path) -> Path:
     """The guide's command, flag by flag, from the SFT adapter."""
     folder = sft_run.parent / "dpo"
     words = (
-        *("--rlhf_type", "dpo", "--model", sft_run / "model", "--sft_type", "lora", "--dataset", f"{records}#40"),
+        *("--rlhf_type", "dpo", "--model", sft_run / "model", "--sft_type", "lora", "--dataset", f"{good_records}#40"),
         *("--num_train_epochs", 2, "--lora_target_modules", "DEFAULT", "--gradient_checkpointing", "true"),
         *("--beta", 0.1, "--rpo_alpha", 0.1, "--warmup_ratio", 0.03, "--save_total_limit", 2, "--output_dir", folder),
     )

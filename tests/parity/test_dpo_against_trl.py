@@ -1,7 +1,7 @@
-"""DPO against TRL's DPOTrainer at its pinned version: same records, weights and adapter in; token ids, loss, gradients, weights out.
+"""DPO against TRL's DPOTrainer at its pinned version: same records, weights and adapter; token ids, losses, gradients, weights.
 
-TRL tokenises and collates for itself, runs chosen and rejected as two plain rows, and optimises with transformers' Trainer; nothing
-of that is shared with rayalign. The tiny models have weights scaled so that every input counts, and the adapters' B matrices
+TRL tokenises and collates for itself, runs chosen and rejected as two plain rows, and optimises with transformers' Trainer;
+rayalign shares nothing of that. The tiny models have weights scaled so that every input counts, and the adapters' B matrices
 are random: with B = 0 the loss is log 2 and the gradient of A zero whatever the code does.
 """
 
@@ -27,6 +27,7 @@ from rayalign.batch import PairBatch, assemble
 from rayalign.config import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.encode import Encoder, EncoderSpec, image_processing
 from rayalign.loop import Trainer
+from rayalign.metrics import MetricSums
 from rayalign.plan import StepTotals
 from rayalign.policy import REFERENCE, TRAINED, ModelSource, Policy, load_policy, lora_targets
 from rayalign.prepared import EncodedPair
@@ -42,8 +43,8 @@ pytestmark = [
 
 TOLERANCE = 1e-5
 """float32 sums of a few hundred terms in another order (one row of three segments against two rows) differ by about 1e-6 of the
-largest term. Losses are compared absolutely (they are of order 1), gradients relative to the largest entry of all adapters'
-gradients, weights relative to the largest distance that one of them moved."""
+largest term. Losses are compared absolutely (they are of order 1); gradients and weights relative to the largest entry there is
+in any adapter's gradient or weight."""
 
 BETA = 0.1
 
@@ -274,11 +275,20 @@ def gradients_of(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def relative_distance(ours: dict[str, Tensor], theirs: dict[str, Tensor], *, scale: float | None = None) -> float:
-    """The largest difference of any entry over `scale`, by default the largest entry."""
+def relative_distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of any entry, over the largest entry."""
     assert set(ours) == set(theirs)
-    scale = scale or max(t.abs().max().item() for t in theirs.values())
+    scale = max(t.abs().max().item() for t in theirs.values())
     return max((ours[name] - theirs[name]).abs().max().item() for name in theirs) / scale
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Five steps of training: the loss of each, and the adapters' weights before and after."""
+
+    losses: list[float]
+    start: dict[str, Tensor]
+    end: dict[str, Tensor]
 
 
 # --- the tests
@@ -339,36 +349,45 @@ def test_rewards_and_logps_are_trls(llava_next: Path, tmp_path: Path) -> None:
         assert values.mean().item() == pytest.approx(expected, abs=TOLERANCE * metrics["logps/chosen"].abs().max().item()), name
 
 
-def test_five_optimizer_steps_of_trls_own_training_loop_end_at_the_same_weights(folder: Path, tmp_path: Path) -> None:
-    optimizer = {"learning_rate": 1e-3, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0}
-    # Adam divides a gradient by its own size, so where an entry is as small as its rounding error, the error alone decides on the
-    # direction of a whole learning rate. An epsilon above that error (1e-6 of gradients of order 1) keeps the comparison sharp.
-    optimizer["adam_epsilon"] = 1e-3
+def five_steps(folder: Path, output: Path, faults: dict[str, float]) -> tuple[Trajectory, Trajectory]:
+    """Five AdamW steps from the same start, ours and TRL's own training loop; `faults` are settings that only ours gets."""
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95, "max_grad_norm": 1.0}
+    # Adam divides a gradient by its own size, so where an entry is as small as its rounding error, that error alone decides
+    # where a whole learning rate goes. With an epsilon above it (1e-6 of gradients up to 0.3), the comparison stays sharp.
+    settings["adam_epsilon"] = 1e-3
     policy = make_policy(folder)
-    trainer = make_trl(folder, tmp_path, ALL_KINDS, max_steps=5, lr_scheduler_type="constant", optim="adamw_torch", **optimizer)
+    trainer = make_trl(folder, output, ALL_KINDS, max_steps=5, lr_scheduler_type="constant", optim="adamw_torch", **settings)
     start = draw_adapter(policy, seed=1)
     give_adapter(trainer.model, start)
     encoded = encode(folder, ALL_KINDS)
-    batch, totals = make_batch(folder, encoded), totals_of(encoded)
 
-    settings = OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0, **optimizer)
-    ours = Trainer(policy, DPO(beta=BETA, rpo_alpha=0), settings, num_steps=5)
+    optimizer = OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0, **{**settings, **faults})
+    ours = Trainer(policy, DPO(beta=BETA, rpo_alpha=0), optimizer, num_steps=5)
     losses, norms = [], []
     for step in range(5):
-        # Two micro-batches against TRL's one: the update does not depend on the cut.
-        cut = [make_batch(folder, encoded[:2]), make_batch(folder, encoded[2:])] if step % 2 else [batch]
-        norm, _ = ours.step(step, cut, totals)
+        # Every second step in two micro-batches, against TRL's one: the update does not depend on the cut.
+        cut = [encoded[:2], encoded[2:]] if step % 2 else [encoded]
+        norm, _ = ours.step(step, [make_batch(folder, pairs) for pairs in cut], totals_of(encoded))
         norms.append(norm.item())
         losses.append(ours.window.reduce(steps=1)["loss"])
-        ours.window = type(ours.window)()
+        ours.window = MetricSums()
     trainer.train()
+    assert max(norms) > 1 > min(norms)  # some gradients are clipped, some are not
+    return Trajectory(losses, start, adapter_of(policy.model)), Trajectory(trainer.losses, start, adapter_of(trainer.model))
 
-    assert max(norms) > 1 > min(norms) or min(norms) > 1  # clipping is at work
-    assert losses == pytest.approx(trainer.losses, abs=TOLERANCE)
-    end = adapter_of(policy.model)
-    moved = max((end[name] - start[name]).abs().max().item() for name in start)
-    assert moved > 1e-3
-    assert relative_distance(end, adapter_of(trainer.model), scale=moved) < TOLERANCE
+
+def test_five_optimizer_steps_end_at_the_weights_of_trls_own_training_loop(folder: Path, tmp_path: Path) -> None:
+    ours, theirs = five_steps(folder, tmp_path, {})
+    assert ours.losses == pytest.approx(theirs.losses, abs=TOLERANCE)
+    assert relative_distance(ours.end, theirs.end) < TOLERANCE
+    # The weights moved by a tenth of the largest one, so a ten-thousandth of that way would be noticed.
+    assert relative_distance(theirs.end, theirs.start) > 0.1
+
+
+@pytest.mark.parametrize("fault", [{"weight_decay": 0.0}, {"max_grad_norm": 0.0}, {"adam_beta2": 0.99}])
+def test_another_optimizer_setting_ends_at_other_weights(llava_next: Path, tmp_path: Path, fault: dict[str, float]) -> None:
+    ours, theirs = five_steps(llava_next, tmp_path, fault)
+    assert relative_distance(ours.end, theirs.end) > 100 * TOLERANCE
 
 
 def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter_as_in_trl(llava_next: Path, tmp_path: Path) -> None:

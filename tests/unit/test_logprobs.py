@@ -37,9 +37,9 @@ def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return (hidden @ weight.t()).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 
 
-def inputs(n: int, *, vocabulary: int = 11, width: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = torch.randn(n, width, dtype=torch.float64).to(dtype)
-    weight = torch.randn(vocabulary, width, dtype=torch.float64).to(dtype)
+def inputs(n: int, *, vocabulary: int = 11, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(n, 3, dtype=torch.float64).to(dtype)
+    weight = torch.randn(vocabulary, 3, dtype=torch.float64).to(dtype)
     return hidden, weight, torch.randint(vocabulary, (n,))
 
 

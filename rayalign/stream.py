@@ -1,0 +1,102 @@
+"""Ray Data on the workers' side: streams a worker's pairs to it in plan order, as batches that are ready to run.
+
+`data` prepared the records. Look-ups run as Ray Data tasks; images are decoded and batches built in a thread of the train
+worker, next to the device that needs them.
+"""
+
+import contextlib
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ray.data
+
+from rayalign.batch import PairBatch, assemble
+from rayalign.data import settle_context
+from rayalign.encode import EncoderSpec, image_processing
+from rayalign.plan import StepPlan, look_up
+from rayalign.prepared import EncodedPair, PreparedData, Rows, from_batch
+
+T = TypeVar("T")
+
+
+def pairs_in_order(
+    data: PreparedData, plan: StepPlan, spec: EncoderSpec, *, rank: int, start_step: int, pin_memory: bool = False
+) -> Iterator[tuple[int, PairBatch]]:
+    """A worker's (step, micro-batch) from `start_step` to the end of the run, always a few ahead of the training."""
+    chunks = plan.chunks(start_step)
+    if not chunks:
+        return iter(())
+    lines = [{"first": steps.start, "last": steps.stop} for steps in chunks]
+    settle_context()
+    find = functools.partial(look_up, data=data, settings=plan.settings, rank=rank)
+    # Look-ups wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
+    # wait for one for ever where the workers hold them all.
+    tables = ray.data.from_items(lines, override_num_blocks=len(lines)).map_batches(
+        find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))
+    )
+    make_batch = batch_maker(spec)
+
+    def batches() -> Iterator[tuple[int, PairBatch]]:
+        arriving = iter(tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+        for steps in chunks:
+            sizes = [(step, len(rows)) for step in steps for rows in plan.micro_batches(step, rank)]
+            pairs = from_batch(next(arriving)) if sizes else []
+            for step, size in sizes:
+                batch = make_batch(pairs[:size])
+                del pairs[:size]
+                yield step, batch.pin_memory() if pin_memory else batch
+
+    return ahead(batches(), depth=2)
+
+
+def held_out_pairs(data: PreparedData, micro_batches: Sequence[Rows], spec: EncoderSpec) -> Iterator[PairBatch]:
+    """Batches of given rows, a few ahead of their use."""
+    reader, make_batch = data.reader(), batch_maker(spec)
+    return ahead((make_batch(from_batch(reader.read(rows))) for rows in micro_batches), depth=2)
+
+
+def batch_maker(spec: EncoderSpec) -> Callable[[Sequence[EncodedPair]], PairBatch]:
+    """The function that decodes images and builds tensors, for one model."""
+    tokenizer = spec.processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return functools.partial(
+        assemble, with_rejected=spec.with_rejected, pad_token_id=pad, process_images=image_processing(spec)
+    )
+
+
+def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
+    """The same items, made in a thread that stays up to `depth` items ahead; its exceptions are raised here."""
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                waiting.put(entry, timeout=0.2)
+                return
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put((True, item))
+                if stop.is_set():
+                    return
+            put((False, None))
+        except BaseException as error:  # noqa: BLE001  # raised again where the items are used
+            put((False, error))
+
+    threading.Thread(target=produce, name="batches-ahead", daemon=True).start()
+    try:
+        while True:
+            more, item = waiting.get()
+            if more:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item
+    finally:
+        stop.set()

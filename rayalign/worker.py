@@ -1,0 +1,179 @@
+"""One worker of Ray Train, from loading the model to its last step: `loop` with Ray's streams, reports and checkpoints around
+it."""
+
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+
+from rayalign.algorithms import Algorithm
+from rayalign.checkpoint import checkpoint_name, load_checkpoint, newest_checkpoint, write_checkpoint
+from rayalign.config import Config
+from rayalign.data import RunData, quiet_logging
+from rayalign.loop import LoopEvents, Trainer, run_steps, start_alike
+from rayalign.metrics import MetricsLog, gather
+from rayalign.plan import PlanSettings, StepPlan, cut_micro_batches, totals_of
+from rayalign.policy import load_policy
+from rayalign.prepared import PreparedData
+from rayalign.storage import Store
+from rayalign.stream import held_out_pairs, pairs_in_order
+
+logger = logging.getLogger(__name__)
+
+
+def train_worker(config: Config, data: RunData) -> dict[str, Any]:
+    """Runs in each train worker; rank 0 writes the model. Returns the final figures and the held-out pairs' scores."""
+    quiet_logging()
+    return _Worker(config, data).train()
+
+
+def plan_of(config: Config, data: RunData) -> StepPlan:
+    """The order of the run."""
+    settings = PlanSettings(
+        global_batch_size=config.global_batch_size,
+        batch_size=config.optimizer.batch_size,
+        num_workers=config.cluster.num_workers,
+        num_epochs=config.optimizer.num_train_epochs,
+        max_steps=config.optimizer.max_steps,
+        seed=config.data.data_seed,
+        held_out_ratio=0.0 if data.held_out else config.data.dataset_test_ratio,
+    )
+    return StepPlan(data.training.lengths(), settings)
+
+
+class _Worker:
+    """What one train worker holds: policy, plan, optimizer, and the figures on the way to the results."""
+
+    def __init__(self, config: Config, data: RunData) -> None:
+        self.config = config
+        self.data = data
+        self.folder = Store.at(str(config.run.output_dir))
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.attempt = gather(uuid.uuid4().hex[:8])[0]
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+        self.device = ray.train.torch.get_device()
+        algorithm: Algorithm = config.algorithm
+        gpus = config.cluster.gpus_per_worker or 0
+        policy = load_policy(
+            data.source,
+            model=config.model,
+            tuner=config.tuner,
+            device=self.device,
+            uses_dropout=algorithm.uses_dropout,
+            needs_reference=algorithm.needs_reference,
+            spread_over_gpus=config.cluster.strategy == "device_map" or (config.cluster.strategy == "auto" and gpus > 1),
+            seed=config.optimizer.seed,
+        )
+        start_alike(policy)
+        self.plan = plan_of(config, data)
+        self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.plan.num_steps, rank=self.rank)
+        checkpoint = newest_checkpoint(self.folder / "checkpoints")
+        self.start_step = checkpoint.step if checkpoint else 0
+        if checkpoint:
+            load_checkpoint(checkpoint, policy, self.trainer.optimizer)
+        self.latest: dict[str, float] = {}
+        self.pairs: dict[str, dict[str, float]] = {}
+        self.log_file = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
+        self._say("Training %s from step %d to %d", algorithm.name.upper(), self.start_step, self.plan.num_steps)
+        self._started = time.monotonic()
+
+    def train(self) -> dict[str, Any]:
+        stream = pairs_in_order(
+            self.data.training,
+            self.plan,
+            self.data.spec,
+            rank=self.rank,
+            start_step=self.start_step,
+            pin_memory=self.device.type == "cuda",
+        )
+        events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
+        lines = self.log_file.lines if self.log_file is not None else []
+        tokens_before = next((line["num_tokens"] for line in reversed(lines) if "num_tokens" in line), 0)
+        run_steps(
+            self.trainer,
+            self.plan,
+            stream,
+            self.config.run,
+            events,
+            start_step=self.start_step,
+            tokens_before=tokens_before,
+        )
+        if not self.pairs:
+            self._evaluate(self.plan.num_steps)
+        if self.rank == 0:
+            self._write_model()
+            assert self.log_file is not None
+            self.log_file.flush()
+        return {
+            "final": self._final_metrics(),
+            "steps": self.plan.num_steps,
+            "training_records": len(self.plan.rows),
+            "held_out_records": len(self._held_out()[1]),
+            "pairs": self.pairs,
+        }
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self.latest |= metrics
+        if self.log_file is not None:
+            self.log_file.append(metrics)
+        step, total = int(metrics["step"]), self.plan.num_steps
+        seconds = (time.monotonic() - self._started) / max(1, step - self.start_step) * (total - step)
+        shown = [
+            f"{name} {metrics[name]:.4g}"
+            for name in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
+            if name in metrics
+        ]
+        rate = f"{metrics['pairs_per_second']:.1f} pairs/s"
+        self._say("Step %d/%d  %s  %s, %.0f s to go", step, total, "  ".join(shown), rate, seconds)
+
+    def _evaluate(self, step: int) -> None:
+        data, rows = self._held_out()
+        if not len(rows):
+            return
+        lengths = data.lengths()
+        batch_size = self.config.optimizer.batch_size
+        mine = cut_micro_batches(rows, lengths, batch_size=batch_size, rank=self.rank, num_workers=self.world)
+        metrics, pairs = self.trainer.evaluate(held_out_pairs(data, mine, self.data.spec), totals_of(rows, lengths))
+        self.pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
+        line = {f"eval_{name}": value for name, value in metrics.items()}
+        self.latest |= line
+        if self.log_file is not None:
+            self.log_file.append({"step": step, **line})
+        self._say("Evaluation at step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+
+    def _save(self, step: int) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            checkpoint = None
+            if self.rank == 0:
+                write_checkpoint(Path(temporary), self.trainer.policy, self.trainer.optimizer, step=step)
+                checkpoint = ray.train.Checkpoint.from_directory(temporary)
+            ray.train.report(
+                {"step": step, **self.latest}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step, self.attempt)
+            )
+
+    def _write_model(self) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            self.trainer.policy.save(Path(temporary))
+            self.data.spec.processor.save_pretrained(temporary)
+            (self.folder / "model").upload(Path(temporary))
+
+    def _held_out(self) -> tuple[PreparedData, Any]:
+        if self.data.held_out:
+            return self.data.held_out, np.arange(self.data.held_out.num_rows)
+        return self.data.training, self.plan.held_out
+
+    def _final_metrics(self) -> dict[str, float]:
+        return {name: value for name, value in self.latest.items() if name != "step"}
+
+    def _say(self, message: str, *values: Any) -> None:
+        if self.rank == 0:
+            logger.info(message, *values)

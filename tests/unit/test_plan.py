@@ -1,0 +1,181 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rayalign import plan as plan_module
+from rayalign.plan import PlanSettings, StepPlan, StepTotals, epoch_order, hold_out, look_up
+from rayalign.prepared import INDEX_SCHEMA, EncodedPair, PreparedData, RowLengths, write_shard
+from rayalign.storage import Store
+
+NUM_ROWS = 43
+SETTINGS = PlanSettings(global_batch_size=8, batch_size=2, num_workers=1, num_epochs=2, max_steps=None, seed=7)
+
+
+def lengths_of(num_rows: int) -> RowLengths:
+    generator = np.random.default_rng(0)
+    prompt, chosen, rejected = (generator.integers(1, high, num_rows) for high in (50, 20, 30))
+    return RowLengths(prompt, chosen, rejected)
+
+
+def plan_of(num_rows: int = NUM_ROWS, **changes: object) -> StepPlan:
+    return StepPlan(lengths_of(num_rows), PlanSettings(**{**vars(SETTINGS), **changes}))
+
+
+def rows_of_workers(plan: StepPlan, step: int) -> list[int]:
+    workers = range(plan.settings.num_workers)
+    return [int(row) for rank in workers for batch in plan.micro_batches(step, rank) for row in batch]
+
+
+def test_an_epoch_takes_every_row_exactly_once() -> None:
+    plan = plan_of()
+    assert plan.steps_per_epoch == 6
+    for epoch in (0, 1):
+        steps = range(epoch * 6, epoch * 6 + 6)
+        assert sorted(np.concatenate([plan.rows_of_step(step) for step in steps])) == list(range(NUM_ROWS))
+
+
+def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
+    plan = plan_of()
+    assert [len(plan.rows_of_step(step)) for step in range(7)] == [8, 8, 8, 8, 8, 3, 8]
+    assert plan.totals(5).pairs == 3
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
+    first, again = plan_of(), plan_of(num_workers=4, batch_size=1)
+    again.rows_of_step(11)  # asking for another epoch first changes nothing
+    for step in range(12):
+        assert np.array_equal(first.rows_of_step(step), again.rows_of_step(step))
+    orders = [tuple(epoch_order(np.arange(NUM_ROWS), seed=seed, epoch=epoch)) for seed in (7, 8) for epoch in (0, 1, 2)]
+    assert len(set(orders)) == 6
+
+
+def test_the_order_is_the_same_today_as_when_a_run_was_started() -> None:
+    """An unfinished run is resumed by newer code: these numbers may change only together with the cache's format."""
+    assert epoch_order(np.arange(10), seed=42, epoch=0).tolist() == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]
+    assert hold_out(10, ratio=0.2, seed=42)[1].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_workers_and_micro_batches_share_out_exactly_the_rows_of_the_step(num_workers: int, batch_size: int) -> None:
+    plan = plan_of(num_workers=num_workers, batch_size=batch_size)
+    for step in range(plan.num_steps):
+        assert sorted(rows_of_workers(plan, step)) == sorted(plan_of().rows_of_step(step).tolist())
+        batches = [batch for rank in range(num_workers) for batch in plan.micro_batches(step, rank)]
+        assert max(map(len, batches)) <= batch_size
+        assert len(batches) == math.ceil(len(plan.rows_of_step(step)) / batch_size)
+
+
+def test_the_cut_into_micro_batches_is_the_same_for_any_number_of_workers() -> None:
+    def batches(num_workers: int, step: int) -> set[tuple[int, ...]]:
+        plan = plan_of(num_workers=num_workers)
+        return {tuple(batch.tolist()) for rank in range(num_workers) for batch in plan.micro_batches(step, rank)}
+
+    for step in range(6):
+        assert batches(1, step) == batches(2, step) == batches(4, step)
+
+
+def test_micro_batches_hold_rows_of_similar_length_longest_first() -> None:
+    plan = plan_of()
+    for step in range(6):
+        in_order = [plan.lengths.row_tokens(batch) for batch in plan.micro_batches(step, 0)]
+        tokens = np.concatenate(in_order)
+        assert (np.diff(tokens) <= 0).all()
+
+
+def test_a_worker_is_idle_where_a_step_has_fewer_micro_batches_than_workers() -> None:
+    plan = plan_of(num_workers=4)
+    last = [plan.micro_batches(5, rank) for rank in range(4)]  # three rows: a micro-batch of two and one of one
+    assert [[len(batch) for batch in batches] for batches in last] == [[2], [1], [], []]
+
+
+def test_totals_are_the_sums_over_the_whole_step() -> None:
+    plan = plan_of(num_workers=2)
+    for step in range(6):
+        rows = rows_of_workers(plan, step)
+        chosen, rejected = (sum(int(tokens[row]) for row in rows) for tokens in (plan.lengths.chosen, plan.lengths.rejected))
+        assert plan.totals(step) == StepTotals(len(rows), chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "max_steps", "num_steps"),
+    [(1, None, 6), (2, None, 12), (0.5, None, 3), (0.01, None, 1), (1, 4, 4), (1, 9, 9)],
+)
+def test_the_number_of_steps_follows_epochs_unless_max_steps_is_given(
+    num_epochs: float, max_steps: int | None, num_steps: int
+) -> None:
+    assert plan_of(num_epochs=num_epochs, max_steps=max_steps).num_steps == num_steps
+
+
+def test_held_out_rows_are_never_trained_on_and_always_the_same() -> None:
+    plan = plan_of(held_out_ratio=0.2)
+    trained = {int(row) for step in range(plan.num_steps) for row in plan.rows_of_step(step)}
+    assert len(plan.held_out) == 9
+    assert trained.isdisjoint(plan.held_out.tolist())
+    assert trained | set(plan.held_out.tolist()) == set(range(NUM_ROWS))
+    assert np.array_equal(plan.held_out, plan_of(held_out_ratio=0.2, num_workers=4).held_out)
+    assert not np.array_equal(plan.held_out, plan_of(held_out_ratio=0.2, seed=8).held_out)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_holding_out_leaves_at_least_one_row_to_train_on(num_rows: int) -> None:
+    training, held_out = hold_out(num_rows, ratio=0.9, seed=0)
+    assert len(training) == 1
+    assert len(held_out) == num_rows - 1
+
+
+def test_no_records_are_an_error() -> None:
+    with pytest.raises(ValueError) as caught:
+        plan_of(num_rows=0)
+    assert str(caught.value) == "There are no records to train on."
+
+
+def test_shuffling_stays_within_windows_of_neighbours_and_shuffles_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "WINDOW_ROWS", 10)
+    order = epoch_order(np.arange(40), seed=3, epoch=0)
+    windows = [order[start : start + 10] for start in range(0, 40, 10)]
+    assert sorted(order) == list(range(40))
+    assert [len(set(window // 10)) for window in windows] == [1, 1, 1, 1]  # each holds the rows of one window only
+    assert [int(window[0]) // 10 for window in windows] != [0, 1, 2, 3]
+    assert all(window.tolist() != sorted(window) for window in windows)
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 5, 11])
+@pytest.mark.parametrize("chunk_pairs", [1, 20, 64, 10_000])
+def test_chunks_cover_the_steps_from_the_start_to_the_end(
+    monkeypatch: pytest.MonkeyPatch, chunk_pairs: int, start_step: int
+) -> None:
+    monkeypatch.setattr(plan_module, "CHUNK_PAIRS", chunk_pairs)
+    plan = plan_of()
+    chunks = plan.chunks(start_step)
+    assert [step for chunk in chunks for step in chunk] == list(range(start_step, 12))
+    assert {len(chunk) for chunk in chunks[:-1]} <= {math.ceil(chunk_pairs / 8)}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_a_look_up_returns_a_workers_pairs_in_the_order_it_trains_on_them(tmp_path: Path, num_workers: int) -> None:
+    lengths = lengths_of(NUM_ROWS)
+    pairs = [
+        EncodedPair(str(row), [3] * lengths.prompt[row], [4] * lengths.chosen[row], [5] * lengths.rejected[row], [], [])
+        for row in range(NUM_ROWS)
+    ]
+    write_shard(Store(str(tmp_path)) / "one" / "shard", pairs)
+    lines = [
+        {
+            **{"id": pair.id, "dataset": 0, "file": 0, "source_row": row, "shard": "shard", "position": row},
+            **{"prompt_tokens": len(pair.prompt_ids), "chosen_tokens": len(pair.chosen_ids)},
+            "rejected_tokens": len(pair.rejected_ids),
+        }
+        for row, pair in enumerate(pairs)
+    ]
+    index = pa.Table.from_pylist(lines, schema=INDEX_SCHEMA)
+    data = PreparedData.finish(Store(str(tmp_path)), attempt="one", index=index, dropped=[])
+    plan = plan_of(num_workers=num_workers)
+    for rank in range(num_workers):
+        chunk = pa.table({"first": [4], "last": [7]})
+        table = look_up(chunk, data=data, settings=plan.settings, rank=rank)
+        expected = [str(row) for step in (4, 5, 6) for batch in plan.micro_batches(step, rank) for row in batch]
+        assert table["id"].to_pylist() == expected
