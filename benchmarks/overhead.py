@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -28,13 +29,15 @@ from transformers.utils import logging as transformers_logging
 from rayalign.algorithms import DPO
 from rayalign.batch import PairBatch
 from rayalign.config import Config, config_from_mapping
-from rayalign.data import ahead, batch_maker
+from rayalign.data import RunData
 from rayalign.loop import LoopEvents, Trainer, run_steps
 from rayalign.metrics import read_metrics
 from rayalign.plan import StepPlan
 from rayalign.policy import load_policy
 from rayalign.prepared import from_batch
-from rayalign.train import RunData, fit, plan_of, prepare_run, settle_cluster
+from rayalign.stream import ahead, batch_maker
+from rayalign.train import POLL_SECONDS, fit, prepare_run, settle_cluster, start_ray
+from rayalign.worker import plan_of
 
 SHAPE = Shape(128, 4, 4, vocabulary=2_000, vision_hidden=64, vision_layers=2, tile=56, grid=(1, 2))
 NUM_RECORDS = 65  # one of them is held out
@@ -72,9 +75,11 @@ def make_config(folder: Path, *, steps: int) -> Config:
 
 
 @contextlib.contextmanager
-def own_cluster() -> Iterator[None]:
-    """A local cluster of this run alone, started as `rayalign.train.start_ray` does."""
+def own_cluster(config: Config) -> Iterator[None]:
+    """A local cluster with the settings of `start_ray`, which itself would join one that other runs load."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     ray.init(address="local", num_cpus=2, include_dashboard=True, logging_level=logging.WARNING)
+    start_ray(config)
     try:
         yield
     finally:
@@ -158,7 +163,7 @@ def main() -> None:
         config = make_config(Path(temporary), steps=arguments.steps)
         data: RunData | None = None
         for number in range(arguments.rounds):
-            with own_cluster():
+            with own_cluster(config):
                 data = data or prepare_run(config)
                 by_ray = through_ray(config, data, number=number)
             by_hand = bare(config, data)

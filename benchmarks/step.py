@@ -1,7 +1,7 @@
 """One DPO step against TRL's: pairs per second and peak memory, on the same pairs, weights and adapter, in one run.
 
     python benchmarks/step.py                       # short, medium, medium-checkpointing
-    python benchmarks/step.py --case tiny           # a few seconds
+    python benchmarks/step.py --case tiny           # a smoke test, mostly imports
 
 A step is what the trainers do with a batch that lies ready on the device: image features, reference and policy forward, loss,
 backward. Collation, the optimizer's update and the reading of data are left out on both sides. Losses and gradients of the two
@@ -80,8 +80,9 @@ class Rayalign:
         from rayalign.batch import assemble
         from rayalign.config import ModelConfig, TunerConfig
         from rayalign.encode import Encoder, EncoderSpec, image_processing
+        from rayalign.models import ModelSource
         from rayalign.plan import StepTotals
-        from rayalign.policy import ModelSource, load_policy
+        from rayalign.policy import load_policy
         from rayalign.records import Message, build_record
 
         spec = EncoderSpec(str(folder), with_rejected=True)

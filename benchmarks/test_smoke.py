@@ -1,4 +1,4 @@
-"""The benchmarks run: a few seconds of step.py as its users start it."""
+"""The benchmarks run: the smallest case of step.py, as its users start it."""
 
 import json
 import math

@@ -125,15 +125,18 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     settle_context()
     numbers = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
     outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
-    tables, done, told = [], 0, started
+    tables: list[pa.Table] = []
+    done, first, told = 0, 0, started
     with _user_errors():
         for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
             table = cast(pa.Table, batch)
             tables.append(table.cast(OUTCOME_SCHEMA))
             done += table.num_rows
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
-                rate = done / (told - started)
+            now = time.monotonic()
+            if len(tables) == 1:  # what came before is mostly the start of the processes
+                first, began = done, now
+            elif now - told > PROGRESS_SECONDS and done > first:
+                told, rate = now, (done - first) / (now - began)
                 logger.info("Data: %d of %d records encoded, %.0f/s, %.0f s to go", done, total, rate, (total - done) / rate)
     outcome = pa.concat_tables(tables) if tables else OUTCOME_SCHEMA.empty_table()
     is_dropped = pa.compute.is_valid(outcome["reason"])

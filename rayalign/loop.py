@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -87,6 +88,11 @@ def start_alike(policy: Policy) -> None:
             dist.broadcast(parameter.data, src=0)
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a worker's random numbers in a step, so that a resumed run draws the same ones."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
 class Trainer:
     """One worker's share of the optimisation: the policy, its optimizer, and the sums behind the next line of metrics."""
 
@@ -116,7 +122,7 @@ class Trainer:
 
     def step(self, step: int, micro_batches: Iterable[PairBatch], totals: StepTotals) -> tuple[Tensor, int]:
         """One optimizer step; returns the gradient norm before clipping [] and the tokens this worker ran."""
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.rank)
+        torch.manual_seed(dropout_seed(self.config.seed, step, self.rank))
         self.optimizer.zero_grad(set_to_none=True)
         tokens = self.gradients(micro_batches, totals)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)

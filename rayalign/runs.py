@@ -58,11 +58,14 @@ def _check_resumable(folder: Store, config: Config) -> None:
         raise ValueError(f"--output_dir {folder.location} holds an unfinished run, and --resume is false. {way_out}")
     before = yaml.safe_load((folder / "config.yaml").read_bytes())
     now = config.to_dict() | {"rlhf_type": config.algorithm.name}
-    changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
-    if _global_batch(before) != config.global_batch_size:
-        changed.append("batch_size x gradient_accumulation_steps x num_workers")
+    changed = {
+        name: (before.get(name), now[name]) for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]
+    }
+    batches = _global_batch(before), config.global_batch_size
+    if batches[0] != batches[1]:
+        changed["batch_size x gradient_accumulation_steps x num_workers"] = batches
     if changed:
-        lines = "".join(f"\n  {name}: {before.get(name)} -> {now.get(name, config.global_batch_size)}" for name in changed)
+        lines = "".join(f"\n  {name}: {old} -> {new}" for name, (old, new) in changed.items())
         raise ValueError(
             f"--output_dir {folder.location} holds an unfinished run with another configuration:{lines}\n{way_out}"
         )

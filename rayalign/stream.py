@@ -40,13 +40,15 @@ def pairs_in_order(
     make_batch = batch_maker(spec)
 
     def batches() -> Iterator[tuple[int, PairBatch]]:
+        # Ray Data may cut a look-up's table in two or leave an empty one out: only the order of the pairs counts.
         arriving = iter(tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-        for steps in chunks:
-            sizes = [(step, len(rows)) for step in steps for rows in plan.micro_batches(step, rank)]
-            pairs = from_batch(next(arriving)) if sizes else []
-            for step, size in sizes:
-                batch = make_batch(pairs[:size])
-                del pairs[:size]
+        pairs: list[EncodedPair] = []
+        for step in range(start_step, plan.num_steps):
+            for rows in plan.micro_batches(step, rank):
+                while len(pairs) < len(rows):
+                    pairs += from_batch(next(arriving))
+                batch = make_batch(pairs[: len(rows)])
+                del pairs[: len(rows)]
                 yield step, batch.pin_memory() if pin_memory else batch
 
     return ahead(batches(), depth=2)

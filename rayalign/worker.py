@@ -80,9 +80,11 @@ class _Worker:
         self.start_step = checkpoint.step if checkpoint else 0
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer)
-        self.latest: dict[str, float] = {}
         self.pairs: dict[str, dict[str, float]] = {}
         self.log_file = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
+        self.latest: dict[str, float] = {}
+        for line in self.log_file.lines if self.log_file is not None else []:
+            self.latest |= line
         self._say("Training %s from step %d to %d", algorithm.name.upper(), self.start_step, self.plan.num_steps)
         self._started = time.monotonic()
 
@@ -96,8 +98,6 @@ class _Worker:
             pin_memory=self.device.type == "cuda",
         )
         events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
-        lines = self.log_file.lines if self.log_file is not None else []
-        tokens_before = next((line["num_tokens"] for line in reversed(lines) if "num_tokens" in line), 0)
         run_steps(
             self.trainer,
             self.plan,
@@ -105,7 +105,7 @@ class _Worker:
             self.config.run,
             events,
             start_step=self.start_step,
-            tokens_before=tokens_before,
+            tokens_before=self.latest.get("num_tokens", 0),
         )
         if not self.pairs:
             self._evaluate(self.plan.num_steps)

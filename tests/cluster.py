@@ -53,7 +53,7 @@ class Cluster:
 @contextlib.contextmanager
 def running_cluster(folder: Path, *, num_cpus: int, env: dict[str, str] | None = None) -> Iterator[Cluster]:
     """A head node with a dashboard on free ports; ends with everything it started."""
-    port, dashboard, agent, client, metrics = _free_ports(5)
+    port, dashboard, agent, client, metrics = free_ports(5)
     variables = {
         **os.environ,
         "RAY_AUTH_MODE": "disabled",
@@ -103,7 +103,8 @@ def _wait_for(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
     raise AssertionError(f"The cluster did not start in {START_SECONDS} s:\n{log.read_text()}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on."""
     # Below the range of Ray's worker ports (10002-19999) and of the kernel's own choices.
     with contextlib.ExitStack() as stack:
         ports = []

@@ -5,15 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, running_cluster
+from tests.cluster import Cluster, free_ports, running_cluster
 from tests.tiny_data import write_rows
 from tests.tiny_models import save_tiny_model
 
 
 @pytest.fixture(scope="session")
 def cluster_of_four_cpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Logical CPUs: two workers and the data tasks beside them also on a machine of two cores."""
-    with running_cluster(tmp_path_factory.mktemp("ray"), num_cpus=4) as cluster:
+    """Logical CPUs: two workers and the data tasks beside them also on a machine of two cores. Its `s3://` is a port of loopback,
+    where the storage tests put a server."""
+    (s3_port,) = free_ports(1)
+    storage = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "testtest",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with running_cluster(tmp_path_factory.mktemp("ray"), num_cpus=4, env=storage) as cluster:
         yield cluster
 
 

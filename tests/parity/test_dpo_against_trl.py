@@ -28,8 +28,9 @@ from rayalign.config import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.encode import Encoder, EncoderSpec, image_processing
 from rayalign.loop import Trainer
 from rayalign.metrics import MetricSums
+from rayalign.models import ModelSource
 from rayalign.plan import StepTotals
-from rayalign.policy import REFERENCE, TRAINED, ModelSource, Policy, load_policy, lora_targets
+from rayalign.policy import REFERENCE, TRAINED, Policy, load_policy, lora_targets
 from rayalign.prepared import EncodedPair
 from rayalign.records import Message, build_record
 from tests.tiny_models import FAMILIES, save_tiny_model

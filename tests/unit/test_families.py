@@ -22,9 +22,6 @@ from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair
 from tests.tiny_models import FAMILIES, encode_pair, in_float64, make_batch, make_policy, noise_image, wake_adapters
 
-# peft asks for transformers' older name.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-
 # float64 sums of the same few hundred terms in another order, through two layers and back.
 FLOAT64 = 1e-10
 # In eager attention transformers computes the softmax in float32, whose rounding is 6e-8 at each of the two layers.

@@ -165,8 +165,14 @@ def test_a_look_up_returns_a_workers_pairs_in_the_order_it_trains_on_them(tmp_pa
     write_shard(Store(str(tmp_path)) / "one" / "shard", pairs)
     lines = [
         {
-            **{"id": pair.id, "dataset": 0, "file": 0, "source_row": row, "shard": "shard", "position": row},
-            **{"prompt_tokens": len(pair.prompt_ids), "chosen_tokens": len(pair.chosen_ids)},
+            "id": pair.id,
+            "dataset": 0,
+            "file": 0,
+            "source_row": row,
+            "shard": "shard",
+            "position": row,
+            "prompt_tokens": len(pair.prompt_ids),
+            "chosen_tokens": len(pair.chosen_ids),
             "rejected_tokens": len(pair.rejected_ids),
         }
         for row, pair in enumerate(pairs)

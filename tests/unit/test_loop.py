@@ -1,0 +1,287 @@
+import math
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rayalign import loop
+from rayalign.algorithms import DPO, SFT, Algorithm
+from rayalign.batch import PairBatch
+from rayalign.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
+from rayalign.config import ModelConfig, OptimizerConfig, RunConfig, TunerConfig
+from rayalign.loop import LoopEvents, Trainer, learning_rate, make_optimizer, run_steps, start_alike, sum_over_workers
+from rayalign.plan import PlanSettings, StepPlan
+from rayalign.policy import Policy
+from rayalign.prepared import EncodedPair, RowLengths
+from rayalign.storage import Store
+from tests.tiny_models import encode_pair, in_float64, make_batch, make_policy, wake_adapters
+
+SHORT = ("two", "a cat", "yes", "no", "The digit is two.", "A cat sits on the mat.", "the mat")
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder: Callable[..., Path]) -> Path:
+    return model_folder("llava")
+
+
+def pairs_of(folder: Path) -> list[EncodedPair]:
+    return [encode_pair(folder, str(i), f"Which {i}?", SHORT[i], SHORT[i - 1]) for i in range(7)]
+
+
+def plan_of(pairs: list[EncodedPair], *, num_workers: int = 1, max_steps: int = 6) -> StepPlan:
+    counts = ([len(vars(p)[f"{part}_ids"]) for p in pairs] for part in ("prompt", "chosen", "rejected"))
+    settings = PlanSettings(
+        global_batch_size=4, batch_size=2, num_workers=num_workers, num_epochs=1, max_steps=max_steps, seed=0
+    )
+    return StepPlan(RowLengths(*(np.array(c) for c in counts)), settings)
+
+
+def stream_of(folder: Path, plan: StepPlan, start: int, algorithm: Algorithm, rank: int = 0) -> Iterator[tuple[int, PairBatch]]:
+    pairs = pairs_of(folder)
+    for step in range(start, plan.num_steps):
+        for rows in plan.micro_batches(step, rank):
+            yield step, make_batch(folder, [pairs[row] for row in rows], with_rejected=algorithm.with_rejected)
+
+
+def trainer_of(folder: Path, algorithm: Algorithm, *, num_steps: int = 6, seed: int = 42, **config: Any) -> Trainer:
+    policy = make_policy(
+        folder,
+        model=ModelConfig(gradient_checkpointing=True),
+        tuner=TunerConfig(lora_dropout=0.3),
+        uses_dropout=algorithm.uses_dropout,
+        needs_reference=algorithm.needs_reference,
+        seed=seed,
+    )
+    return Trainer(policy, algorithm, OptimizerConfig(**{"learning_rate": 1e-2, **config}), num_steps=num_steps)
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in policy.trainable.items()}
+
+
+def equal(some: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return some.keys() == other.keys() and all(torch.equal(some[name], other[name]) for name in some)
+
+
+def events(**functions: Callable[..., None]) -> LoopEvents:
+    return LoopEvents(**{"log": lambda line: None, "evaluate": lambda step: None, "save": lambda step: None, **functions})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_ratio", "rates"),
+    [
+        # Two of ten steps rise, then the decay starts at the peak and would reach 0 at step 10.
+        ("linear", 0.2, [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("constant", 0.2, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("cosine", 0.2, [0.5, 1, *((1 + math.cos(math.pi * k / 8)) / 2 for k in range(8))]),
+        ("linear", 0.0, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+        ("cosine", 1.0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]),
+        ("linear", 0.01, [1, *(1 - k / 9 for k in range(9))]),  # a part of a step is a whole one
+    ],
+)
+def test_the_learning_rate_of_each_step(schedule: Any, warmup_ratio: float, rates: list[float]) -> None:
+    config = OptimizerConfig(learning_rate=2.0, lr_scheduler_type=schedule, warmup_ratio=warmup_ratio)
+    assert [learning_rate(config, step, 10) for step in range(10)] == pytest.approx([2 * rate for rate in rates])
+
+
+def test_weight_decay_spares_biases_and_norms(folder: Path) -> None:
+    policy = make_policy(folder, tuner=TunerConfig(sft_type="full"))
+    config = OptimizerConfig(weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.7, adam_epsilon=1e-3)
+    matrices, others = make_optimizer(policy, config).param_groups
+    names = {id(p): name for name, p in policy.trainable.items()}
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert (matrices["betas"], matrices["eps"]) == ((0.8, 0.7), 1e-3)
+    spared = {names[id(p)] for p in others["params"]}
+    assert spared == {name for name in names.values() if "norm" in name}
+    assert len(spared) == 5  # two in each layer, one at the end
+    assert len(matrices["params"]) + len(spared) == len(names)
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(folder: Path) -> None:
+    plan = plan_of(pairs_of(folder))
+    norms, after = [], []
+    for max_norm in (0.0, 0.01):
+        trainer = trainer_of(folder, DPO(), max_grad_norm=max_norm)
+        wake_adapters(trainer.policy)
+        batches = [batch for step, batch in stream_of(folder, plan, 0, DPO()) if step == 0]
+        norm, tokens = trainer.step(0, batches, plan.totals(0))
+        assert tokens == sum(batch.num_tokens for batch in batches)
+        gradients = torch.cat([p.grad.flatten() for p in trainer.policy.trainable.values() if p.grad is not None])
+        norms.append(float(norm))
+        after.append(float(gradients.norm()))
+    assert norms[0] == norms[1] == pytest.approx(after[0])  # 0 turns clipping off
+    assert norms[0] > 0.02
+    assert after[1] == pytest.approx(0.01, rel=1e-3)  # torch adds 1e-6 to the norm it divides by
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder: Path) -> None:
+    trainer = trainer_of(folder, SFT())
+    with torch.no_grad():
+        next(iter(trainer.policy.trainable.values())).fill_(math.nan)
+    plan = plan_of(pairs_of(folder))
+    with pytest.raises(FloatingPointError) as caught:
+        run_steps(
+            trainer, plan, stream_of(folder, plan, 0, SFT()), RunConfig(logging_steps=2, save_steps=3), events(), start_step=0
+        )
+    assert str(caught.value) == "The loss is nan at step 2. Lower --learning_rate, or use --dtype float32 or bfloat16."
+
+
+@pytest.mark.parametrize("algorithm", [SFT(), DPO()], ids=lambda a: a.name)
+def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path, tmp_path: Path, algorithm: Algorithm) -> None:
+    plan = plan_of(pairs_of(folder))
+    run = RunConfig(logging_steps=1, save_steps=3)
+    lines: dict[str, list[Any]] = {"undisturbed": [], "resumed": []}
+    undisturbed = trainer_of(folder, algorithm)
+
+    def save(step: int) -> None:
+        if step == 3:
+            write_checkpoint(tmp_path, undisturbed.policy, undisturbed.optimizer, step=step)
+
+    stream = stream_of(folder, plan, 0, algorithm)
+    run_steps(undisturbed, plan, stream, run, events(log=lines["undisturbed"].append, save=save), start_step=0)
+    torch.manual_seed(1234)  # whatever the process did before it resumed
+    resumed = trainer_of(folder, algorithm, seed=7)
+    load_checkpoint(Checkpoint(Store(str(tmp_path)), 3), resumed.policy, resumed.optimizer)
+    stream = stream_of(folder, plan, 3, algorithm)
+    run_steps(resumed, plan, stream, run, events(log=lines["resumed"].append), start_step=3)
+    assert equal(weights_of(resumed.policy), weights_of(undisturbed.policy))
+    timing = {"pairs_per_second", "tokens_per_second", "data_wait_fraction", "num_tokens"}
+    expected, again = ([{k: v for k, v in line.items() if k not in timing} for line in lines[run]] for run in lines)
+    assert again == expected[3:]
+    # Dropout is part of what was resumed: without it the run would have ended elsewhere.
+    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in resumed.policy.model.modules()) == algorithm.uses_dropout
+
+
+@pytest.mark.parametrize("algorithm", [SFT(), DPO()], ids=lambda a: a.name)
+def test_evaluating_leaves_the_training_as_it_was(folder: Path, algorithm: Algorithm) -> None:
+    plan = plan_of(pairs_of(folder), max_steps=3)
+    ended, evaluations = [], []
+    for eval_steps in (1, 100):
+        trainer = trainer_of(folder, algorithm, num_steps=3)
+        held_out = [batch for _, batch in stream_of(folder, plan, 0, algorithm)][:2]
+
+        def evaluate(step: int, trainer: Trainer = trainer, held_out: list[PairBatch] = held_out) -> None:
+            evaluations.append(trainer.evaluate(held_out, plan.totals(0)))
+
+        stream = stream_of(folder, plan, 0, algorithm)
+        run_steps(trainer, plan, stream, RunConfig(eval_steps=eval_steps), events(evaluate=evaluate), start_step=0)
+        assert trainer.policy.base.get_decoder().training
+        ended.append(weights_of(trainer.policy))
+    assert equal(*ended)
+    assert len(evaluations) == 3 + 1
+    assert evaluations[2] == evaluations[3]  # no dropout in evaluation: the same weights give the same numbers
+    metrics, by_pair = evaluations[3]
+    assert by_pair.keys() == {pair_id for batch in held_out for pair_id in batch.ids}
+    mean = sum(values["logps/chosen"] for values in by_pair.values()) / len(by_pair)
+    assert metrics["logps/chosen"] == pytest.approx(mean)
+
+
+def test_lines_evaluations_and_checkpoints_come_at_their_steps_and_at_the_end(folder: Path) -> None:
+    plan = plan_of(pairs_of(folder), max_steps=5)
+    seen: dict[str, list[Any]] = {"log": [], "evaluate": [], "save": []}
+    trainer = trainer_of(folder, SFT(), num_steps=5)
+    run = RunConfig(logging_steps=2, eval_steps=3, save_steps=4)
+    calls = events(**{name: calls.append for name, calls in seen.items()})
+    run_steps(trainer, plan, stream_of(folder, plan, 0, SFT()), run, calls, start_step=0, tokens_before=1000)
+    assert [line["step"] for line in seen["log"]] == [2, 4, 5]
+    assert (seen["evaluate"], seen["save"]) == ([3, 5], [4, 5])
+    assert [line["epoch"] for line in seen["log"]] == [1.0, 2.0, 2.5]  # seven pairs are two steps of four
+    tokens = sum(batch.num_tokens for _, batch in stream_of(folder, plan, 0, SFT()))
+    assert seen["log"][-1]["num_tokens"] == 1000 + tokens
+
+
+def test_a_stream_out_of_step_with_the_plan_is_our_own_mistake(folder: Path) -> None:
+    plan = plan_of(pairs_of(folder))
+    trainer = trainer_of(folder, SFT())
+    with pytest.raises(AssertionError, match="the stream is at step 1, the plan at 0"):
+        run_steps(trainer, plan, stream_of(folder, plan, 1, SFT()), RunConfig(), events(), start_step=0)
+
+
+def test_the_largest_seed_that_python_users_pass_is_accepted(folder: Path) -> None:
+    plan = plan_of(pairs_of(folder))
+    trainer = trainer_of(folder, SFT(), seed=0)
+    seeded = Trainer(trainer.policy, SFT(), OptimizerConfig(seed=2**32 - 1), num_steps=6, rank=3)
+    seeded.step(5, [batch for step, batch in stream_of(folder, plan, 0, SFT()) if step == 0], plan.totals(0))
+
+
+def one_of_two_workers(rank: int, folder: str, out: str) -> None:
+    """One of two processes: sums tensors, starts alike, and takes a step in which rank 1 has nothing to do."""
+    torch.set_num_threads(1)
+    meeting = f"file://{out}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(minutes=5))
+    try:
+        save_file(work_of(rank, Path(folder)), f"{out}/{rank}.safetensors")
+    finally:
+        dist.destroy_process_group()
+
+
+def work_of(rank: int, folder: Path) -> dict[str, Tensor]:
+    tensors = [
+        torch.full((n,), rank + 1.0, dtype=dtype) for n, dtype in ((3, torch.float64), (7, torch.float64), (2, torch.float32))
+    ]
+    tensors.append(torch.tensor(10.0 * rank))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "BUCKET_ELEMENTS", 5)
+        sum_over_workers(iter(tensors))
+    policy = wake_adapters(in_float64(make_policy(folder, needs_reference=True, seed=rank)), seed=rank)
+    start_alike(policy)
+    started = weights_of(policy)
+    plan = plan_of(pairs_of(folder), num_workers=2, max_steps=1)
+    trainer = Trainer(policy, DPO(), OptimizerConfig(learning_rate=1e-2), num_steps=1, rank=rank)
+    batches = [batch for worker in (0, 1) for _, batch in stream_of(folder, plan, 0, DPO(), rank=worker)]
+    norm, _ = trainer.step(0, batches if rank == 0 else [], plan.totals(0))
+    metrics = trainer.window.reduce(steps=1)
+    return {
+        **{f"sum {i}": tensor for i, tensor in enumerate(tensors)},
+        **{f"start {name}": value for name, value in started.items()},
+        **{f"end {name}": value for name, value in weights_of(policy).items()},
+        **{f"metric {name}": torch.tensor(value) for name, value in metrics.items()},
+        "norm": norm,
+    }
+
+
+@pytest.fixture(scope="module")
+def workers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    out = tmp_path_factory.mktemp("workers")
+    other = torch.multiprocessing.get_context("spawn").Process(target=one_of_two_workers, args=(1, str(folder), str(out)))
+    other.start()
+    one_of_two_workers(0, str(folder), str(out))
+    other.join()
+    assert other.exitcode == 0
+    return [load_file(out / f"{rank}.safetensors") for rank in range(2)]
+
+
+def test_sums_over_workers_are_exact_in_buckets_of_any_shape_and_type(workers: list[dict[str, Tensor]]) -> None:
+    for worker in workers:
+        assert [worker[f"sum {i}"].tolist() for i in range(4)] == [[3.0] * 3, [3.0] * 7, [3.0] * 2, 10.0]
+        assert [worker[f"sum {i}"].dtype for i in range(3)] == [torch.float64, torch.float64, torch.float32]
+
+
+def test_workers_start_with_the_weights_of_rank_0_and_an_idle_one_stays_with_the_others(
+    folder: Path, workers: list[dict[str, Tensor]]
+) -> None:
+    assert equal(*workers)
+    policy = wake_adapters(in_float64(make_policy(folder, needs_reference=True, seed=0)), seed=0)
+    for name, value in weights_of(policy).items():
+        assert torch.equal(workers[1][f"start {name}"], value)
+
+
+def test_a_step_of_two_workers_is_the_step_of_one(folder: Path, workers: list[dict[str, Tensor]]) -> None:
+    policy = wake_adapters(in_float64(make_policy(folder, needs_reference=True, seed=0)), seed=0)
+    trainer = Trainer(policy, DPO(), OptimizerConfig(learning_rate=1e-2), num_steps=1)
+    plan = plan_of(pairs_of(folder), max_steps=1)
+    norm, _ = trainer.step(0, [batch for _, batch in stream_of(folder, plan, 0, DPO())], plan.totals(0))
+    for worker in workers:
+        torch.testing.assert_close(worker["norm"], norm, atol=0, rtol=1e-12)  # float64
+        for name, value in weights_of(policy).items():
+            # AdamW's first step is gradient / |gradient|, which magnifies the last bits of gradients near its epsilon of 1e-8.
+            torch.testing.assert_close(worker[f"end {name}"], value, atol=1e-9, rtol=0)
+        for name, value in trainer.window.reduce(steps=1).items():
+            assert float(worker[f"metric {name}"]) == pytest.approx(value, rel=1e-6)  # kept as float32

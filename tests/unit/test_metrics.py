@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayalign.algorithms import StepOutput
+from rayalign.metrics import MetricsLog, MetricSums, read_metrics
+from rayalign.storage import Store
+
+
+def output(loss: float, rewards: list[float], nll: float, tokens: int) -> StepOutput:
+    return StepOutput(
+        loss_share=torch.tensor(loss, requires_grad=True),
+        pair_metrics={"rewards/chosen": torch.tensor(rewards)},
+        token_metrics={"nll_loss": (torch.tensor(nll), torch.tensor(tokens))},
+    )
+
+
+def test_a_pairs_mean_weighs_every_pair_the_same_and_a_tokens_mean_every_token() -> None:
+    sums = MetricSums()
+    sums.add(output(0.25, [1.0], nll=6.0, tokens=2))
+    sums.add(output(0.5, [3.0, 4.0, 8.0], nll=4.0, tokens=8))
+    # 16 over four pairs, not the mean of 1 and 5; 10 over ten tokens, not the mean of 3 and 0.5.
+    assert sums.reduce(steps=1) == {"loss": 0.75, "rewards/chosen": 4.0, "nll_loss": 1.0}
+
+
+def test_the_loss_is_per_step_however_many_micro_batches_a_step_has() -> None:
+    sums = MetricSums()
+    for share in (0.25, 0.5, 0.75):
+        sums.add(output(share, [0.0], nll=0.0, tokens=1))
+    assert sums.reduce(steps=2)["loss"] == 0.75
+
+
+def test_a_worker_without_work_has_a_loss_of_zero_and_no_other_metrics() -> None:
+    assert MetricSums().reduce(steps=3) == {"loss": 0.0}
+
+
+def test_a_metric_that_counts_nothing_is_left_out() -> None:
+    sums = MetricSums()
+    sums.add(output(1.0, [2.0], nll=0.0, tokens=0))
+    assert sums.reduce(steps=1) == {"loss": 1.0, "rewards/chosen": 2.0}
+
+
+def test_no_graph_outlives_the_micro_batch() -> None:
+    sums = MetricSums()
+    given = output(1.0, [2.0], nll=0.0, tokens=1)
+    sums.add(given)
+    assert not any(share.requires_grad for share in sums._loss)
+
+
+@pytest.fixture(params=["path", "file URL"])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store.at(str(tmp_path / "metrics.jsonl") if request.param == "path" else f"file://{tmp_path}/metrics.jsonl")
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_written(file: Store) -> None:
+    log = MetricsLog(file, start_step=0)
+    log.append({"step": 5, "loss": 0.5})
+    log.append({"step": 10, "loss": 0.25})
+    assert read_metrics(file) == log.lines == [{"step": 5, "loss": 0.5}, {"step": 10, "loss": 0.25}]
+
+
+def test_a_resumed_run_forgets_the_lines_after_its_checkpoint_and_a_line_cut_short(file: Store) -> None:
+    file.write_bytes(b'{"step": 5, "loss": 1}\n{"step": 10, "loss": 2}\n{"step": 15, "loss": 3}\n{"step": 20, "lo')
+    assert [line["step"] for line in read_metrics(file)] == [5, 10, 15]
+    log = MetricsLog(file, start_step=10)
+    log.append({"step": 15, "loss": 4})
+    assert read_metrics(file) == [{"step": 5, "loss": 1}, {"step": 10, "loss": 2}, {"step": 15, "loss": 4}]
+
+
+def test_a_run_without_metrics_has_no_lines(tmp_path: Path) -> None:
+    assert read_metrics(Store(str(tmp_path / "nothing.jsonl"))) == []
