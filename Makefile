@@ -35,7 +35,7 @@ test: setup ## all tests: unit, parity, integration, faults, a smoke of the benc
 	$(call stage,parity,$(BIN)/pytest -q tests/parity)
 	$(call stage,integration,$(BIN)/pytest -q tests/integration)
 	$(call stage,faults,$(BIN)/pytest -q tests/faults)
-	$(call stage,benchmark smoke,$(BIN)/python benchmarks/run.py --smoke)
+	$(call stage,benchmark smoke,$(BIN)/pytest -q benchmarks)
 
 check: setup ## format, lint, types and import rules of the whole tree
 	$(BIN)/ruff format --check .
@@ -44,7 +44,8 @@ check: setup ## format, lint, types and import rules of the whole tree
 	$(BIN)/lint-imports
 
 bench: setup ## measure the ratios of benchmarks/README.md on this machine
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/overhead.py
 
 configs: setup ## rewrite pipelines/configs/*.yaml with every flag there is, values kept
 	@mkdir -p build; for name in dpo sft tune; do \
