@@ -16,6 +16,9 @@ ROOT = Path(__file__).parent.parent
 START_SECONDS = 120
 RUN_SECONDS = 300
 
+CANDIDATE_PORTS = iter(range(20_000 + os.getpid() % 2000, 22_700))
+"""Above Ray's worker ports (10002-19999); a storage server's own second port, 10,000 higher, stays below the kernel's choices."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -86,7 +89,7 @@ def running_cluster(folder: Path, *, num_cpus: int, env: dict[str, str] | None =
     finally:
         head.send_signal(signal.SIGTERM)
         try:
-            head.wait(timeout=60)
+            head.wait(timeout=10)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
@@ -104,15 +107,12 @@ def _wait_for(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on."""
-    # Below the range of Ray's worker ports (10002-19999) and of the kernel's own choices.
-    with contextlib.ExitStack() as stack:
-        ports = []
-        for port in range(20_000 + os.getpid() % 5000, 32_000):
-            sock = stack.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                sock.bind(("127.0.0.1", port))
-                ports.append(port)
-            if len(ports) == count:
-                return ports
+    """Ports of loopback that nobody listens on, none of them given out before by this process."""
+    ports: list[int] = []
+    for port in CANDIDATE_PORTS:
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
     raise AssertionError("There are no free ports.")

@@ -11,9 +11,9 @@ from rayalign.prepared import EncodedPair
 PAIR_A = EncodedPair("a", [5, 6], [7, 2], [8], [b"red"], ["hash of red"], margin=0.5)
 PAIR_B = EncodedPair("b", [4], [9], [7, 2], [b"blue", b"red"], ["hash of blue", "hash of red"])
 
-# The row a, b of `[prompt | chosen | rejected | padding]` that the truth tables below are written for.
-SEGMENTS = torch.tensor([[PROMPT, PROMPT, CHOSEN, REJECTED, REJECTED, PAD]])
-POSITIONS = torch.tensor([[0, 1, 2, 2, 3, 0]])
+# The row `[prompt | chosen | rejected | padding]` that the truth tables below are written for.
+SEGMENTS = torch.tensor([[PROMPT, PROMPT, CHOSEN, REJECTED, REJECTED, PAD, PAD]])
+POSITIONS = torch.tensor([[0, 1, 2, 2, 3, 0, 0]])
 
 
 def first_letters(contents: Sequence[bytes]) -> Mapping[str, Tensor]:
@@ -74,26 +74,28 @@ def test_rows_for_sft_hold_no_rejected_tokens() -> None:
 
 def test_a_response_sees_the_prompt_and_itself_but_never_the_other_response() -> None:
     mask = attention_mask(SEGMENTS, POSITIONS)
-    assert mask.shape == (1, 1, 6, 6)
+    assert mask.shape == (1, 1, 7, 7)
     assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],  # prompt
-        [1, 1, 0, 0, 0, 0],  # prompt
-        [1, 1, 1, 0, 0, 0],  # chosen
-        [1, 1, 0, 1, 0, 0],  # rejected: not the chosen token
-        [1, 1, 0, 1, 1, 0],  # rejected
-        [1, 1, 0, 0, 0, 1],  # padding: nobody reads it
+        [1, 0, 0, 0, 0, 0, 0],  # prompt
+        [1, 1, 0, 0, 0, 0, 0],  # prompt
+        [1, 1, 1, 0, 0, 0, 0],  # chosen
+        [1, 1, 0, 1, 0, 0, 0],  # rejected: not the chosen token
+        [1, 1, 0, 1, 1, 0, 0],  # rejected
+        [1, 1, 0, 0, 0, 1, 0],  # padding: nobody reads it
+        [1, 1, 0, 0, 0, 0, 1],  # padding: not even other padding
     ]
 
 
 def test_the_sliding_window_counts_positions_not_places_in_the_row() -> None:
     mask = attention_mask(SEGMENTS, POSITIONS, sliding_window=2)
     assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],  # position 0
-        [1, 1, 0, 0, 0, 0],  # position 1
-        [0, 1, 1, 0, 0, 0],  # chosen, position 2: the prompt's position 1 is one back
-        [0, 1, 0, 1, 0, 0],  # rejected, position 2: so it is here, though two places back
-        [0, 0, 0, 1, 1, 0],  # rejected, position 3
-        [1, 1, 0, 0, 0, 1],  # padding
+        [1, 0, 0, 0, 0, 0, 0],  # position 0
+        [1, 1, 0, 0, 0, 0, 0],  # position 1
+        [0, 1, 1, 0, 0, 0, 0],  # chosen, position 2: the prompt's position 1 is one back
+        [0, 1, 0, 1, 0, 0, 0],  # rejected, position 2: so it is here, though two places back
+        [0, 0, 0, 1, 1, 0, 0],  # rejected, position 3
+        [1, 1, 0, 0, 0, 1, 0],  # padding
+        [1, 1, 0, 0, 0, 0, 1],  # padding
     ]
 
 
