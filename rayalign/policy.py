@@ -154,7 +154,7 @@ def lora_targets(base: Any, modules: tuple[str, ...], family: Family) -> list[st
     """The full names of the linears that --lora_target_modules means, all inside the language model.
 
     DEFAULT: attention q, k, v; ALL: every linear; otherwise module names (`q_proj`) or one regular expression over full names.
-    Raises ValueError where nothing matches, with the names there are.
+    Raises ValueError where one of them matches nothing, with the names there are.
     """
     decoder = base.get_decoder()
     prefix = next(name for name, module in base.named_modules() if module is decoder)
@@ -168,10 +168,12 @@ def lora_targets(base: Any, modules: tuple[str, ...], family: Family) -> list[st
             chosen = [name for name in linears if re.fullmatch(modules[0], name)]
         except re.error as error:
             raise ValueError(f"--lora_target_modules {modules[0]!r} is no valid regular expression: {error}.") from None
-    if not chosen:
-        names = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+    names = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    unmatched = [module for module in modules if module not in names] if len(modules) > 1 or not chosen else []
+    if unmatched:
         raise ValueError(
-            f"--lora_target_modules {' '.join(modules)} matches no linear of the language model. Its linears: {names}."
+            f"--lora_target_modules {' '.join(unmatched)} matches no linear of the language model. "
+            f"Its linears: {', '.join(names)}."
         )
     return chosen
 

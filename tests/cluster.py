@@ -30,15 +30,15 @@ class Cluster:
 
     def start(self, *words: object, env: dict[str, str] | None = None, log: Path | None = None) -> subprocess.Popen[str]:
         """Starts a program of the project (`pipelines/dpo.py --flag value`) with Python, attached to this cluster."""
-        output = log.open("w") if log else subprocess.PIPE
-        return subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            cwd=ROOT,
-            env={**self.env, "RAY_ADDRESS": self.address, **(env or {})},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with log.open("w") if log else contextlib.nullcontext(subprocess.PIPE) as output:
+            return subprocess.Popen(
+                [sys.executable, *map(str, words)],
+                cwd=ROOT,
+                env={**self.env, "RAY_ADDRESS": self.address, **(env or {})},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
 
     def run(self, *words: object, env: dict[str, str] | None = None, code: int = 0) -> str:
         """Runs a program to its end, checks its exit code, and returns what it printed."""

@@ -22,7 +22,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from judge import Scores, ask, load, preference, read_pixels, sample_pairs, score, shuffled
-from small_vlm import build_processor, train_on_captions
+from small_vlm import build_processor, read_captions, train_on_captions
 from task import careless_labels, make_pictures, split_scans, text_only_accuracy, write_answers, write_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +70,10 @@ def main() -> None:
         processor = build_processor()
         pixels, held_out_pixels = (read_pixels(processor, folder, some) for some in (pictures, held_out))
         base = train_on_captions(processor, pixels, pictures.digits, seed=seed)
+        reads = read_captions(base, processor, held_out_pixels, held_out.digits)
+        print(f"The base model reads {reads:.1%} of held-out digits")
+        if reads < 0.9:
+            sys.exit("error: the base model did not learn to see, so there is nothing to align; try another --seed.")
         base.save_pretrained(folder / "base")
         processor.save_pretrained(folder / "base")
         write_answers(folder / "sft.jsonl", pictures, careless_labels(pictures.digits, CARELESS, 3000 + seed))

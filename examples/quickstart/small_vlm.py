@@ -113,13 +113,28 @@ def response_ids(processor: Any, texts: list[str]) -> Tensor:
     return torch.tensor([[*row, processor.tokenizer.eos_token_id] for row in rows])
 
 
-def token_logps(model: Any, prompt: Tensor, pixels: Tensor, responses: Tensor) -> Tensor:
-    """Log-probability of each response token [n, length] after the same prompt about different pictures."""
+def next_token_logps(model: Any, prompt: Tensor, pixels: Tensor, responses: Tensor) -> Tensor:
+    """Log-probabilities [n, length, vocabulary] of what comes at each place of a response to the same prompt about different
+    pictures."""
     ids = torch.cat([prompt.expand(len(responses), -1), responses], 1)
     keep = responses.shape[1] + 1
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, logits_to_keep=keep)
-    logps: Tensor = output.logits[:, :-1].float().log_softmax(-1).gather(2, responses[..., None])[..., 0]
+    logps: Tensor = output.logits[:, :-1].float().log_softmax(-1)
     return logps
+
+
+def token_logps(model: Any, prompt: Tensor, pixels: Tensor, responses: Tensor) -> Tensor:
+    """Log-probability of each response token [n, length]."""
+    return next_token_logps(model, prompt, pixels, responses).gather(2, responses[..., None])[..., 0]
+
+
+@torch.no_grad()
+def read_captions(model: Any, processor: Any, pixels: Tensor, digits: Digits) -> float:
+    """Share of the digits in true captions that the model finds the most probable at their place."""
+    captions = response_ids(processor, [words(CAPTION_STARTS[0], row) for row in digits])
+    told = next_token_logps(model, prompt_ids(processor, CAPTION_REQUEST), pixels, captions).argmax(2)
+    is_digit = (captions != captions[0]).any(0)
+    return float((told == captions)[:, is_digit].float().mean())
 
 
 def train_on_captions(
