@@ -67,6 +67,12 @@ def load_checkpoint(checkpoint: Checkpoint, policy: "Policy", optimizer: Optimiz
         raise ValueError(
             f"The checkpoint {checkpoint.store.location} trains other weights than this run ({', '.join(odd)}, ...)."
         )
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(
+                f"The checkpoint {checkpoint.store.location} has {name} of shape {tuple(weights[name].shape)}, "
+                f"and this run trains one of {tuple(parameter.shape)}."
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

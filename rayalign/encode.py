@@ -122,7 +122,13 @@ class Encoder:
         turns = [{"role": m.role, "content": _content_parts(m.content)} for m in messages]
         prompt: str = self.processor.apply_chat_template(turns, add_generation_prompt=True)
         responses = []
-        for answer in [record.chosen, record.rejected] if self.spec.with_rejected else [record.chosen]:
+        eos = self.tokenizer.eos_token
+        answers = {"chosen": record.chosen, "rejected": record.rejected if self.spec.with_rejected else None}
+        for side, answer in answers.items():
+            if answer is None:
+                continue
+            if eos in answer:
+                raise RecordError("end mark in answer", f"an answer holds {eos}, which would end it early", field=side)
             turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
             whole: str = self.processor.apply_chat_template([*turns, turn])
             if not whole.startswith(prompt):
@@ -133,7 +139,6 @@ class Encoder:
                     "Give the processor a template whose generation prompt is a prefix of the answered conversation."
                 )
             response = whole[len(prompt) :]
-            eos = self.tokenizer.eos_token
             responses.append(response if eos in response else response.rstrip() + eos)
         return prompt, responses
 

@@ -26,6 +26,7 @@ from rayalign.policy import Policy
 logger = logging.getLogger(__name__)
 
 BUCKET_ELEMENTS = 64 * 2**20
+REMEDY = "Lower --learning_rate, or use --dtype float32 or bfloat16."
 
 
 def make_optimizer(policy: Policy, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -200,9 +201,7 @@ def run_steps(
             metrics = trainer.window.reduce(steps=clock.steps)
             trainer.window = MetricSums()
             if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(
-                    f"The loss is {metrics['loss']} at step {done}. Lower --learning_rate, or use --dtype float32 or bfloat16."
-                )
+                raise FloatingPointError(f"The loss is {metrics['loss']} at step {done}. {REMEDY}")
             rates = clock.reduce()
             rate = learning_rate(trainer.config, step, plan.num_steps)
             epoch = done / plan.steps_per_epoch
@@ -211,6 +210,10 @@ def run_steps(
             events.evaluate(done)
             clock.skip()
         if done % run.save_steps == 0 or done == plan.num_steps:
+            if not math.isfinite(float(norm)):
+                raise FloatingPointError(
+                    f"The gradient norm is {float(norm)} at step {done}, so no checkpoint is written. {REMEDY}"
+                )
             events.save(done)
             clock.skip()
 

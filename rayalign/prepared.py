@@ -89,7 +89,11 @@ def to_batch(pairs: Sequence[EncodedPair]) -> pa.RecordBatch:
     """Pairs as a record batch; a field that is missing or misspelt is an error, not a null."""
     columns = [[getattr(pair, name) for pair in pairs] for name in ENCODED_SCHEMA.names]
     arrays = [pa.array(column, type=field.type) for column, field in zip(columns, ENCODED_SCHEMA, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=ENCODED_SCHEMA)
+    batch = pa.RecordBatch.from_arrays(arrays, schema=ENCODED_SCHEMA)
+    batch.validate(full=True)
+    for column, field in zip(batch.columns, ENCODED_SCHEMA, strict=True):
+        assert column.null_count == 0, f"{field.name} is null"
+    return batch
 
 
 def from_batch(batch: pa.RecordBatch | pa.Table) -> list[EncodedPair]:

@@ -17,7 +17,7 @@ START_SECONDS = 120
 RUN_SECONDS = 300
 
 CANDIDATE_PORTS = iter(range(20_000 + os.getpid() % 2000, 22_700))
-"""Above Ray's worker ports (10002-19999); a storage server's own second port, 10,000 higher, stays below the kernel's choices."""
+"""Above Ray's worker ports (10002-19999); a storage server's second port, 10,000 higher, stays below the kernel's choices."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from tests.tiny_models import save_tiny_model
 
 @pytest.fixture(scope="session")
 def cluster_of_four_cpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Logical CPUs: two workers and the data tasks beside them also on a machine of two cores. Its `s3://` is a port of loopback,
-    where the storage tests put a server."""
+    """Logical CPUs: two workers and the data tasks beside them also on a machine of two cores. Its `s3://` is a port of
+    loopback, where the storage tests put a server."""
     (s3_port,) = free_ports(1)
     storage = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_port}",

@@ -194,6 +194,14 @@ def test_answers_that_right_makes_identical_are_dropped(llava: Path) -> None:
     assert encode(llava, given, max_length=16, truncation_strategy="right", with_rejected=False).chosen_ids == [44, 87, 271]
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_answer_that_holds_the_end_mark_is_dropped(llava: Path, side: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        encode(llava, record("Which digit?", **{side: "It is </s> two."}))
+    assert caught.value.reason == "end mark in answer"
+    assert str(caught.value) == f"{side}: an answer holds </s>, which would end it early"
+
+
 def test_a_processor_whose_patch_size_does_not_fit_the_model_is_found_out(variant: Callable[..., Path]) -> None:
     folder = variant(file="processor_config.json", patch_size=14)
     with pytest.raises(RecordError) as caught:

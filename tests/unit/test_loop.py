@@ -133,6 +133,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path) -> None:
     assert str(caught.value) == "The loss is nan at step 2. Lower --learning_rate, or use --dtype float32 or bfloat16."
 
 
+def test_weights_that_are_not_finite_are_never_saved(folder: Path) -> None:
+    trainer = trainer_of(folder, SFT())
+    with torch.no_grad():
+        next(iter(trainer.policy.trainable.values())).fill_(math.nan)
+    plan = plan_of(pairs_of(folder))
+    with pytest.raises(FloatingPointError) as caught:
+        run_steps(
+            trainer, plan, stream_of(folder, plan, 0, SFT()), RunConfig(logging_steps=3, save_steps=2), events(), start_step=0
+        )
+    assert str(caught.value) == (
+        "The gradient norm is nan at step 2, so no checkpoint is written. "
+        "Lower --learning_rate, or use --dtype float32 or bfloat16."
+    )
+
+
 @pytest.mark.parametrize("algorithm", [SFT(), DPO()], ids=lambda a: a.name)
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path, tmp_path: Path, algorithm: Algorithm) -> None:
     plan = plan_of(pairs_of(folder))
