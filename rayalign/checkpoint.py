@@ -98,9 +98,13 @@ def newest_checkpoint(folder: Store) -> Checkpoint | None:
 def prune_checkpoints(folder: Store, *, keep: int) -> None:
     """Deletes all but the newest `keep` whole checkpoints, and every incomplete one. Not while a run is writing."""
     by_step = sorted(_candidates(folder), key=lambda c: c.step, reverse=True)
-    whole = [c for c in by_step if _what_is_wrong(c.store) is None]
+    whole = 0
     for checkpoint in by_step:
-        if checkpoint not in whole[:keep]:
+        problem = _what_is_wrong(checkpoint.store)
+        whole += problem is None
+        if problem is not None:
+            logger.warning("Deleting the damaged checkpoint %s: %s.", checkpoint.store.location, problem)
+        if problem is not None or whole > keep:
             checkpoint.store.delete()
 
 

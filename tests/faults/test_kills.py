@@ -79,7 +79,7 @@ def test_a_checkpoint_cut_short_is_passed_over(
     weights.write_bytes(weights.read_bytes()[:100])
     (folder / "checkpoints" / "checkpoint_manager_snapshot.json").write_text('{"cut sho')
     output = cluster_of_four_cpus.run(*words)
-    assert f"Passing over checkpoint {newest}: trainable.safetensors has 100 of" in output
+    assert f"Deleting the damaged checkpoint {newest}: trainable.safetensors has 100 of" in output
     assert_same_run(undisturbed, folder)
 
 
