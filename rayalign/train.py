@@ -159,6 +159,8 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
         outcome: Any = trainer.fit()
     except ray.train.WorkerGroupError as error:
         raise _user_error(error) or error from None
+    if "stopped" in outcome.return_value:
+        raise outcome.return_value["stopped"]
     prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit)
     summary = {
         **outcome.return_value["final"],

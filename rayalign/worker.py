@@ -30,9 +30,20 @@ logger = logging.getLogger(__name__)
 
 
 def train_worker(config: Config, data: RunData) -> dict[str, Any]:
-    """Runs in each train worker; rank 0 writes the model. Returns the final figures and the held-out pairs' scores."""
+    """Runs in each train worker; rank 0 writes the model. Returns the final figures and the held-out pairs' scores.
+
+    What no restart could mend (flags that don't fit the model, a loss that is no longer finite) meets all workers alike: it is
+    returned as `stopped`, since Ray would start the group again for what is raised.
+    """
     quiet_logging()
-    return _Worker(config, data).train()
+    try:
+        worker = _Worker(config, data)
+    except ValueError as error:
+        return {"stopped": error}
+    try:
+        return worker.train()
+    except FloatingPointError as error:
+        return {"stopped": error}
 
 
 def plan_of(config: Config, data: RunData) -> StepPlan:

@@ -14,14 +14,15 @@ def test_a_sweep_ranks_its_trials_and_writes_the_best_configuration(
     folder = tmp_path / "sweep"
     words = (
         *("--rlhf_type", "dpo", "--model", model, "--dataset", records, "--output_dir", folder, "--max_steps", 2),
-        *("--batch_size", 8, "--gradient_accumulation_steps", 1, "--dataset_test_ratio", 0.1, "--learning_rate", 1e-3),
-        *("--search", "beta=grid:0.05,0.5", "--metric", "eval_rewards/margins"),
+        *("--batch_size", 8, "--gradient_accumulation_steps", 1, "--dataset_test_ratio", 0.1, "--num_samples", 1),
+        *("--search", "beta=grid:0.05,0.5", "learning_rate=loguniform:1e-4:1e-3", "--metric", "eval_rewards/margins"),
     )
     output = cluster_of_four_cpus.run("pipelines/tune.py", *words)
     sweep = json.loads((folder / "sweep.json").read_text())
     margins = [trial["eval_rewards/margins"] for trial in sweep["trials"]]
     assert sorted(trial["beta"] for trial in sweep["trials"]) == ["0.05", "0.5"]
     assert margins == sorted(margins, reverse=True)
+    assert all(1e-4 <= trial["learning_rate"] <= 1e-3 for trial in sweep["trials"])
     assert yaml.safe_load((folder / "best.yaml").read_text())["beta"] == float(sweep["trials"][0]["beta"])
     # One data set is prepared, by the driver; both trials find it.
     assert len(list((tmp_path / ".rayalign_cache").iterdir())) == 1
