@@ -33,21 +33,26 @@ def undisturbed(cluster_of_four_cpus: Cluster, model: Path, records: Path, tmp_p
     return folder
 
 
-def test_a_run_whose_driver_was_killed_resumes_to_the_same_weights(
+def test_a_run_whose_driver_was_killed_resumes_to_the_same_weights_past_a_checkpoint_cut_short(
     cluster_of_four_cpus: Cluster, model: Path, records: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     words = words_for(model, records, folder)
     driver = cluster_of_four_cpus.start(*words, log=tmp_path / "log.txt")
-    wait_for(lambda: steps_logged(folder) >= 12, driver, tmp_path / "log.txt")
+    wait_for(lambda: len(whole_checkpoints(folder)) >= 2, driver, tmp_path / "log.txt")
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert not (folder / "summary.json").exists()
-    done = steps_logged(folder)
+    wait_for_end_of_workers()
+    # What a kill in the middle of an upload leaves: a checkpoint, and Ray's own list of them, that end too early.
+    older, newest = sorted(whole_checkpoints(folder), key=lambda path: path.name)
+    weights = newest / "trainable.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    (folder / "checkpoints" / "checkpoint_manager_snapshot.json").write_text('{"cut sho')
     output = cluster_of_four_cpus.run(*words)
     assert "Continuing the unfinished run" in output
-    assert "from step 0 to" not in output
-    assert done < 36
+    assert f"Deleting the damaged checkpoint {newest}: trainable.safetensors has 100 of" in output
+    assert f"Training DPO from step {int(older.name.split('_')[1])} to 36" in output
     assert_same_run(undisturbed, folder)
 
 
@@ -61,25 +66,6 @@ def test_a_killed_worker_is_replaced_and_the_weights_stay_the_same(
     assert driver.wait(timeout=300) == 0, (tmp_path / "log.txt").read_text()[-5000:]
     starts = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "Training DPO from step" in line]
     assert len(starts) == 2
-    assert_same_run(undisturbed, folder)
-
-
-def test_a_checkpoint_cut_short_is_passed_over(
-    cluster_of_four_cpus: Cluster, model: Path, records: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    words = words_for(model, records, folder)
-    driver = cluster_of_four_cpus.start(*words, log=tmp_path / "log.txt")
-    wait_for(lambda: len(whole_checkpoints(folder)) >= 2, driver, tmp_path / "log.txt")
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    wait_for_end_of_workers()
-    newest = max(whole_checkpoints(folder), key=lambda path: path.name)
-    weights = newest / "trainable.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    (folder / "checkpoints" / "checkpoint_manager_snapshot.json").write_text('{"cut sho')
-    output = cluster_of_four_cpus.run(*words)
-    assert f"Deleting the damaged checkpoint {newest}: trainable.safetensors has 100 of" in output
     assert_same_run(undisturbed, folder)
 
 
