@@ -4,7 +4,6 @@
 cluster. `stream` brings them to the train workers.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -14,7 +13,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,8 +44,9 @@ CACHE_VERSION = 1
 """Part of every cache key; raised when the meaning of cached data changes."""
 
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
-OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS])
-"""What a task reports: a line of the index for each pair written, or the reason (not null) for each record dropped."""
+OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS, ("stopped", pa.string())])
+"""What a task reports: a line of the index for each pair written, or the reason (not null) for each record dropped, or what
+ends the run (`stopped`): Ray Data does not bring an exception's own type and text back."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +127,18 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
     tables: list[pa.Table] = []
     done, first, told = 0, 0, started
-    with _user_errors():
-        for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-            table = cast(pa.Table, batch)
-            tables.append(table.cast(OUTCOME_SCHEMA))
-            done += table.num_rows
-            now = time.monotonic()
-            if len(tables) == 1:  # what came before is mostly the start of the processes
-                first, began = done, now
-            elif now - told > PROGRESS_SECONDS and done > first:
-                told, rate = now, (done - first) / (now - began)
-                logger.info("Data: %d of %d records encoded, %.0f/s, %.0f s to go", done, total, rate, (total - done) / rate)
+    for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+        table = cast(pa.Table, batch).cast(OUTCOME_SCHEMA)
+        for words in table["stopped"].drop_null().to_pylist():
+            raise ValueError(words)
+        tables.append(table)
+        done += table.num_rows
+        now = time.monotonic()
+        if len(tables) == 1:  # what came before is mostly the start of the processes
+            first, began = done, now
+        elif now - told > PROGRESS_SECONDS and done > first:
+            told, rate = now, (done - first) / (now - began)
+            logger.info("Data: %d of %d records encoded, %.0f/s, %.0f s to go", done, total, rate, (total - done) / rate)
     outcome = pa.concat_tables(tables) if tables else OUTCOME_SCHEMA.empty_table()
     is_dropped = pa.compute.is_valid(outcome["reason"])
     dropped = [_dropped_line(line, sources) for line in outcome.filter(is_dropped).to_pylist()]
@@ -186,8 +187,10 @@ def _cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
     """The work of a preparation; files are scanned side by side, and #N draws are made here."""
     scan = ray.remote(spans_of)
     files = [(d, f, file) for d, dataset in enumerate(sources.datasets) for f, file in enumerate(dataset.files)]
-    with _user_errors():
+    try:
         spans: list[list[Span]] = ray.get([scan.remote(file, SPAN_ROWS) for _, _, file in files])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ValueError) else error from None
     tasks = []
     for d, dataset in enumerate(sources.datasets):
         own = [(f, span) for (owner, f, _), of_file in zip(files, spans, strict=True) if owner == d for span in of_file]
@@ -228,6 +231,8 @@ def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: Encode
             pair = _encode_row(content, f"{_file_label(sources, task)}:{row}", Store(file.location).parent, sources, spec)
         except RecordError as error:
             outcome |= {"reason": error.reason, "field": error.field, "detail": str(error)}
+        except ValueError as error:
+            return pa.Table.from_pylist([outcome | {"stopped": str(error)}], schema=OUTCOME_SCHEMA)
         else:
             outcome |= {"id": pair.id, "shard": shard, "position": len(pairs)}
             outcome |= {f"{part}_tokens": len(getattr(pair, f"{part}_ids")) for part in ("prompt", "chosen", "rejected")}
@@ -263,20 +268,6 @@ def _encoder(spec: EncoderSpec) -> Encoder:
 def _fetch(tasks: Any) -> list[PrepareTask]:
     fetched: list[PrepareTask] = ray.get(tasks)
     return fetched
-
-
-@contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """A ValueError raised in a remote process (the user can mend it) arrives as itself, without the layers around it."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ValueError):
-            cause = cause.__cause__ or getattr(cause, "cause", None)
-        if cause is None:
-            raise
-        raise ValueError(str(cause.args[0]) if cause.args else str(cause)) from None
 
 
 def quiet_logging() -> None:
