@@ -36,7 +36,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     `hidden` [N, H] are the states that predict, `weight` [V, H] is the output head, `targets` [N] are token ids. Returns [N] in
     float32 (float64 for float64 input). At most CHUNK_TOKENS x V logits exist at a time, in the backward pass too.
     """
-    logps: Tensor = _TokenLogps.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    logps: Tensor = _TokenLogps.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return logps
 
 

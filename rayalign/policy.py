@@ -205,11 +205,13 @@ def _turn_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         # Attention layers keep their rate as a number, which they hand to the attention kernel.
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # nn.Module types attributes as tensors
 
 
 def _place_images(images: tuple[Tensor, ...], slots: tuple[int, ...]) -> dict[str, Any] | None:
     """The distinct images' features, repeated for each place where an image stands, in reading order."""
     if not slots:
         return None
-    return {"image": BaseModelOutputWithPooling(pooler_output=[images[slot] for slot in slots])}  # type: ignore[arg-type]
+    # The annotation says one tensor; LLaVA's own forward passes a list, one entry per image.
+    placed: Any = [images[slot] for slot in slots]
+    return {"image": BaseModelOutputWithPooling(pooler_output=placed)}

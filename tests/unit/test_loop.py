@@ -121,31 +121,21 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(folde
     assert after[1] == pytest.approx(0.01, rel=1e-3)  # torch adds 1e-6 to the norm it divides by
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("logging_steps", "save_steps", "words"),
+    [(2, 3, "The loss is nan at step 2."), (3, 2, "The gradient norm is nan at step 2, so no checkpoint is written.")],
+)
+def test_a_run_that_is_no_longer_finite_stops_before_it_saves(
+    folder: Path, logging_steps: int, save_steps: int, words: str
+) -> None:
     trainer = trainer_of(folder, SFT())
     with torch.no_grad():
         next(iter(trainer.policy.trainable.values())).fill_(math.nan)
     plan = plan_of(pairs_of(folder))
+    run = RunConfig(logging_steps=logging_steps, save_steps=save_steps)
     with pytest.raises(FloatingPointError) as caught:
-        run_steps(
-            trainer, plan, stream_of(folder, plan, 0, SFT()), RunConfig(logging_steps=2, save_steps=3), events(), start_step=0
-        )
-    assert str(caught.value) == "The loss is nan at step 2. Lower --learning_rate, or use --dtype float32 or bfloat16."
-
-
-def test_weights_that_are_not_finite_are_never_saved(folder: Path) -> None:
-    trainer = trainer_of(folder, SFT())
-    with torch.no_grad():
-        next(iter(trainer.policy.trainable.values())).fill_(math.nan)
-    plan = plan_of(pairs_of(folder))
-    with pytest.raises(FloatingPointError) as caught:
-        run_steps(
-            trainer, plan, stream_of(folder, plan, 0, SFT()), RunConfig(logging_steps=3, save_steps=2), events(), start_step=0
-        )
-    assert str(caught.value) == (
-        "The gradient norm is nan at step 2, so no checkpoint is written. "
-        "Lower --learning_rate, or use --dtype float32 or bfloat16."
-    )
+        run_steps(trainer, plan, stream_of(folder, plan, 0, SFT()), run, events(), start_step=0)
+    assert str(caught.value) == f"{words} Lower --learning_rate, or use --dtype float32 or bfloat16."
 
 
 @pytest.mark.parametrize("algorithm", [SFT(), DPO()], ids=lambda a: a.name)
