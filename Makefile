@@ -48,10 +48,12 @@ bench: setup ## measure the ratios of benchmarks/README.md on this machine
 	$(BIN)/python benchmarks/overhead.py
 
 configs: setup ## rewrite pipelines/configs/*.yaml with every flag there is, values kept
-	@mkdir -p build; for name in dpo sft tune; do \
-		$(BIN)/python pipelines/$$name.py --config pipelines/configs/$$name.yaml --print_config > build/config.yaml; \
+	@mkdir -p build; for name in $(notdir $(basename $(filter-out %/tune.yaml,$(wildcard pipelines/configs/*.yaml)))); do \
+		$(BIN)/python pipelines/rlhf.py --config pipelines/configs/$$name.yaml --print_config > build/config.yaml; \
 		mv build/config.yaml pipelines/configs/$$name.yaml; \
 	done
+	$(BIN)/python pipelines/tune.py --config pipelines/configs/tune.yaml --print_config > build/config.yaml
+	mv build/config.yaml pipelines/configs/tune.yaml
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	$(PYTHON) -m venv build/lock

@@ -101,8 +101,7 @@ def bare(config: Config, data: RunData) -> list[dict[str, float]]:
         model=config.model,
         tuner=config.tuner,
         device=torch.device("cpu"),
-        uses_dropout=DPO.uses_dropout,
-        needs_reference=DPO.needs_reference,
+        needs=DPO().needs,
         seed=config.optimizer.seed,
     )
     trainer = Trainer(policy, config.algorithm, config.optimizer, num_steps=plan.num_steps)

@@ -85,7 +85,7 @@ class Rayalign:
         from rayalign.policy import load_policy
         from rayalign.records import Message, build_record
 
-        spec = EncoderSpec(str(folder), with_rejected=True)
+        spec = EncoderSpec(str(folder), responses="both")
         encoder = Encoder(spec)
         self.encoded = []
         for i, pair in enumerate(pairs):
@@ -94,10 +94,11 @@ class Rayalign:
             record = build_record(id=str(i), messages=question, images=images, chosen=pair.chosen, rejected=pair.rejected)
             self.encoded.append(encoder.encode(record, images))
         pad = spec.processor.tokenizer.pad_token_id
-        batch = assemble(self.encoded, with_rejected=True, pad_token_id=pad, process_images=image_processing(spec))
+        batch = assemble(self.encoded, pad_token_id=pad, process_images=image_processing(spec))
         self.batch = batch.to(device)
         self.totals = StepTotals(
             pairs=len(self.encoded),
+            responses=2 * len(self.encoded),
             chosen_tokens=sum(len(p.chosen_ids) for p in self.encoded),
             rejected_tokens=sum(len(p.rejected_ids) for p in self.encoded),
         )
@@ -106,8 +107,7 @@ class Rayalign:
             model=ModelConfig(gradient_checkpointing=case.gradient_checkpointing),
             tuner=TunerConfig(lora_target_modules=("ALL",), lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA),
             device=device,
-            uses_dropout=DPO.uses_dropout,
-            needs_reference=DPO.needs_reference,
+            needs=DPO().needs,
         )
         self.model = self.policy.model
         self.algorithm = DPO(beta=BETA, rpo_alpha=0.0)

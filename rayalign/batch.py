@@ -1,7 +1,8 @@
 """From encoded pairs to tensors: one row `[prompt | chosen | rejected]` per pair, each distinct image once.
 
 `encode` makes the pairs, `policy` runs them. The two responses share their prompt's row; the attention mask keeps them apart
-(`attention_mask`) and the rejected one's positions start again where the prompt ended.
+(`attention_mask`) and the rejected one's positions start again where the prompt ended. Objectives that compare the pairs with
+other ones (`mismatched`, `damaged`) find them in the batch's companion.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ class PairBatch:
 
     `input_ids`, `segment_ids` (PAD, PROMPT, CHOSEN, REJECTED), `position_ids`: [B, S]. For the N response tokens of the batch:
     `predictors` [N] is the flat index into [B * S] of the state that predicts the token, `targets` [N] its id, `sequences` [N]
-    the response it belongs to (chosen of pair b: b; rejected of pair b: B + b). `image_inputs` is the processor's output for
-    the distinct images; `image_slots` names the distinct image of each image place, in reading order.
+    the response it belongs to (chosen of pair b: b; rejected of pair b: B + b). `ends` [2B] is the flat index of each
+    response's last token (of the prompt's, where there is no such response). `image_inputs` is the processor's output for the
+    distinct images; `image_slots` names the distinct image of each image place, in reading order.
     """
 
     ids: tuple[str, ...]
@@ -34,9 +36,11 @@ class PairBatch:
     predictors: Tensor
     targets: Tensor
     sequences: Tensor
+    ends: Tensor
     image_inputs: Mapping[str, Tensor]
     image_slots: tuple[int, ...]
     margins: Tensor
+    companion: "Companion | None" = None
 
     @property
     def num_pairs(self) -> int:
@@ -44,23 +48,33 @@ class PairBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are no padding."""
-        return int((self.segment_ids != PAD).sum())
+        """Tokens that are no padding, the companion's included."""
+        others = self.companion.batch.num_tokens if self.companion else 0
+        return int((self.segment_ids != PAD).sum()) + others
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on a device; copies from pinned memory overlap with the computation."""
-        moved: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
-        images = {name: value.to(device, non_blocking=True) for name, value in self.image_inputs.items()}
-        return dataclasses.replace(self, **moved, image_inputs=images)
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PairBatch":
         """The same batch in page-locked memory."""
-        moved = {f.name: getattr(self, f.name).pin_memory() for f in dataclasses.fields(self) if f.type is Tensor}
-        return dataclasses.replace(self, **moved, image_inputs={k: v.pin_memory() for k, v in self.image_inputs.items()})
+        return self._map_tensors(Tensor.pin_memory)
+
+    def _map_tensors(self, move: Callable[[Tensor], Tensor]) -> "PairBatch":
+        moved: dict[str, Any] = {f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self) if f.type is Tensor}
+        images = {name: move(value) for name, value in self.image_inputs.items()}
+        companion = self.companion
+        if companion is not None:
+            companion = Companion(companion.batch._map_tensors(move), move(companion.rows))
+        return dataclasses.replace(self, **moved, image_inputs=images, companion=companion)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Other rows that an objective compares a batch's pairs with; row i of `batch` belongs to pair `rows[i]`."""
+
+    batch: PairBatch
+    rows: Tensor
 
 
 def attention_mask(segment_ids: Tensor, position_ids: Tensor, *, sliding_window: int | None = None) -> Tensor:
@@ -79,31 +93,32 @@ def attention_mask(segment_ids: Tensor, position_ids: Tensor, *, sliding_window:
 def assemble(
     pairs: Sequence[EncodedPair],
     *,
-    with_rejected: bool,
     pad_token_id: int,
     process_images: Callable[[Sequence[bytes]], Mapping[str, Tensor]],
 ) -> PairBatch:
     """Builds the batch of some pairs; `process_images` turns the distinct images' bytes into the model's image inputs.
 
-    Without `with_rejected` (SFT) rows are `[prompt | chosen]` and the rejected responses hold no tokens.
+    A response without tokens takes no place in its row: SFT's rows are `[prompt | chosen]`.
     """
     rows, segments, positions = [], [], []
     predictors, targets, sequences = [], [], []
+    ends = [0] * (2 * len(pairs))
     distinct: dict[str, int] = {}
     contents: list[bytes] = []
     slots: list[int] = []
-    lengths = [len(p.prompt_ids) + len(p.chosen_ids) + (len(p.rejected_ids) if with_rejected else 0) for p in pairs]
-    longest = max(lengths)
+    longest = max(pair.num_tokens for pair in pairs)
     for b, pair in enumerate(pairs):
         prompt = len(pair.prompt_ids)
         row, segment, position = list(pair.prompt_ids), [PROMPT] * prompt, list(range(prompt))
-        responses = [(CHOSEN, pair.chosen_ids)] + ([(REJECTED, pair.rejected_ids)] if with_rejected else [])
-        for side, response in responses:
-            start = len(row)
+        for side, response in ((CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):
+            sequence, start = b + (side - CHOSEN) * len(pairs), len(row)
+            ends[sequence] = b * longest + (start + len(response) if response else prompt) - 1
+            if not response:
+                continue
             # The last prompt state predicts a response's first token; each later one is predicted by the token before it.
             predictors += [b * longest + prompt - 1, *range(b * longest + start, b * longest + start + len(response) - 1)]
             targets += response
-            sequences += [b + (side - CHOSEN) * len(pairs)] * len(response)
+            sequences += [sequence] * len(response)
             row += response
             segment += [side] * len(response)
             position += range(prompt, prompt + len(response))
@@ -124,7 +139,44 @@ def assemble(
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         sequences=torch.tensor(sequences),
+        ends=torch.tensor(ends),
         image_inputs=dict(process_images(contents)) if contents else {},
         image_slots=tuple(slots),
         margins=torch.tensor([p.margin for p in pairs]),
     )
+
+
+def with_mismatched(
+    batch: PairBatch, pairs: Sequence[EncodedPair], others: Sequence[EncodedPair], *, pad_token_id: int
+) -> PairBatch:
+    """The batch of `pairs` with a companion: each prompt followed by the responses to another one (`others`, in the same
+    order), which KTO estimates a KL divergence from. The images are the batch's own: its `image_features` serve both."""
+    crossed = [
+        dataclasses.replace(pair, chosen_ids=other.chosen_ids, rejected_ids=other.rejected_ids, images=[], image_hashes=[])
+        for pair, other in zip(pairs, others, strict=True)
+    ]
+    rows = assemble(crossed, pad_token_id=pad_token_id, process_images=lambda contents: {})
+    rows = dataclasses.replace(rows, image_slots=batch.image_slots)
+    return dataclasses.replace(batch, companion=Companion(rows, torch.arange(len(pairs))))
+
+
+def with_damaged(
+    batch: PairBatch,
+    pairs: Sequence[EncodedPair],
+    *,
+    pad_token_id: int,
+    process_damaged: Callable[[Sequence[bytes], Sequence[str]], Mapping[str, Tensor]],
+) -> PairBatch:
+    """The batch of `pairs` with a companion: those pairs that have images, as `[prompt | chosen]` with damaged images, which
+    mDPO prefers the true ones to. `process_damaged` takes the images' bytes and a seed for each, made of the pair's id."""
+    rows = [row for row, pair in enumerate(pairs) if pair.images]
+    if not rows:
+        return batch
+    # Every image of every pair is damaged in its own way, so that none is shared.
+    seeds = [[f"{pairs[row].id}/{i}" for i in range(len(pairs[row].images))] for row in rows]
+    damaged = [dataclasses.replace(pairs[row], rejected_ids=[], image_hashes=own) for row, own in zip(rows, seeds, strict=True)]
+    every_seed = [seed for own in seeds for seed in own]
+    companion = assemble(
+        damaged, pad_token_id=pad_token_id, process_images=lambda contents: process_damaged(contents, every_seed)
+    )
+    return dataclasses.replace(batch, companion=Companion(companion, torch.tensor(rows)))

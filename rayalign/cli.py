@@ -24,6 +24,7 @@ from rayalign.search import check_search
 from rayalign.storage import Store
 
 DEFAULT_ALGORITHM = "dpo"
+LONGEST_METAVAR = 80
 
 
 def configure_logging() -> None:
@@ -181,7 +182,9 @@ class _Command:
     def _unknown(self, name: str, flag_name: str) -> str:
         owners = [other for other, section in self.algorithms.items() if flag_name in {f.name for f in flags_of(section)}]
         if owners:
-            return f"--{flag_name} belongs to {' and '.join(owners)}, not {name}."
+            *others, last = owners
+            words = f"{', '.join(others)} and {last}" if others else last
+            return f"--{flag_name} belongs to {words}, not {name}."
         if flag_name in {flag.name for flag in flags_of(TuneConfig)}:
             return f"--{flag_name} belongs to pipelines/tune.py, not {self.prog}."
         if flag_name in ("config", "print_config"):
@@ -210,8 +213,10 @@ def _add_steering_flags(parser: argparse.ArgumentParser, algorithms: Iterable[st
 
 def _add_flag(group: Any, flag: Flag) -> None:
     metavars = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
-    metavar = "|".join(flag.choices) or metavars[flag.item_type]
-    help_text = _help_of(flag, with_choices=False).replace("%", "%%")
+    choices = "|".join(flag.choices)
+    too_long = len(choices) > LONGEST_METAVAR
+    metavar = "NAME" if too_long else choices or metavars[flag.item_type]
+    help_text = _help_of(flag, with_choices=too_long).replace("%", "%%")
     if flag.is_list:
         group.add_argument(f"--{flag.name}", nargs="+", action="extend", metavar=metavar, help=help_text)
     elif flag.item_type is bool:

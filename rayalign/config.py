@@ -107,7 +107,10 @@ class TunerConfig:
     lora_rank: int = flag(8, "Rank of the LoRA matrices.", at_least=1)
     lora_alpha: float = flag(32, "LoRA scale: updates are multiplied by alpha / rank.", above=0)
     lora_dropout: float = flag(
-        0.05, "Dropout before the LoRA matrices; SFT only, it is off where two policies are compared.", at_least=0, at_most=0.99
+        0.05,
+        "Dropout before the LoRA matrices; SFT only, it is off where two policies or two responses are compared.",
+        at_least=0,
+        at_most=0.99,
     )
 
     def __post_init__(self) -> None:
@@ -149,6 +152,9 @@ class RunConfig:
     eval_steps: int = flag(50, "Steps between two passes over the held-out records (also at the end).", at_least=1)
     save_steps: int = flag(50, "Steps between two checkpoints (also at the end).", at_least=1)
     save_total_limit: int = flag(2, "Checkpoints kept.", at_least=1)
+    safe_serialization: bool = flag(
+        True, "Write a reward model's head as value_head.safetensors; false: as value_head.bin. All else is always safetensors."
+    )
     resume: bool = flag(True, "Continue an unfinished run of --output_dir that has the same configuration.")
     overwrite: bool = flag(False, "Delete what --output_dir holds and start anew.")
 
@@ -209,6 +215,13 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    def __post_init__(self) -> None:
+        if not self.run.safe_serialization and self.algorithm.needs.head != "value":
+            raise ValueError(
+                f"--safe_serialization false: only rm has a head to write in another format, {self.algorithm.name} has none; "
+                "its weights are always .safetensors. Leave the flag out."
+            )
 
     @property
     def global_batch_size(self) -> int:

@@ -31,7 +31,7 @@ from rayalign.formats.rows import Span
 from rayalign.images import fetch_image
 from rayalign.models import ModelSource
 from rayalign.prepared import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
-from rayalign.records import RecordError, require_pair
+from rayalign.records import RecordError, require_desirable, require_label, require_pair
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ SPAN_ROWS = 256
 PROGRESS_SECONDS = 5
 CACHE_VERSION = 1
 """Part of every cache key; raised when the meaning of cached data changes."""
+
+REQUIRED = {"chosen": require_desirable, "both": require_pair, "either": require_label}
+"""What a record must have beyond being sound, by the responses that rows hold."""
 
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
 OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS, ("stopped", pa.string())])
@@ -252,8 +255,7 @@ def _file_label(sources: Sources, task: PrepareTask) -> str:
 
 def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> EncodedPair:
     record = parse_row(row, id=row_id)
-    if spec.with_rejected:
-        require_pair(record)
+    REQUIRED[spec.responses](record)
     root = Store.at(sources.image_root) if sources.image_root else None
     images = [fetch_image(i, folder=folder, image_root=root, allow_urls=sources.allow_image_urls) for i in record.images]
     return _encoder(spec).encode(record, images)

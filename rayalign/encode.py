@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import AutoConfig, AutoProcessor
 
 from rayalign.images import image_hash, open_image
+from rayalign.images.damage import damage_image
 from rayalign.models import Family, find_family
 from rayalign.prepared import EncodedPair
-from rayalign.records import IMAGE_MARK, Message, PreferenceRecord, RecordError
+from rayalign.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
 class EncoderSpec:
     """Everything the encoding depends on besides the record; `fingerprint` keys the cache of encoded data.
 
-    `model` is a folder or hub id with processor and config.
+    `model` is a folder or hub id with processor and config. Rows hold the chosen response, both, or either (a pair's both, or
+    the one reply of a labelled record: chosen where it is good, else rejected).
     """
 
     model: str
-    with_rejected: bool
+    responses: Responses
     max_length: int = 2048
     truncation_strategy: Literal["delete", "left", "right", "raise"] = "delete"
     max_pixels: int | None = None
@@ -88,8 +90,8 @@ class Encoder:
         while True:
             prompt, responses = self._render(messages, record)
             prompt_ids = self._prompt_ids(prompt, images)
-            response_ids = [self._response_ids(text) for text in responses]
-            length = len(prompt_ids) + max(map(len, response_ids))
+            response_ids = {side: self._response_ids(text, side) for side, text in responses.items()}
+            length = len(prompt_ids) + max(map(len, response_ids.values()))
             if length <= limit:
                 break
             if self.spec.truncation_strategy == "raise":
@@ -100,8 +102,8 @@ class Encoder:
             if self.spec.truncation_strategy == "left" and _drop_oldest_round(messages, images):
                 continue
             if self.spec.truncation_strategy == "right" and len(prompt_ids) < limit:
-                response_ids = [ids[: limit - len(prompt_ids)] for ids in response_ids]
-                if len(response_ids) == 2 and response_ids[0] == response_ids[1]:
+                response_ids = {side: ids[: limit - len(prompt_ids)] for side, ids in response_ids.items()}
+                if response_ids.get("chosen") == response_ids.get("rejected"):
                     raise RecordError(
                         "identical answers", f"the answers are the same after the cut to {limit} tokens", field="rejected"
                     )
@@ -110,23 +112,20 @@ class Encoder:
         return EncodedPair(
             id=record.id,
             prompt_ids=prompt_ids,
-            chosen_ids=response_ids[0],
-            rejected_ids=response_ids[1] if self.spec.with_rejected else [],
+            chosen_ids=response_ids.get("chosen", []),
+            rejected_ids=response_ids.get("rejected", []),
             images=images,
             image_hashes=[image_hash(content) for content in images],
             margin=record.margin or 0.0,
         )
 
-    def _render(self, messages: Sequence[Message], record: PreferenceRecord) -> tuple[str, list[str]]:
-        """The prompt's text up to where the model answers, and each response's text as the chat template ends it."""
+    def _render(self, messages: Sequence[Message], record: PreferenceRecord) -> tuple[str, dict[str, str]]:
+        """The prompt's text up to where the model answers, and each response's text as the chat template ends it, by side."""
         turns = [{"role": m.role, "content": _content_parts(m.content)} for m in messages]
         prompt: str = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        responses = []
+        responses = {}
         eos = self.tokenizer.eos_token
-        answers = {"chosen": record.chosen, "rejected": record.rejected if self.spec.with_rejected else None}
-        for side, answer in answers.items():
-            if answer is None:
-                continue
+        for side, answer in _answers(record, self.spec.responses).items():
             if eos in answer:
                 raise RecordError("end mark in answer", f"an answer holds {eos}, which would end it early", field=side)
             turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
@@ -139,7 +138,7 @@ class Encoder:
                     "Give the processor a template whose generation prompt is a prefix of the answered conversation."
                 )
             response = whole[len(prompt) :]
-            responses.append(response if eos in response else response.rstrip() + eos)
+            responses[side] = response if eos in response else response.rstrip() + eos
         return prompt, responses
 
     def _prompt_ids(self, prompt: str, images: Sequence[bytes]) -> list[int]:
@@ -158,10 +157,10 @@ class Encoder:
             )
         return ids
 
-    def _response_ids(self, text: str) -> list[int]:
+    def _response_ids(self, text: str, side: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.image_token_id in ids:
-            raise RecordError("image mark in answer", "an answer holds the image token", field="chosen")
+            raise RecordError("image mark in answer", "an answer holds the image token", field=side)
         return ids
 
 
@@ -174,6 +173,26 @@ def image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes]], "Mapping[
         return dict(process(opened, return_tensors="pt"))
 
     return process_images
+
+
+def damaged_image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes], Sequence[str]], "Mapping[str, Tensor]"]:
+    """The same for images of which little is left; each comes with the seed of its damage."""
+    process = spec.processor.image_processor
+
+    def process_damaged(contents: Sequence[bytes], seeds: Sequence[str]) -> "Mapping[str, Tensor]":
+        opened = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
+        damaged = [damage_image(image, seed=seed) for image, seed in zip(opened, seeds, strict=True)]
+        return dict(process(damaged, return_tensors="pt"))
+
+    return process_damaged
+
+
+def _answers(record: PreferenceRecord, responses: Responses) -> dict[str, str]:
+    """The replies that a row holds, by side."""
+    if record.rejected is None or responses == "chosen":
+        is_bad = responses == "either" and record.label is False
+        return {"rejected" if is_bad else "chosen": record.chosen}
+    return {"chosen": record.chosen, "rejected": record.rejected}
 
 
 def _content_parts(text: str) -> list[dict[str, str]]:

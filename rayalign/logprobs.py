@@ -11,10 +11,13 @@ CHUNK_TOKENS = 256
 
 @dataclass(frozen=True)
 class SequenceLogps:
-    """Log-probabilities of B responses: `total` [B] is the sum over response tokens, `tokens` [B] their number."""
+    """Log-probabilities of B responses: `total` [B] is the sum over response tokens, `tokens` [B] their number (0 where a row
+    has no such response), `shared` [B] the sum over its first tokens, as many as the shorter of the pair's two responses
+    has."""
 
     total: Tensor
     tokens: Tensor
+    shared: Tensor
 
     @property
     def average(self) -> Tensor:
@@ -28,6 +31,21 @@ class PairLogps:
 
     chosen: SequenceLogps
     rejected: SequenceLogps
+
+
+def sum_by_response(logps: Tensor, sequences: Tensor, num_pairs: int) -> PairLogps:
+    """Token log-probabilities [N] summed by response; `sequences` [N] names each token's (`PairBatch.sequences`), and the
+    tokens of a response stand together in reading order."""
+    tokens = torch.bincount(sequences, minlength=2 * num_pairs)
+    place = torch.arange(len(sequences), device=sequences.device)
+    first = place.new_full((2 * num_pairs,), len(sequences)).scatter_reduce(0, sequences, place, "amin")
+    shorter = torch.minimum(tokens[:num_pairs], tokens[num_pairs:]).repeat(2)
+    is_shared = place - first[sequences] < shorter[sequences]
+    nothing = logps.new_zeros(2 * num_pairs)
+    total = nothing.index_add(0, sequences, logps)
+    shared = nothing.index_add(0, sequences, logps * is_shared)
+    sides = (slice(num_pairs), slice(num_pairs, None))
+    return PairLogps(*(SequenceLogps(total[side], tokens[side], shared[side]) for side in sides))
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,22 +1,25 @@
 """The optimizer step and the run around it, in plain torch: works on one process, under Ray Train, or on a bare GPU machine.
 
 A step runs its micro-batches, sums gradients over workers once, clips, and updates. Nothing hooks into the backward pass, so
-any number of forwards, uneven tails and idle workers are fine.
+any number of forwards, uneven tails and idle workers are fine. Where the loss of a pair depends on the other pairs of the step
+(KTO's KL estimate, AOT's ranks), all of them are surveyed before the first gradient.
 """
 
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rayalign.algorithms import Algorithm
+from rayalign.algorithms import Algorithm, StepOutput, Survey, SurveyingAlgorithm
 from rayalign.batch import PairBatch
 from rayalign.config import OptimizerConfig, RunConfig
 from rayalign.metrics import MetricSums, gather
@@ -95,24 +98,38 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 
 
 class Trainer:
-    """One worker's share of the optimisation: the policy, its optimizer, and the sums behind the next line of metrics."""
+    """One worker's share of the optimisation: the policy, its optimizer, and the sums behind the next line of metrics.
 
-    def __init__(self, policy: Policy, algorithm: Algorithm, config: OptimizerConfig, *, num_steps: int, rank: int = 0) -> None:
+    `gather` brings a value of every worker together, by rank.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        config: OptimizerConfig,
+        *,
+        num_steps: int,
+        rank: int = 0,
+        gather: Callable[[Any], list[Any]] = gather,
+    ) -> None:
         self.policy = policy
         self.algorithm = algorithm
         self.config = config
         self.num_steps = num_steps
         self.rank = rank
+        self.gather = gather
         self.optimizer = make_optimizer(policy, config)
         self.window = MetricSums()
         self._parameters = list(policy.trainable.values())
 
     def gradients(self, micro_batches: Iterable[PairBatch], totals: StepTotals) -> int:
         """Fills the gradients of a whole step, summed over workers; returns the tokens this worker ran."""
+        # A survey runs every micro-batch twice, and a stream gives each once.
+        batches = list(micro_batches) if self.algorithm.needs.survey else micro_batches
         tokens = 0
-        for batch in micro_batches:
+        for batch, output in self._outputs(lambda: batches, totals):
             tokens += batch.num_tokens
-            output = self.algorithm.step(self.policy, batch.to(self.policy.device), totals)
             output.loss_share.backward()
             self.window.add(output)
         for parameter in self._parameters:
@@ -132,20 +149,49 @@ class Trainer:
         self.optimizer.step()
         return norm, tokens
 
+    def survey(self, batches: Iterable[PairBatch]) -> list[Tensor]:
+        """What this worker contributes to the step's survey, for each of its micro-batches [B, K]."""
+        assert isinstance(self.algorithm, SurveyingAlgorithm)
+        with torch.no_grad():
+            return [self.algorithm.survey(self.policy, batch.to(self.policy.device)).cpu() for batch in batches]
+
     def evaluate(
-        self, batches: Iterable[PairBatch], totals: StepTotals
+        self, batches: Callable[[], Iterable[PairBatch]], totals: StepTotals
     ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """Metrics over the held-out pairs of all workers, and each of this worker's pairs' own values by metric."""
+        """Metrics over the held-out pairs of all workers, and each of this worker's pairs' own values by metric.
+
+        `batches` makes the iterable anew each time it is called.
+        """
         sums = MetricSums()
         pairs: dict[str, dict[str, float]] = {}
         with torch.no_grad(), _dropout_off(self.policy):
-            for batch in batches:
-                output = self.algorithm.step(self.policy, batch.to(self.policy.device), totals)
+            for batch, output in self._outputs(batches, totals):
                 sums.add(output)
-                columns = {name: values.tolist() for name, values in output.pair_metrics.items()}
-                for i, pair_id in enumerate(batch.ids):
-                    pairs[pair_id] = {name: column[i] for name, column in columns.items()}
+                for name, values in output.pair_metrics.items():
+                    missing = output.missing[name].tolist() if name in output.missing else [False] * batch.num_pairs
+                    for pair_id, value, is_missing in zip(batch.ids, values.tolist(), missing, strict=True):
+                        of_pair = pairs.setdefault(pair_id, {})
+                        if not is_missing:
+                            of_pair[name] = value
         return sums.reduce(steps=1), pairs
+
+    def _outputs(
+        self, batches: Callable[[], Iterable[PairBatch]], totals: StepTotals
+    ) -> Iterator[tuple[PairBatch, StepOutput]]:
+        """Each micro-batch with what the algorithm makes of it, after the survey if it needs one."""
+        surveys = self._surveys(batches) if self.algorithm.needs.survey else itertools.repeat(None)
+        for batch, survey in zip(batches(), surveys, strict=False):
+            yield batch, self.algorithm.step(self.policy, batch.to(self.policy.device), totals, survey)
+
+    def _surveys(self, batches: Callable[[], Iterable[PairBatch]]) -> list[Survey]:
+        """The survey of all workers as each of this worker's micro-batches sees it. Every worker calls it, an idle one too."""
+        mine = self.survey(batches())
+        everyone: list[list[Tensor]] = self.gather(mine)
+        lines = [part for worker in everyone for part in worker]
+        whole = torch.cat(lines).to(self.policy.device) if lines else torch.empty(0)
+        before = sum(len(part) for worker in everyone[: self.rank] for part in worker)
+        starts = itertools.accumulate((len(part) for part in mine), initial=before)
+        return [Survey(whole, first) for first, _ in zip(starts, mine, strict=False)]
 
 
 def _dropout_off(policy: Policy) -> AbstractContextManager[None]:

@@ -26,8 +26,9 @@ class MetricSums:
         """Takes a micro-batch in; nothing waits for the device."""
         self._loss.append(output.loss_share.detach())
         for name, values in output.pair_metrics.items():
-            self._accumulate(name, values.sum(), torch.tensor(len(values)))
-        for name, (total, count) in output.token_metrics.items():
+            known = ~output.missing[name] if name in output.missing else torch.ones_like(values, dtype=torch.bool)
+            self._accumulate(name, values.where(known, 0).sum(), known.sum())
+        for name, (total, count) in output.mean_metrics.items():
             self._accumulate(name, total, count)
 
     def reduce(self, *, steps: int) -> dict[str, float]:

@@ -26,16 +26,18 @@ CHUNK_PAIRS = 64
 @dataclass(frozen=True)
 class StepTotals:
     """Counts over a WHOLE optimizer step: every worker, every micro-batch. Losses are divided by them, so that the way a global
-    batch is cut changes nothing."""
+    batch is cut changes nothing. A pair has one response or two."""
 
     pairs: int
+    responses: int
     chosen_tokens: int
     rejected_tokens: int
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What the order of a run depends on besides the records. `held_out_ratio` of the rows are never trained on."""
+    """What the order of a run depends on besides the records. `held_out_ratio` of the rows are never trained on;
+    `with_partners`: a look-up brings each row's partner along, too."""
 
     global_batch_size: int
     batch_size: int
@@ -44,11 +46,23 @@ class PlanSettings:
     max_steps: int | None
     seed: int
     held_out_ratio: float = 0.0
+    with_partners: bool = False
 
 
 def totals_of(rows: Rows, lengths: RowLengths) -> StepTotals:
     """Counts over some rows."""
-    return StepTotals(len(rows), int(lengths.chosen[rows].sum()), int(lengths.rejected[rows].sum()))
+    chosen, rejected = lengths.chosen[rows], lengths.rejected[rows]
+    responses = np.count_nonzero(chosen) + np.count_nonzero(rejected)
+    return StepTotals(len(rows), int(responses), int(chosen.sum()), int(rejected.sum()))
+
+
+def partners_in(order: Rows, rows: Rows) -> Rows:
+    """For each of `rows`, the row that comes after it in `order` (after the last, the first): whose responses KTO puts to the
+    row's prompt."""
+    sorter = np.argsort(order)
+    places = sorter[np.searchsorted(order, rows, sorter=sorter)]
+    partners: Rows = order[(places + 1) % len(order)]
+    return partners
 
 
 def hold_out(num_rows: int, *, ratio: float, seed: int) -> tuple[Rows, Rows]:
@@ -85,6 +99,10 @@ class StepPlan:
         self.lengths = lengths
         self.settings = settings
         self.rows, self.held_out = hold_out(lengths.num_rows, ratio=settings.held_out_ratio, seed=settings.seed)
+        if settings.with_partners and len(self.rows) < 2:
+            raise ValueError(
+                "There is one record to train on, and kto compares each prompt with the responses to another one: add records."
+            )
         self.steps_per_epoch = math.ceil(len(self.rows) / settings.global_batch_size)
         self.num_steps = settings.max_steps or max(1, math.ceil(settings.num_epochs * self.steps_per_epoch))
         self._order = functools.lru_cache(maxsize=1)(lambda epoch: epoch_order(self.rows, seed=settings.seed, epoch=epoch))
@@ -108,6 +126,10 @@ class StepPlan:
             rows, self.lengths, batch_size=settings.batch_size, rank=rank, num_workers=settings.num_workers
         )
 
+    def partners(self, step: int, rows: Rows) -> Rows:
+        """The partner of each of a step's rows: the next one in the order of the epoch, whatever the cut."""
+        return partners_in(self._order(step // self.steps_per_epoch), rows)
+
     @property
     def steps_per_chunk(self) -> int:
         """Steps that one look-up fetches."""
@@ -120,13 +142,16 @@ class StepPlan:
 
 
 def look_up(chunk: Mapping[str, pa.Array] | pa.Table, *, data: PreparedData, settings: PlanSettings, rank: int) -> pa.Table:
-    """A worker's pairs of the steps `first` to `last` (exclusive) of a one-line table, in the order it trains on them.
+    """A worker's pairs of the steps `first` to `last` (exclusive) of a one-line table, in the order it trains on them; the
+    pairs of each micro-batch are followed by their partners where the settings want them.
 
     Runs in Ray Data's processes: plan and open shards are kept between calls.
     """
     plan, reader = _open(data, settings)
-    steps = range(chunk["first"][0].as_py(), chunk["last"][0].as_py())
-    rows = [batch for step in steps for batch in plan.micro_batches(step, rank)]
+    rows = []
+    for step in range(chunk["first"][0].as_py(), chunk["last"][0].as_py()):
+        for batch in plan.micro_batches(step, rank):
+            rows += [batch, plan.partners(step, batch)] if settings.with_partners else [batch]
     return reader.read(np.concatenate(rows) if rows else [])
 
 

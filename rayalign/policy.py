@@ -1,4 +1,4 @@
-"""The model under training and its reference: loading, adapters, freezing, and the pair forward.
+"""The model under training and its reference: loading, adapters, heads, freezing, and the pair forward.
 
 The reference is the same weights seen differently: adapters off, or, where training continues from an SFT adapter, that adapter
 kept frozen beside the one that learns. So it costs no second model, and rewards at step 0 are exactly 0.
@@ -17,19 +17,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from rayalign.algorithms import Needs
 from rayalign.batch import PairBatch, attention_mask
 from rayalign.config import ModelConfig, TunerConfig
-from rayalign.logprobs import PairLogps, SequenceLogps, token_logps
+from rayalign.logprobs import PairLogps, sum_by_response, token_logps
 from rayalign.models import Family, ModelSource, find_family
+from rayalign.value_head import ValueHead, load_value_head, save_value_head
 
 TRAINED, REFERENCE = "default", "reference"
 
 
 class Policy:
-    """A VLM under training. `model` is the PEFT-wrapped (LoRA) or plain (full) transformers model."""
+    """A VLM under training. `model` is the PEFT-wrapped (LoRA) or plain (full) transformers model; a reward model has a
+    `value_head`, too."""
 
-    def __init__(self, model: Any, family: Family) -> None:
+    def __init__(self, model: Any, family: Family, value_head: ValueHead | None = None) -> None:
         self.model: Any = model
+        self.value_head = value_head
         self.base: Any = self.model.get_base_model() if isinstance(model, PeftModel) else model
         self.family = family
         self.device: torch.device = self.base.get_input_embeddings().weight.device
@@ -42,7 +46,10 @@ class Policy:
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        named = dict(self.model.named_parameters())
+        if self.value_head is not None:
+            named |= {f"v_head.{name}": p for name, p in self.value_head.named_parameters()}
+        return {name: p for name, p in named.items() if p.requires_grad}
 
     def image_features(self, batch: PairBatch) -> tuple[Tensor, ...]:
         """Projected features [tokens, H] of each distinct image; the tower is frozen, so no graph is kept."""
@@ -55,6 +62,20 @@ class Policy:
 
     def logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
         """Log-probabilities of both responses of each pair, by the weights under training."""
+        head = self.base.get_output_embeddings().weight
+        states = self._states(batch, images, batch.predictors).to(head.device)
+        logps = token_logps(states, head, batch.targets.to(head.device))
+        return sum_by_response(logps, batch.sequences.to(head.device), batch.num_pairs)
+
+    def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Scores [B] of the chosen and of the rejected responses by the value head, each at the response's last token."""
+        assert self.value_head is not None
+        device = self.value_head.summary.weight.device
+        chosen, rejected = self.value_head(self._states(batch, images, batch.ends).to(device)).chunk(2)
+        return chosen, rejected
+
+    def _states(self, batch: PairBatch, images: tuple[Tensor, ...], positions: Tensor) -> Tensor:
+        """The language model's last hidden states [n, H] at flat positions [n] of the rows."""
         hidden = self.base.model(
             input_ids=batch.input_ids,
             attention_mask=self._mask(batch),
@@ -62,13 +83,8 @@ class Policy:
             mm_encoder_outputs=_place_images(images, batch.image_slots),
             use_cache=False,
         ).last_hidden_state
-        head = self.base.get_output_embeddings().weight
-        states = hidden.flatten(0, 1)[batch.predictors].to(head.device)
-        logps = token_logps(states, head, batch.targets.to(head.device))
-        sequences, pairs = batch.sequences.to(head.device), batch.num_pairs
-        total = logps.new_zeros(2 * pairs).index_add(0, sequences, logps)
-        tokens = torch.bincount(sequences, minlength=2 * pairs)
-        return PairLogps(SequenceLogps(total[:pairs], tokens[:pairs]), SequenceLogps(total[pairs:], tokens[pairs:]))
+        states: Tensor = hidden.flatten(0, 1)[positions.to(hidden.device)]
+        return states
 
     def reference_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
         """The same by the reference policy, without a graph."""
@@ -91,12 +107,14 @@ class Policy:
             for layer in self._tuner_layers:
                 layer._active_adapter = [TRAINED]
 
-    def save(self, folder: Path) -> None:
-        """Writes the result: the adapter, or the full weights; safetensors."""
+    def save(self, folder: Path, *, safe_serialization: bool = True) -> None:
+        """Writes the result: the adapter, or the full weights, in safetensors, and a value head in the format of choice."""
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), selected_adapters=[TRAINED])
         else:
             self.model.save_pretrained(str(folder))
+        if self.value_head is not None:
+            save_value_head(self.value_head, folder, safe_serialization=safe_serialization)
 
     def _mask(self, batch: PairBatch) -> Tensor:
         text_config = self.base.config.get_text_config()
@@ -114,17 +132,17 @@ def load_policy(
     model: ModelConfig,
     tuner: TunerConfig,
     device: torch.device,
-    uses_dropout: bool,
-    needs_reference: bool,
+    needs: Needs,
     spread_over_gpus: bool = False,
     seed: int = 42,
 ) -> Policy:
     """Loads the weights and prepares them for training.
 
-    Only the language model learns: adapters on its linears, or all its weights; vision tower and projector are frozen.
+    Only the language model learns: adapters on its linears, or all its weights; vision tower and projector are frozen. With a
+    value head, that of the source's folder or a new one, the output head stays frozen, too.
     Raises ValueError for models of unknown families and for a reference that `sft_type` cannot provide.
     """
-    if needs_reference and tuner.sft_type == "full":
+    if needs.reference and tuner.sft_type == "full":
         raise ValueError(
             "--sft_type full: this algorithm compares with a reference, which is the model without its adapter. Use lora."
         )
@@ -142,12 +160,18 @@ def load_policy(
     family = find_family(base.config.model_type)
     base.requires_grad_(False)
     torch.manual_seed(seed)
-    wrapped = _add_adapter(base, source, tuner, family, needs_reference=needs_reference)
-    if not uses_dropout:
+    wrapped = _add_adapter(base, source, tuner, family, needs_reference=needs.reference)
+    value_head = None
+    if needs.head == "value":
+        output_head = base.get_output_embeddings().weight
+        value_head = load_value_head(Path(source.adapter or source.base), output_head.shape[1]).to(output_head.device)
+        if output_head is not base.get_input_embeddings().weight:
+            output_head.requires_grad_(False)
+    if not needs.dropout:
         _turn_off_dropout(wrapped)
     if model.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(wrapped, family)
+    return Policy(wrapped, family, value_head)
 
 
 def lora_targets(base: Any, modules: tuple[str, ...], family: Family) -> list[str]:

@@ -28,7 +28,8 @@ ENCODED_SCHEMA = pa.schema(
         pa.field("margin", pa.float64(), nullable=False),
     ]
 )
-"""One encoded pair. Images are the compressed bytes of the source; SFT rows have empty `rejected_ids`."""
+"""One encoded pair. Images are the compressed bytes of the source. A response that a row doesn't have is empty: the rejected
+one of SFT's rows, one of the two of a record with a single labelled reply."""
 
 
 @dataclass(frozen=True)

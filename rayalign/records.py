@@ -13,6 +13,9 @@ import pydantic
 IMAGE_MARK = "<image>"
 """Marks in a user message where an image goes."""
 
+Responses = Literal["chosen", "both", "either"]
+"""Which replies an algorithm learns from: the chosen one; both of a pair; or either, a pair's both or one that is labelled."""
+
 
 class RecordError(ValueError):
     """A record that can't be used: `reason` is a short phrase to count by, `field` names the cell, str() says it in full."""
@@ -119,6 +122,28 @@ def require_pair(record: PreferenceRecord) -> None:
             "add the column, or train with sft (or kto, with a label)",
             field="rejected_response",
         )
+
+
+def require_label(record: PreferenceRecord) -> None:
+    """Raises RecordError for a record that says of no reply whether it is good: neither a pair nor a labelled reply."""
+    if record.rejected is None and record.label is None:
+        raise RecordError(
+            "missing field",
+            "the record has one reply and does not say whether it is good; add label (true or false), or a rejected reply",
+            field="label",
+        )
+    if record.rejected is not None and record.label is False:
+        raise RecordError(
+            "contradictory label",
+            "the chosen reply is labelled as bad, although there is a rejected one; remove the label, or keep one reply",
+            field="label",
+        )
+
+
+def require_desirable(record: PreferenceRecord) -> None:
+    """Raises RecordError for a reply labelled as bad, which must not be imitated."""
+    if record.label is False:
+        raise RecordError("undesirable answer", "the reply is labelled as bad, and sft imitates replies", field="label")
 
 
 def _check_conversation(messages: Sequence[Message], columns: Mapping[str, str]) -> None:

@@ -80,6 +80,7 @@ def write_results(
 ) -> None:
     """Writes report.html and summary.json, which marks the run as finished."""
     held_out = data.held_out or data.training
+    has_rejected = data.spec.responses != "chosen"
     dropped: dict[str, int] = {}
     for line in data.training.dropped():
         dropped[line["reason"]] = dropped.get(line["reason"], 0) + 1
@@ -90,8 +91,8 @@ def write_results(
         metrics=read_metrics(folder / "metrics.jsonl"),
         dropped=dropped,
         pairs=_scored_pairs(held_out, data, scores),
-        has_rejected=config.algorithm.with_rejected,
-        score_name="reward" if config.algorithm.with_rejected else "log-prob per token",
+        has_rejected=has_rejected,
+        score_name="reward" if has_rejected else "log-prob per token",
     )
     (folder / "report.html").write_bytes(page.encode())
     (folder / "summary.json").write_json(dict(summary))
@@ -105,7 +106,6 @@ def _scored_pairs(held_out: Any, data: "RunData", scores: Mapping[str, Mapping[s
     pairs = []
     for line in held_out.reader().read(rows).to_pylist():
         score = scores[line["id"]]
-        chosen_tokens = len(line["chosen_ids"])
         pairs.append(
             ScoredPair(
                 id=line["id"],
@@ -113,10 +113,17 @@ def _scored_pairs(held_out: Any, data: "RunData", scores: Mapping[str, Mapping[s
                 chosen=tokenizer.decode(line["chosen_ids"], skip_special_tokens=True).strip(),
                 rejected=tokenizer.decode(line["rejected_ids"], skip_special_tokens=True).strip(),
                 images=tuple(line["images"]),
-                reward_chosen=score.get("rewards/chosen", score["logps/chosen"] / chosen_tokens),
-                reward_rejected=score.get("rewards/rejected", math.nan),
-                tokens_chosen=chosen_tokens,
+                reward_chosen=_reward(score, line, "chosen"),
+                reward_rejected=_reward(score, line, "rejected"),
+                tokens_chosen=len(line["chosen_ids"]),
                 tokens_rejected=len(line["rejected_ids"]),
             )
         )
     return pairs
+
+
+def _reward(score: Mapping[str, float], row: Mapping[str, Any], side: str) -> float:
+    """A response's reward; without rewards its log-prob per token; nan where the row has no such response."""
+    if f"rewards/{side}" in score:
+        return score[f"rewards/{side}"]
+    return score[f"logps/{side}"] / len(row[f"{side}_ids"]) if f"logps/{side}" in score else math.nan

@@ -9,21 +9,30 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray.data
 
-from rayalign.batch import PairBatch, assemble
+from rayalign.batch import PairBatch, assemble, with_damaged, with_mismatched
 from rayalign.data import settle_context
-from rayalign.encode import EncoderSpec, image_processing
-from rayalign.plan import StepPlan, look_up
+from rayalign.encode import EncoderSpec, damaged_image_processing, image_processing
+from rayalign.plan import StepPlan, look_up, partners_in
 from rayalign.prepared import EncodedPair, PreparedData, Rows, from_batch
 
 T = TypeVar("T")
 
+Companion = Literal["none", "mismatched", "damaged"]
+
 
 def pairs_in_order(
-    data: PreparedData, plan: StepPlan, spec: EncoderSpec, *, rank: int, start_step: int, pin_memory: bool = False
+    data: PreparedData,
+    plan: StepPlan,
+    spec: EncoderSpec,
+    *,
+    rank: int,
+    start_step: int,
+    companion: Companion = "none",
+    pin_memory: bool = False,
 ) -> Iterator[tuple[int, PairBatch]]:
     """A worker's (step, micro-batch) from `start_step` to the end of the run, always a few ahead of the training."""
     chunks = plan.chunks(start_step)
@@ -37,7 +46,8 @@ def pairs_in_order(
     tables = ray.data.from_items(lines, override_num_blocks=len(lines)).map_batches(
         find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))
     )
-    make_batch = batch_maker(spec)
+    make_batch = batch_maker(spec, companion)
+    with_partners = plan.settings.with_partners
 
     def batches() -> Iterator[tuple[int, PairBatch]]:
         # Ray Data may cut a look-up's table in two or leave an empty one out: only the order of the pairs counts.
@@ -45,28 +55,55 @@ def pairs_in_order(
         pairs: list[EncodedPair] = []
         for step in range(start_step, plan.num_steps):
             for rows in plan.micro_batches(step, rank):
-                while len(pairs) < len(rows):
+                count = len(rows) * (2 if with_partners else 1)
+                while len(pairs) < count:
                     pairs += from_batch(next(arriving))
-                batch = make_batch(pairs[: len(rows)])
-                del pairs[: len(rows)]
+                batch = make_batch(pairs[: len(rows)], pairs[len(rows) : count])
+                del pairs[:count]
                 yield step, batch.pin_memory() if pin_memory else batch
 
     return ahead(batches(), depth=2)
 
 
-def held_out_pairs(data: PreparedData, micro_batches: Sequence[Rows], spec: EncoderSpec) -> Iterator[PairBatch]:
-    """Batches of given rows, a few ahead of their use."""
-    reader, make_batch = data.reader(), batch_maker(spec)
-    return ahead((make_batch(from_batch(reader.read(rows))) for rows in micro_batches), depth=2)
+def held_out_pairs(
+    data: PreparedData,
+    micro_batches: Sequence[Rows],
+    spec: EncoderSpec,
+    *,
+    companion: Companion = "none",
+    order: Rows | None = None,
+) -> Iterator[PairBatch]:
+    """Batches of given rows, a few ahead of their use; `order` has all held-out rows where each needs a partner."""
+    reader, make_batch = data.reader(), batch_maker(spec, companion)
+
+    def batches() -> Iterator[PairBatch]:
+        for rows in micro_batches:
+            partners = from_batch(reader.read(partners_in(order, rows))) if order is not None else ()
+            yield make_batch(from_batch(reader.read(rows)), partners)
+
+    return ahead(batches(), depth=2)
 
 
-def batch_maker(spec: EncoderSpec) -> Callable[[Sequence[EncodedPair]], PairBatch]:
-    """The function that decodes images and builds tensors, for one model."""
+def batch_maker(
+    spec: EncoderSpec, companion: Companion = "none"
+) -> Callable[[Sequence[EncodedPair], Sequence[EncodedPair]], PairBatch]:
+    """The function that decodes images and builds tensors, for one model: from pairs, and their partners where the companion
+    is made of these."""
     tokenizer = spec.processor.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return functools.partial(
-        assemble, with_rejected=spec.with_rejected, pad_token_id=pad, process_images=image_processing(spec)
-    )
+    process_images, process_damaged = image_processing(spec), damaged_image_processing(spec)
+
+    def make_batch(pairs: Sequence[EncodedPair], partners: Sequence[EncodedPair] = ()) -> PairBatch:
+        batch = assemble(pairs, pad_token_id=pad, process_images=process_images)
+        match companion:
+            case "none":
+                return batch
+            case "mismatched":
+                return with_mismatched(batch, pairs, partners, pad_token_id=pad)
+            case "damaged":
+                return with_damaged(batch, pairs, pad_token_id=pad, process_damaged=process_damaged)
+
+    return make_batch
 
 
 def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:

@@ -109,7 +109,7 @@ def prepare_run(config: Config) -> RunData:
     source = resolve_model(config.model, REGISTERED_MODELS)
     spec = EncoderSpec(
         model=source.base,
-        with_rejected=config.algorithm.with_rejected,
+        responses=config.algorithm.needs.responses,
         max_length=config.data.max_length,
         truncation_strategy=config.data.truncation_strategy,
         max_pixels=config.data.max_pixels,

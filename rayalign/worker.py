@@ -1,6 +1,7 @@
 """One worker of Ray Train, from loading the model to its last step: `loop` with Ray's streams, reports and checkpoints around
 it."""
 
+import functools
 import logging
 import tempfile
 import time
@@ -56,6 +57,7 @@ def plan_of(config: Config, data: RunData) -> StepPlan:
         max_steps=config.optimizer.max_steps,
         seed=config.data.data_seed,
         held_out_ratio=0.0 if data.held_out else config.data.dataset_test_ratio,
+        with_partners=config.algorithm.needs.companion == "mismatched",
     )
     return StepPlan(data.training.lengths(), settings)
 
@@ -79,8 +81,7 @@ class _Worker:
             model=config.model,
             tuner=config.tuner,
             device=self.device,
-            uses_dropout=algorithm.uses_dropout,
-            needs_reference=algorithm.needs_reference,
+            needs=algorithm.needs,
             spread_over_gpus=config.cluster.strategy == "device_map" or (config.cluster.strategy == "auto" and gpus > 1),
             seed=config.optimizer.seed,
         )
@@ -106,6 +107,7 @@ class _Worker:
             self.data.spec,
             rank=self.rank,
             start_step=self.start_step,
+            companion=self.trainer.algorithm.needs.companion,
             pin_memory=self.device.type == "cuda",
         )
         events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
@@ -153,7 +155,16 @@ class _Worker:
         lengths = data.lengths()
         batch_size = self.config.optimizer.batch_size
         mine = cut_micro_batches(rows, lengths, batch_size=batch_size, rank=self.rank, num_workers=self.world)
-        metrics, pairs = self.trainer.evaluate(held_out_pairs(data, mine, self.data.spec), totals_of(rows, lengths))
+        companion = self.trainer.algorithm.needs.companion
+        batches = functools.partial(
+            held_out_pairs,
+            data,
+            mine,
+            self.data.spec,
+            companion=companion,
+            order=rows if companion == "mismatched" else None,
+        )
+        metrics, pairs = self.trainer.evaluate(batches, totals_of(rows, lengths))
         self.pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
         line = {f"eval_{name}": value for name, value in metrics.items()}
         self.latest |= line
@@ -173,7 +184,7 @@ class _Worker:
 
     def _write_model(self) -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            self.trainer.policy.save(Path(temporary))
+            self.trainer.policy.save(Path(temporary), safe_serialization=self.config.run.safe_serialization)
             self.data.spec.processor.save_pretrained(temporary)
             (self.folder / "model").upload(Path(temporary))
 

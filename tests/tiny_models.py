@@ -1,5 +1,6 @@
 """Real model families at toy size, built from their config classes, with working processors; nothing is downloaded."""
 
+import dataclasses
 import functools
 import io
 from collections.abc import Iterator, Sequence
@@ -21,14 +22,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rayalign.batch import PairBatch, assemble
+from rayalign.algorithms import Needs
+from rayalign.batch import PairBatch, assemble, with_damaged, with_mismatched
 from rayalign.config import ModelConfig, TunerConfig
-from rayalign.encode import Encoder, EncoderSpec, image_processing
+from rayalign.encode import Encoder, EncoderSpec, damaged_image_processing, image_processing
+from rayalign.plan import StepTotals
 from rayalign.policy import TRAINED, ModelSource, Policy, load_policy
 from rayalign.prepared import EncodedPair
 from rayalign.records import IMAGE_MARK, Message, PreferenceRecord
 
 FAMILIES = ("llava", "llava_next")
+BOTH = Needs()
+REFERRED = Needs(reference=True)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<s>' if loop.first else '' }}{{ message['role'] | upper }}: "
@@ -136,9 +141,23 @@ def encode_pair(
     return _encoder(folder).encode(record, images)
 
 
-def make_batch(folder: Path, pairs: Sequence[EncodedPair], *, with_rejected: bool = True) -> PairBatch:
-    """The batch of some pairs, images processed by the tiny model's own processor."""
-    return assemble(pairs, with_rejected=with_rejected, pad_token_id=0, process_images=image_processing(_encoder(folder).spec))
+def make_batch(
+    folder: Path, pairs: Sequence[EncodedPair], *, needs: Needs = BOTH, partners: Sequence[EncodedPair] = ()
+) -> PairBatch:
+    """The batch of some pairs as an algorithm needs it, images processed by the tiny model's own processor. `partners`: the
+    pairs whose responses are put to these pairs' prompts, where a companion is made of them; by default each pair's next
+    one."""
+    spec = _encoder(folder).spec
+    if needs.responses == "chosen":
+        pairs = [dataclasses.replace(pair, rejected_ids=[]) for pair in pairs]
+    batch = assemble(pairs, pad_token_id=0, process_images=image_processing(spec))
+    match needs.companion:
+        case "none":
+            return batch
+        case "mismatched":
+            return with_mismatched(batch, pairs, partners or [*pairs[1:], pairs[0]], pad_token_id=0)
+        case "damaged":
+            return with_damaged(batch, pairs, pad_token_id=0, process_damaged=damaged_image_processing(spec))
 
 
 def make_policy(
@@ -146,8 +165,7 @@ def make_policy(
     *,
     model: ModelConfig | None = None,
     tuner: TunerConfig | None = None,
-    uses_dropout: bool = False,
-    needs_reference: bool = False,
+    needs: Needs = BOTH,
     seed: int = 42,
 ) -> Policy:
     """The policy of a tiny model on the CPU, in float32 and without gradient checkpointing unless told otherwise."""
@@ -156,18 +174,18 @@ def make_policy(
         model=model or ModelConfig(gradient_checkpointing=False),
         tuner=tuner or TunerConfig(),
         device=torch.device("cpu"),
-        uses_dropout=uses_dropout,
-        needs_reference=needs_reference,
+        needs=needs,
         seed=seed,
     )
 
 
 def wake_adapters(policy: Policy, *, scale: float = 0.1, seed: int = 0) -> Policy:
-    """Gives the trained adapters weights that change the outputs; new ones are zero, and so are half of their gradients."""
+    """Gives the trained adapters and the value head weights that change the outputs; new ones are zero, and so are half of
+    their gradients."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in policy.trainable.items():
-            if name.endswith(f"lora_B.{TRAINED}.weight"):
+            if name.endswith((f"lora_B.{TRAINED}.weight", "v_head.summary.weight")):
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return policy
 
@@ -175,6 +193,8 @@ def wake_adapters(policy: Policy, *, scale: float = 0.1, seed: int = 0) -> Polic
 def in_float64(policy: Policy) -> Policy:
     """Casts the policy's weights, and swaps the norms, which transformers computes in float32 always, for torch's own."""
     policy.model.double()
+    if policy.value_head is not None:
+        policy.value_head.double()
     for parent in list(policy.model.modules()):
         for name, norm in list(parent.named_children()):
             if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, torch.nn.RMSNorm):
@@ -186,4 +206,10 @@ def in_float64(policy: Policy) -> Policy:
 
 @functools.cache
 def _encoder(folder: Path) -> Encoder:
-    return Encoder(EncoderSpec(str(folder), with_rejected=True))
+    return Encoder(EncoderSpec(str(folder), responses="both"))
+
+
+def totals_of(pairs: Sequence[EncodedPair]) -> StepTotals:
+    """The counts of a step of these pairs."""
+    sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    return StepTotals(len(pairs), sum(n > 0 for n in sides), sum(sides[::2]), sum(sides[1::2]))

@@ -1,9 +1,33 @@
 """The shelf of algorithms: one file each, holding its hyper-parameters and one step."""
 
-from rayalign.algorithms.algorithm import Algorithm, PolicyForward, StepOutput
+from rayalign.algorithms.algorithm import Algorithm, Needs, PolicyForward, StepOutput, Survey, SurveyingAlgorithm
+from rayalign.algorithms.cpo import CPO
 from rayalign.algorithms.dpo import DPO
+from rayalign.algorithms.kto import KTO
+from rayalign.algorithms.mdpo import MDPO
+from rayalign.algorithms.orpo import ORPO
+from rayalign.algorithms.rm import RM
 from rayalign.algorithms.sft import SFT
+from rayalign.algorithms.simpo import SimPO
 
-ALGORITHMS: dict[str, type[Algorithm]] = {algorithm.name: algorithm for algorithm in (SFT, DPO)}
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    algorithm.name: algorithm for algorithm in (SFT, DPO, MDPO, RM, CPO, ORPO, SimPO, KTO)
+}
 
-__all__ = ["ALGORITHMS", "DPO", "SFT", "Algorithm", "PolicyForward", "StepOutput"]
+__all__ = [
+    "ALGORITHMS",
+    "CPO",
+    "DPO",
+    "KTO",
+    "MDPO",
+    "ORPO",
+    "RM",
+    "SFT",
+    "Algorithm",
+    "Needs",
+    "PolicyForward",
+    "SimPO",
+    "StepOutput",
+    "Survey",
+    "SurveyingAlgorithm",
+]

@@ -1,18 +1,19 @@
 """What an algorithm is: a frozen dataclass of hyper-parameters with one method, the step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from rayalign.batch import PairBatch
 from rayalign.logprobs import PairLogps
 from rayalign.plan import StepTotals
+from rayalign.records import Responses
 
 
 class PolicyForward(Protocol):
-    """What a step may ask of the policy; `images` is computed once and serves both forwards."""
+    """What a step may ask of the policy; `images` is computed once and serves every forward of a batch."""
 
     def image_features(self, batch: PairBatch) -> tuple[Tensor, ...]: ...
 
@@ -20,31 +21,72 @@ class PolicyForward(Protocol):
 
     def reference_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps: ...
 
+    def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]: ...
+
 
 @dataclass(frozen=True)
 class StepOutput:
     """What one micro-batch contributes to an optimizer step.
 
     `loss_share` [] is differentiable; shares of all micro-batches of all workers add up to the step's loss. `pair_metrics`
-    holds, for each metric, one value per pair [B] (detached); `token_metrics` a (sum [], count []) over response tokens.
+    holds, for each metric, one value per pair [B] (detached), where `missing` [B] does not say that the pair has none;
+    `mean_metrics` a (sum [], count []) over whatever the metric is a mean of.
     """
 
     loss_share: Tensor
     pair_metrics: Mapping[str, Tensor]
-    token_metrics: Mapping[str, tuple[Tensor, Tensor]]
+    mean_metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    missing: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `Algorithm.survey` found, for all pairs of the optimizer step: `whole` [P, K]; this micro-batch's lines start at
+    `first`."""
+
+    whole: Tensor
+    first: int
+
+    def of(self, batch: PairBatch) -> Tensor:
+        """The lines [B, K] of the micro-batch's own pairs."""
+        return self.whole[self.first : self.first + batch.num_pairs]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of the data, the policy and the loop.
+
+    `responses`: which replies of a record its rows hold; `companion`: which other rows its batches bring along
+    (`batch.with_mismatched`, `batch.with_damaged`); `survey`: the loss of a pair depends on the other pairs of the step, so
+    that these are surveyed first; `dropout`: False where two policies or two responses are compared, which dropout would make
+    differ at step 0.
+    """
+
+    responses: Responses = "both"
+    companion: Literal["none", "mismatched", "damaged"] = "none"
+    head: Literal["language", "value"] = "language"
+    reference: bool = False
+    survey: bool = False
+    dropout: bool = False
 
 
 class Algorithm(Protocol):
     """A preference objective. Implementations are frozen dataclasses whose fields are their flags (`config.flag`)."""
 
     name: ClassVar[str]
-    needs_reference: ClassVar[bool]
-    with_rejected: ClassVar[bool]
-    """Whether rows hold the rejected response; False where only chosen ones are trained on."""
-    uses_dropout: ClassVar[bool]
-    """False where two policies are compared: dropout would make them differ at step 0."""
-    head: ClassVar[Literal["language", "value"]]
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals) -> StepOutput:
+    @property
+    def needs(self) -> Needs: ...
+
+    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
         """Runs the policy on a micro-batch; losses are divided by `totals`, the counts of the whole optimizer step."""
+        ...
+
+
+@runtime_checkable
+class SurveyingAlgorithm(Algorithm, Protocol):
+    """An algorithm whose `needs.survey` may be true."""
+
+    def survey(self, policy: PolicyForward, batch: PairBatch) -> Tensor:
+        """What the rest of the step must know of a micro-batch's pairs, [B, K]; called without a graph."""
         ...

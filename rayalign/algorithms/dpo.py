@@ -1,26 +1,39 @@
-"""Direct Preference Optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), with the NLL term of RPO."""
+"""Direct Preference Optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290) and its family: the losses of
+`dpo_losses`, one or a weighted list of them, and the NLL term of RPO."""
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from rayalign.algorithms.algorithm import PolicyForward, StepOutput
+from rayalign.algorithms import dpo_losses
+from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.dpo_losses import PAIR_LOSSES, SFT_LOSS, Divergence, LossSettings, PairScores, RankPartners
+from rayalign.algorithms.terms import logp_metrics, negative_log_likelihood, nll_metric, reward_metrics
 from rayalign.batch import PairBatch
 from rayalign.config import check_bounds, flag
 from rayalign.logprobs import PairLogps
 from rayalign.plan import StepTotals
 
-
-def dpo_loss(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float) -> Tensor:
-    """[B]: -log sigmoid(beta d) (1 - e) - log sigmoid(-beta d) e, with d = (policy - reference)(chosen) - (policy -
-    reference)(rejected).
-
-    Equation 7 of the paper; label smoothing e as in its repository and cDPO.
-    """
-    margin = beta * ((policy.chosen.total - reference.chosen.total) - (policy.rejected.total - reference.rejected.total))
-    return -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing
+LossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "sft",
+]
 
 
 @dataclass(frozen=True)
@@ -28,38 +41,121 @@ class DPO:
     """DPO"""
 
     name: ClassVar[str] = "dpo"
-    needs_reference: ClassVar[bool] = True
-    with_rejected: ClassVar[bool] = True
-    uses_dropout: ClassVar[bool] = False
-    head: ClassVar[Literal["language", "value"]] = "language"
 
     beta: float = flag(0.1, "Strength of the pull to the reference: higher keeps closer to it.", above=0)
-    label_smoothing: float = flag(0.0, "Probability that a preference label is wrong.", at_least=0, at_most=0.5)
+    loss_type: tuple[LossType, ...] = flag(
+        ("sigmoid",), "The loss, or several that are added up (MPO: sigmoid bco_pair sft, with weights 0.8 0.2 1)."
+    )
+    loss_weights: tuple[float, ...] = flag((), "A weight for each --loss_type; without them each counts 1.", at_least=0)
+    label_smoothing: float = flag(
+        0.0, "Probability that a preference label is wrong; sigmoid, exo_pair, robust and aot use it.", at_least=0, at_most=0.5
+    )
     rpo_alpha: float = flag(
         1.0, "Weight of the chosen responses' token-mean negative log-likelihood (RPO); 0 turns it off.", at_least=0
     )
+    f_divergence_type: Divergence = flag("reverse_kl", "Divergence that the policy is held to the reference by.")
+    f_alpha_divergence_coef: float = flag(0.5, "Alpha of alpha_divergence.", above=0)
+    discopop_tau: float = flag(0.05, "Temperature of discopop's blend.", above=0)
+    ld_alpha: float | None = flag(
+        None,
+        "Weight of the tokens that the longer response has beyond the shorter one's length (LD-DPO); none: all count alike.",
+        at_least=0,
+        at_most=1,
+    )
+    reference_free: bool = flag(False, "Compare with a uniform reference, which costs nothing, instead of the start model.")
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        _check_losses(self)
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals) -> StepOutput:
+    @property
+    def needs(self) -> Needs:
+        return Needs(reference=not self.reference_free, survey=not dpo_losses.RANKED.isdisjoint(self.loss_type))
+
+    def survey(self, policy: PolicyForward, batch: PairBatch) -> Tensor:
+        """[B, 4]: log-probs of chosen and rejected, by the policy and by the reference."""
         images = policy.image_features(batch)
-        reference = policy.reference_logps(batch, images)
+        logps = dpo_losses.discounted(policy.logps(batch, images), self.ld_alpha)
+        return torch.stack([*logps, *self._reference(policy, batch, images, like=logps)], dim=1)
+
+    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
+        images = policy.image_features(batch)
         logps = policy.logps(batch, images)
-        losses = dpo_loss(logps, reference, beta=self.beta, label_smoothing=self.label_smoothing)
-        nll = -logps.chosen.total.sum()
-        loss_share = losses.sum() / totals.pairs + self.rpo_alpha * nll / totals.chosen_tokens
-        chosen = self.beta * (logps.chosen.total - reference.chosen.total).detach()
-        rejected = self.beta * (logps.rejected.total - reference.rejected.total).detach()
+        chosen, rejected = discounted = dpo_losses.discounted(logps, self.ld_alpha)
+        if survey is None:
+            reference, partners = self._reference(policy, batch, images, like=discounted), None
+        else:
+            reference = survey.of(batch)[:, 2:].unbind(1)
+            partners = dpo_losses.rank_partners(survey, batch)
+        scores = self.scores(logps, reference, partners)
+        nll = negative_log_likelihood(logps.chosen)
+        settings = LossSettings(self.beta, self.label_smoothing, self.discopop_tau)
+        loss_share = self.rpo_alpha * nll / totals.chosen_tokens
+        for name, weight in zip(self.loss_type, self.loss_weights or (1.0,) * len(self.loss_type), strict=True):
+            if name == SFT_LOSS:
+                loss_share = loss_share + weight * nll / totals.chosen_tokens
+            else:
+                loss_share = loss_share + weight * PAIR_LOSSES[name](scores, settings).sum() / totals.pairs
         return StepOutput(
             loss_share=loss_share,
-            pair_metrics={
-                "rewards/chosen": chosen,
-                "rewards/rejected": rejected,
-                "rewards/margins": chosen - rejected,
-                "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-                "logps/chosen": logps.chosen.total.detach(),
-                "logps/rejected": logps.rejected.total.detach(),
-            },
-            token_metrics={"nll_loss": (nll.detach(), logps.chosen.tokens.sum())},
+            pair_metrics=reward_metrics(self.beta * scores.chosen, self.beta * scores.rejected)
+            | logp_metrics(chosen, rejected),
+            mean_metrics=nll_metric(logps.chosen),
+        )
+
+    def scores(self, logps: PairLogps, reference: tuple[Tensor, ...], partners: RankPartners | None = None) -> PairScores:
+        """What the losses see, from the policy's log-probs and the reference's discounted ones."""
+        policy = dpo_losses.discounted(logps, self.ld_alpha)
+        chosen, rejected = (own - other for own, other in zip(policy, reference, strict=True))
+        see = functools.partial(
+            dpo_losses.divergence_score, divergence=self.f_divergence_type, alpha=self.f_alpha_divergence_coef
+        )
+        return PairScores(
+            chosen=chosen,
+            rejected=rejected,
+            chosen_score=see(chosen),
+            rejected_score=see(rejected),
+            chosen_tokens=logps.chosen.tokens,
+            rejected_tokens=logps.rejected.tokens,
+            gap=policy[0] - policy[1],
+            partners=partners,
+        )
+
+    def _reference(
+        self, policy: PolicyForward, batch: PairBatch, images: tuple[Tensor, ...], *, like: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        if self.reference_free:
+            return tuple(torch.zeros_like(side) for side in like)
+        return dpo_losses.discounted(policy.reference_logps(batch, images), self.ld_alpha)
+
+
+def _check_losses(dpo: DPO) -> None:
+    """Raises ValueError for losses, weights and settings that don't go together."""
+    names, given = set(dpo.loss_type), " ".join(dpo.loss_type)
+    if not names:
+        raise ValueError("--loss_type names no loss: give one of them, such as sigmoid.")
+    if len(names) < len(dpo.loss_type):
+        raise ValueError(f"--loss_type {given}: each loss can be named once; give it a larger weight instead.")
+    if dpo.loss_weights and len(dpo.loss_weights) != len(dpo.loss_type):
+        weights = " ".join(f"{weight:g}" for weight in dpo.loss_weights)
+        raise ValueError(f"--loss_weights {weights} with --loss_type {given}: there must be as many weights as losses.")
+    if SFT_LOSS in names and dpo.rpo_alpha:
+        raise ValueError(
+            f"--loss_type {given} with --rpo_alpha {dpo.rpo_alpha:g}: sft and --rpo_alpha both add the chosen responses' "
+            "likelihood. Pass --rpo_alpha 0, or leave sft out."
+        )
+    if dpo.label_smoothing and names.isdisjoint(dpo_losses.SMOOTHED):
+        raise ValueError(
+            f"--label_smoothing {dpo.label_smoothing:g} with --loss_type {given}: smoothing is for "
+            f"{', '.join(sorted(dpo_losses.SMOOTHED))}. Leave it out, or take one of these."
+        )
+    if "exo_pair" in names and dpo.label_smoothing == 0:
+        raise ValueError("--loss_type exo_pair needs a --label_smoothing above 0, such as 0.001: it divides by it.")
+    if "robust" in names and dpo.label_smoothing == 0.5:
+        raise ValueError("--loss_type robust needs a --label_smoothing below 0.5: labels as good as a coin's teach nothing.")
+    odd = sorted(names - dpo_losses.BY_DIVERGENCE)
+    if dpo.f_divergence_type != "reverse_kl" and odd:
+        raise ValueError(
+            f"--f_divergence_type {dpo.f_divergence_type} with --loss_type {' '.join(odd)}: this loss is derived for "
+            f"reverse_kl. Other divergences go with {', '.join(sorted(dpo_losses.BY_DIVERGENCE))}."
         )

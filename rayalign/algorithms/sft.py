@@ -1,9 +1,10 @@
 """Supervised fine-tuning on the chosen responses: the stage before preference optimisation."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from rayalign.algorithms.algorithm import PolicyForward, StepOutput
+from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.terms import negative_log_likelihood, nll_metric
 from rayalign.batch import PairBatch
 from rayalign.plan import StepTotals
 
@@ -13,17 +14,13 @@ class SFT:
     """SFT"""
 
     name: ClassVar[str] = "sft"
-    needs_reference: ClassVar[bool] = False
-    with_rejected: ClassVar[bool] = False
-    uses_dropout: ClassVar[bool] = True
-    head: ClassVar[Literal["language", "value"]] = "language"
+    needs: ClassVar[Needs] = Needs(responses="chosen", dropout=True)
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals) -> StepOutput:
+    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
         """Token-mean cross-entropy of the chosen responses, over all response tokens of the optimizer step."""
-        logps = policy.logps(batch, policy.image_features(batch)).chosen
-        nll = -logps.total.sum()
+        chosen = policy.logps(batch, policy.image_features(batch)).chosen
         return StepOutput(
-            loss_share=nll / totals.chosen_tokens,
-            pair_metrics={"logps/chosen": logps.total.detach()},
-            token_metrics={"nll_loss": (nll.detach(), logps.tokens.sum())},
+            loss_share=negative_log_likelihood(chosen) / totals.chosen_tokens,
+            pair_metrics={"logps/chosen": chosen.total.detach()},
+            mean_metrics=nll_metric(chosen),
         )

@@ -34,7 +34,7 @@ def driver(cluster_of_four_cpus: Cluster) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def spec(model: Path) -> EncoderSpec:
-    return EncoderSpec(model=str(model), with_rejected=True)
+    return EncoderSpec(model=str(model), responses="both")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_draw_larger_than_its_data_set_is_refused(sources: Path, spec: Encoder
 
 
 def test_an_error_for_the_user_arrives_without_rays_layers(sources: Path, spec: EncoderSpec, tmp_path: Path) -> None:
-    short = EncoderSpec(model=spec.model, with_rejected=True, max_length=8, truncation_strategy="raise")
+    short = EncoderSpec(model=spec.model, responses="both", max_length=8, truncation_strategy="raise")
     with pytest.raises(ValueError) as caught:
         prepare([f"{sources}/swift4.json"], short, DataConfig(), Store.at(str(tmp_path)))
     assert type(caught.value) is ValueError

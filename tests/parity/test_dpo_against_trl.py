@@ -105,7 +105,7 @@ def images_of(pair: Pair, *, seed: int = 0) -> list[Image.Image]:
 
 
 def encode(folder: Path, pairs: Sequence[Pair]) -> list[EncodedPair]:
-    encoder = Encoder(EncoderSpec(str(folder), with_rejected=True))
+    encoder = Encoder(EncoderSpec(str(folder), responses="both"))
     encoded = []
     for i, pair in enumerate(pairs):
         contents = []
@@ -125,13 +125,14 @@ def encode(folder: Path, pairs: Sequence[Pair]) -> list[EncodedPair]:
 
 
 def make_batch(folder: Path, pairs: Sequence[EncodedPair]) -> PairBatch:
-    spec = EncoderSpec(str(folder), with_rejected=True)
+    spec = EncoderSpec(str(folder), responses="both")
     pad = spec.processor.tokenizer.pad_token_id
-    return assemble(pairs, with_rejected=True, pad_token_id=pad, process_images=image_processing(spec))
+    return assemble(pairs, pad_token_id=pad, process_images=image_processing(spec))
 
 
 def totals_of(pairs: Sequence[EncodedPair]) -> StepTotals:
-    return StepTotals(len(pairs), sum(len(p.chosen_ids) for p in pairs), sum(len(p.rejected_ids) for p in pairs))
+    chosen, rejected = (sum(len(getattr(p, name)) for p in pairs) for name in ("chosen_ids", "rejected_ids"))
+    return StepTotals(len(pairs), 2 * len(pairs), chosen, rejected)
 
 
 def make_policy(folder: Path, *, adapter: Path | None = None, gradient_checkpointing: bool = False) -> Policy:
@@ -140,8 +141,7 @@ def make_policy(folder: Path, *, adapter: Path | None = None, gradient_checkpoin
         model=ModelConfig(gradient_checkpointing=gradient_checkpointing),
         tuner=TunerConfig(lora_target_modules=("ALL",), lora_rank=4, lora_alpha=16),
         device=torch.device("cpu"),
-        uses_dropout=False,
-        needs_reference=True,
+        needs=DPO().needs,
     )
 
 
@@ -245,7 +245,7 @@ def make_trl(
 
 
 def family_of(folder: Path) -> Any:
-    return EncoderSpec(str(folder), with_rejected=True).family
+    return EncoderSpec(str(folder), responses="both").family
 
 
 def give_adapter(model: Any, weights: dict[str, Tensor]) -> None:

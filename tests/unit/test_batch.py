@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -20,8 +21,8 @@ def first_letters(contents: Sequence[bytes]) -> Mapping[str, Tensor]:
     return {"pixel_values": torch.tensor([content[0] for content in contents])}
 
 
-def batch_of(*pairs: EncodedPair, with_rejected: bool = True) -> PairBatch:
-    return assemble(pairs, with_rejected=with_rejected, pad_token_id=0, process_images=first_letters)
+def batch_of(*pairs: EncodedPair) -> PairBatch:
+    return assemble(pairs, pad_token_id=0, process_images=first_letters)
 
 
 def test_a_row_is_prompt_chosen_rejected_and_padding() -> None:
@@ -65,7 +66,7 @@ def test_a_batch_without_images_has_no_image_inputs() -> None:
 
 
 def test_rows_for_sft_hold_no_rejected_tokens() -> None:
-    batch = batch_of(PAIR_A, PAIR_B, with_rejected=False)
+    batch = batch_of(*(dataclasses.replace(pair, rejected_ids=[]) for pair in (PAIR_A, PAIR_B)))
     assert batch.input_ids.tolist() == [[5, 6, 7, 2], [4, 9, 0, 0]]
     assert batch.segment_ids.tolist() == [[PROMPT, PROMPT, CHOSEN, CHOSEN], [PROMPT, CHOSEN, PAD, PAD]]
     assert batch.sequences.tolist() == [0, 0, 1]

@@ -23,7 +23,7 @@ from rayalign.config import OptimizerConfig, TunerConfig
 from rayalign.loop import Trainer
 from rayalign.plan import StepTotals
 from rayalign.storage import Store
-from tests.tiny_models import encode_pair, make_batch, make_policy
+from tests.tiny_models import REFERRED, encode_pair, make_batch, make_policy
 
 CONFIG = OptimizerConfig(learning_rate=1e-2)
 FILES = ["manifest.json", "optimizer.safetensors", "state.json", "trainable.safetensors"]
@@ -31,7 +31,7 @@ FILES = ["manifest.json", "optimizer.safetensors", "state.json", "trainable.safe
 
 def trainer_of(folder: Path, *, seed: int, modules: tuple[str, ...] = ("DEFAULT",), rank: int = 8) -> Trainer:
     tuner = TunerConfig(lora_target_modules=modules, lora_rank=rank)
-    policy = make_policy(folder, tuner=tuner, needs_reference=True, seed=seed)
+    policy = make_policy(folder, tuner=tuner, needs=REFERRED, seed=seed)
     return Trainer(policy, DPO(), CONFIG, num_steps=10)
 
 
@@ -49,7 +49,7 @@ def batch(folder: Path) -> PairBatch:
 
 def take_steps(trainer: Trainer, batch: PairBatch, steps: range) -> None:
     for step in steps:
-        trainer.step(step, [batch], StepTotals(2, 4, 5))
+        trainer.step(step, [batch], StepTotals(2, 4, 4, 5))
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def record(*turns: str, chosen: str = "It is two.", rejected: str | None = "a ca
 
 
 def encode(folder: Path, given: PreferenceRecord, images: Sequence[bytes] = (), **settings: Any) -> EncodedPair:
-    return Encoder(EncoderSpec(str(folder), **{"with_rejected": True, **settings})).encode(given, images)
+    return Encoder(EncoderSpec(str(folder), **{"responses": "both", **settings})).encode(given, images)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_the_margin_travels_with_the_pair(llava: Path) -> None:
 
 
 def test_sft_needs_and_keeps_no_rejected_response(llava: Path) -> None:
-    pair = encode(llava, record("Which digit?", rejected=None), with_rejected=False)
+    pair = encode(llava, record("Which digit?", rejected=None), responses="chosen")
     assert pair.chosen_ids == [*IT_IS_TWO, EOS]
     assert pair.rejected_ids == []
 
@@ -191,7 +191,7 @@ def test_answers_that_right_makes_identical_are_dropped(llava: Path) -> None:
         encode(llava, given, max_length=16, truncation_strategy="right")
     assert caught.value.reason == "identical answers"
     assert str(caught.value) == "rejected: the answers are the same after the cut to 16 tokens"
-    assert encode(llava, given, max_length=16, truncation_strategy="right", with_rejected=False).chosen_ids == [44, 87, 271]
+    assert encode(llava, given, max_length=16, truncation_strategy="right", responses="chosen").chosen_ids == [44, 87, 271]
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
@@ -218,7 +218,7 @@ def test_the_batch_sees_images_at_the_size_that_the_encoder_counted(model_folder
     big = noise_image(120, 90)
     counts = set()
     for max_pixels in (None, 30 * 30, 3000):
-        spec = EncoderSpec(str(model_folder(family)), with_rejected=True, max_pixels=max_pixels)
+        spec = EncoderSpec(str(model_folder(family)), responses="both", max_pixels=max_pixels)
         pair = Encoder(spec).encode(record("<image>Which digit?"), [big])
         inputs = image_processing(spec)([big])
         count = pair.prompt_ids.count(IMAGE)
@@ -230,7 +230,7 @@ def test_the_batch_sees_images_at_the_size_that_the_encoder_counted(model_folder
 def test_the_fingerprint_depends_on_contents_and_settings_but_not_on_the_folder(
     llava: Path, variant: Callable[..., Path]
 ) -> None:
-    spec = EncoderSpec(str(llava), with_rejected=True)
+    spec = EncoderSpec(str(llava), responses="both")
     same = [
         spec,
         dataclasses.replace(spec, model=str(variant())),
@@ -251,14 +251,14 @@ def test_the_fingerprint_depends_on_contents_and_settings_but_not_on_the_folder(
         *(dataclasses.replace(spec, model=str(folder)) for folder in folders),
         dataclasses.replace(spec, max_length=1024),
         dataclasses.replace(spec, max_pixels=1000),
-        dataclasses.replace(spec, with_rejected=False),
+        dataclasses.replace(spec, responses="chosen"),
         dataclasses.replace(spec, truncation_strategy="left"),
     ]
     assert len({s.fingerprint() for s in (spec, *others)}) == 1 + len(others)
 
 
 def test_a_spec_pickles_without_its_processor(llava: Path) -> None:
-    spec = EncoderSpec(str(llava), with_rejected=True, max_pixels=500)
+    spec = EncoderSpec(str(llava), responses="both", max_pixels=500)
     fingerprint = spec.fingerprint()
     packed = pickle.dumps(spec)
     assert len(packed) < 1000

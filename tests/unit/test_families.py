@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import rayalign.policy
-from rayalign.algorithms import DPO
+from rayalign.algorithms import DPO, Needs
 from rayalign.batch import PAD, PairBatch
 from rayalign.config import ModelConfig, TunerConfig
 from rayalign.images import open_image
-from rayalign.plan import StepTotals
 from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair
-from tests.tiny_models import FAMILIES, encode_pair, in_float64, make_batch, make_policy, noise_image, wake_adapters
+from tests.tiny_models import FAMILIES, encode_pair, in_float64, make_batch, make_policy, noise_image, totals_of, wake_adapters
 
 # float64 sums of the same few hundred terms in another order, through two layers and back.
 FLOAT64 = 1e-10
@@ -213,7 +212,7 @@ def test_the_vision_tower_runs_once_for_each_distinct_image_and_never_backward(
     tower.register_forward_hook(count("tower"))
     next(m for m in tower.modules() if isinstance(m, nn.Linear)).register_full_backward_hook(count("backward"))
     policy.base.get_decoder().layers[0].mlp.register_forward_pre_hook(count("layer"))
-    output = DPO().step(policy, batch, StepTotals(len(pairs), 20, 20))
+    output = DPO().step(policy, batch, totals_of(pairs))
     output.loss_share.backward()
     # Layers run for the policy and the reference; checkpointing runs the policy's again in the backward pass.
     assert runs == {"tower": 1, "backward": 0, "layer": 3 if checkpointing else 2}
@@ -290,10 +289,10 @@ def test_dropout_is_off_where_two_policies_are_compared(model_folder: Callable[.
     folder = model_folder(family, attention_dropout=0.3)
     batch = make_batch(folder, pairs_of(folder, "one image"))
     tuner = TunerConfig(lora_dropout=0.5)
-    compared = wake_adapters(make_policy(folder, tuner=tuner, uses_dropout=False))
+    compared = wake_adapters(make_policy(folder, tuner=tuner))
     assert compared.base.get_decoder().training
     runs = [one_shared_row(compared, batch)[0] for _ in range(3)]
     compared.base.eval()
     assert all(torch.equal(run, one_shared_row(compared, batch)[0]) for run in runs)
-    supervised = wake_adapters(make_policy(folder, tuner=tuner, uses_dropout=True))
+    supervised = wake_adapters(make_policy(folder, tuner=tuner, needs=Needs(dropout=True)))
     assert not torch.equal(one_shared_row(supervised, batch)[0], one_shared_row(supervised, batch)[0])

@@ -137,5 +137,5 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits_forward_and_backward() -> 
 
 
 def test_the_average_is_per_token() -> None:
-    logps = SequenceLogps(total=torch.tensor([-6.0, -1.0]), tokens=torch.tensor([3, 2]))
+    logps = SequenceLogps(total=torch.tensor([-6.0, -1.0]), tokens=torch.tensor([3, 2]), shared=torch.zeros(2))
     assert logps.average.tolist() == [-2.0, -0.5]

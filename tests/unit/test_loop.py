@@ -21,7 +21,7 @@ from rayalign.plan import PlanSettings, StepPlan
 from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair, RowLengths
 from rayalign.storage import Store
-from tests.tiny_models import encode_pair, in_float64, make_batch, make_policy, wake_adapters
+from tests.tiny_models import REFERRED, encode_pair, in_float64, make_batch, make_policy, wake_adapters
 
 SHORT = ("two", "a cat", "yes", "no", "The digit is two.", "A cat sits on the mat.", "the mat")
 
@@ -47,7 +47,7 @@ def stream_of(folder: Path, plan: StepPlan, start: int, algorithm: Algorithm, ra
     pairs = pairs_of(folder)
     for step in range(start, plan.num_steps):
         for rows in plan.micro_batches(step, rank):
-            yield step, make_batch(folder, [pairs[row] for row in rows], with_rejected=algorithm.with_rejected)
+            yield step, make_batch(folder, [pairs[row] for row in rows], needs=algorithm.needs)
 
 
 def trainer_of(folder: Path, algorithm: Algorithm, *, num_steps: int = 6, seed: int = 42, **config: Any) -> Trainer:
@@ -55,8 +55,7 @@ def trainer_of(folder: Path, algorithm: Algorithm, *, num_steps: int = 6, seed: 
         folder,
         model=ModelConfig(gradient_checkpointing=True),
         tuner=TunerConfig(lora_dropout=0.3),
-        uses_dropout=algorithm.uses_dropout,
-        needs_reference=algorithm.needs_reference,
+        needs=algorithm.needs,
         seed=seed,
     )
     return Trainer(policy, algorithm, OptimizerConfig(**{"learning_rate": 1e-2, **config}), num_steps=num_steps)
@@ -161,7 +160,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path,
     expected, again = ([{k: v for k, v in line.items() if k not in timing} for line in lines[run]] for run in lines)
     assert again == expected[3:]
     # Dropout is part of what was resumed: without it the run would have ended elsewhere.
-    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in resumed.policy.model.modules()) == algorithm.uses_dropout
+    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in resumed.policy.model.modules()) == algorithm.needs.dropout
 
 
 @pytest.mark.parametrize("algorithm", [SFT(), DPO()], ids=lambda a: a.name)
@@ -174,8 +173,9 @@ def test_evaluating_leaves_the_training_as_it_was(folder: Path, algorithm: Algor
 
         def evaluate(step: int, trainer: Trainer = trainer, held_out: list[PairBatch] = held_out) -> None:
             torch.manual_seed(step)
-            evaluations.append(trainer.evaluate(held_out, plan.totals(0)))
-            assert trainer.evaluate(held_out, plan.totals(0)) == evaluations[-1]  # no dropout, or its masks would differ
+            evaluations.append(trainer.evaluate(lambda: held_out, plan.totals(0)))
+            again = trainer.evaluate(lambda: held_out, plan.totals(0))
+            assert again == evaluations[-1]  # no dropout, or its masks would differ
 
         stream = stream_of(folder, plan, 0, algorithm)
         run_steps(trainer, plan, stream, RunConfig(eval_steps=eval_steps), events(evaluate=evaluate), start_step=0)
@@ -237,7 +237,7 @@ def work_of(rank: int, folder: Path) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "BUCKET_ELEMENTS", 5)
         sum_over_workers(iter(tensors))
-    policy = wake_adapters(in_float64(make_policy(folder, needs_reference=True, seed=rank)), seed=rank)
+    policy = wake_adapters(in_float64(make_policy(folder, needs=REFERRED, seed=rank)), seed=rank)
     start_alike(policy)
     started = weights_of(policy)
     plan = plan_of(pairs_of(folder), num_workers=2, max_steps=1)
@@ -275,13 +275,13 @@ def test_workers_start_with_the_weights_of_rank_0_and_an_idle_one_stays_with_the
     folder: Path, workers: list[dict[str, Tensor]]
 ) -> None:
     assert equal(*workers)
-    policy = wake_adapters(in_float64(make_policy(folder, needs_reference=True, seed=0)), seed=0)
+    policy = wake_adapters(in_float64(make_policy(folder, needs=REFERRED, seed=0)), seed=0)
     for name, value in weights_of(policy).items():
         assert torch.equal(workers[1][f"start {name}"], value)
 
 
 def test_a_step_of_two_workers_is_the_step_of_one(folder: Path, workers: list[dict[str, Tensor]]) -> None:
-    policy = wake_adapters(in_float64(make_policy(folder, needs_reference=True, seed=0)), seed=0)
+    policy = wake_adapters(in_float64(make_policy(folder, needs=REFERRED, seed=0)), seed=0)
     trainer = Trainer(policy, DPO(), OptimizerConfig(learning_rate=1e-2), num_steps=1)
     plan = plan_of(pairs_of(folder), max_steps=1)
     norm, _ = trainer.step(0, [batch for _, batch in stream_of(folder, plan, 0, DPO())], plan.totals(0))

@@ -12,7 +12,7 @@ def output(loss: float, rewards: list[float], nll: float, tokens: int) -> StepOu
     return StepOutput(
         loss_share=torch.tensor(loss, requires_grad=True),
         pair_metrics={"rewards/chosen": torch.tensor(rewards)},
-        token_metrics={"nll_loss": (torch.tensor(nll), torch.tensor(tokens))},
+        mean_metrics={"nll_loss": (torch.tensor(nll), torch.tensor(tokens))},
     )
 
 

@@ -97,7 +97,7 @@ def test_totals_are_the_sums_over_the_whole_step() -> None:
     for step in range(6):
         rows = rows_of_workers(plan, step)
         chosen, rejected = (sum(int(tokens[row]) for row in rows) for tokens in (plan.lengths.chosen, plan.lengths.rejected))
-        assert plan.totals(step) == StepTotals(len(rows), chosen, rejected)
+        assert plan.totals(step) == StepTotals(len(rows), 2 * len(rows), chosen, rejected)
 
 
 @pytest.mark.parametrize(

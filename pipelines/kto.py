@@ -1,0 +1,15 @@
+"""Kahneman-Tversky optimisation: replies that are each labelled good or bad, or pairs."""
+
+import sys
+
+from rayalign import cli
+from rayalign.algorithms import ALGORITHMS
+
+if __name__ == "__main__":
+    config = cli.parse(ALGORITHMS, sys.argv[1:], prog="pipelines/kto.py", description=__doc__, algorithm="kto")
+    cli.configure_logging()
+
+    from rayalign import train  # here, so that a mistyped flag is answered before Ray is loaded
+
+    with cli.user_errors():
+        train.run(config)

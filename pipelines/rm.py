@@ -1,0 +1,15 @@
+"""Training of a reward model: a score for each reply, from preference pairs."""
+
+import sys
+
+from rayalign import cli
+from rayalign.algorithms import ALGORITHMS
+
+if __name__ == "__main__":
+    config = cli.parse(ALGORITHMS, sys.argv[1:], prog="pipelines/rm.py", description=__doc__, algorithm="rm")
+    cli.configure_logging()
+
+    from rayalign import train  # here, so that a mistyped flag is answered before Ray is loaded
+
+    with cli.user_errors():
+        train.run(config)

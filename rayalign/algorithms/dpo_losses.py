@@ -1,0 +1,222 @@
+"""The losses that `--loss_type` of DPO names, each a function of a batch's scores; a new one is a function and a line of the
+table."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rayalign.algorithms.algorithm import Survey
+from rayalign.algorithms.terms import logistic_loss
+from rayalign.batch import PairBatch
+from rayalign.logprobs import PairLogps
+
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The numbers that losses take, by the names of their flags."""
+
+    beta: float
+    label_smoothing: float
+    discopop_tau: float
+
+
+@dataclass(frozen=True)
+class RankPartners:
+    """What AOT compares each pair with, each [B]: of the step's sorted reference gaps, chosen and rejected log-ratios, those at
+    the ranks of the pair's own gap, rejected and chosen log-ratio."""
+
+    gap: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """What the losses see of B pairs, each [B].
+
+    `chosen`, `rejected`: log-ratios of policy to reference, log p - log p_ref, summed over response tokens; `chosen_score`,
+    `rejected_score`: the same seen through the f-divergence; `*_tokens`: lengths of the responses; `gap`: log p_chosen -
+    log p_rejected of the policy; `partners` only where a loss is one of RANKED.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_score: Tensor
+    rejected_score: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    gap: Tensor
+    partners: RankPartners | None
+
+    @property
+    def delta(self) -> Tensor:
+        return self.chosen_score - self.rejected_score
+
+    @property
+    def delta_per_token(self) -> Tensor:
+        return self.chosen_score / self.chosen_tokens - self.rejected_score / self.rejected_tokens
+
+
+Loss = Callable[[PairScores, LossSettings], Tensor]
+
+
+def sigmoid(scores: PairScores, settings: LossSettings) -> Tensor:
+    """-log sigmoid(beta d): equation 7 of https://arxiv.org/abs/2305.18290; with smoothing, its authors' conservative DPO."""
+    return logistic_loss(settings.beta * scores.delta, label_smoothing=settings.label_smoothing)
+
+
+def sigmoid_norm(scores: PairScores, settings: LossSettings) -> Tensor:
+    """-log sigmoid(beta d) with log-ratios per token, as in Tulu 3 (https://arxiv.org/abs/2411.15124, section 5.1.2)."""
+    return logistic_loss(settings.beta * scores.delta_per_token)
+
+
+def hinge(scores: PairScores, settings: LossSettings) -> Tensor:
+    """max(0, 1 - beta d): SLiC's calibration (https://arxiv.org/abs/2309.06657, equation 10)."""
+    return torch.relu(1 - settings.beta * scores.delta)
+
+
+def ipo(scores: PairScores, settings: LossSettings) -> Tensor:
+    """(d - 1 / (2 beta))^2, with log-ratios per token: equation 17 of https://arxiv.org/abs/2310.12036, whose tau is beta."""
+    return (scores.delta_per_token - 1 / (2 * settings.beta)) ** 2
+
+
+def exo_pair(scores: PairScores, settings: LossSettings) -> Tensor:
+    """KL of the policy's preference to the label's, (1 - e, e): equation 16 of https://arxiv.org/abs/2402.00856."""
+    z, smoothing = settings.beta * scores.delta, settings.label_smoothing
+    right = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-smoothing))
+    return right + torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(smoothing))
+
+
+def nca_pair(scores: PairScores, settings: LossSettings) -> Tensor:
+    """Each reply against noise: https://arxiv.org/abs/2402.05369, the pairwise NCA."""
+    chosen, rejected = settings.beta * scores.chosen, settings.beta * scores.rejected
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def robust(scores: PairScores, settings: LossSettings) -> Tensor:
+    """The sigmoid loss without the bias of labels that are wrong with probability e < 1/2: rDPO
+    (https://arxiv.org/abs/2403.00409)."""
+    z, smoothing = settings.beta * scores.delta, settings.label_smoothing
+    return (smoothing * F.logsigmoid(-z) - (1 - smoothing) * F.logsigmoid(z)) / (1 - 2 * smoothing)
+
+
+def bco_pair(scores: PairScores, settings: LossSettings) -> Tensor:
+    """Each reply as good or bad by itself: https://arxiv.org/abs/2404.04656, with a reward shift of 0."""
+    return -F.logsigmoid(settings.beta * scores.chosen) - F.logsigmoid(-settings.beta * scores.rejected)
+
+
+def sppo_hard(scores: PairScores, settings: LossSettings) -> Tensor:
+    """Log-ratios pulled to +-1 / (2 beta): equation 4.7 of https://arxiv.org/abs/2405.00675 with certain preferences."""
+    return (scores.chosen - 0.5 / settings.beta) ** 2 + (scores.rejected + 0.5 / settings.beta) ** 2
+
+
+def aot(scores: PairScores, settings: LossSettings) -> Tensor:
+    """The step's sorted gaps of the policy against those of the reference: AOT for paired data
+    (https://arxiv.org/abs/2406.05882)."""
+    assert scores.partners is not None
+    difference = scores.gap - scores.partners.gap
+    return logistic_loss(settings.beta * difference, label_smoothing=settings.label_smoothing)
+
+
+def aot_unpaired(scores: PairScores, settings: LossSettings) -> Tensor:
+    """The step's sorted chosen log-ratios against its sorted rejected ones: AOT for unpaired data (as above)."""
+    assert scores.partners is not None
+
+    def loss(difference: Tensor) -> Tensor:
+        return logistic_loss(settings.beta * difference, label_smoothing=settings.label_smoothing)
+
+    # Every term of the step's sum has one chosen and one rejected side, mostly of two pairs. A pair adds up its two terms, each
+    # with the other side held fixed: the gradients of the whole, and twice its value.
+    both = loss(scores.chosen - scores.partners.rejected) + loss(scores.partners.chosen - scores.rejected)
+    return both - both.detach() / 2
+
+
+def apo_zero(scores: PairScores, settings: LossSettings) -> Tensor:
+    """Chosen replies up, rejected ones down: equation 7 of https://arxiv.org/abs/2408.06266."""
+    return 1 - torch.sigmoid(settings.beta * scores.chosen) + torch.sigmoid(settings.beta * scores.rejected)
+
+
+def apo_down(scores: PairScores, settings: LossSettings) -> Tensor:
+    """Both down, the rejected one more: equation 8 of https://arxiv.org/abs/2408.06266."""
+    lead = scores.chosen - scores.rejected
+    return torch.sigmoid(settings.beta * scores.chosen) + 1 - torch.sigmoid(settings.beta * lead)
+
+
+def discopop(scores: PairScores, settings: LossSettings) -> Tensor:
+    """Logistic and exponential loss blended by the margin itself: equation 5 of https://arxiv.org/abs/2406.08414."""
+    z = settings.beta * scores.delta
+    blend = torch.sigmoid(z / settings.discopop_tau)
+    return -F.logsigmoid(z) * (1 - blend) + torch.exp(-z) * blend
+
+
+PAIR_LOSSES: Mapping[str, Loss] = {
+    loss.__name__: loss
+    for loss in (
+        *(sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired),
+        *(apo_zero, apo_down, discopop, sigmoid_norm),
+    )
+}
+"""Each gives the loss of every pair, [B]."""
+
+SFT_LOSS = "sft"
+"""The one loss that is not a mean over pairs: the token-mean likelihood of the chosen responses."""
+
+SMOOTHED = frozenset({"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"})
+"""Losses that `--label_smoothing` changes."""
+
+BY_DIVERGENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", SFT_LOSS})
+"""Losses that see the log-ratios through `--f_divergence_type`; the others are derived for the reverse KL."""
+
+RANKED = frozenset({"aot", "aot_unpaired"})
+"""Losses that compare a pair with others of the step."""
+
+
+def divergence_score(log_ratio: Tensor, *, divergence: Divergence, alpha: float) -> Tensor:
+    """f'(u) of the log-ratio log u, up to a constant: what takes its place under another divergence than the reverse KL
+    (https://arxiv.org/abs/2309.16240, table 1)."""
+    match divergence:
+        case "reverse_kl":
+            return log_ratio
+        case "forward_kl":
+            return 1 - torch.exp(-log_ratio)
+        case "js_divergence":
+            return math.log(2) + F.logsigmoid(log_ratio)
+        case "alpha_divergence":
+            if alpha == 1:
+                return log_ratio
+            return torch.expm1(((alpha - 1) * log_ratio).clamp(max=80)) / (alpha - 1)  # e^89 is float32's infinity
+
+
+def discounted(logps: PairLogps, ld_alpha: float | None) -> tuple[Tensor, Tensor]:
+    """Log-probs [B] of both responses; with `ld_alpha` the tokens beyond the shorter one's length count that much: LD-DPO
+    (https://arxiv.org/abs/2409.06411)."""
+    if ld_alpha is None:
+        return logps.chosen.total, logps.rejected.total
+    chosen, rejected = (side.shared + ld_alpha * (side.total - side.shared) for side in (logps.chosen, logps.rejected))
+    return chosen, rejected
+
+
+def rank_partners(survey: Survey, batch: PairBatch) -> RankPartners:
+    """The partners of a batch's pairs; `survey.whole` [P, 4]: chosen and rejected log-probs of the policy, then of the
+    reference."""
+    whole = survey.whole
+    own = slice(survey.first, survey.first + batch.num_pairs)
+    gap, reference_gap = whole[:, 0] - whole[:, 1], whole[:, 2] - whole[:, 3]
+    chosen, rejected = whole[:, 0] - whole[:, 2], whole[:, 1] - whole[:, 3]
+    return RankPartners(
+        gap=reference_gap.sort().values[_ranks(gap)][own],
+        chosen=chosen.sort().values[_ranks(rejected)][own],
+        rejected=rejected.sort().values[_ranks(chosen)][own],
+    )
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Place of each value among all of them, sorted."""
+    return values.argsort(stable=True).argsort()

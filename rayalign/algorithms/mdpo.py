@@ -1,0 +1,70 @@
+"""mDPO (Wang et al. 2024, https://arxiv.org/abs/2406.11839): DPO that can't be learnt from the text alone.
+
+Beside the usual preference, the chosen reply must be likelier with its images than with damaged ones, and likelier than under
+the reference.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.terms import logistic_loss, logp_metrics, reward_metrics
+from rayalign.batch import PairBatch
+from rayalign.config import check_bounds, flag
+from rayalign.plan import StepTotals
+
+
+def conditional_loss(chosen: Tensor, damaged: Tensor, *, beta: float) -> Tensor:
+    """[b]: -log sigmoid(beta (r - r')), with r and r' the log-ratios of policy to reference of the same reply, given the images
+    and given the damaged ones: the paper's L_CoPO."""
+    return logistic_loss(beta * (chosen - damaged))
+
+
+def anchor_loss(chosen: Tensor, *, beta: float, delta: float) -> Tensor:
+    """[B]: -log sigmoid(beta r - delta): the chosen reply's reward must exceed delta: the paper's L_AncPO."""
+    return -F.logsigmoid(beta * chosen - delta)
+
+
+@dataclass(frozen=True)
+class MDPO:
+    """mDPO"""
+
+    name: ClassVar[str] = "mdpo"
+    needs: ClassVar[Needs] = Needs(companion="damaged", reference=True)
+
+    beta: float = flag(0.1, "Strength of the pull to the reference: higher keeps closer to it.", above=0)
+    conditional_weight: float = flag(1.0, "Weight of preferring the images to damaged ones.", at_least=0)
+    anchor_weight: float = flag(1.0, "Weight of keeping the chosen replies' rewards above --anchor_delta.", at_least=0)
+    anchor_delta: float = flag(0.0, "Reward that the chosen replies are held above.")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
+        """Pairs without images have no conditional preference; its sum is divided by all pairs of the step all the same."""
+        images = policy.image_features(batch)
+        reference = policy.reference_logps(batch, images)
+        logps = policy.logps(batch, images)
+        chosen, rejected = logps.chosen.total - reference.chosen.total, logps.rejected.total - reference.rejected.total
+        losses = logistic_loss(self.beta * (chosen - rejected)).sum()
+        losses = losses + self.anchor_weight * anchor_loss(chosen, beta=self.beta, delta=self.anchor_delta).sum()
+        means: dict[str, tuple[Tensor, Tensor]] = {}
+        if batch.companion is not None:
+            rows, damaged_batch = batch.companion.rows, batch.companion.batch
+            images = policy.image_features(damaged_batch)
+            before = policy.reference_logps(damaged_batch, images).chosen.total
+            damaged = policy.logps(damaged_batch, images).chosen.total - before
+            losses = losses + self.conditional_weight * conditional_loss(chosen[rows], damaged, beta=self.beta).sum()
+            lead = self.beta * (chosen[rows] - damaged).detach()
+            count = torch.tensor(len(rows))
+            means = {"conditional/margins": (lead.sum(), count), "conditional/accuracies": ((lead > 0).sum(), count)}
+        return StepOutput(
+            loss_share=losses / totals.pairs,
+            pair_metrics=reward_metrics(self.beta * chosen, self.beta * rejected)
+            | logp_metrics(logps.chosen.total, logps.rejected.total),
+            mean_metrics=means,
+        )
