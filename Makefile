@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check bench configs lock
+.PHONY: help setup quickstart test unit-tests parity-tests check bench configs lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -31,11 +31,17 @@ quickstart: setup ## make a tiny model and data, align it, compare before and af
 
 test: export HF_HUB_OFFLINE := 1
 test: setup ## all tests: unit, parity, integration, faults, a smoke of the benchmarks
-	$(call stage,unit,$(BIN)/pytest -q tests/unit)
-	$(call stage,parity,$(BIN)/pytest -q tests/parity)
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target unit-tests parity-tests
 	$(call stage,integration,$(BIN)/pytest -q tests/integration)
 	$(call stage,faults,$(BIN)/pytest -q tests/faults)
+
+# These keep to one core each, and run side by side.
+unit-tests:
+	$(call stage,unit,$(BIN)/pytest -q tests/unit)
 	$(call stage,benchmark smoke,$(BIN)/pytest -q benchmarks)
+
+parity-tests:
+	$(call stage,parity,$(BIN)/pytest -q tests/parity)
 
 check: setup ## format, lint, types and import rules of the whole tree
 	$(BIN)/ruff format --check .

@@ -18,8 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def record_difference(request: pytest.FixtureRequest) -> RecordDifference:
-    """`record_difference("cpo", "TRL", loss=..., gradient=...)` enters what a comparison found; the table keeps the largest of
-each. 
+    """`record_difference("cpo", "TRL 1.16", loss=..., gradient=...)` enters what a comparison found; the table keeps the largest.
+
     Both are relative: of the loss, and of the largest entry of the gradient.
     """
     table = request.config.stash[TABLE]
