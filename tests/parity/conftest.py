@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def record_difference(request: pytest.FixtureRequest) -> RecordDifference:
-    """`record_difference("cpo", "TRL 1.16", loss=..., gradient=...)` enters what a comparison found; the table keeps the largest.
+    """`record_difference("cpo", "TRL 1.16", loss=..., gradient=...)` enters a comparison; the table keeps the largest of each.
 
     Both are relative: of the loss, and of the largest entry of the gradient.
     """
