@@ -54,7 +54,7 @@ class DPO:
         1.0, "Weight of the chosen responses' token-mean negative log-likelihood (RPO); 0 turns it off.", at_least=0
     )
     f_divergence_type: Divergence = flag("reverse_kl", "Divergence that the policy is held to the reference by.")
-    f_alpha_divergence_coef: float = flag(0.5, "Alpha of alpha_divergence.", above=0)
+    f_alpha_divergence_coef: float = flag(0.5, "Order of alpha_divergence; 1 is reverse_kl.", above=0)
     discopop_tau: float = flag(0.05, "Temperature of discopop's blend.", above=0)
     ld_alpha: float | None = flag(
         None,

@@ -153,7 +153,9 @@ def discopop(scores: PairScores, settings: LossSettings) -> Tensor:
     """Logistic and exponential loss blended by the margin itself: equation 5 of https://arxiv.org/abs/2406.08414."""
     z = settings.beta * scores.delta
     blend = torch.sigmoid(z / settings.discopop_tau)
-    return -F.logsigmoid(z) * (1 - blend) + torch.exp(-z) * blend
+    # exp(-z) sigmoid(z / tau) in one: for a pair that is far off the first is infinite and the second 0, which makes NaN.
+    exponential = torch.exp(F.logsigmoid(z / settings.discopop_tau) - z)
+    return -F.logsigmoid(z) * (1 - blend) + exponential
 
 
 PAIR_LOSSES: Mapping[str, Loss] = {
@@ -178,6 +180,10 @@ RANKED = frozenset({"aot", "aot_unpaired"})
 """Losses that compare a pair with others of the step."""
 
 
+LARGEST_EXPONENT = 40.0
+"""Log-ratios are cut off here before the exponential: the square of e^40 is still far below float32's largest number, e^88."""
+
+
 def divergence_score(log_ratio: Tensor, *, divergence: Divergence, alpha: float) -> Tensor:
     """f'(u) of the log-ratio log u, up to a constant: what takes its place under another divergence than the reverse KL
     (https://arxiv.org/abs/2309.16240, table 1)."""
@@ -185,13 +191,13 @@ def divergence_score(log_ratio: Tensor, *, divergence: Divergence, alpha: float)
         case "reverse_kl":
             return log_ratio
         case "forward_kl":
-            return 1 - torch.exp(-log_ratio)
+            return -torch.expm1((-log_ratio).clamp(max=LARGEST_EXPONENT))
         case "js_divergence":
             return math.log(2) + F.logsigmoid(log_ratio)
         case "alpha_divergence":
             if alpha == 1:
                 return log_ratio
-            return torch.expm1(((alpha - 1) * log_ratio).clamp(max=80)) / (alpha - 1)  # e^89 is float32's infinity
+            return torch.expm1(((alpha - 1) * log_ratio).clamp(max=LARGEST_EXPONENT)) / (alpha - 1)
 
 
 def discounted(logps: PairLogps, ld_alpha: float | None) -> tuple[Tensor, Tensor]:

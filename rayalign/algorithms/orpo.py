@@ -19,11 +19,8 @@ def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x <= 0, without cancellation near 0 nor far from it (Maechler 2012, equation 7). A probability of 1
     counts as 1 less than the smallest step of the type, and keeps that gradient: no infinity and no NaN."""
     below_zero = x - (x - x.clamp(max=-torch.finfo(x.dtype).eps)).detach()
-    # Each branch gets values that it can take, also where the other one is chosen: 0 x inf in the backward pass is NaN.
-    is_near = below_zero > -math.log(2)
-    near = torch.log(-torch.expm1(below_zero.where(is_near, -1.0)))
-    far = torch.log1p(-torch.exp(below_zero.where(~is_near, -1.0)))
-    return near.where(is_near, far)
+    near, far = torch.log(-torch.expm1(below_zero)), torch.log1p(-torch.exp(below_zero))
+    return near.where(below_zero > -math.log(2), far)
 
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -1,85 +1,221 @@
-"""DPO and SFT against their papers' formulas in NumPy float64: loss and gradient, from hidden states to the loss share.
+"""Every algorithm against its paper's formula in NumPy float64 (`formulas`): loss and gradient, from hidden states to the loss
+of a step, for several cuts into workers and micro-batches. `test_formulas_extremes` does so for log-probs of every size."""
 
-The NumPy side works on plain lists of pairs and knows nothing of batches, masks or autograd. Its gradients are derived by hand
-and are themselves checked by numeric differentiation.
-"""
-
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from rayalign.algorithms import DPO, SFT, Algorithm
-from rayalign.algorithms.dpo import dpo_loss
-from rayalign.batch import PairBatch, assemble
-from rayalign.logprobs import PairLogps, SequenceLogps, token_logps
+from rayalign.algorithms import ALGORITHMS, CPO, DPO, KTO, MDPO, ORPO, RM, SFT, Algorithm, SimPO
+from rayalign.algorithms.dpo import LossType
+from rayalign.algorithms.dpo_losses import Divergence
+from rayalign.batch import PAD, PairBatch, assemble, with_damaged, with_mismatched
+from rayalign.config import OptimizerConfig, flags_of
+from rayalign.logprobs import PairLogps, sum_by_response, token_logps
+from rayalign.loop import Trainer
 from rayalign.plan import StepTotals
 from rayalign.prepared import EncodedPair
-
-Array = NDArray[np.float64]
-
-EXACT = 1e-12
-"""Both sides compute in float64 in another order of operations; values and gradients are of order 1 to 100."""
+from rayalign.value_head import ValueHead
+from tests.parity import formulas
+from tests.parity.conftest import RecordDifference
+from tests.parity.formulas import EXACT, Array, Expected, PairRows, Row
 
 DIFFERENTIATED = 1e-6
-"""Central differences with a step of 1e-5: the method's own error is about 1e-10 (step squared), rounding adds 1e-15 / 1e-5."""
+"""Central differences with a step of 1e-5: an error of about 1e-10 (the step squared) by the method, and of 1e-15 / 1e-5 by
+rounding, in slopes of 0.01 and more."""
+
+NOTICED = 1e-7
+"""What a thousandth of a setting changes at least, relatively, in either of loss and gradient: about a ten-thousandth for most,
+a millionth for the weight of the few tokens that --ld_alpha is about. EXACT lets through 100 000 times less."""
 
 HIDDEN, VOCABULARY = 6, 11
 
 
-# --- the formulas
+# --- the step: five pairs
 
+PAIRS = [
+    # Margins are exact in float32, which batches hold them in.
+    EncodedPair("long", [1, 4, 5], [6, 7, 2], [8, 9, 9, 3, 2], [b"one"], ["1"], margin=0.5),
+    EncodedPair("short", [1], [10, 2], [2], [], []),
+    EncodedPair("one token", [1, 4, 5, 3, 4, 4, 4], [6], [7], [b"one", b"two"], ["1", "2"], margin=2.0),
+    EncodedPair("chosen is longer", [1, 9], [3, 3, 8, 10, 2], [5, 2], [], [], margin=0.25),
+    EncodedPair("as long", [1, 4], [7, 7, 2], [7, 6, 2], [b"two"], ["2"]),
+]
 
-def sigmoid(x: Array) -> Array:
-    return np.exp(-np.logaddexp(0, -x))
-
-
-def dpo(chosen: Array, rejected: Array, *, beta: float, smoothing: float) -> Array:
-    """Equation 7 of https://arxiv.org/abs/2305.18290 with conservative labels, on the log-ratios of policy to reference."""
-    z = beta * (chosen - rejected)
-    return (1 - smoothing) * np.logaddexp(0, -z) + smoothing * np.logaddexp(0, z)
-
-
-def dpo_slope(chosen: Array, rejected: Array, *, beta: float, smoothing: float) -> Array:
-    """Its derivative by the chosen log-ratio; by the rejected one it is the negative. With e = 0 this is the weight
-    -beta sigmoid(r_rejected - r_chosen) that the paper's gradient gives to a pair."""
-    z = beta * (chosen - rejected)
-    return beta * (smoothing * sigmoid(z) - (1 - smoothing) * sigmoid(-z))
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One response: the states [n, HIDDEN] that predict its tokens, and the tokens."""
-
-    states: Array
-    tokens: list[int]
-
-    def logp(self, head: Array) -> float:
-        logits = self.states @ head.T
-        log_softmax = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        return float(sum(log_softmax[i, token] for i, token in enumerate(self.tokens)))
-
-    def logp_slope(self, head: Array) -> Array:
-        """d logp / d states [n, HIDDEN]."""
-        logits = self.states @ head.T
-        softmax = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-        return (np.eye(VOCABULARY)[self.tokens] - softmax) @ head
-
-
-# --- our side: a policy whose hidden states are given
+CUTS: dict[str, list[list[list[int]]]] = {
+    "all in one": [[[0, 1, 2, 3, 4]]],
+    "one by one": [[[0], [1], [2], [3], [4]]],
+    "another order": [[[4, 2], [0, 3, 1]]],
+    "two workers": [[[0, 1, 2]], [[3, 4]]],
+    "two workers with uneven micro-batches": [[[3], [0, 4]], [[1], [2]]],
+    "one of three workers is idle": [[[1, 0]], [], [[2], [4, 3]]],
+}
+"""For each worker its micro-batches, lists of pair numbers."""
 
 
 @dataclass(frozen=True)
+class Case:
+    """An algorithm on a step; `seed` draws the states, and the policy's lie `drift` from its reference's."""
+
+    algorithm: Algorithm
+    pairs: tuple[EncodedPair, ...] = tuple(PAIRS)
+    seed: int = 0
+    drift: float = 0.3
+
+
+def sides_of(*kinds: str) -> tuple[EncodedPair, ...]:
+    """PAIRS with both replies, or only one of them."""
+    kept = {"both": {}, "good": {"rejected_ids": []}, "bad": {"chosen_ids": []}}
+    return tuple(dataclasses.replace(pair, **kept[kind]) for pair, kind in zip(PAIRS, kinds, strict=True))
+
+
+SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
+"""Losses with label smoothing in their paper."""
+SEEN_THROUGH_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+"""Losses of pi / pi_ref by way of the difference of chosen and rejected, in which f-DPO's unknown constant cancels."""
+
+
+def dpo(*losses: str, **flags: Any) -> DPO:
+    """DPO without the likelihood term, unless told otherwise; at a beta that leaves no loss saturated."""
+    return DPO(**{"beta": 0.5, "loss_type": losses, "rpo_alpha": 0.0, **flags})
+
+
+def dpo_cases() -> Iterator[tuple[str, Algorithm]]:
+    yield "rpo", DPO(beta=0.1, rpo_alpha=1.0)
+    yield "rpo, smoothed", DPO(beta=2.0, rpo_alpha=0.1, label_smoothing=0.1)
+    for loss in get_args(LossType):
+        if loss != "exo_pair":  # which has no meaning without smoothing
+            yield loss, dpo(loss)
+        if loss in SMOOTHED:
+            yield f"{loss}, smoothed", dpo(loss, label_smoothing=0.1)
+        if loss in SEEN_THROUGH_DIVERGENCE:
+            smoothing = 0.1 if loss in SMOOTHED else 0.0
+            for divergence in get_args(Divergence):
+                if divergence != "reverse_kl":
+                    through = {"f_divergence_type": divergence, "f_alpha_divergence_coef": 0.3}
+                    yield f"{loss}, {divergence}", dpo(loss, label_smoothing=smoothing, **through)
+    for coefficient in (1.0, 2.0):
+        through = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": coefficient}
+        yield f"sigmoid, alpha_divergence of {coefficient:g}", dpo("sigmoid", **through)
+    for loss in ("sigmoid", "sigmoid_norm", "bco_pair", "aot", "aot_unpaired"):
+        yield f"{loss}, length-desensitised", dpo(loss, ld_alpha=0.3, rpo_alpha=0.2)
+        yield f"{loss}, reference-free", dpo(loss, beta=0.1, reference_free=True)
+    yield "length-desensitised at 0", dpo("sigmoid", ld_alpha=0.0)
+    yield "length-desensitised at 1", dpo("sigmoid", ld_alpha=1.0)
+    yield "mpo", DPO(beta=0.1, rpo_alpha=0.0, loss_type=("sigmoid", "bco_pair", "sft"), loss_weights=(0.8, 0.2, 1.0))
+    yield "list, smoothed", dpo("sigmoid", "robust", "ipo", loss_weights=(0.5, 2.0, 0.0), label_smoothing=0.2, rpo_alpha=1.0)
+    yield "list without weights", dpo("aot", "hinge", "apo_zero")
+    through = {"f_divergence_type": "js_divergence", "ld_alpha": 0.5, "reference_free": True}
+    yield "list, everything", dpo("sigmoid", "exo_pair", "sft", loss_weights=(1.0, 0.3, 0.1), label_smoothing=0.2, **through)
+
+
+CASES: dict[str, Case] = {
+    "sft": Case(SFT()),
+    # At 0.3 log-ratios are of order 1; AOT's need a policy that ranks the pairs unlike the reference.
+    **{f"dpo {name}": Case(algorithm, drift=1.5 if "aot" in name else 0.3) for name, algorithm in dpo_cases()},
+    "mdpo": Case(MDPO()),
+    "mdpo, weighted": Case(MDPO(beta=0.7, conditional_weight=0.6, anchor_weight=1.7, anchor_delta=0.4)),
+    "mdpo, preference only": Case(MDPO(conditional_weight=0.0, anchor_weight=0.0)),
+    "rm": Case(RM()),
+    "rm, centred": Case(RM(center_rewards_coefficient=0.1)),
+    "cpo": Case(CPO()),
+    "cpo, smoothed": Case(CPO(beta=0.3, label_smoothing=0.2, cpo_alpha=0.5)),
+    "cpo, preference only": Case(CPO(cpo_alpha=0.0)),
+    "simpo": Case(SimPO()),
+    "simpo, the paper's": Case(SimPO(cpo_alpha=0.0, beta=2.5, simpo_gamma=1.4)),
+    "orpo": Case(ORPO()),
+    "orpo, large lambda": Case(ORPO(beta=1.5)),
+    "orpo, likelihood only": Case(ORPO(beta=0.0)),
+    "kto": Case(KTO()),
+    "kto, weighted": Case(KTO(beta=0.4, desirable_weight=0.7, undesirable_weight=1.5)),
+    "kto, mixed rows": Case(
+        KTO(beta=0.4, desirable_weight=1.3, undesirable_weight=0.6), sides_of("both", "good", "bad", "both", "good")
+    ),
+    "kto, good replies only": Case(KTO(), sides_of("good", "good", "good", "good", "good"), seed=2),
+    "kto, one bad reply": Case(KTO(undesirable_weight=2.0), sides_of("good", "good", "bad", "good", "good"), seed=2),
+    "kto, negative KL": Case(KTO(beta=0.4), seed=45),
+    "kto, mixed rows and negative KL": Case(KTO(), sides_of("bad", "both", "good", "bad", "both"), seed=5),
+}
+
+
+def prepared(case: Case) -> list[EncodedPair]:
+    """The pairs as the algorithm's rows hold them."""
+    if case.algorithm.needs.responses == "chosen":
+        return [dataclasses.replace(pair, rejected_ids=[]) for pair in case.pairs]
+    return list(case.pairs)
+
+
+def partner(pairs: Sequence[EncodedPair], i: int) -> EncodedPair:
+    """Whose responses are put to the prompt of pair i, whatever the cut."""
+    return pairs[(i + 1) % len(pairs)]
+
+
+@functools.cache
+def step_of(name: str) -> tuple[list[PairRows], Array, Array]:
+    """A case's rows with drawn states, the output head [VOCABULARY, HIDDEN] and the value head [HIDDEN]."""
+    case = CASES[name]
+    generator = np.random.default_rng(case.seed)
+
+    def row(kind: str, pair: EncodedPair, chosen: list[int], rejected: list[int]) -> Row:
+        states = generator.normal(size=(len(pair.prompt_ids) + len(chosen) + len(rejected), HIDDEN))
+        reference = states + case.drift * generator.normal(size=states.shape)
+        return Row(f"{pair.id}, {kind}", len(pair.prompt_ids), tuple(chosen), tuple(rejected), states, reference)
+
+    def rows(i: int, pair: EncodedPair) -> PairRows:
+        own = row("own", pair, pair.chosen_ids, pair.rejected_ids)
+        companion, other = case.algorithm.needs.companion, partner(pairs, i)
+        damaged = row("damaged", pair, pair.chosen_ids, []) if companion == "damaged" and pair.images else None
+        strange = row("strange", pair, other.chosen_ids, other.rejected_ids) if companion == "mismatched" else None
+        return PairRows(own, damaged, strange, pair.margin)
+
+    pairs = prepared(case)
+    step = [rows(i, pair) for i, pair in enumerate(pairs)]
+    return step, generator.normal(size=(VOCABULARY, HIDDEN)), generator.normal(size=HIDDEN)
+
+
+@functools.cache
+def expected_of(name: str) -> Expected:
+    step, head, value_head = step_of(name)
+    algorithm = CASES[name].algorithm
+    if algorithm.name == "rm":
+        return formulas.expected_of_values(step, value_head, vars(algorithm))
+    return formulas.expected_of_logps(formulas.FORMULAS[algorithm.name], step, head, vars(algorithm))
+
+
+# --- our side
+
+
 class GivenStates:
-    """A policy and its reference that look their states up: `states` [B * S, HIDDEN] by position in the batch."""
+    """A policy whose hidden states are given, row by row. Padding is NaN: one look at it, and everything is."""
 
-    states: Tensor
-    reference_states: Tensor
-    head: Tensor
+    device = torch.device("cpu")
+
+    def __init__(self, name: str) -> None:
+        step, head, value_head = step_of(name)
+        pairs = prepared(CASES[name])
+        self.states = {row.name: nn.Parameter(torch.tensor(row.states)) for row in formulas.rows_of(step)}
+        self.reference = {row.name: torch.tensor(row.reference_states) for row in formulas.rows_of(step)}
+        self.head = torch.tensor(head)
+        self.value_head = ValueHead(HIDDEN).double()
+        with torch.no_grad():
+            self.value_head.summary.weight.copy_(torch.tensor(value_head)[None])
+        # A row is told by its pair and its tokens: companions keep the ids of the pairs they belong to.
+        self.names: dict[tuple[str, tuple[int, ...]], str] = {}
+        for pair, rows in zip(pairs, step, strict=True):
+            for row in formulas.rows_of([rows]):
+                self.names[pair.id, (*pair.prompt_ids, *row.chosen, *row.rejected)] = row.name
+        assert len(self.names) == len(self.states)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {**self.states, "value head": self.value_head.summary.weight}
 
     def image_features(self, batch: PairBatch) -> tuple[Tensor, ...]:
         return ()
@@ -88,176 +224,216 @@ class GivenStates:
         return self._logps(batch, self.states)
 
     def reference_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
-        with torch.no_grad():
-            return self._logps(batch, self.reference_states)
+        return self._logps(batch, self.reference)
 
-    def _logps(self, batch: PairBatch, states: Tensor) -> PairLogps:
-        logps, pairs = token_logps(states[batch.predictors], self.head, batch.targets), batch.num_pairs
-        total = logps.new_zeros(2 * pairs).index_add(0, batch.sequences, logps)
-        tokens = torch.bincount(batch.sequences, minlength=2 * pairs)
-        return PairLogps(SequenceLogps(total[:pairs], tokens[:pairs]), SequenceLogps(total[pairs:], tokens[pairs:]))
+    def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        chosen, rejected = self.value_head(self._table(batch, self.states)[batch.ends]).chunk(2)
+        return chosen, rejected
 
+    def _logps(self, batch: PairBatch, states: dict[str, Any]) -> PairLogps:
+        logps = token_logps(self._table(batch, states)[batch.predictors], self.head, batch.targets)
+        return sum_by_response(logps, batch.sequences, batch.num_pairs)
 
-PAIRS = [
-    EncodedPair("long", [1, 4, 5], [6, 7, 2], [8, 9, 9, 3, 2], [], []),
-    EncodedPair("short", [1], [10, 2], [2], [], []),
-    EncodedPair("one token", [1, 4, 5, 3, 4, 4, 4], [6], [7], [], []),
-]
-TOTALS = StepTotals(pairs=5, chosen_tokens=13, rejected_tokens=17)
-"""Counts of a whole step of which PAIRS are one micro-batch."""
-
-
-def batch_of(*, with_rejected: bool) -> PairBatch:
-    return assemble(PAIRS, with_rejected=with_rejected, pad_token_id=0, process_images=lambda contents: {})
+    def _table(self, batch: PairBatch, states: dict[str, Any]) -> Tensor:
+        """[B * S, HIDDEN]."""
+        rows = []
+        for pair_id, ids, segments in zip(batch.ids, batch.input_ids, batch.segment_ids, strict=True):
+            own = states[self.names[pair_id, tuple(ids[segments != PAD].tolist())]]
+            rows.append(F.pad(own, (0, 0, 0, len(ids) - len(own)), value=float("nan")))
+        return torch.cat(rows)
 
 
-def draw(batch: PairBatch, seed: int = 0) -> GivenStates:
-    generator = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class Found:
+    """What our step gave: its loss, the gradient by each row's states, and the metrics of each worker."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    positions = batch.input_ids.numel()
-    return GivenStates(normal(positions, HIDDEN).requires_grad_(), normal(positions, HIDDEN), normal(VOCABULARY, HIDDEN))
-
-
-def positions_of(batch: PairBatch, *, with_rejected: bool) -> list[tuple[list[int], list[int]]]:
-    """For each pair, where in [B * S] the states stand that predict the chosen and the rejected response's tokens.
-
-    A response's first token is predicted at the prompt's end, each later one at the token before it.
-    """
-    length, found = batch.input_ids.shape[1], []
-    for b, pair in enumerate(PAIRS):
-        end = b * length + len(pair.prompt_ids)
-        chosen = [end - 1, *range(end, end + len(pair.chosen_ids) - 1)]
-        after = end + len(pair.chosen_ids)
-        rejected = [end - 1, *range(after, after + len(pair.rejected_ids) - 1)] if with_rejected else []
-        found.append((chosen, rejected))
-    return found
+    loss: float
+    gradients: dict[str, Array]
+    metrics: list[dict[str, float]]
 
 
-def expected_dpo(
-    states: Array, reference: Array, head: Array, positions: Sequence[tuple[list[int], list[int]]], algorithm: DPO
-) -> tuple[float, Array]:
-    """The micro-batch's share of the step's loss, and its gradient by every state [B * S, HIDDEN]."""
-    loss, gradient = 0.0, np.zeros_like(states)
-    terms = {"beta": algorithm.beta, "smoothing": algorithm.label_smoothing}
-    for pair, (at_chosen, at_rejected) in zip(PAIRS, positions, strict=True):
-        chosen, rejected = Scored(states[at_chosen], pair.chosen_ids), Scored(states[at_rejected], pair.rejected_ids)
-        ratios = [
-            np.array(scored.logp(head) - Scored(reference[at], scored.tokens).logp(head))
-            for scored, at in ((chosen, at_chosen), (rejected, at_rejected))
-        ]
-        slope = float(dpo_slope(*ratios, **terms)) / TOTALS.pairs
-        nll_weight = algorithm.rpo_alpha / TOTALS.chosen_tokens
-        loss += float(dpo(*ratios, **terms)) / TOTALS.pairs - nll_weight * chosen.logp(head)
-        np.add.at(gradient, at_chosen, (slope - nll_weight) * chosen.logp_slope(head))
-        np.add.at(gradient, at_rejected, -slope * rejected.logp_slope(head))
-    return loss, gradient
+def run(name: str, cut: str, algorithm: Algorithm | None = None) -> Found:
+    """The step of a case in a cut; `algorithm` takes the place of the case's own."""
+    algorithm = algorithm or CASES[name].algorithm
+    policy, pairs = GivenStates(name), prepared(CASES[name])
+
+    def batch_of(numbers: Sequence[int]) -> PairBatch:
+        some = [pairs[i] for i in numbers]
+        batch = assemble(some, pad_token_id=0, process_images=lambda contents: {})
+        match algorithm.needs.companion:
+            case "none":
+                return batch
+            case "mismatched":
+                return with_mismatched(batch, some, [partner(pairs, i) for i in numbers], pad_token_id=0)
+            case "damaged":
+                return with_damaged(batch, some, pad_token_id=0, process_damaged=lambda contents, seeds: {})
+
+    sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    totals = StepTotals(len(pairs), len(sides) - sides.count(0), sum(sides[::2]), sum(sides[1::2]))
+    workers = [[batch_of(numbers) for numbers in batches] for batches in CUTS[cut]]
+    trainers = [
+        Trainer(policy, algorithm, OptimizerConfig(), num_steps=1, rank=rank, gather=lambda mine: surveys)
+        for rank in range(len(workers))
+    ]
+    # What the workers would send each other.
+    surveys = [t.survey(b) for t, b in zip(trainers, workers, strict=True)] if algorithm.needs.survey else []
+    for trainer, batches in zip(trainers, workers, strict=True):
+        trainer.gradients(batches, totals)  # adds to what the others left
+    metrics = [trainer.window.reduce(steps=1) for trainer in trainers]
+    gradients = {key: parameter.grad.numpy() for key, parameter in policy.trainable.items() if parameter.grad is not None}
+    return Found(sum(m["loss"] for m in metrics), gradients, metrics)
 
 
-def our_share(algorithm: Algorithm, policy: GivenStates, batch: PairBatch) -> tuple[float, Array]:
-    share = algorithm.step(policy, batch, TOTALS).loss_share
-    (gradient,) = torch.autograd.grad(share, policy.states)
-    return share.item(), gradient.numpy()
+def differences(found: Found, expected: Expected) -> tuple[float, float]:
+    """Relative ones of the loss, and of the gradient in terms of its largest entry."""
+    theirs = dict(expected.gradients)
+    nothing = np.zeros((1, HIDDEN))
+    theirs["value head"] = nothing if expected.value_head is None else expected.value_head[None]
+    assert found.gradients.keys() == theirs.keys()
+    # NumPy's maximum is NaN where one is.
+    largest = float(np.max([np.abs(gradient).max() for gradient in theirs.values()]))
+    apart = float(np.max([np.abs(found.gradients[key] - theirs[key]).max() for key in theirs]))
+    return abs(found.loss - expected.loss) / abs(expected.loss), apart / largest
 
 
 # --- the tests
 
-DPOS = [
-    DPO(beta=0.1, rpo_alpha=0),
-    DPO(beta=0.1, rpo_alpha=1.0),
-    DPO(beta=0.5, rpo_alpha=0.1, label_smoothing=0.1),
-    DPO(beta=2.0, rpo_alpha=0, label_smoothing=0.5),
-]
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient_of_a_step_are_the_papers(name: str, cut: str, record_difference: RecordDifference) -> None:
+    loss, gradient = differences(run(name, cut), expected_of(name))
+    record_difference(name, "NumPy float64", loss=loss, gradient=gradient)
+    assert loss < EXACT
+    assert gradient < EXACT
 
 
-@pytest.mark.parametrize("algorithm", DPOS, ids=str)
-@pytest.mark.parametrize("seed", range(3))
-def test_dpo_share_and_its_gradient_are_the_papers(algorithm: DPO, seed: int) -> None:
-    batch = batch_of(with_rejected=True)
-    policy = draw(batch, seed)
-    loss, gradient = our_share(algorithm, policy, batch)
-    states, reference, head = (t.detach().numpy() for t in (policy.states, policy.reference_states, policy.head))
-    expected_loss, expected = expected_dpo(states, reference, head, positions_of(batch, with_rejected=True), algorithm)
-    assert loss == pytest.approx(expected_loss, rel=EXACT)
-    np.testing.assert_allclose(gradient, expected, rtol=0, atol=EXACT)
-    assert np.abs(expected).max() > 0.01
-
-
-@pytest.mark.parametrize("algorithm", DPOS, ids=str)
-def test_the_hand_derived_gradient_is_the_numeric_one(algorithm: DPO) -> None:
-    batch = batch_of(with_rejected=True)
-    policy = draw(batch)
-    states, reference, head = (t.detach().numpy() for t in (policy.states, policy.reference_states, policy.head))
-    positions = positions_of(batch, with_rejected=True)
-    _, gradient = expected_dpo(states, reference, head, positions, algorithm)
-    step = 1e-5
-    for index in np.ndindex(*states.shape):
-        up, down = states.copy(), states.copy()
-        up[index] += step
-        down[index] -= step
-        losses = [expected_dpo(moved, reference, head, positions, algorithm)[0] for moved in (up, down)]
-        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(gradient[index], abs=DIFFERENTIATED)
-
-
-def test_sft_share_and_its_gradient_are_the_token_mean_cross_entropy() -> None:
-    batch = batch_of(with_rejected=False)
-    policy = draw(batch)
-    loss, gradient = our_share(SFT(), policy, batch)
-    states, head = policy.states.detach().numpy(), policy.head.numpy()
-    expected_loss, expected = 0.0, np.zeros_like(states)
-    for pair, (at_chosen, _) in zip(PAIRS, positions_of(batch, with_rejected=False), strict=True):
-        chosen = Scored(states[at_chosen], pair.chosen_ids)
-        expected_loss -= chosen.logp(head) / TOTALS.chosen_tokens
-        np.add.at(expected, at_chosen, -chosen.logp_slope(head) / TOTALS.chosen_tokens)
-    assert loss == pytest.approx(expected_loss, rel=EXACT)
-    np.testing.assert_allclose(gradient, expected, rtol=0, atol=EXACT)
-    assert np.abs(expected).max() > 0.01
-
-
-def pair_logps(chosen: Sequence[float], rejected: Sequence[float]) -> PairLogps:
-    tokens = torch.ones(len(chosen), dtype=torch.int64)
-    sides = [torch.tensor(side, dtype=torch.float64, requires_grad=True) for side in (chosen, rejected)]
-    return PairLogps(SequenceLogps(sides[0], tokens), SequenceLogps(sides[1], tokens))
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("beta", [0.1, 0.5, 5.0])
-def test_dpo_loss_is_the_papers_for_margins_of_every_size(beta: float, smoothing: float) -> None:
-    policy = pair_logps(
-        # as the reference; a little and far better; a little and far worse; a hopeless pair
-        [-10.0, -9.0, -10.0, -12.0, -900.0, -1000.0],
-        [-20.0, -21.0, -900.0, -19.0, -20.0, -1000.0],
-    )
-    reference = pair_logps([-10.0, -10.0, -10.0, -10.0, -10.0, -10.0], [-20.0, -20.0, -20.0, -20.0, -20.0, -20.0])
-    losses = dpo_loss(policy, reference, beta=beta, label_smoothing=smoothing)
-    chosen, rejected = policy.chosen.total, policy.rejected.total
-    slopes = torch.autograd.grad(losses.sum(), [chosen, rejected])
-
-    ratios = (chosen.detach().numpy() + 10, rejected.detach().numpy() + 20)
-    terms = {"beta": beta, "smoothing": smoothing}
-    np.testing.assert_allclose(losses.detach().numpy(), dpo(*ratios, **terms), rtol=EXACT)
-    np.testing.assert_allclose(slopes[0].numpy(), dpo_slope(*ratios, **terms), rtol=0, atol=EXACT)
-    np.testing.assert_allclose(slopes[1].numpy(), -dpo_slope(*ratios, **terms), rtol=0, atol=EXACT)
-    assert losses[0].item() == pytest.approx(np.log(2), rel=EXACT)
+def test_every_algorithm_every_loss_and_every_divergence_is_compared() -> None:
+    algorithms = [case.algorithm for case in CASES.values()]
+    assert {algorithm.name for algorithm in algorithms} == set(ALGORITHMS)
+    of_dpo = [algorithm for algorithm in algorithms if isinstance(algorithm, DPO)]
+    assert {algorithm.loss_type for algorithm in of_dpo} >= {(loss,) for loss in get_args(LossType)}
+    assert {algorithm.f_divergence_type for algorithm in of_dpo} == set(get_args(Divergence))
 
 
 @pytest.mark.parametrize(
-    "other",
-    [
-        DPO(beta=0.1001, rpo_alpha=1.0),
-        DPO(beta=0.1, rpo_alpha=1.001),
-        DPO(beta=0.1, rpo_alpha=1.0, label_smoothing=0.001),
-    ],
-    ids=str,
+    "name", ["dpo aot", "dpo aot, length-desensitised", "dpo aot_unpaired", "dpo aot_unpaired, length-desensitised"]
 )
-def test_a_thousandth_of_any_setting_is_noticed(other: DPO) -> None:
-    batch = batch_of(with_rejected=True)
-    policy = draw(batch)
-    loss, gradient = our_share(other, policy, batch)
-    states, reference, head = (t.detach().numpy() for t in (policy.states, policy.reference_states, policy.head))
-    positions = positions_of(batch, with_rejected=True)
-    expected_loss, expected = expected_dpo(states, reference, head, positions, DPO(beta=0.1, rpo_alpha=1.0))
-    assert abs(loss - expected_loss) > 1e-6
-    assert np.abs(gradient - expected).max() > 1e-6
+def test_aot_compares_some_pairs_with_another_one(name: str) -> None:
+    step, head, _ = step_of(name)
+    pairs, alpha = formulas.pairs_of(step, head), CASES[name].algorithm.ld_alpha
+    pairs = [formulas.length_desensitised(pair, 1.0 if alpha is None else alpha) for pair in pairs]
+    if "unpaired" in name:
+        one, other = [formulas.log_ratio(p.chosen) for p in pairs], [formulas.log_ratio(p.rejected) for p in pairs]
+    else:
+        one = [p.chosen.policy.sum() - p.rejected.policy.sum() for p in pairs]
+        other = [p.chosen.reference.sum() - p.rejected.reference.sum() for p in pairs]
+    assert (np.argsort(one) != np.argsort(other)).any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_formulas_gradient_is_the_numeric_one_along_any_direction(name: str) -> None:
+    (step, head, value_head), expected, algorithm = step_of(name), expected_of(name), CASES[name].algorithm
+    generator = np.random.default_rng(0)
+    for _ in range(3):
+        # KTO's estimate z, which the mismatched rows make, isn't differentiated, but differences would see it move.
+        directions = {
+            row.name: generator.normal(size=row.states.shape) * (not row.name.endswith("strange"))
+            for row in formulas.rows_of(step)
+        }
+
+        def loss(by: float, directions: dict[str, Array] = directions) -> float:
+            moved = formulas.moved(step, {key: by * direction for key, direction in directions.items()})
+            if algorithm.name == "rm":
+                return formulas.loss_of_values(moved, value_head, vars(algorithm))
+            return formulas.FORMULAS[algorithm.name](formulas.pairs_of(moved, head), vars(algorithm))
+
+        numeric = (loss(1e-5) - loss(-1e-5)) / 2e-5
+        terms = np.concatenate([(expected.gradients[key] * direction).ravel() for key, direction in directions.items()])
+        assert np.abs(terms).sum() > 0.01
+        assert terms.sum() == pytest.approx(numeric, rel=0, abs=DIFFERENTIATED * np.abs(terms).sum())
+
+
+def test_the_complex_step_gives_the_gradient_of_dpo_derived_by_hand() -> None:
+    """-beta sigmoid(beta (r_rejected - r_chosen)) for each log-prob of the chosen response, its negative for the rejected:
+    section 4 of https://arxiv.org/abs/2305.18290."""
+    name, beta = "dpo sigmoid", 0.5
+    step, head, _ = step_of(name)
+    pairs, by_hand = formulas.pairs_of(step, head), []
+    for pair in pairs:
+        ratios = [float(reply.policy.sum() - reply.reference.sum()) for reply in (pair.chosen, pair.rejected)]
+        weight = beta / (1 + np.exp(beta * (ratios[0] - ratios[1]))) / len(pairs)
+        by_hand += [-weight] * len(pair.chosen.policy) + [weight] * len(pair.rejected.policy)
+    by_complex_step = formulas.slopes_by_logps(formulas.dpo, pairs, vars(CASES[name].algorithm))
+    np.testing.assert_allclose(by_complex_step, by_hand, rtol=EXACT)
+
+
+# --- settings
+
+SENSITIVE = [
+    *((f"dpo {loss}", "beta") for loss in get_args(LossType) if loss not in ("sft", "exo_pair")),
+    *((f"dpo {loss}, smoothed", flag) for loss in SMOOTHED for flag in ("beta", "label_smoothing")),
+    ("dpo rpo", "rpo_alpha"),
+    ("dpo mpo", "beta"),
+    ("dpo mpo", "loss_weights"),
+    *((f"dpo {loss}, alpha_divergence", "f_alpha_divergence_coef") for loss in SEEN_THROUGH_DIVERGENCE),
+    ("dpo discopop", "discopop_tau"),
+    *((f"dpo {loss}, length-desensitised", "ld_alpha") for loss in ("sigmoid", "sigmoid_norm", "bco_pair", "aot")),
+    *(("mdpo, weighted", flag) for flag in ("beta", "conditional_weight", "anchor_weight", "anchor_delta")),
+    ("rm, centred", "center_rewards_coefficient"),
+    *(("cpo, smoothed", flag) for flag in ("beta", "cpo_alpha", "label_smoothing")),
+    *(("simpo", flag) for flag in ("beta", "simpo_gamma", "cpo_alpha")),
+    ("orpo", "beta"),
+    *(("kto, mixed rows", flag) for flag in ("beta", "desirable_weight", "undesirable_weight")),
+]
+
+
+def is_numeric(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, tuple) and all(isinstance(number, float) for number in value))
+
+
+def test_the_settings_that_are_tried_are_all_numbers_that_algorithms_take() -> None:
+    tried = {(CASES[name].algorithm.name, flag) for name, flag in SENSITIVE}
+    words = {("dpo", flag) for flag in ("loss_type", "f_divergence_type", "reference_free")}
+    assert tried == {(name, flag.name) for name in ALGORITHMS for flag in flags_of(ALGORITHMS[name])} - words
+
+
+@pytest.mark.parametrize(("name", "flag"), SENSITIVE)
+def test_a_thousandth_of_any_setting_is_noticed(name: str, flag: str) -> None:
+    algorithm = CASES[name].algorithm
+    value = getattr(algorithm, flag)
+    assert is_numeric(value)
+    numbers = value if isinstance(value, tuple) else (value,)
+    for i, number in enumerate(numbers):
+        changed = (*numbers[:i], number * 1.001, *numbers[i + 1 :])
+        other = dataclasses.replace(algorithm, **{flag: changed if isinstance(value, tuple) else changed[0]})
+        assert other != algorithm
+        loss, gradient = differences(run(name, "all in one", other), expected_of(name))
+        assert loss > NOTICED
+        assert gradient > NOTICED
+
+
+# --- KTO's KL estimate
+
+KTO_CASES = [name for name, case in CASES.items() if isinstance(case.algorithm, KTO)]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", KTO_CASES)
+def test_the_kl_metric_is_the_mean_over_all_mismatched_replies_of_the_step_but_no_less_than_zero(name: str, cut: str) -> None:
+    step, head, _ = step_of(name)
+    strangers = [reply for pair in formulas.pairs_of(step, head) for reply in pair.strangers]
+    mean = np.mean([reply.policy.sum() - reply.reference.sum() for reply in strangers])
+    assert abs(mean) > 0.01
+    assert (mean < 0) == ("negative KL" in name)
+    kls = [metrics["kl"] for metrics in run(name, cut).metrics if "kl" in metrics]
+    assert kls == pytest.approx([max(0.0, mean)] * len(kls), rel=EXACT)
+    assert len(kls) == len([worker for worker in CUTS[cut] if worker])
+
+
+@pytest.mark.parametrize("name", KTO_CASES)
+def test_no_gradient_flows_through_the_kl_estimate(name: str) -> None:
+    found = run(name, "two workers")
+    strange = {key: gradient for key, gradient in found.gradients.items() if key.endswith("strange")}
+    assert len(strange) == len(PAIRS)
+    assert not any(gradient.any() for gradient in strange.values())
