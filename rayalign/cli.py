@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -25,6 +25,7 @@ from rayalign.storage import Store
 
 DEFAULT_ALGORITHM = "dpo"
 LONGEST_METAVAR = 80
+Section = TypeVar("Section")
 
 
 def configure_logging() -> None:
@@ -61,6 +62,28 @@ def parse_sweep(
 ) -> tuple[Config, TuneConfig]:
     """The run that every trial of a sweep starts from, and what the sweep searches; a mistake ends the program with code 2."""
     return _Command(algorithms, prog, description, None, sweeps=True).read(words)
+
+
+def parse_section(section: type[Section], words: Sequence[str], *, prog: str, description: str, example: str) -> Section:
+    """The flags of a program that trains nothing, from words and YAML files; a mistake ends the program with code 2."""
+    parser = _new_parser(prog, description, f"example:\n  python {prog} {example}")
+    _add_config_flag(parser)
+    _add_section(parser, section)
+    known = [flag.name for flag in flags_of(section)]
+    try:
+        given, rest = parser.parse_known_args(words)
+        from_files = _read_files(given.config)
+        from_words = {key: value for key, value in vars(given).items() if key in known}
+        problems = [_unknown_flag(key, known) for key in from_files if key not in known]
+        problems += [_unknown_flag(word[2:].split("=")[0], (*known, "config")) for word in rest if word.startswith("--")]
+        if not problems and rest:
+            problems = [_unexpected_word(rest[0])]
+        if problems:
+            raise ValueError("\n".join(problems))
+        built: Section = section_from_mapping(section, from_files | from_words)
+    except ValueError as error:
+        parser.error(str(error))
+    return built
 
 
 def to_yaml(config: Config, tune: TuneConfig | None = None) -> str:
@@ -141,22 +164,10 @@ class _Command:
         return name
 
     def _parser(self, name: str) -> _Parser:
-        width = min(shutil.get_terminal_size().columns - 2, 98)
-        parser = _Parser(
-            prog=self.prog,
-            usage=f"python {self.prog} [--flag value ...] [--config FILE ...]",
-            description=self.description,
-            epilog=self._example(),
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width),
-        )
+        parser = _new_parser(self.prog, self.description, self._example())
         _add_steering_flags(parser, self.algorithms)
         for section in self._sections(name):
-            flags = list(flags_of(section))
-            group = parser.add_argument_group(flags[0].section) if flags else None
-            for flag in flags:
-                _add_flag(group, flag)
+            _add_section(parser, section)
         return parser
 
     def _example(self) -> str:
@@ -175,7 +186,7 @@ class _Command:
         problems = [self._unknown(name, key) for key in from_files if key not in known]
         problems += [self._unknown(name, word[2:].split("=")[0]) for word in rest if word.startswith("--")]
         if not problems and rest:
-            problems = [f"Unexpected word {rest[0]!r}: every value follows its --flag."]
+            problems = [_unexpected_word(rest[0])]
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -190,7 +201,35 @@ class _Command:
         if flag_name in ("config", "print_config"):
             return f"--{flag_name} belongs to the command line, not in a file."
         known = (*self._flags(name), "config", "rlhf_type", "print_config")
-        return f"Unknown flag --{flag_name}.{did_you_mean(flag_name, known, prefix='--')}"
+        return _unknown_flag(flag_name, known)
+
+
+def _unknown_flag(name: str, known: Iterable[str]) -> str:
+    return f"Unknown flag --{name}.{did_you_mean(name, known, prefix='--')}"
+
+
+def _unexpected_word(word: str) -> str:
+    return f"Unexpected word {word!r}: every value follows its --flag."
+
+
+def _new_parser(prog: str, description: str, epilog: str) -> _Parser:
+    width = min(shutil.get_terminal_size().columns - 2, 98)
+    return _Parser(
+        prog=prog,
+        usage=f"python {prog} [--flag value ...] [--config FILE ...]",
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width),
+    )
+
+
+def _add_section(parser: argparse.ArgumentParser, section: type[Any]) -> None:
+    flags = list(flags_of(section))
+    group = parser.add_argument_group(flags[0].section) if flags else None
+    for flag in flags:
+        _add_flag(group, flag)
 
 
 def _add_steering_flags(parser: argparse.ArgumentParser, algorithms: Iterable[str]) -> None:
@@ -198,6 +237,13 @@ def _add_steering_flags(parser: argparse.ArgumentParser, algorithms: Iterable[st
     parser.add_argument(
         "--rlhf_type", default=None, metavar="|".join(algorithms), help="What is trained; decides which flags there are."
     )
+    _add_config_flag(parser)
+    parser.add_argument(
+        "--print_config", default=False, action="store_true", help="Print all flags with their values as YAML and stop."
+    )
+
+
+def _add_config_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         default=[],
@@ -205,9 +251,6 @@ def _add_steering_flags(parser: argparse.ArgumentParser, algorithms: Iterable[st
         action="extend",
         metavar="FILE",
         help="YAML files of flags (flag: value). A later file wins over an earlier one, and flags win over files.",
-    )
-    parser.add_argument(
-        "--print_config", default=False, action="store_true", help="Print all flags with their values as YAML and stop."
     )
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "DataConfig",
+    "ExportConfig",
     "Flag",
     "ModelConfig",
     "OptimizerConfig",
@@ -199,6 +200,23 @@ class TuneConfig:
     )
     metric: str = flag("eval_rewards/accuracies", "Metric that ranks the trials; SFT has eval_loss (with --mode min).")
     mode: Literal["max", "min"] = flag("max", "Whether a high or a low --metric is good.")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export"""
+
+    model: str | None = flag(None, "The reward model: the model/ folder of a run of pipelines/rm.py, local or s3:// gs://.")
+    output_dir: str | None = flag(None, "Folder that is written: local, shared or s3:// gs://.")
+    layout: Literal["transformers", "vllm"] = flag(
+        "transformers",
+        "The head's name. transformers: score.weight, which transformers and ms-swift read; vllm: language_model.score.weight, "
+        "which vLLM reads.",
+    )
+    overwrite: bool = flag(False, "Replace an earlier export in --output_dir.")
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -5,7 +5,6 @@ Names and keys are those that LLaMA-Factory and TRL's value-head models use (`v_
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,13 +50,13 @@ def find_value_head(folder: Path) -> Path | None:
 def load_value_head(folder: Path, hidden_size: int) -> ValueHead:
     """The value head of a folder, or a new one where it has none. A .bin file is read as tensors only: nothing in it is run.
 
-    Raises ValueError for a file of other keys or of another size.
+    Raises ValueError for a file that is damaged, of other keys or of another size.
     """
     head = ValueHead(hidden_size)
     path = find_value_head(folder)
     if path is None:
         return head
-    weights: dict[str, Any] = load_file(path) if path.name == SAFETENSORS else torch.load(path, weights_only=True)
+    weights = _read_weights(path)
     expected = {f"v_head.{name}": tuple(value.shape) for name, value in head.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if found != expected:
@@ -66,3 +65,22 @@ def load_value_head(folder: Path, hidden_size: int) -> ValueHead:
         )
     head.load_state_dict({name.removeprefix("v_head."): value for name, value in weights.items()})
     return head
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        weights = load_file(path) if path.name == SAFETENSORS else torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # a file of any other content fails in any way, short of being run
+        raise ValueError(_unreadable(path)) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(_unreadable(path))
+    return weights
+
+
+def _unreadable(path: Path) -> str:
+    return (
+        f"{path}: is damaged, or holds something else than named tensors, which is not read since it could run code. "
+        "Take the value head from the run that made it."
+    )
