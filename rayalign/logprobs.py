@@ -36,7 +36,8 @@ class PairLogps:
 def sum_by_response(logps: Tensor, sequences: Tensor, num_pairs: int) -> PairLogps:
     """Token log-probabilities [N] summed by response; `sequences` [N] names each token's (`PairBatch.sequences`), and the
     tokens of a response stand together in reading order."""
-    tokens = torch.bincount(sequences, minlength=2 * num_pairs)
+    # Not by bincount, for which a GPU stops to find the largest number.
+    tokens = sequences.new_zeros(2 * num_pairs).index_add(0, sequences, torch.ones_like(sequences))
     place = torch.arange(len(sequences), device=sequences.device)
     first = place.new_full((2 * num_pairs,), len(sequences)).scatter_reduce(0, sequences, place, "amin")
     shorter = torch.minimum(tokens[:num_pairs], tokens[num_pairs:]).repeat(2)

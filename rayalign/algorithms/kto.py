@@ -57,11 +57,11 @@ class KTO:
         kl = (ratio / count).clamp(min=0)
         desirable, undesirable = kto_losses(chosen, rejected, kl, beta=self.beta)
         no_chosen, no_rejected = logps.chosen.tokens == 0, logps.rejected.tokens == 0
-        losses = self.desirable_weight * desirable[~no_chosen].sum() + self.undesirable_weight * undesirable[~no_rejected].sum()
+        losses = self.desirable_weight * desirable * ~no_chosen + self.undesirable_weight * undesirable * ~no_rejected
         rewards = reward_metrics(self.beta * chosen, self.beta * rejected)
         not_both = no_chosen | no_rejected
         return StepOutput(
-            loss_share=losses / totals.responses,
+            loss_share=losses.sum() / totals.responses,
             pair_metrics=rewards | logp_metrics(logps.chosen.total, logps.rejected.total),
             mean_metrics={"kl": (kl * batch.num_pairs, torch.tensor(batch.num_pairs))},
             missing={
