@@ -179,8 +179,13 @@ class Trainer:
         self, batches: Callable[[], Iterable[PairBatch]], totals: StepTotals
     ) -> Iterator[tuple[PairBatch, StepOutput]]:
         """Each micro-batch with what the algorithm makes of it, after the survey if it needs one."""
-        surveys = self._surveys(batches) if self.algorithm.needs.survey else itertools.repeat(None)
-        for batch, survey in zip(batches(), surveys, strict=False):
+        surveyed: Iterable[tuple[PairBatch, Survey | None]]
+        if self.algorithm.needs.survey:
+            surveys = self._surveys(batches)
+            surveyed = zip(batches(), surveys, strict=True)
+        else:
+            surveyed = ((batch, None) for batch in batches())
+        for batch, survey in surveyed:
             yield batch, self.algorithm.step(self.policy, batch.to(self.policy.device), totals, survey)
 
     def _surveys(self, batches: Callable[[], Iterable[PairBatch]]) -> list[Survey]:

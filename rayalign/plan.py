@@ -86,6 +86,14 @@ def cut_micro_batches(rows: Rows, lengths: RowLengths, *, batch_size: int, rank:
     return cut[rank::num_workers]
 
 
+def require_partners(num_rows: int, purpose: str) -> None:
+    """Raises ValueError where a row would be its own partner."""
+    if num_rows == 1:
+        raise ValueError(
+            f"There is one record {purpose}, and kto compares each prompt with the responses to another one: add records."
+        )
+
+
 class StepPlan:
     """The records of every step.
 
@@ -99,10 +107,8 @@ class StepPlan:
         self.lengths = lengths
         self.settings = settings
         self.rows, self.held_out = hold_out(lengths.num_rows, ratio=settings.held_out_ratio, seed=settings.seed)
-        if settings.with_partners and len(self.rows) < 2:
-            raise ValueError(
-                "There is one record to train on, and kto compares each prompt with the responses to another one: add records."
-            )
+        if settings.with_partners:
+            require_partners(len(self.rows), "to train on")
         self.steps_per_epoch = math.ceil(len(self.rows) / settings.global_batch_size)
         self.num_steps = settings.max_steps or max(1, math.ceil(settings.num_epochs * self.steps_per_epoch))
         self._order = functools.lru_cache(maxsize=1)(lambda epoch: epoch_order(self.rows, seed=settings.seed, epoch=epoch))
@@ -129,6 +135,11 @@ class StepPlan:
     def partners(self, step: int, rows: Rows) -> Rows:
         """The partner of each of a step's rows: the next one in the order of the epoch, whatever the cut."""
         return partners_in(self._order(step // self.steps_per_epoch), rows)
+
+    @property
+    def held_out_order(self) -> Rows:
+        """The held-out rows as `partners_in` takes them: with a training row at the end, so that a single one has a partner."""
+        return np.append(self.held_out, self.rows[0])
 
     @property
     def steps_per_chunk(self) -> int:

@@ -4,7 +4,6 @@ Every problem of a single record is a `RecordError`: the record is dropped and c
 """
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,6 +11,9 @@ import pydantic
 
 IMAGE_MARK = "<image>"
 """Marks in a user message where an image goes."""
+
+LARGEST_MARGIN = 1e6
+"""Beyond it a single record would drown the step's loss, and near 1e38 make it infinite."""
 
 Responses = Literal["chosen", "both", "either"]
 """Which replies an algorithm learns from: the chosen one; both of a pair; or either, a pair's both or one that is labelled."""
@@ -62,8 +64,9 @@ class PreferenceRecord(pydantic.BaseModel):
         _check_conversation(self.messages, columns)
         _check_replies(self.chosen, self.rejected, columns)
         _check_marks(self, columns)
-        if self.margin is not None and not math.isfinite(self.margin):
-            raise RecordError("bad margin", f"{self.margin} is not a finite number", field=columns.get("margin", "margin"))
+        if self.margin is not None and not abs(self.margin) <= LARGEST_MARGIN:
+            words = f"{self.margin} is no number between -{LARGEST_MARGIN:g} and {LARGEST_MARGIN:g}"
+            raise RecordError("bad margin", words, field=columns.get("margin", "margin"))
         return self
 
 
@@ -122,6 +125,7 @@ def require_pair(record: PreferenceRecord) -> None:
             "add the column, or train with sft (or kto, with a label)",
             field="rejected_response",
         )
+    _check_label_of_pair(record)
 
 
 def require_label(record: PreferenceRecord) -> None:
@@ -132,6 +136,10 @@ def require_label(record: PreferenceRecord) -> None:
             "the record has one reply and does not say whether it is good; add label (true or false), or a rejected reply",
             field="label",
         )
+    _check_label_of_pair(record)
+
+
+def _check_label_of_pair(record: PreferenceRecord) -> None:
     if record.rejected is not None and record.label is False:
         raise RecordError(
             "contradictory label",

@@ -16,7 +16,16 @@ from typing import Any
 
 from rayalign.charts import Colour, Series, format_number, line_chart
 from rayalign.report_health import Metrics, curve, find_problems
-from rayalign.report_pairs import ScoredPair, correlation, distributions, examples, length_bias, section, table
+from rayalign.report_pairs import (
+    ScoredPair,
+    correlation,
+    distributions,
+    examples,
+    length_bias,
+    section,
+    table,
+    what_they_are,
+)
 
 __all__ = ["ScoredPair", "render_report"]
 
@@ -33,6 +42,8 @@ CURVES = (
     ("Log odds ratio", "log_odds_ratio", ONE_VALUE),
     ("Log odds of the chosen response", "log_odds_chosen", ONE_VALUE),
     ("KL estimate", "kl", ONE_VALUE),
+    ("Accuracy of true against damaged images", "conditional/accuracies", ONE_VALUE),
+    ("Margin of true over damaged images", "conditional/margins", ONE_VALUE),
     ("Gradient norm", "grad_norm", ONE_VALUE),
     ("Learning rate", "learning_rate", ONE_VALUE),
     ("Pairs per second", "pairs_per_second", ONE_VALUE),
@@ -48,7 +59,6 @@ def render_report(
     metrics: Metrics,
     dropped: Mapping[str, int],
     pairs: Sequence[ScoredPair],
-    has_rejected: bool,
     score_name: str = "reward",
 ) -> str:
     """The page as a string. `metrics` are the lines of metrics.jsonl, `dropped` the number of records by reason.
@@ -60,12 +70,12 @@ def render_report(
     policy = f"default-src 'none'; style-src 'sha256-{style_hash}'; img-src data:; base-uri 'none'; form-action 'none'"
     body = [
         _header(title, config, summary, metrics),
-        _tiles(summary, metrics, dropped, pairs, score_name=score_name, has_rejected=has_rejected),
-        _warnings(metrics, pairs if has_rejected else ()),
+        _tiles(summary, metrics, dropped, pairs, score_name=score_name),
+        _warnings(metrics, pairs),
         _curves(metrics),
-        distributions(pairs, has_rejected=has_rejected, score_name=score_name),
-        length_bias(pairs) if has_rejected else "",
-        examples(pairs, has_rejected=has_rejected, score_name=score_name),
+        distributions(pairs, score_name=score_name),
+        length_bias(pairs),
+        examples(pairs, score_name=score_name),
         _dropped(dropped),
         _settings(config, summary),
     ]
@@ -98,7 +108,6 @@ def _tiles(
     dropped: Mapping[str, int],
     pairs: Sequence[ScoredPair],
     *,
-    has_rejected: bool,
     score_name: str,
 ) -> str:
     tiles = []
@@ -109,15 +118,14 @@ def _tiles(
             note = f"{format_number(points[0][1])} at step {format_number(points[0][0])}" if len(points) > 1 else ""
             tiles.append((f"{kind} {name}", format_number(points[-1][1]), note))
     scores = [pair.reward_chosen for pair in pairs if math.isfinite(pair.reward_chosen)]
-    if scores and not has_rejected:
+    if scores and not any(pair.tokens_rejected for pair in pairs):
         tiles.append((f"Mean {score_name}", format_number(statistics.fmean(scores)), "held-out"))
     if pairs:
-        tiles.append(("Held-out pairs" if has_rejected else "Held-out records", f"{len(pairs):,}", ""))
+        tiles.append((f"Held-out {what_they_are(pairs)}", f"{len(pairs):,}", ""))
     rates = [value for _, value in curve(metrics, "pairs_per_second") if math.isfinite(value)]
     if rates:
-        tiles.append(
-            ("Pairs per second" if has_rejected else "Records per second", format_number(statistics.median(rates)), "median")
-        )
+        name = f"{what_they_are(pairs)} per second".capitalize()
+        tiles.append((name, format_number(statistics.median(rates)), "median"))
     if "seconds" in summary:
         tiles.append(("Wall time", _duration(float(summary["seconds"])), ""))
     tiles.append(("Records dropped", _total(dropped), "reasons below" if dropped else ""))
@@ -148,7 +156,7 @@ def _curves(metrics: Metrics) -> str:
         alone: Colour | None = "grey" if any(points for _, points, _ in held_out) and len(curves) == 1 else None
         series = [Series(label, points, alone or colour) for label, points, colour in train]
         series += [Series(label, points, colour, "marked") for label, points, colour in held_out]
-        is_accuracy = name == "rewards/accuracies"
+        is_accuracy = name.endswith("/accuracies")
         charts.append(
             line_chart(
                 title, series, x_label="step", y_range=(0.0, 1.0) if is_accuracy else None, mark=0.5 if is_accuracy else None

@@ -14,7 +14,7 @@ def curve(metrics: Metrics, name: str) -> list[Point]:
 
 
 def find_problems(metrics: Metrics, *, margins: Sequence[float], length_correlation: float) -> list[str]:
-    """A sentence or two for all that looks unhealthy; `margins` are the held-out pairs', empty without a rejected side."""
+    """A sentence or two for all that looks unhealthy; `margins` are the held-out pairs', nan for single replies."""
     known = [value for value in margins if math.isfinite(value)]
     found = [
         _not_finite(metrics),
@@ -92,7 +92,8 @@ def _chosen_falls(metrics: Metrics) -> str:
         f"The chosen responses became less likely (log-prob {format_number(logps[0])} to {format_number(logps[1])}) while "
         f"accuracy rose ({format_number(accuracies[0])} to {format_number(accuracies[1])}): margins grow by making the "
         "rejected responses even less likely, and what the policy writes may get worse. A larger weight of the chosen "
-        "response's likelihood (--rpo_alpha, --cpo_alpha), a larger --beta or a lower --learning_rate counters this."
+        "response's likelihood (--rpo_alpha, --cpo_alpha), with a reference a larger --beta, or a lower --learning_rate "
+        "counters this."
     )
 
 

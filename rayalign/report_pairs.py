@@ -1,4 +1,5 @@
-"""What the page of `report` shows of the held-out pairs: how they were scored, whether length explains it, and the extremes."""
+"""What the page of `report` shows of the held-out pairs and single replies: how they were scored, whether length explains it,
+and the extremes."""
 
 import base64
 import io
@@ -21,7 +22,8 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A held-out pair as the last evaluation scored it; without a rejected response its text is empty and its reward nan.
+    """A held-out pair as the last evaluation scored it, or a single reply: a side that a record doesn't have is an empty text
+    of 0 tokens whose reward is nan.
 
     `images` are compressed, as stored. Rewards are log-probs per token where an algorithm has no rewards.
     """
@@ -37,8 +39,19 @@ class ScoredPair:
     tokens_rejected: int
 
     @property
+    def has_both(self) -> bool:
+        return self.tokens_chosen > 0 and self.tokens_rejected > 0
+
+    @property
     def margin(self) -> float:
         return self.reward_chosen - self.reward_rejected
+
+    @property
+    def score(self) -> float:
+        """By how much the policy is right: a pair's margin, a good single reply's reward, a bad one's times -1."""
+        if self.has_both:
+            return self.margin
+        return self.reward_chosen if self.tokens_chosen else -self.reward_rejected
 
     @property
     def extra_tokens(self) -> int:
@@ -46,18 +59,19 @@ class ScoredPair:
         return self.tokens_chosen - self.tokens_rejected
 
 
-def distributions(pairs: Sequence[ScoredPair], *, has_rejected: bool, score_name: str) -> str:
-    """Histograms of the scores of both sides and of the margins."""
-    chosen = Sample("chosen", [pair.reward_chosen for pair in pairs], "blue")
-    rejected = Sample("rejected", [pair.reward_rejected for pair in pairs], "orange")
-    margins = Sample("margin", [pair.margin for pair in pairs], "blue")
-    title = f"Distribution of {score_name}"
-    if has_rejected:
-        scores = histogram(title, [chosen, rejected], x_label=score_name, y_label="responses")
-        charts = scores + histogram("Distribution of margins", [margins], x_label="margin", y_label="pairs")
-    else:
-        charts = histogram(title, [chosen], x_label=score_name, y_label="records")
-    words = f"After the last evaluation, {len(pairs):,} {'pairs' if has_rejected else 'records'}."
+def what_they_are(pairs: Sequence[ScoredPair]) -> str:
+    """`pairs`, or `records` where some have one reply only."""
+    return "pairs" if pairs and all(pair.has_both for pair in pairs) else "records"
+
+
+def distributions(pairs: Sequence[ScoredPair], *, score_name: str) -> str:
+    """Histograms of the scores of both sides and of the margins, each over the records that have it."""
+    chosen = Sample("chosen", [pair.reward_chosen for pair in pairs if pair.tokens_chosen], "blue")
+    rejected = Sample("rejected", [pair.reward_rejected for pair in pairs if pair.tokens_rejected], "orange")
+    margins = Sample("margin", [pair.margin for pair in pairs if pair.has_both], "blue")
+    charts = histogram(f"Distribution of {score_name}", [chosen, rejected], x_label=score_name, y_label="responses")
+    charts += histogram("Distribution of margins", [margins], x_label="margin", y_label="pairs")
+    words = f"After the last evaluation, {len(pairs):,} {what_they_are(pairs)}."
     return section("Held-out scores", words, f'<div class="charts wide">{charts}</div>') if charts else ""
 
 
@@ -108,29 +122,30 @@ def length_bias(pairs: Sequence[ScoredPair]) -> str:
     return section("Length bias", "Does the policy prefer better responses, or longer ones?", content)
 
 
-def examples(pairs: Sequence[ScoredPair], *, has_rejected: bool, score_name: str) -> str:
-    """The pairs with the lowest and the highest margin, with all they hold; without a rejected side, records by score."""
-    worst, best = extremes(pairs, has_rejected=has_rejected)
+def examples(pairs: Sequence[ScoredPair], *, score_name: str) -> str:
+    """The pairs with the lowest and the highest margin, with all they hold; single replies are ranked by their own score."""
+    worst, best = extremes(pairs)
     if not best:
         return ""
+    ranked_by, words = "margins", f"Margin is the {score_name} of the chosen response less that of the rejected one."
+    if not any(pair.tokens_rejected for pair in pairs):
+        ranked_by, words = score_name, f"By the {score_name} of the response."
+    elif not all(pair.has_both for pair in pairs):
+        ranked_by = "scores"
+        words = (
+            f"{words} The score of a pair is its margin, that of a single good reply its {score_name}, that of a single bad "
+            f"one its {score_name} times -1."
+        )
     lists = []
     for name, found in (("Lowest", worst), ("Highest", best)):
-        cards = "".join(_card(pair, has_rejected=has_rejected, score_name=score_name) for pair in found)
-        heading = f"{name} {'margins' if has_rejected else score_name}"
-        lists.append(f"<h3>{escape(heading)}</h3>{cards}" if cards else "")
-    title, words = "Worst and best pairs", f"Margin is the {score_name} of the chosen response less that of the rejected one."
-    if not has_rejected:
-        title, words = "Worst and best records", f"By the {score_name} of the response."
-    return section(title, words, "".join(lists))
+        cards = "".join(_card(pair, score_name=score_name) for pair in found)
+        lists.append(f"<h3>{escape(f'{name} {ranked_by}')}</h3>{cards}" if cards else "")
+    return section(f"Worst and best {what_they_are(pairs)}", words, "".join(lists))
 
 
-def extremes(pairs: Sequence[ScoredPair], *, has_rejected: bool) -> tuple[list[ScoredPair], list[ScoredPair]]:
+def extremes(pairs: Sequence[ScoredPair]) -> tuple[list[ScoredPair], list[ScoredPair]]:
     """The worst pairs, worst first, and the best, best first; none is in both, and those without a finite score in neither."""
-
-    def score(pair: ScoredPair) -> float:
-        return pair.margin if has_rejected else pair.reward_chosen
-
-    ranked = sorted((pair for pair in pairs if math.isfinite(score(pair))), key=score)
+    ranked = sorted((pair for pair in pairs if math.isfinite(pair.score)), key=lambda pair: pair.score)
     num_worst = min(SHOWN_PAIRS, len(ranked) // 2)
     return ranked[:num_worst], ranked[num_worst:][-SHOWN_PAIRS:][::-1]
 
@@ -169,17 +184,20 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in body)}</tbody></table>"
 
 
-def _card(pair: ScoredPair, *, has_rejected: bool, score_name: str) -> str:
-    sides = [("chosen", "blue", pair.chosen, pair.reward_chosen, pair.tokens_chosen)]
+def _card(pair: ScoredPair, *, score_name: str) -> str:
+    sides = (
+        ("chosen", "blue", pair.chosen, pair.reward_chosen, pair.tokens_chosen),
+        ("rejected", "orange", pair.rejected, pair.reward_rejected, pair.tokens_rejected),
+    )
     score = ""
-    if has_rejected:
-        sides.append(("rejected", "orange", pair.rejected, pair.reward_rejected, pair.tokens_rejected))
+    if pair.has_both:
         colour = "blue" if pair.margin > 0 else "orange"
         score = f'<span class="score {colour}">margin {"+" if pair.margin > 0 else ""}{format_number(pair.margin)}</span>'
     answers = "".join(
         f'<div class="answer {colour}"><h4><b>{name}</b> · {escape(score_name)} {format_number(value)} · {tokens:,} tokens</h4>'
         f"{_text(words)}</div>"
         for name, colour, words, value, tokens in sides
+        if tokens
     )
     texts = f'<div class="texts"><h4>prompt</h4>{_text(pair.prompt)}<div class="answers">{answers}</div></div>'
     header = f"<header>{score}<code>{escape(pair.id)}</code></header>"

@@ -80,7 +80,6 @@ def write_results(
 ) -> None:
     """Writes report.html and summary.json, which marks the run as finished."""
     held_out = data.held_out or data.training
-    has_rejected = data.spec.responses != "chosen"
     dropped: dict[str, int] = {}
     for line in data.training.dropped():
         dropped[line["reason"]] = dropped.get(line["reason"], 0) + 1
@@ -91,8 +90,7 @@ def write_results(
         metrics=read_metrics(folder / "metrics.jsonl"),
         dropped=dropped,
         pairs=_scored_pairs(held_out, data, scores),
-        has_rejected=has_rejected,
-        score_name="reward" if has_rejected else "log-prob per token",
+        score_name="log-prob per token" if data.spec.responses == "chosen" else "reward",
     )
     (folder / "report.html").write_bytes(page.encode())
     (folder / "summary.json").write_json(dict(summary))

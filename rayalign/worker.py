@@ -21,7 +21,7 @@ from rayalign.config import Config
 from rayalign.data import RunData, quiet_logging
 from rayalign.loop import LoopEvents, Trainer, run_steps, start_alike
 from rayalign.metrics import MetricsLog, gather
-from rayalign.plan import PlanSettings, StepPlan, cut_micro_batches, totals_of
+from rayalign.plan import PlanSettings, StepPlan, cut_micro_batches, require_partners, totals_of
 from rayalign.policy import load_policy
 from rayalign.prepared import PreparedData
 from rayalign.storage import Store
@@ -87,6 +87,8 @@ class _Worker:
         )
         start_alike(policy)
         self.plan = plan_of(config, data)
+        if data.held_out and algorithm.needs.companion == "mismatched":
+            require_partners(data.held_out.num_rows, "in --val_dataset")
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.plan.num_steps, rank=self.rank)
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         self.start_step = checkpoint.step if checkpoint else 0
@@ -156,14 +158,10 @@ class _Worker:
         batch_size = self.config.optimizer.batch_size
         mine = cut_micro_batches(rows, lengths, batch_size=batch_size, rank=self.rank, num_workers=self.world)
         companion = self.trainer.algorithm.needs.companion
-        batches = functools.partial(
-            held_out_pairs,
-            data,
-            mine,
-            self.data.spec,
-            companion=companion,
-            order=rows if companion == "mismatched" else None,
-        )
+        order = None
+        if companion == "mismatched":
+            order = rows if self.data.held_out else self.plan.held_out_order
+        batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order)
         metrics, pairs = self.trainer.evaluate(batches, totals_of(rows, lengths))
         self.pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
         line = {f"eval_{name}": value for name, value in metrics.items()}

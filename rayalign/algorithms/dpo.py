@@ -17,6 +17,8 @@ from rayalign.config import check_bounds, flag
 from rayalign.logprobs import PairLogps
 from rayalign.plan import StepTotals
 
+ALPHA, TAU = 0.5, 0.05
+
 LossType = Literal[
     "sigmoid",
     "hinge",
@@ -54,8 +56,8 @@ class DPO:
         1.0, "Weight of the chosen responses' token-mean negative log-likelihood (RPO); 0 turns it off.", at_least=0
     )
     f_divergence_type: Divergence = flag("reverse_kl", "Divergence that the policy is held to the reference by.")
-    f_alpha_divergence_coef: float = flag(0.5, "Order of alpha_divergence; 1 is reverse_kl.", above=0)
-    discopop_tau: float = flag(0.05, "Temperature of discopop's blend.", above=0)
+    f_alpha_divergence_coef: float = flag(ALPHA, "Order of alpha_divergence; 1 is reverse_kl.", above=0)
+    discopop_tau: float = flag(TAU, "Temperature of discopop's blend.", above=0)
     ld_alpha: float | None = flag(
         None,
         "Weight of the tokens that the longer response has beyond the shorter one's length (LD-DPO); none: all count alike.",
@@ -153,6 +155,13 @@ def _check_losses(dpo: DPO) -> None:
         raise ValueError("--loss_type exo_pair needs a --label_smoothing above 0, such as 0.001: it divides by it.")
     if "robust" in names and dpo.label_smoothing == 0.5:
         raise ValueError("--loss_type robust needs a --label_smoothing below 0.5: labels as good as a coin's teach nothing.")
+    if dpo.discopop_tau != TAU and "discopop" not in names:
+        raise ValueError(f"--discopop_tau {dpo.discopop_tau:g} with --loss_type {given}: it belongs to the loss discopop.")
+    if dpo.f_alpha_divergence_coef != ALPHA and dpo.f_divergence_type != "alpha_divergence":
+        raise ValueError(
+            f"--f_alpha_divergence_coef {dpo.f_alpha_divergence_coef:g} with --f_divergence_type {dpo.f_divergence_type}: it "
+            "belongs to alpha_divergence."
+        )
     odd = sorted(names - dpo_losses.BY_DIVERGENCE)
     if dpo.f_divergence_type != "reverse_kl" and odd:
         raise ValueError(

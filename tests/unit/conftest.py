@@ -1,11 +1,15 @@
 """What the unit tests share: tiny models on disk, each made once a session."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from rayalign.prepared import EncodedPair, PreparedData
 
 
 @pytest.fixture(scope="session")
@@ -17,5 +21,38 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         from tests.tiny_models import save_tiny_model  # imports torch and transformers, which many tests never touch
 
         return save_tiny_model(tmp_path_factory.mktemp(family), family, text=text)
+
+    return make
+
+
+@pytest.fixture
+def prepare_pairs(tmp_path: Path) -> "Callable[[Sequence[EncodedPair]], PreparedData]":
+    """`prepare_pairs(pairs)`: a prepared data set on disk whose row numbers are the pairs' places."""
+    import pyarrow as pa
+
+    from rayalign.prepared import INDEX_SCHEMA, PreparedData, write_shard
+    from rayalign.storage import Store
+
+    numbers = itertools.count()
+
+    def make(pairs: "Sequence[EncodedPair]") -> "PreparedData":
+        store = Store(str(tmp_path / f"prepared_{next(numbers)}"))
+        write_shard(store / "one" / "shard", pairs)
+        lines = [
+            {
+                "id": pair.id,
+                "dataset": 0,
+                "file": 0,
+                "source_row": row,
+                "shard": "shard",
+                "position": row,
+                "prompt_tokens": len(pair.prompt_ids),
+                "chosen_tokens": len(pair.chosen_ids),
+                "rejected_tokens": len(pair.rejected_ids),
+            }
+            for row, pair in enumerate(pairs)
+        ]
+        index = pa.Table.from_pylist(lines, schema=INDEX_SCHEMA)
+        return PreparedData.finish(store, attempt="one", index=index, dropped=[])
 
     return make

@@ -9,8 +9,14 @@ import pytest
 import yaml
 
 from rayalign import cli
+from rayalign.algorithms import ALGORITHMS as ALL
+from rayalign.algorithms import DPO
 from rayalign.config import Config, TuneConfig, check_bounds, config_from_mapping, flag, flags_of, section_types
 
+LOSSES = (
+    "sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, "
+    "sigmoid_norm, sft"
+)
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -58,6 +64,11 @@ ALGORITHMS = {"sft": Sft, "dpo": Dpo, "simpo": SimPo, "cpo": Cpo}
 def parse(*words: str, algorithm: str | None = None) -> Config:
     prog = f"pipelines/{algorithm or 'rlhf'}.py"
     return cli.parse(ALGORITHMS, words, prog=prog, description="A test.", algorithm=algorithm)
+
+
+def parse_real(*words: str) -> Config:
+    """The same with the algorithms that there are."""
+    return cli.parse(ALL, words, prog="rlhf.py", description="A test.")
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: str, algorithm: str | None = None) -> str:
@@ -131,6 +142,48 @@ def test_the_guides_commands_work_as_they_stand(own: str, expected: object):
 )
 def test_a_mistake_is_told_on_stderr_with_code_2(capsys: pytest.CaptureFixture[str], words: list[str], message: str):
     assert complaint(capsys, *words) == message
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words", "message"),
+    [
+        ("rm", ["--beta", "0.1"], "--beta belongs to dpo, mdpo, cpo, orpo, simpo and kto, not rm."),
+        ("cpo", ["--simpo_gamma", "1"], "--simpo_gamma belongs to simpo, not cpo."),
+        ("simpo", ["--rpo_alpha", "0.1"], "--rpo_alpha belongs to dpo, not simpo."),
+        ("orpo", ["--label_smoothing", "0.1"], "--label_smoothing belongs to dpo and cpo, not orpo."),
+        ("orpo", ["--cpo_alpha=1"], "--cpo_alpha belongs to cpo and simpo, not orpo."),
+        ("sft", ["--loss_type", "sigmoid"], "--loss_type belongs to dpo, not sft."),
+        ("kto", ["--anchor_delta", "0"], "--anchor_delta belongs to mdpo, not kto."),
+        ("dpo", ["--desirable_weight", "1"], "--desirable_weight belongs to kto, not dpo."),
+        ("dpo", ["--center_rewards_coefficient", "1"], "--center_rewards_coefficient belongs to rm, not dpo."),
+        ("dpo", ["--loss_type", "sigmiod"], f"--loss_type sigmiod: must be one of {LOSSES}. Did you mean sigmoid?"),
+        (
+            "cpo",
+            ["--safe_serialization", "false"],
+            "--safe_serialization false: only rm has a head to write in another format, cpo has none; its weights are always "
+            ".safetensors. Leave the flag out.",
+        ),
+    ],
+)
+def test_what_an_algorithm_does_not_have_is_told_by_name(
+    capsys: pytest.CaptureFixture[str], algorithm: str, words: list[str], message: str
+):
+    with pytest.raises(SystemExit) as stopped:
+        parse_real("--rlhf_type", algorithm, *words)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"rlhf.py: error: {message}\n(--help lists every flag)\n"
+
+
+def test_mpo_is_dpo_with_three_losses_and_their_weights():
+    mpo = DPO(loss_type=("sigmoid", "bco_pair", "sft"), loss_weights=(0.8, 0.2, 1.0), rpo_alpha=0.0)
+    with_commas = "--loss_type sigmoid,bco_pair,sft --loss_weights 0.8,0.2,1 --rpo_alpha 0"
+    with_spaces = "--rpo_alpha 0 --loss_weights 0.8 0.2 1 --loss_type sigmoid bco_pair sft"
+    assert parse_real(*with_commas.split()).algorithm == parse_real(*with_spaces.split()).algorithm == mpo
+
+
+def test_a_reward_model_may_have_its_head_written_as_bin():
+    assert parse_real("--rlhf_type", "rm", "--safe_serialization", "false").run.safe_serialization is False
+    assert parse_real("--rlhf_type", "cpo", "--safe_serialization", "true").run.safe_serialization is True
 
 
 def test_a_pipeline_of_one_algorithm_accepts_its_own_name_only(capsys: pytest.CaptureFixture[str]):

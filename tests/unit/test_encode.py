@@ -27,12 +27,21 @@ A_CAT = [68, 299]  # "a", " cat"
 RED, BLUE = noise_image(30, 40, seed=1), noise_image(50, 20, seed=2)
 
 
-def record(*turns: str, chosen: str = "It is two.", rejected: str | None = "a cat", system: str = "") -> PreferenceRecord:
+def record(
+    *turns: str, chosen: str = "It is two.", rejected: str | None = "a cat", system: str = "", label: bool | None = None
+) -> PreferenceRecord:
     """`turns` are user, assistant, ..., user."""
     messages = [Message(role="user" if i % 2 == 0 else "assistant", content=text) for i, text in enumerate(turns)]
     opening = [Message(role="system", content=system)] if system else []
     marks = sum(text.count("<image>") for text in turns)
-    return PreferenceRecord(id="r", messages=(*opening, *messages), images=("i.png",) * marks, chosen=chosen, rejected=rejected)
+    return PreferenceRecord(
+        id="r",
+        messages=(*opening, *messages),
+        images=("i.png",) * marks,
+        chosen=chosen,
+        rejected=rejected,
+        label=label,
+    )
 
 
 def encode(folder: Path, given: PreferenceRecord, images: Sequence[bytes] = (), **settings: Any) -> EncodedPair:
@@ -96,6 +105,29 @@ def test_sft_needs_and_keeps_no_rejected_response(llava: Path) -> None:
     pair = encode(llava, record("Which digit?", rejected=None), responses="chosen")
     assert pair.chosen_ids == [*IT_IS_TWO, EOS]
     assert pair.rejected_ids == []
+
+
+@pytest.mark.parametrize(
+    ("rejected", "label", "chosen_ids", "rejected_ids"),
+    [
+        (None, True, [*IT_IS_TWO, EOS], []),
+        (None, False, [], [*IT_IS_TWO, EOS]),
+        ("a cat", None, [*IT_IS_TWO, EOS], [*A_CAT, EOS]),
+        ("a cat", True, [*IT_IS_TWO, EOS], [*A_CAT, EOS]),
+    ],
+)
+def test_a_labelled_reply_stands_on_the_side_of_its_label_and_a_pair_on_both(
+    llava: Path, rejected: str | None, label: bool | None, chosen_ids: list[int], rejected_ids: list[int]
+) -> None:
+    pair = encode(llava, record("<image>Which digit?", rejected=rejected, label=label), [RED], responses="either")
+    assert (pair.chosen_ids, pair.rejected_ids) == (chosen_ids, rejected_ids)
+    assert pair.prompt_ids == [BOS, *USER, *[IMAGE] * 16, NEWLINE, *WHICH_DIGIT, NEWLINE, *ANSWER]
+
+
+@pytest.mark.parametrize("label", [True, None])
+def test_sft_takes_the_chosen_reply_of_a_pair(llava: Path, label: bool | None) -> None:
+    pair = encode(llava, record("Which digit?", label=label), responses="chosen")
+    assert (pair.chosen_ids, pair.rejected_ids) == ([*IT_IS_TWO, EOS], [])
 
 
 WITHOUT_EOS = CHAT_TEMPLATE.replace("'</s>' if message['role'] == 'assistant' else ", "")
@@ -194,12 +226,56 @@ def test_answers_that_right_makes_identical_are_dropped(llava: Path) -> None:
     assert encode(llava, given, max_length=16, truncation_strategy="right", responses="chosen").chosen_ids == [44, 87, 271]
 
 
+@pytest.mark.parametrize(("label", "side"), [(True, "chosen"), (False, "rejected")])
+@pytest.mark.parametrize("strategy", ["delete", "left", "right", "raise"])
+def test_a_single_reply_counts_and_is_cut_like_the_side_it_stands_on(
+    llava: Path, strategy: str, label: bool, side: str
+) -> None:
+    given = record("one?", "two", "Which digit?", rejected=None, label=label)
+    whole = encode(llava, given, responses="either")
+    length = whole.num_tokens
+    assert length == len(whole.prompt_ids) + 6
+    assert encode(llava, given, responses="either", max_length=length, truncation_strategy=strategy) == whole
+
+    def cut() -> EncodedPair:
+        return encode(llava, given, responses="either", max_length=length - 1, truncation_strategy=strategy)
+
+    match strategy:
+        case "left":
+            assert cut() == encode(llava, record("Which digit?", rejected=None, label=label), responses="either")
+        case "right":
+            shorter = vars(cut())
+            assert shorter[f"{side}_ids"] == IT_IS_TWO  # the end mark is what goes
+            assert shorter == vars(whole) | {f"{side}_ids": IT_IS_TWO}
+        case _:
+            with pytest.raises(ValueError) as caught:
+                cut()
+            assert str(caught.value).startswith(
+                f"messages: {length} tokens" if strategy == "delete" else f"Record r has {length} tokens"
+            )
+
+
+@pytest.mark.parametrize(("responses", "length"), [("both", LENGTH), ("either", LENGTH), ("chosen", 16)])
+def test_the_longest_reply_that_a_row_holds_counts_for_max_length(llava: Path, responses: str, length: int) -> None:
+    given = record("Which digit?", chosen="a cat", rejected="It is two.")  # 3 and 6 ids; the prompt has 13
+    encode(llava, given, responses=responses, max_length=length)
+    with pytest.raises(RecordError) as caught:
+        encode(llava, given, responses=responses, max_length=length - 1)
+    assert str(caught.value) == f"messages: {length} tokens, --max_length is {length - 1}"
+
+
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_an_answer_that_holds_the_end_mark_is_dropped(llava: Path, side: str) -> None:
     with pytest.raises(RecordError) as caught:
         encode(llava, record("Which digit?", **{side: "It is </s> two."}))
     assert caught.value.reason == "end mark in answer"
     assert str(caught.value) == f"{side}: an answer holds </s>, which would end it early"
+
+
+def test_a_fault_of_a_single_bad_reply_is_told_of_its_side(llava: Path) -> None:
+    with pytest.raises(RecordError) as caught:
+        encode(llava, record("Which digit?", chosen="It is </s> two.", rejected=None, label=False), responses="either")
+    assert str(caught.value) == "rejected: an answer holds </s>, which would end it early"
 
 
 def test_a_processor_whose_patch_size_does_not_fit_the_model_is_found_out(variant: Callable[..., Path]) -> None:
@@ -252,6 +328,7 @@ def test_the_fingerprint_depends_on_contents_and_settings_but_not_on_the_folder(
         dataclasses.replace(spec, max_length=1024),
         dataclasses.replace(spec, max_pixels=1000),
         dataclasses.replace(spec, responses="chosen"),
+        dataclasses.replace(spec, responses="either"),
         dataclasses.replace(spec, truncation_strategy="left"),
     ]
     assert len({s.fingerprint() for s in (spec, *others)}) == 1 + len(others)

@@ -343,8 +343,8 @@ def another_value(flag: Any) -> Any:
 def test_an_algorithm_survives_pickle_and_yaml(name: str) -> None:
     values = {flag.name: another_value(flag) for flag in flags_of(ALGORITHMS[name])}
     if name == "dpo":
-        values["loss_weights"] = (0.5,)
-        values["label_smoothing"] = 0.0  # the other loss has none
+        values |= {"loss_type": ("discopop",), "loss_weights": (0.5,), "f_divergence_type": "alpha_divergence"}
+        values["label_smoothing"] = 0.0  # which this loss does not use
     algorithm = ALGORITHMS[name](**values)
     assert pickle.loads(pickle.dumps(algorithm)) == algorithm
     config = Config(algorithm=algorithm)

@@ -227,7 +227,11 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     ({"query": "a", "response": "b", "label": 2}, "wrong type", "label: expected true or false, found 2"),
     ({"query": "a", "response": "b", "margin": "big"}, "wrong type", "margin: expected a number, found 'big'"),
     ({"query": "a", "response": "b", "margin": 10**400}, "bad margin", "margin: the number is too large"),
-    ({"query": "a", "response": "b", "margin": float("nan")}, "bad margin", "margin: nan is not a finite number"),
+    (
+        {"query": "a", "response": "b", "margin": float("nan")},
+        "bad margin",
+        "margin: nan is no number between -1e+06 and 1e+06",
+    ),
     ({"query": "a", "response": "b", "videos": ["x.mp4"]}, "unsupported content", "videos: records hold text and images only"),
     ({"messages": "a"}, "wrong type", "messages: expected a list of messages, found str 'a'"),
     ({"messages": [USER]}, "missing field", "messages: the last message must be the assistant's reply"),

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayalign import logprobs
-from rayalign.logprobs import SequenceLogps, token_logps
+from rayalign.logprobs import SequenceLogps, sum_by_response, token_logps
 
 CHUNK = 4
 # Both orders of summation are exact to a few units in the last place of numbers around 10.
@@ -139,3 +139,57 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits_forward_and_backward() -> 
 def test_the_average_is_per_token() -> None:
     logps = SequenceLogps(total=torch.tensor([-6.0, -1.0]), tokens=torch.tensor([3, 2]), shared=torch.zeros(2))
     assert logps.average.tolist() == [-2.0, -0.5]
+
+
+def summed_one_by_one(logps: Tensor, sequences: Tensor, num_pairs: int) -> list[list[float]]:
+    """[total, tokens, shared] of every response, chosen ones first, by a loop over tokens."""
+    responses = [[float(x) for x, s in zip(logps, sequences, strict=True) if s == k] for k in range(2 * num_pairs)]
+    lines = []
+    for k, own in enumerate(responses):
+        other = responses[(k + num_pairs) % (2 * num_pairs)]
+        lines.append([sum(own), float(len(own)), sum(own[: len(other)])])
+    return lines
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(2, 1)],
+        [(1, 3), (2, 2)],
+        [(2, 0), (0, 3)],  # a single good reply, a single bad one
+        [(0, 1), (3, 1), (4, 0), (1, 5)],
+        [(3, 0), (2, 0)],  # SFT
+        [(0, 2)],
+    ],
+)
+def test_tokens_are_summed_by_response_as_a_loop_does(lengths: list[tuple[int, int]]) -> None:
+    num_pairs = len(lengths)
+    # As in a batch: pair by pair, chosen before rejected.
+    sequences = torch.tensor(
+        [s for b, two in enumerate(lengths) for side, n in enumerate(two) for s in [b + side * num_pairs] * n]
+    )
+    logps = torch.randn(len(sequences), dtype=torch.float64, requires_grad=True)
+    found = sum_by_response(logps, sequences, num_pairs)
+    lines = [
+        [side.total[b].item(), float(side.tokens[b]), side.shared[b].item()]
+        for side in (found.chosen, found.rejected)
+        for b in range(num_pairs)
+    ]
+    assert lines == [pytest.approx(line, abs=FLOAT64) for line in summed_one_by_one(logps.detach(), sequences, num_pairs)]
+    assert [(int(c), int(r)) for c, r in zip(found.chosen.tokens, found.rejected.tokens, strict=True)] == lengths
+    found.rejected.total.sum().backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == [float(s >= num_pairs) for s in sequences]
+
+
+def test_the_shared_part_of_a_response_ends_where_the_shorter_one_does() -> None:
+    # Chosen: three tokens, rejected: two.
+    found = sum_by_response(torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0]), torch.tensor([0, 0, 0, 1, 1]), 1)
+    assert (found.chosen.total.item(), found.chosen.shared.item()) == (-7.0, -3.0)
+    assert (found.rejected.total.item(), found.rejected.shared.item()) == (-24.0, -24.0)
+
+
+def test_a_batch_without_response_tokens_sums_to_nothing() -> None:
+    found = sum_by_response(torch.zeros(0), torch.zeros(0, dtype=torch.long), 2)
+    assert found.chosen.total.tolist() == found.rejected.shared.tolist() == [0.0, 0.0]
+    assert found.chosen.tokens.tolist() == [0, 0]

@@ -1,5 +1,6 @@
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayalign import loop
-from rayalign.algorithms import DPO, SFT, Algorithm
+from rayalign.algorithms import DPO, KTO, RM, SFT, Algorithm
 from rayalign.batch import PairBatch
 from rayalign.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from rayalign.config import ModelConfig, OptimizerConfig, RunConfig, TunerConfig
@@ -21,7 +22,7 @@ from rayalign.plan import PlanSettings, StepPlan
 from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair, RowLengths
 from rayalign.storage import Store
-from tests.tiny_models import REFERRED, encode_pair, in_float64, make_batch, make_policy, wake_adapters
+from tests.tiny_models import encode_pair, in_float64, make_batch, make_policy, totals_of, wake_adapters
 
 SHORT = ("two", "a cat", "yes", "no", "The digit is two.", "A cat sits on the mat.", "the mat")
 
@@ -31,23 +32,30 @@ def folder(model_folder: Callable[..., Path]) -> Path:
     return model_folder("llava")
 
 
-def pairs_of(folder: Path) -> list[EncodedPair]:
-    return [encode_pair(folder, str(i), f"Which {i}?", SHORT[i], SHORT[i - 1]) for i in range(7)]
+def pairs_of(folder: Path, algorithm: Algorithm | None = None) -> list[EncodedPair]:
+    """Seven pairs, of which an algorithm that takes single replies gets three as such."""
+    pairs = [encode_pair(folder, str(i), f"Which {i}?", SHORT[i], SHORT[i - 1]) for i in range(7)]
+    if algorithm is not None and algorithm.needs.responses == "either":
+        for i in (1, 4):
+            pairs[i] = dataclasses.replace(pairs[i], rejected_ids=[])
+        pairs[5] = dataclasses.replace(pairs[5], chosen_ids=[])
+    return pairs
 
 
-def plan_of(pairs: list[EncodedPair], *, num_workers: int = 1, max_steps: int = 6) -> StepPlan:
+def plan_of(pairs: list[EncodedPair], *, num_workers: int = 1, max_steps: int = 6, batch_size: int = 2) -> StepPlan:
     counts = ([len(vars(p)[f"{part}_ids"]) for p in pairs] for part in ("prompt", "chosen", "rejected"))
     settings = PlanSettings(
-        global_batch_size=4, batch_size=2, num_workers=num_workers, num_epochs=1, max_steps=max_steps, seed=0
+        global_batch_size=4, batch_size=batch_size, num_workers=num_workers, num_epochs=1, max_steps=max_steps, seed=0
     )
     return StepPlan(RowLengths(*(np.array(c) for c in counts)), settings)
 
 
 def stream_of(folder: Path, plan: StepPlan, start: int, algorithm: Algorithm, rank: int = 0) -> Iterator[tuple[int, PairBatch]]:
-    pairs = pairs_of(folder)
+    pairs = pairs_of(folder, algorithm)
     for step in range(start, plan.num_steps):
         for rows in plan.micro_batches(step, rank):
-            yield step, make_batch(folder, [pairs[row] for row in rows], needs=algorithm.needs)
+            partners = [pairs[row] for row in plan.partners(step, rows)]
+            yield step, make_batch(folder, [pairs[row] for row in rows], needs=algorithm.needs, partners=partners)
 
 
 def trainer_of(folder: Path, algorithm: Algorithm, *, num_steps: int = 6, seed: int = 42, **config: Any) -> Trainer:
@@ -137,9 +145,9 @@ def test_a_run_that_is_no_longer_finite_stops_before_it_saves(
     assert str(caught.value) == f"{words} Lower --learning_rate, or use --dtype float32 or bfloat16."
 
 
-@pytest.mark.parametrize("algorithm", [SFT(), DPO()], ids=lambda a: a.name)
+@pytest.mark.parametrize("algorithm", [SFT(), DPO(), KTO(), RM()], ids=lambda a: a.name)
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path, tmp_path: Path, algorithm: Algorithm) -> None:
-    plan = plan_of(pairs_of(folder))
+    plan = plan_of(pairs_of(folder, algorithm))
     run = RunConfig(logging_steps=1, save_steps=3)
     lines: dict[str, list[Any]] = {"undisturbed": [], "resumed": []}
     undisturbed = trainer_of(folder, algorithm)
@@ -159,6 +167,11 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path,
     timing = {"pairs_per_second", "tokens_per_second", "data_wait_fraction", "num_tokens"}
     expected, again = ([{k: v for k, v in line.items() if k not in timing} for line in lines[run]] for run in lines)
     assert again == expected[3:]
+    # A reward model's head has learned, and stands in the checkpoint beside the adapters.
+    saved = load_file(tmp_path / "trainable.safetensors")
+    assert ("v_head.summary.weight" in saved and bool(saved["v_head.summary.weight"].any())) == (
+        algorithm.needs.head == "value"
+    )
     # Dropout is part of what was resumed: without it the run would have ended elsewhere.
     assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in resumed.policy.model.modules()) == algorithm.needs.dropout
 
@@ -190,6 +203,21 @@ def test_evaluating_leaves_the_training_as_it_was(folder: Path, algorithm: Algor
     assert metrics["logps/chosen"] == pytest.approx(mean)
 
 
+def test_an_evaluation_gives_a_single_reply_the_values_of_its_own_side(folder: Path) -> None:
+    pairs = pairs_of(folder, KTO())
+    trainer = trainer_of(folder, KTO())
+    batches = [make_batch(folder, pairs[start : start + 3], needs=KTO().needs) for start in (0, 3)]
+    metrics, by_pair = trainer.evaluate(lambda: batches, totals_of(pairs[:6]))
+    both = {f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")}
+    keys = {pair_id: set(values) for pair_id, values in by_pair.items()}
+    whole = both | {"rewards/margins", "rewards/accuracies"}
+    good, bad = {"rewards/chosen", "logps/chosen"}, {"rewards/rejected", "logps/rejected"}
+    assert keys == {"0": whole, "1": good, "2": whole, "3": whole, "4": good, "5": bad}
+    for name in whole:
+        values = [values[name] for values in by_pair.values() if name in values]
+        assert metrics[name] == pytest.approx(sum(values) / len(values))
+
+
 def test_lines_evaluations_and_checkpoints_come_at_their_steps_and_at_the_end(folder: Path) -> None:
     plan = plan_of(pairs_of(folder), max_steps=5)
     seen: dict[str, list[Any]] = {"log": [], "evaluate": [], "save": []}
@@ -219,7 +247,7 @@ def test_the_largest_seed_that_python_users_pass_is_accepted(folder: Path) -> No
 
 
 def one_of_two_workers(rank: int, folder: str, out: str) -> None:
-    """One of two processes: sums tensors, starts alike, and takes a step in which rank 1 has nothing to do."""
+    """One of two processes: sums tensors, and for each case starts alike, evaluates and takes a step."""
     torch.set_num_threads(1)
     meeting = f"file://{out}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(minutes=5))
@@ -227,6 +255,15 @@ def one_of_two_workers(rank: int, folder: str, out: str) -> None:
         save_file(work_of(rank, Path(folder)), f"{out}/{rank}.safetensors")
     finally:
         dist.destroy_process_group()
+
+
+CASES: dict[str, tuple[Algorithm, bool]] = {
+    "dpo, one worker idle": (DPO(), True),
+    "kto, one worker idle": (KTO(), True),
+    "kto": (KTO(), False),
+    "aot": (DPO(loss_type=("aot", "aot_unpaired"), rpo_alpha=0.0), False),
+}
+"""Steps that two workers take together, and whether one of them does all the work."""
 
 
 def work_of(rank: int, folder: Path) -> dict[str, Tensor]:
@@ -237,19 +274,43 @@ def work_of(rank: int, folder: Path) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "BUCKET_ELEMENTS", 5)
         sum_over_workers(iter(tensors))
-    policy = wake_adapters(in_float64(make_policy(folder, needs=REFERRED, seed=rank)), seed=rank)
+    results = {f"sum {i}": tensor for i, tensor in enumerate(tensors)}
+    for case, (algorithm, one_is_idle) in CASES.items():
+        ranks = range(2 * (rank == 0)) if one_is_idle else (rank,)
+        step = evaluate_and_step(folder, algorithm, ranks, rank=rank, num_workers=2)
+        results |= {f"{case}: {name}": tensor for name, tensor in step.items()}
+    return results
+
+
+def policy_of_rank(rank: int, folder: Path, algorithm: Algorithm) -> Policy:
+    """Another one for each rank; that of rank 0 has a KL estimate above 0 (else KTO would clamp it, and could not tell one
+    worker's from all workers')."""
+    return wake_adapters(in_float64(make_policy(folder, needs=algorithm.needs, seed=rank)), scale=0.3, seed=6 + rank)
+
+
+def evaluate_and_step(
+    folder: Path, algorithm: Algorithm, ranks: Sequence[int], *, rank: int = 0, num_workers: int = 1
+) -> dict[str, Tensor]:
+    """Evaluates the pairs of a step and takes it; the worker has the micro-batches of `ranks`. Together workers have two of two
+    pairs, one alone has all four in one."""
+    policy = policy_of_rank(rank, folder, algorithm)
     start_alike(policy)
     started = weights_of(policy)
-    plan = plan_of(pairs_of(folder), num_workers=2, max_steps=1)
-    trainer = Trainer(policy, DPO(), OptimizerConfig(learning_rate=1e-2), num_steps=1, rank=rank)
-    batches = [batch for worker in (0, 1) for _, batch in stream_of(folder, plan, 0, DPO(), rank=worker)]
-    norm, _ = trainer.step(0, batches if rank == 0 else [], plan.totals(0))
-    metrics = trainer.window.reduce(steps=1)
+    batch_size = 4 // num_workers
+    plan = plan_of(pairs_of(folder, algorithm), num_workers=num_workers, max_steps=1, batch_size=batch_size)
+    trainer = Trainer(policy, algorithm, OptimizerConfig(learning_rate=1e-2), num_steps=1, rank=rank)
+    batches = [batch for other in ranks for _, batch in stream_of(folder, plan, 0, algorithm, rank=other)]
+    held_out, by_pair = trainer.evaluate(lambda: iter(batches), plan.totals(0))
+    norm, _ = trainer.step(0, iter(batches), plan.totals(0))
+    metrics = {
+        **{f"eval_{name}": value for name, value in held_out.items()},
+        **trainer.window.reduce(steps=1),
+        **{f"{name} of {pair_id}": value for pair_id, values in by_pair.items() for name, value in values.items()},
+    }
     return {
-        **{f"sum {i}": tensor for i, tensor in enumerate(tensors)},
         **{f"start {name}": value for name, value in started.items()},
         **{f"end {name}": value for name, value in weights_of(policy).items()},
-        **{f"metric {name}": torch.tensor(value) for name, value in metrics.items()},
+        **{f"metric {name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()},
         "norm": norm,
     }
 
@@ -271,24 +332,44 @@ def test_sums_over_workers_are_exact_in_buckets_of_any_shape_and_type(workers: l
         assert [worker[f"sum {i}"].dtype for i in range(3)] == [torch.float64, torch.float64, torch.float32]
 
 
+def results_of(worker: Mapping[str, Tensor], case: str, *, of_pairs: bool) -> dict[str, Tensor]:
+    """What a worker has of a step: its own pairs' values, or what all workers have alike."""
+    own = {name.removeprefix(f"{case}: "): value for name, value in worker.items() if name.startswith(f"{case}: ")}
+    return {name: value for name, value in own.items() if (" of " in name) == of_pairs}
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_workers_start_with_the_weights_of_rank_0_and_an_idle_one_stays_with_the_others(
-    folder: Path, workers: list[dict[str, Tensor]]
+    folder: Path, workers: list[dict[str, Tensor]], case: str
 ) -> None:
-    assert equal(*workers)
-    policy = wake_adapters(in_float64(make_policy(folder, needs=REFERRED, seed=0)), seed=0)
+    one, other = (results_of(worker, case, of_pairs=False) for worker in workers)
+    assert equal(one, other)
+    policy = policy_of_rank(0, folder, CASES[case][0])
     for name, value in weights_of(policy).items():
-        assert torch.equal(workers[1][f"start {name}"], value)
+        assert torch.equal(other[f"start {name}"], value)
 
 
-def test_a_step_of_two_workers_is_the_step_of_one(folder: Path, workers: list[dict[str, Tensor]]) -> None:
-    policy = wake_adapters(in_float64(make_policy(folder, needs=REFERRED, seed=0)), seed=0)
-    trainer = Trainer(policy, DPO(), OptimizerConfig(learning_rate=1e-2), num_steps=1)
-    plan = plan_of(pairs_of(folder), max_steps=1)
-    norm, _ = trainer.step(0, [batch for _, batch in stream_of(folder, plan, 0, DPO())], plan.totals(0))
-    for worker in workers:
-        torch.testing.assert_close(worker["norm"], norm, atol=0, rtol=1e-12)  # float64
-        for name, value in weights_of(policy).items():
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_and_an_evaluation_of_two_workers_are_those_of_one(
+    folder: Path, workers: list[dict[str, Tensor]], case: str
+) -> None:
+    algorithm, one_is_idle = CASES[case]
+    alone = evaluate_and_step(folder, algorithm, [0])
+    together = results_of(workers[0], case, of_pairs=False)
+    of_pairs = [results_of(worker, case, of_pairs=True) for worker in workers]
+    assert bool(of_pairs[1]) != one_is_idle
+    assert of_pairs[0].keys().isdisjoint(of_pairs[1])
+    together |= of_pairs[0] | of_pairs[1]
+    assert together.keys() == alone.keys()
+    for name, value in alone.items():
+        if name.startswith("metric"):
+            # Rewards are kept as float32 where they are divided by counts; differences of numbers near 100 are not zero.
+            torch.testing.assert_close(together[name], value, atol=1e-9, rtol=1e-6)
+        elif name == "norm":
+            torch.testing.assert_close(together[name], value, atol=0, rtol=1e-12)  # float64
+        else:
             # AdamW's first step is gradient / |gradient|, which magnifies the last bits of gradients near its epsilon of 1e-8.
-            torch.testing.assert_close(worker[f"end {name}"], value, atol=1e-9, rtol=0)
-        for name, value in trainer.window.reduce(steps=1).items():
-            assert float(worker[f"metric {name}"]) == pytest.approx(value, rel=1e-6)  # kept as float32
+            torch.testing.assert_close(together[name], value, atol=1e-9, rtol=0)
+    if algorithm.name == "kto":
+        assert alone["metric kl"] > 0.1
+        assert alone["metric eval_kl"] > 0.1

@@ -41,6 +41,35 @@ def test_a_metric_that_counts_nothing_is_left_out() -> None:
     assert sums.reduce(steps=1) == {"loss": 1.0, "rewards/chosen": 2.0}
 
 
+def with_missing(values: list[float], missing: list[bool]) -> StepOutput:
+    return StepOutput(
+        loss_share=torch.tensor(0.5),
+        pair_metrics={"rewards/chosen": torch.tensor(values), "logps/chosen": torch.tensor(values)},
+        missing={"rewards/chosen": torch.tensor(missing)},
+    )
+
+
+def test_a_pair_that_has_no_value_does_not_weigh_on_the_mean() -> None:
+    sums = MetricSums()
+    sums.add(with_missing([1.0, 0.0, 3.0], [False, True, False]))
+    sums.add(with_missing([8.0, 0.0], [False, True]))
+    # 12 over three pairs; without the word of what is missing over all five.
+    assert sums.reduce(steps=1) == {"loss": 1.0, "rewards/chosen": 4.0, "logps/chosen": pytest.approx(12 / 5)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -123.0])
+def test_whatever_stands_where_a_value_is_missing_is_not_counted(value: float) -> None:
+    sums = MetricSums()
+    sums.add(with_missing([2.0, value], [False, True]))
+    assert sums.reduce(steps=1)["rewards/chosen"] == 2.0
+
+
+def test_a_metric_that_every_pair_misses_is_left_out() -> None:
+    sums = MetricSums()
+    sums.add(with_missing([7.0, 8.0], [True, True]))
+    assert sums.reduce(steps=1) == {"loss": 0.5, "logps/chosen": 7.5}
+
+
 def test_no_graph_outlives_the_micro_batch() -> None:
     sums = MetricSums()
     given = output(1.0, [2.0], nll=0.0, tokens=1)

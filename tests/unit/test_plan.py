@@ -1,16 +1,16 @@
 import math
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from rayalign import plan as plan_module
-from rayalign.plan import PlanSettings, StepPlan, StepTotals, epoch_order, hold_out, look_up
-from rayalign.prepared import INDEX_SCHEMA, EncodedPair, PreparedData, RowLengths, write_shard
-from rayalign.storage import Store
+from rayalign.plan import PlanSettings, StepPlan, StepTotals, epoch_order, hold_out, look_up, partners_in, totals_of
+from rayalign.prepared import EncodedPair, PreparedData, RowLengths
 
 NUM_ROWS = 43
+STEPS_4_TO_6 = pa.table({"first": [4], "last": [7]})
 SETTINGS = PlanSettings(global_batch_size=8, batch_size=2, num_workers=1, num_epochs=2, max_steps=None, seed=7)
 
 
@@ -22,6 +22,18 @@ def lengths_of(num_rows: int) -> RowLengths:
 
 def plan_of(num_rows: int = NUM_ROWS, **changes: object) -> StepPlan:
     return StepPlan(lengths_of(num_rows), PlanSettings(**{**vars(SETTINGS), **changes}))
+
+
+@pytest.fixture
+def data(prepare_pairs: Callable[[Sequence[EncodedPair]], PreparedData]) -> PreparedData:
+    """Prepared rows of the lengths that the plans here are made for."""
+    lengths = lengths_of(NUM_ROWS)
+    return prepare_pairs(
+        [
+            EncodedPair(str(row), [3] * lengths.prompt[row], [4] * lengths.chosen[row], [5] * lengths.rejected[row], [], [])
+            for row in range(NUM_ROWS)
+        ]
+    )
 
 
 def rows_of_workers(plan: StepPlan, step: int) -> list[int]:
@@ -156,32 +168,84 @@ def test_chunks_cover_the_steps_from_the_start_to_the_end(
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_a_look_up_returns_a_workers_pairs_in_the_order_it_trains_on_them(tmp_path: Path, num_workers: int) -> None:
-    lengths = lengths_of(NUM_ROWS)
-    pairs = [
-        EncodedPair(str(row), [3] * lengths.prompt[row], [4] * lengths.chosen[row], [5] * lengths.rejected[row], [], [])
-        for row in range(NUM_ROWS)
-    ]
-    write_shard(Store(str(tmp_path)) / "one" / "shard", pairs)
-    lines = [
-        {
-            "id": pair.id,
-            "dataset": 0,
-            "file": 0,
-            "source_row": row,
-            "shard": "shard",
-            "position": row,
-            "prompt_tokens": len(pair.prompt_ids),
-            "chosen_tokens": len(pair.chosen_ids),
-            "rejected_tokens": len(pair.rejected_ids),
-        }
-        for row, pair in enumerate(pairs)
-    ]
-    index = pa.Table.from_pylist(lines, schema=INDEX_SCHEMA)
-    data = PreparedData.finish(Store(str(tmp_path)), attempt="one", index=index, dropped=[])
+def test_a_look_up_returns_a_workers_pairs_in_the_order_it_trains_on_them(data: PreparedData, num_workers: int) -> None:
     plan = plan_of(num_workers=num_workers)
     for rank in range(num_workers):
-        chunk = pa.table({"first": [4], "last": [7]})
-        table = look_up(chunk, data=data, settings=plan.settings, rank=rank)
+        table = look_up(STEPS_4_TO_6, data=data, settings=plan.settings, rank=rank)
         expected = [str(row) for step in (4, 5, 6) for batch in plan.micro_batches(step, rank) for row in batch]
         assert table["id"].to_pylist() == expected
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_a_look_up_brings_the_partners_after_each_micro_batch(data: PreparedData, num_workers: int) -> None:
+    plan = plan_of(num_workers=num_workers, with_partners=True)
+    for rank in range(num_workers):
+        table = look_up(STEPS_4_TO_6, data=data, settings=plan.settings, rank=rank)
+        expected = []
+        for step in (4, 5, 6):
+            for batch in plan.micro_batches(step, rank):
+                expected += [str(row) for row in batch]
+                expected += [str(plan.partners(step, np.array([row]))[0]) for row in batch]
+        assert table["id"].to_pylist() == expected
+
+
+def test_a_partner_is_the_next_row_of_the_order_and_the_lasts_is_the_first() -> None:
+    order = np.array([4, 9, 0, 7])
+    assert partners_in(order, np.array([0, 7, 4, 9])).tolist() == [7, 4, 9, 0]
+    assert partners_in(order, np.array([], dtype=np.int64)).tolist() == []
+    assert partners_in(np.array([5, 3]), np.array([3, 5])).tolist() == [5, 3]
+
+
+def test_partners_depend_on_the_order_of_the_epoch_and_on_no_cut() -> None:
+    plan = plan_of(with_partners=True)
+    for step in range(plan.num_steps):
+        rows = plan.rows_of_step(step)
+        epoch = range(6) if step < 6 else range(6, 12)
+        order = np.concatenate([plan.rows_of_step(k) for k in epoch]).tolist()
+        expected = {row: order[(order.index(row) + 1) % NUM_ROWS] for row in rows.tolist()}
+        assert dict(zip(rows.tolist(), plan.partners(step, rows).tolist(), strict=True)) == expected
+        for num_workers, batch_size in ((1, 1), (2, 2), (4, 3)):
+            other = plan_of(with_partners=True, num_workers=num_workers, batch_size=batch_size)
+            found = {
+                int(row): int(partner)
+                for rank in range(num_workers)
+                for batch in other.micro_batches(step, rank)
+                for row, partner in zip(batch, other.partners(step, batch), strict=True)
+            }
+            assert found == expected
+
+
+@pytest.mark.parametrize(("num_rows", "held_out_ratio"), [(2, 0.0), (3, 0.0), (3, 0.33), (43, 0.2)])
+def test_no_row_is_its_own_partner_and_none_is_held_out(num_rows: int, held_out_ratio: float) -> None:
+    plan = plan_of(num_rows, held_out_ratio=held_out_ratio, with_partners=True)
+    for step in range(plan.num_steps):
+        rows = plan.rows_of_step(step)
+        partners = plan.partners(step, rows)
+        assert (partners != rows).all()
+        assert set(partners) <= set(plan.rows)
+
+
+@pytest.mark.parametrize(("num_rows", "held_out_ratio"), [(1, 0.0), (2, 0.5)])
+def test_one_record_alone_has_no_partner(num_rows: int, held_out_ratio: float) -> None:
+    with pytest.raises(ValueError) as caught:
+        plan_of(num_rows, held_out_ratio=held_out_ratio, with_partners=True)
+    assert str(caught.value) == (
+        "There is one record to train on, and kto compares each prompt with the responses to another one: add records."
+    )
+    plan_of(num_rows, held_out_ratio=held_out_ratio)
+
+
+def test_a_reply_that_a_record_does_not_have_counts_in_no_total() -> None:
+    lengths = RowLengths(prompt=np.array([9, 9, 9]), chosen=np.array([4, 0, 5]), rejected=np.array([3, 2, 0]))
+    # Row 0 is a pair, row 1 a single bad reply, row 2 a single good one.
+    assert totals_of(np.array([0, 1, 2]), lengths) == StepTotals(pairs=3, responses=4, chosen_tokens=9, rejected_tokens=5)
+    assert totals_of(np.array([2]), lengths) == StepTotals(pairs=1, responses=1, chosen_tokens=5, rejected_tokens=0)
+
+
+def test_a_single_held_out_record_finds_its_partner_among_the_training_records() -> None:
+    plan = plan_of(held_out_ratio=1 / NUM_ROWS)
+    assert len(plan.held_out) == 1
+    (partner,) = partners_in(plan.held_out_order, plan.held_out)
+    assert partner in plan.rows.tolist()
+    several = plan_of(held_out_ratio=0.2)
+    assert set(several.held_out.tolist()) > set(partners_in(several.held_out_order, several.held_out).tolist()[:-1])

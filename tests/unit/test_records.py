@@ -6,7 +6,16 @@ import pickle
 import pydantic
 import pytest
 
-from rayalign.records import Message, PreferenceRecord, RecordError, build_record, place_marks, require_pair
+from rayalign.records import (
+    Message,
+    PreferenceRecord,
+    RecordError,
+    build_record,
+    place_marks,
+    require_desirable,
+    require_label,
+    require_pair,
+)
 
 QUESTION = Message(role="user", content="What is this?")
 
@@ -113,8 +122,9 @@ def test_an_image_alone_is_a_question() -> None:
             "image mark count",
             "images: the text holds 2 <image> marks, and the number of images is 1",
         ),
-        ({"margin": math.nan}, "bad margin", "margin: nan is not a finite number"),
-        ({"margin": math.inf}, "bad margin", "margin: inf is not a finite number"),
+        ({"margin": math.nan}, "bad margin", "margin: nan is no number between -1e+06 and 1e+06"),
+        ({"margin": math.inf}, "bad margin", "margin: inf is no number between -1e+06 and 1e+06"),
+        ({"margin": -1.1e6}, "bad margin", "margin: -1100000.0 is no number between -1e+06 and 1e+06"),
         ({"chosen": 5}, "wrong type", "chosen: Input should be a valid string"),
         ({"margin": True}, "wrong type", "margin: Input should be a valid number"),
         ({"label": "yes"}, "wrong type", "label: Input should be a valid boolean"),
@@ -140,3 +150,50 @@ def test_a_pair_is_required_only_on_demand() -> None:
         "rejected_response: the record has one reply only, and this algorithm compares a chosen with a rejected one; "
         "add the column, or train with sft (or kto, with a label)"
     )
+
+
+@pytest.mark.parametrize(("rejected", "label"), [("A dog.", None), ("A dog.", True), (None, True), (None, False)])
+def test_a_pair_and_a_labelled_reply_both_say_what_is_good(rejected: str | None, label: bool | None) -> None:
+    require_label(build(rejected=rejected, label=label))
+
+
+@pytest.mark.parametrize(
+    ("rejected", "label", "reason", "words"),
+    [
+        (
+            None,
+            None,
+            "missing field",
+            "label: the record has one reply and does not say whether it is good; add label (true or false), or a rejected "
+            "reply",
+        ),
+        (
+            "A dog.",
+            False,
+            "contradictory label",
+            "label: the chosen reply is labelled as bad, although there is a rejected one; remove the label, or keep one reply",
+        ),
+    ],
+)
+def test_a_record_that_does_not_say_what_is_good_is_refused(
+    rejected: str | None, label: bool | None, reason: str, words: str
+) -> None:
+    with pytest.raises(RecordError) as caught:
+        require_label(build(rejected=rejected, label=label))
+    assert (caught.value.reason, caught.value.field, str(caught.value)) == (reason, "label", words)
+
+
+def test_a_pair_whose_chosen_reply_is_labelled_as_bad_is_refused_by_what_compares_too() -> None:
+    require_pair(build(rejected="A dog.", label=True))
+    with pytest.raises(RecordError, match="the chosen reply is labelled as bad"):
+        require_pair(build(rejected="A dog.", label=False))
+
+
+@pytest.mark.parametrize("rejected", ["A dog.", None])
+def test_only_a_reply_labelled_as_bad_is_not_imitated(rejected: str | None) -> None:
+    for label in (None, True):
+        require_desirable(build(rejected=rejected, label=label))
+    with pytest.raises(RecordError) as caught:
+        require_desirable(build(rejected=rejected, label=False))
+    assert (caught.value.reason, caught.value.field) == ("undesirable answer", "label")
+    assert str(caught.value) == "label: the reply is labelled as bad, and sft imitates replies"

@@ -60,7 +60,6 @@ def render(**changes: Any) -> str:
         "metrics": METRICS,
         "dropped": {"image cannot be decoded": 3},
         "pairs": [pair(k) for k in range(40)],
-        "has_rejected": True,
     }
     return render_report(**{**values, **changes})
 
@@ -189,17 +188,17 @@ def test_the_length_table_tells_accuracy_by_which_response_is_longer() -> None:
 
 
 def test_worst_and_best_pairs_are_eight_each_and_never_the_same() -> None:
-    worst, best = extremes([pair(k) for k in range(40)], has_rejected=True)
+    worst, best = extremes([pair(k) for k in range(40)])
     assert [p.id for p in worst] == [f"pair-{k}" for k in range(8)]
     assert [p.id for p in best] == [f"pair-{k}" for k in range(39, 31, -1)]
-    worst, best = extremes([pair(k) for k in range(5)], has_rejected=True)
+    worst, best = extremes([pair(k) for k in range(5)])
     assert [p.id for p in worst] == ["pair-0", "pair-1"]
     assert [p.id for p in best] == ["pair-4", "pair-3", "pair-2"]
 
 
 def test_pairs_without_a_finite_margin_are_neither_worst_nor_best() -> None:
     pairs = [pair(1), pair(2, reward_chosen=math.nan), pair(3, reward_rejected=math.inf)]
-    assert extremes(pairs, has_rejected=True) == ([], [pair(1)])
+    assert extremes(pairs) == ([], [pair(1)])
     assert "1 not finite" in render(pairs=pairs)
 
 
@@ -257,13 +256,116 @@ def test_a_run_without_rejected_responses_shows_what_it_has() -> None:
         for k in range(30)
     ]
     metrics = [{"step": 5, "loss": 1.5, "logps/chosen": -80.0}, {"step": 10, "loss": 1.25, "eval_loss": 1.375}]
-    page = render(pairs=records, metrics=metrics, has_rejected=False, score_name="log-prob per token")
+    page = render(pairs=records, metrics=metrics, score_name="log-prob per token")
     text = Page(page).text
     for words in ("1.375", "Distribution of log-prob per token", "Lowest log-prob per token", "Highest log-prob per token"):
         assert words in text
     assert "chosen · log-prob per token -3.9 · 39 tokens" in text
-    for words in ("nan", "Length bias", "margin", "rejected ·", "Accuracy"):
+    for words in ("nan", "Length bias", "margin", "rejected ·", "Accuracy", "Lowest scores"):
         assert words not in text
+    for words in ("Held-out records30", "Worst and best records", "By the log-prob per token of the response."):
+        assert words in text
+
+
+def good(number: int, reward: float, **changes: Any) -> ScoredPair:
+    return pair(number, reward_chosen=reward, rejected="", reward_rejected=math.nan, tokens_rejected=0, **changes)
+
+
+def bad(number: int, reward: float, **changes: Any) -> ScoredPair:
+    return pair(number, reward_rejected=reward, chosen="", reward_chosen=math.nan, tokens_chosen=0, **changes)
+
+
+def histogram_of(page: str, title: str) -> str:
+    """The legend of a figure and the numbers that it shows on hover, as text; empty where there is no such figure."""
+    figures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    return next((Page(figure).text for figure in figures if f"<b>{title}</b>" in figure), "")
+
+
+def test_a_pair_counts_by_its_margin_a_good_reply_by_its_reward_and_a_bad_one_by_minus_its_reward() -> None:
+    records = [
+        pair(1, reward_chosen=2.0, reward_rejected=0.5),  # 1.5
+        good(2, 3.0),
+        good(3, -2.0),
+        bad(4, 1.0),  # -1
+        bad(5, -2.5),  # 2.5
+        good(6, math.nan),
+        bad(7, math.inf),
+    ]
+    worst, best = extremes(records)
+    assert [(p.id, p.score) for p in worst] == [("pair-3", -2.0), ("pair-4", -1.0)]
+    assert [(p.id, p.score) for p in best] == [("pair-2", 3.0), ("pair-5", 2.5), ("pair-1", 1.5)]
+
+
+def test_a_single_reply_is_shown_without_the_side_that_it_does_not_have() -> None:
+    text = Page(render(pairs=[good(1, 3.0), bad(2, 1.0), pair(3, reward_chosen=2.0)])).text
+    for words in ("chosen · reward 3 · 11 tokensgood answer 1", "rejected · reward 1 · 12 tokenspoor answer 2"):
+        assert words in text
+    assert text.count("chosen · reward") == text.count("rejected · reward") == 2
+    assert text.count("margin +1.75") == 1
+    assert "nan" not in text
+    assert "0 tokens" not in text
+    for words in ("Lowest scores", "Highest scores", "Worst and best records", "Held-out records3"):
+        assert words in text
+    assert (
+        "Margin is the reward of the chosen response less that of the rejected one. The score of a pair is its margin, that of "
+        "a single good reply its reward, that of a single bad one its reward times -1."
+    ) in text
+
+
+def test_histograms_hold_the_sides_that_there_are_and_miss_none() -> None:
+    page = render(pairs=[good(1, 3.0), good(2, 1.0), bad(3, 1.0), pair(4, reward_chosen=2.0, reward_rejected=0.5)])
+    scores = histogram_of(page, "Distribution of reward")
+    assert "chosen, mean 2" in scores
+    assert "rejected, mean 0.75" in scores
+    assert "margin, mean 1.5" in histogram_of(page, "Distribution of margins")
+    assert "not finite" not in page
+
+
+@pytest.mark.parametrize(("reply", "side", "other"), [(good, "chosen", "rejected"), (bad, "rejected", "chosen")])
+def test_single_replies_of_one_kind_have_a_histogram_of_their_side_alone(reply: Any, side: str, other: str) -> None:
+    page = render(pairs=[reply(k, k / 10) for k in range(30)])
+    scores = histogram_of(page, "Distribution of reward")
+    assert f"{side}, mean 1.45" in scores
+    assert other not in scores
+    assert histogram_of(page, "Distribution of margins") == ""
+    text = Page(page).text
+    assert "After the last evaluation, 30 records." in text
+    assert "Length bias" not in text
+    assert f"{other} ·" not in text
+
+
+def test_length_is_judged_by_pairs_alone() -> None:
+    singles = [good(1, 3.0), bad(2, 4.0)]
+    pairs = [pair(k, reward_chosen=1, reward_rejected=0) for k in (3, 4)]
+    text = Page(render(pairs=[*singles, *pairs])).text
+    assert "chosen is longer211" in text
+    assert "chosen is shorter" not in text
+    assert "chosen is equally long" not in text
+
+
+def test_healthy_single_replies_give_no_warning() -> None:
+    records = [good(k, 1.0 + k, tokens_chosen=10 + k) for k in range(15)] + [bad(k, -1.0 - k) for k in range(15, 30)]
+    metrics = [
+        {"step": 5, "loss": 0.5, "eval_loss": 0.5, "eval_logps/chosen": -80.0, "eval_rewards/chosen": 0.0, "grad_norm": 1.0},
+        {"step": 10, "loss": 0.3, "eval_loss": 0.3, "eval_logps/chosen": -95.0, "eval_rewards/chosen": 0.9, "kl": 0.125},
+    ]
+    text = Page(render(pairs=records, metrics=metrics)).text
+    assert "✓ No warning signs in the metrics." in text
+    assert "KL estimate" in text
+
+
+def test_a_reward_models_page_has_rewards_and_no_log_probs() -> None:
+    page = render(summary={"algorithm": "rm"}, pairs=[pair(k, tokens_chosen=10 + k % 2) for k in range(40)])
+    assert "Log-probs of the responses" not in page
+    assert histogram_of(page, "Distribution of reward")
+    assert "✓ No warning signs in the metrics." in page
+
+
+def test_what_mdpo_makes_of_damaged_images_is_drawn() -> None:
+    line = {"step": 5, "loss": 1.5, "conditional/accuracies": 0.75, "conditional/margins": 0.0625}
+    page = render(metrics=[line])
+    assert "train: 0.75" in histogram_of(page, "Accuracy of true against damaged images")
+    assert "train: 0.0625" in histogram_of(page, "Margin of true over damaged images")
 
 
 def test_a_run_that_has_only_begun_says_so() -> None:

@@ -1,12 +1,19 @@
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from rayalign.algorithms import DPO, SFT
+from rayalign.algorithms import DPO, KTO, RM, SFT, Algorithm
 from rayalign.config import Config, config_from_mapping
-from rayalign.runs import CONTENTS, FREE_TO_CHANGE, open_run
+from rayalign.data import RunData
+from rayalign.encode import EncoderSpec
+from rayalign.models import ModelSource
+from rayalign.prepared import EncodedPair, PreparedData
+from rayalign.runs import CONTENTS, FREE_TO_CHANGE, open_run, write_results
 
 WAY_OUT = "Pass --overwrite true to delete it, or another --output_dir."
 
@@ -118,3 +125,62 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(unfinished: Path)
     open_run(config_of(unfinished, overwrite=True, beta=0.5))
     assert sorted(path.name for path in unfinished.iterdir()) == ["config.yaml", "data", "notes.txt"]
     assert yaml.safe_load((unfinished / "config.yaml").read_text())["beta"] == 0.5
+
+
+IT_IS_TWO, A_CAT = [44, 87, 271, 305, 17, 2], [68, 299, 2]  # "It is two.", "a cat", each with its end
+RECORDS = [
+    EncodedPair("pair", [310, 270, 34], IT_IS_TWO, A_CAT, [], []),
+    EncodedPair("good", [310, 270, 34], IT_IS_TWO, [], [], []),
+    EncodedPair("bad", [310, 270, 34], [], A_CAT, [], []),
+    EncodedPair("trained", [310, 270, 34], A_CAT, IT_IS_TWO, [], []),  # not held out: it has no scores
+]
+BY_KTO = {
+    "pair": {"rewards/chosen": 1.5, "rewards/rejected": 0.25, "logps/chosen": -9.0, "logps/rejected": -9.0},
+    "good": {"rewards/chosen": 0.5, "logps/chosen": -9.0},
+    "bad": {"rewards/rejected": 0.125, "logps/rejected": -9.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scores", "shown"),
+    [
+        (
+            KTO,
+            BY_KTO,
+            [
+                ("bad", ["rejected · reward 0.125 · 3 tokens"]),
+                ("pair", ["chosen · reward 1.5 · 6 tokens", "rejected · reward 0.25 · 3 tokens"]),
+                ("good", ["chosen · reward 0.5 · 6 tokens"]),
+            ],
+        ),
+        (
+            RM,
+            {"pair": {"rewards/chosen": 1.5, "rewards/rejected": 0.25, "rewards/margins": 1.25}},
+            [("pair", ["chosen · reward 1.5 · 6 tokens", "rejected · reward 0.25 · 3 tokens"])],
+        ),
+        (SFT, {"good": {"logps/chosen": -9.0}}, [("good", ["chosen · log-prob per token -1.5 · 6 tokens"])]),
+    ],
+)
+def test_the_report_shows_what_was_scored_of_each_held_out_record(
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
+    prepare_pairs: Callable[[Sequence[EncodedPair]], PreparedData],
+    algorithm: type[Algorithm],
+    scores: Mapping[str, Mapping[str, float]],
+    shown: list[tuple[str, list[str]]],
+) -> None:
+    config = config_from_mapping(algorithm, {"output_dir": str(tmp_path / "run"), "model": "m", "dataset": "d.jsonl"})
+    store = open_run(config)
+    spec = EncoderSpec(str(model_folder("llava")), responses=config.algorithm.needs.responses)
+    data = RunData(ModelSource("m"), spec, prepare_pairs(RECORDS), None)
+    write_results(store, config, data, {"algorithm": algorithm.name}, scores)
+    page = (tmp_path / "run" / "report.html").read_text()
+    cards = re.findall(r'<article class="pair">.*?</article>', page, re.DOTALL)
+    found = [
+        (re.findall("<code>(.*?)</code>", card)[0], [re.sub("<.*?>", "", side) for side in re.findall("<h4><b>.*?</h4>", card)])
+        for card in cards
+    ]
+    assert found == shown
+    assert page.count("Which digit?") == len(shown)
+    assert "not finite" not in page
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"algorithm": algorithm.name}
