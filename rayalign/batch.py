@@ -8,7 +8,7 @@ other ones (`mismatched`, `damaged`) find them in the batch's companion.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from rayalign.prepared import EncodedPair
 
 PAD, PROMPT, CHOSEN, REJECTED = -1, 0, 1, 2
+
+CompanionKind = Literal["none", "mismatched", "damaged"]
+"""Which companion a batch has: `with_mismatched`'s, `with_damaged`'s, or none."""
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,17 @@ import functools
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import ray.data
 
-from rayalign.batch import PairBatch, assemble, with_damaged, with_mismatched
+from rayalign.batch import CompanionKind, PairBatch, assemble, with_damaged, with_mismatched
 from rayalign.data import settle_context
 from rayalign.encode import EncoderSpec, damaged_image_processing, image_processing
 from rayalign.plan import StepPlan, look_up, partners_in
 from rayalign.prepared import EncodedPair, PreparedData, Rows, from_batch
 
 T = TypeVar("T")
-
-Companion = Literal["none", "mismatched", "damaged"]
 
 
 def pairs_in_order(
@@ -31,7 +29,7 @@ def pairs_in_order(
     *,
     rank: int,
     start_step: int,
-    companion: Companion = "none",
+    companion: CompanionKind = "none",
     pin_memory: bool = False,
 ) -> Iterator[tuple[int, PairBatch]]:
     """A worker's (step, micro-batch) from `start_step` to the end of the run, always a few ahead of the training."""
@@ -70,7 +68,7 @@ def held_out_pairs(
     micro_batches: Sequence[Rows],
     spec: EncoderSpec,
     *,
-    companion: Companion = "none",
+    companion: CompanionKind = "none",
     order: Rows | None = None,
 ) -> Iterator[PairBatch]:
     """Batches of given rows, a few ahead of their use; `order` has all held-out rows where each needs a partner."""
@@ -85,7 +83,7 @@ def held_out_pairs(
 
 
 def batch_maker(
-    spec: EncoderSpec, companion: Companion = "none"
+    spec: EncoderSpec, companion: CompanionKind = "none"
 ) -> Callable[[Sequence[EncodedPair], Sequence[EncodedPair]], PairBatch]:
     """The function that decodes images and builds tensors, for one model: from pairs, and their partners where the companion
     is made of these."""

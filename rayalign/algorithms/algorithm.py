@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from rayalign.batch import PairBatch
+from rayalign.batch import CompanionKind, PairBatch
 from rayalign.logprobs import PairLogps
 from rayalign.plan import StepTotals
 from rayalign.records import Responses
@@ -56,14 +56,13 @@ class Survey:
 class Needs:
     """What an algorithm asks of the data, the policy and the loop.
 
-    `responses`: which replies of a record its rows hold; `companion`: which other rows its batches bring along
-    (`batch.with_mismatched`, `batch.with_damaged`); `survey`: the loss of a pair depends on the other pairs of the step, so
-    that these are surveyed first; `dropout`: False where two policies or two responses are compared, which dropout would make
-    differ at step 0.
+    `responses`: which replies of a record its rows hold; `companion`: which other rows its batches bring along; `survey`: the
+    loss of a pair depends on the other pairs of the step, so that these are surveyed first; `dropout`: False where two policies
+    or two responses are compared, which dropout would make differ at step 0.
     """
 
     responses: Responses = "both"
-    companion: Literal["none", "mismatched", "damaged"] = "none"
+    companion: CompanionKind = "none"
     head: Literal["language", "value"] = "language"
     reference: bool = False
     survey: bool = False
