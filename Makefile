@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test unit-tests parity-tests check bench configs lock
+.PHONY: help setup quickstart compare test unit-tests parity-tests check bench configs lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -28,6 +28,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 quickstart: setup ## make a tiny model and data, align it, compare before and after
 	$(BIN)/python examples/quickstart/run.py
+
+compare: setup ## run every algorithm on the quickstart's task, three seeds (half an hour)
+	$(BIN)/python examples/quickstart/compare.py
 
 test: export HF_HUB_OFFLINE := 1
 test: setup ## all tests: unit, parity, integration, faults, a smoke of the benchmarks

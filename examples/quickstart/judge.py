@@ -1,5 +1,7 @@
 """Asks and scores the quickstart's models with plain transformers and peft, apart from the library that trained them."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +9,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -91,10 +94,33 @@ def answer_logps(model: Any, processor: Any, pixels: Tensor, digits: Digits) -> 
     return torch.cat([token_logps(model, prompt, part, told).sum(1) for part, told in parts])
 
 
+@torch.no_grad()
+def answer_values(model: Any, head: Path, processor: Any, pixels: Tensor, digits: Digits) -> Tensor:
+    """A reward model's score [n] of an answer for each picture: its value head on the last hidden state of the answer's end."""
+    weights = load_file(head)
+    weight, bias = weights["v_head.summary.weight"][0], weights["v_head.summary.bias"]
+    prompt, responses = prompt_ids(processor, QUESTION), response_ids(processor, [answer(row) for row in digits])
+    values = []
+    for part, told in zip(pixels.split(BATCH), responses.split(BATCH), strict=True):
+        ids = torch.cat([prompt.expand(len(told), -1), told], 1)
+        states = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=part).last_hidden_state
+        values.append(states[:, -1] @ weight + bias)
+    return torch.cat(values)
+
+
 def preference(model: Any, processor: Any, pixels: Tensor, pairs: Pairs) -> tuple[float, float]:
     """Share of the pairs whose chosen answer is the more probable, and the mean difference of log-probabilities."""
+    return _lead(partial(answer_logps, model, processor), pixels, pairs)
+
+
+def ranking(model: Any, head: Path, processor: Any, pixels: Tensor, pairs: Pairs) -> tuple[float, float]:
+    """Share of the pairs whose chosen answer a reward model scores higher, and the mean difference of scores."""
+    return _lead(partial(answer_values, model, head, processor), pixels, pairs)
+
+
+def _lead(rate: Callable[[Tensor, Digits], Tensor], pixels: Tensor, pairs: Pairs) -> tuple[float, float]:
     seen = pixels[pairs.picture]
-    gap = answer_logps(model, processor, seen, pairs.chosen) - answer_logps(model, processor, seen, pairs.rejected)
+    gap = rate(seen, pairs.chosen) - rate(seen, pairs.rejected)
     return float((gap > 0).float().mean()), float(gap.mean())
 
 

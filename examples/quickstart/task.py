@@ -99,7 +99,7 @@ def write_answers(path: Path, pictures: Pictures, told: Digits) -> None:
 
 
 def write_pairs(path: Path, pictures: Pictures, pairs: Pairs) -> None:
-    """Records for DPO."""
+    """Records for whatever learns from pairs."""
     rows = zip(pairs.picture, pairs.chosen, pairs.rejected, strict=True)
     _write(
         path,
@@ -111,6 +111,20 @@ def write_pairs(path: Path, pictures: Pictures, pairs: Pairs) -> None:
                 "images": [pictures.files[number]],
             }
             for number, chosen, rejected in rows
+        ],
+    )
+
+
+def write_labelled(path: Path, pictures: Pictures, pairs: Pairs, seed: int) -> None:
+    """Records for KTO: one reply of each pair, drawn by lot, and whether it is the chosen one."""
+    is_chosen = np.random.default_rng(seed).random(len(pairs.picture)) < 0.5
+    told = np.where(is_chosen[:, None], pairs.chosen, pairs.rejected)
+    rows = zip(pairs.picture, told, is_chosen.tolist(), strict=True)
+    _write(
+        path,
+        [
+            {"query": QUESTION, "response": answer(digits), "label": label, "images": [pictures.files[number]]}
+            for number, digits, label in rows
         ],
     )
 
