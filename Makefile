@@ -29,7 +29,7 @@ $(STAMP): requirements.lock pyproject.toml
 quickstart: setup ## make a tiny model and data, align it, compare before and after
 	$(BIN)/python examples/quickstart/run.py
 
-compare: setup ## run every algorithm on the quickstart's task, three seeds (half an hour)
+compare: setup ## run every algorithm on the quickstart's task, three seeds (under an hour)
 	$(BIN)/python examples/quickstart/compare.py
 
 test: export HF_HUB_OFFLINE := 1

@@ -99,7 +99,8 @@ def dpo_cases() -> Iterator[tuple[str, Algorithm]]:
             smoothing = 0.1 if loss in SMOOTHED else 0.0
             for divergence in get_args(Divergence):
                 if divergence != "reverse_kl":
-                    through = {"f_divergence_type": divergence, "f_alpha_divergence_coef": 0.3}
+                    through = {"f_divergence_type": divergence}
+                    through |= {"f_alpha_divergence_coef": 0.3} if divergence == "alpha_divergence" else {}
                     yield f"{loss}, {divergence}", dpo(loss, label_smoothing=smoothing, **through)
     for coefficient in (1.0, 2.0):
         through = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": coefficient}
