@@ -175,7 +175,7 @@ class _Command:
         searched = ["--search beta=grid:0.05,0.1,0.5 learning_rate=loguniform:1e-6:1e-4"] if self.sweeps else []
         lines = [
             f"example:\n  python {self.prog}{chosen}",
-            "--model_type internvl2-2b --dataset rlaif-v#1000",
+            "--model_type llava1_6-mistral-7b-instruct --dataset rlaif-v#1000",
             "--num_train_epochs 2 --learning_rate 5e-5 --output_dir output/first",
             *searched,
         ]

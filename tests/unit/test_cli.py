@@ -12,6 +12,7 @@ from rayalign import cli
 from rayalign.algorithms import ALGORITHMS as ALL
 from rayalign.algorithms import DPO
 from rayalign.config import Config, TuneConfig, check_bounds, config_from_mapping, flag, flags_of, section_types
+from rayalign.models import REGISTERED_MODELS
 
 LOSSES = (
     "sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, "
@@ -238,6 +239,13 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, capsys: pytest.Captu
     assert complaint(capsys, "--config", f"{tmp_path}/none.yaml").startswith(f"--config {tmp_path}/none.yaml: can't be read")
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     assert complaint(capsys, "--config", f"{tmp_path}/bad.yaml").startswith(f"--config {tmp_path}/bad.yaml: is not YAML")
+
+
+def test_the_example_of_the_help_names_a_model_that_there_is(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse_real("--help")
+    words = capsys.readouterr().out.partition("example:")[2].split()
+    assert words[words.index("--model_type") + 1] in REGISTERED_MODELS
 
 
 @pytest.mark.parametrize("columns", [80, 100])
