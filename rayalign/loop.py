@@ -8,7 +8,6 @@ any number of forwards, uneven tails and idle workers are fine. Where the loss o
 import itertools
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from rayalign.algorithms import Algorithm, StepOutput, Survey, SurveyingAlgorithm
 from rayalign.batch import PairBatch
 from rayalign.config import OptimizerConfig, RunConfig
-from rayalign.metrics import MetricSums, gather
+from rayalign.metrics import Clock, MetricSums, gather
 from rayalign.plan import StepPlan, StepTotals
 from rayalign.policy import Policy
 
@@ -241,7 +240,7 @@ def run_steps(
     `stream` yields this worker's (step, micro-batch) in plan order; `tokens_before` is what `num_tokens` counts on from.
     Raises FloatingPointError when the loss is no longer finite.
     """
-    clock = _Clock(tokens_before)
+    clock = Clock(tokens_before)
     for step in range(start_step, plan.num_steps):
         count = len(plan.micro_batches(step, trainer.rank))
         totals = plan.totals(step)
@@ -274,54 +273,3 @@ def _take(stream: Iterator[tuple[int, PairBatch]], step: int, count: int) -> Ite
         arrived, batch = next(stream)
         assert arrived == step, f"the stream is at step {arrived}, the plan at {step}"
         yield batch
-
-
-class _Clock:
-    """Rates since the last line of metrics: pairs and tokens per second, and the share of the time spent waiting for data."""
-
-    def __init__(self, tokens_before: float) -> None:
-        self.steps = 0
-        self._pairs = self._tokens = 0
-        self._total_tokens = tokens_before
-        self._waited = self._skipped = 0.0
-        self._started = self._marked = time.perf_counter()
-
-    def waited_for(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
-        """The same batches; the time until each arrives counts as waiting."""
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def count(self, *, pairs: int, tokens: int) -> None:
-        """A step is done: pairs of all workers, tokens of this one."""
-        self.steps += 1
-        self._pairs += pairs
-        self._tokens += tokens
-        self._marked = time.perf_counter()
-
-    def skip(self) -> None:
-        """What happened since the last step (evaluation, saving) is no training time."""
-        now = time.perf_counter()
-        self._skipped += now - self._marked
-        self._marked = now
-
-    def reduce(self) -> dict[str, float]:
-        """The rates over all workers, and a fresh start."""
-        seconds = time.perf_counter() - self._started - self._skipped
-        workers = gather((self._tokens, self._waited / seconds))
-        tokens = sum(worker[0] for worker in workers)
-        self._total_tokens += tokens
-        rates = {
-            "num_tokens": self._total_tokens,
-            "pairs_per_second": self._pairs / seconds,
-            "tokens_per_second": tokens / seconds,
-            "data_wait_fraction": sum(worker[1] for worker in workers) / len(workers),
-        }
-        self.steps = self._pairs = self._tokens = 0
-        self._waited = self._skipped = 0.0
-        self._started = self._marked = time.perf_counter()
-        return rates

@@ -1,8 +1,8 @@
-"""Metrics of training: sums and counts kept on the device, brought together over workers only when a line is written."""
+"""Metrics of training: sums and counts kept on the device, brought together over workers only when a line is written, and rates."""
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rayalign.algorithms import StepOutput
+from rayalign.batch import PairBatch
 from rayalign.storage import Store
 
 REMOTE_FLUSH_SECONDS = 30
@@ -49,6 +50,57 @@ class MetricSums:
             so_far = self._sums[name]
             total, count = so_far[0] + total, so_far[1] + count
         self._sums[name] = (total, count)
+
+
+class Clock:
+    """Rates since the last line of metrics: pairs and tokens per second, and the share of the time spent waiting for data."""
+
+    def __init__(self, tokens_before: float) -> None:
+        self.steps = 0
+        self._pairs = self._tokens = 0
+        self._total_tokens = tokens_before
+        self._waited = self._skipped = 0.0
+        self._started = self._marked = time.perf_counter()
+
+    def waited_for(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+        """The same batches; the time until each arrives counts as waiting."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def count(self, *, pairs: int, tokens: int) -> None:
+        """A step is done: pairs of all workers, tokens of this one."""
+        self.steps += 1
+        self._pairs += pairs
+        self._tokens += tokens
+        self._marked = time.perf_counter()
+
+    def skip(self) -> None:
+        """What happened since the last step (evaluation, saving) is no training time."""
+        now = time.perf_counter()
+        self._skipped += now - self._marked
+        self._marked = now
+
+    def reduce(self) -> dict[str, float]:
+        """The rates over all workers, and a fresh start."""
+        seconds = time.perf_counter() - self._started - self._skipped
+        workers = gather((self._tokens, self._waited / seconds))
+        tokens = sum(worker[0] for worker in workers)
+        self._total_tokens += tokens
+        rates = {
+            "num_tokens": self._total_tokens,
+            "pairs_per_second": self._pairs / seconds,
+            "tokens_per_second": tokens / seconds,
+            "data_wait_fraction": sum(worker[1] for worker in workers) / len(workers),
+        }
+        self.steps = self._pairs = self._tokens = 0
+        self._waited = self._skipped = 0.0
+        self._started = self._marked = time.perf_counter()
+        return rates
 
 
 def gather(value: Any) -> list[Any]:
