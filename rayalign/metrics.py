@@ -1,4 +1,4 @@
-"""Metrics of training: sums and counts kept on the device, brought together over workers only when a line is written, and rates."""
+"""Metrics of training: rates, and sums and counts kept on the device, brought together over workers when a line is written."""
 
 import json
 import time
