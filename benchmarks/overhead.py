@@ -30,10 +30,10 @@ from rayalign.algorithms import DPO
 from rayalign.batch import PairBatch
 from rayalign.config import Config, config_from_mapping
 from rayalign.data import RunData
+from rayalign.loading import load_policy
 from rayalign.loop import LoopEvents, Trainer, run_steps
 from rayalign.metrics import read_metrics
 from rayalign.plan import StepPlan
-from rayalign.policy import load_policy
 from rayalign.prepared import from_batch
 from rayalign.stream import ahead, batch_maker
 from rayalign.train import POLL_SECONDS, fit, prepare_run, settle_cluster, start_ray

@@ -80,9 +80,9 @@ class Rayalign:
         from rayalign.batch import assemble
         from rayalign.config import ModelConfig, TunerConfig
         from rayalign.encode import Encoder, EncoderSpec, image_processing
+        from rayalign.loading import load_policy
         from rayalign.models import ModelSource
         from rayalign.plan import StepTotals
-        from rayalign.policy import load_policy
         from rayalign.records import Message, build_record
 
         spec = EncoderSpec(str(folder), responses="both")

@@ -19,10 +19,10 @@ from rayalign.algorithms import Algorithm
 from rayalign.checkpoint import checkpoint_name, load_checkpoint, newest_checkpoint, write_checkpoint
 from rayalign.config import Config
 from rayalign.data import RunData, quiet_logging
+from rayalign.loading import load_policy
 from rayalign.loop import LoopEvents, Trainer, run_steps, start_alike
 from rayalign.metrics import MetricsLog, gather
 from rayalign.plan import PlanSettings, StepPlan, cut_micro_batches, require_partners, totals_of
-from rayalign.policy import load_policy
 from rayalign.prepared import PreparedData
 from rayalign.storage import Store
 from rayalign.stream import held_out_pairs, pairs_in_order

@@ -26,8 +26,10 @@ from rayalign.algorithms import Needs
 from rayalign.batch import PairBatch, assemble, with_damaged, with_mismatched
 from rayalign.config import ModelConfig, TunerConfig
 from rayalign.encode import Encoder, EncoderSpec, damaged_image_processing, image_processing
+from rayalign.loading import load_policy
+from rayalign.models import ModelSource
 from rayalign.plan import StepTotals
-from rayalign.policy import TRAINED, ModelSource, Policy, load_policy
+from rayalign.policy import TRAINED, Policy
 from rayalign.prepared import EncodedPair
 from rayalign.records import IMAGE_MARK, Message, PreferenceRecord
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config import OptimizerConfig, config_from_mapping
 from rayalign.encode import EncoderSpec
+from rayalign.loading import load_policy
 from rayalign.loop import Trainer
 from rayalign.models import ModelSource
 from rayalign.plan import cut_micro_batches, hold_out, totals_of
-from rayalign.policy import load_policy
 from rayalign.prepared import PreparedData
 from rayalign.storage import Store
 from rayalign.stream import held_out_pairs

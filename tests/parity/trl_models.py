@@ -26,10 +26,11 @@ from rayalign.algorithms import DPO, Algorithm, Needs
 from rayalign.batch import PairBatch
 from rayalign.config import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.encode import Encoder, EncoderSpec
+from rayalign.loading import lora_targets
 from rayalign.loop import Trainer
 from rayalign.models import ModelSource
 from rayalign.plan import StepTotals
-from rayalign.policy import TRAINED, Policy, lora_targets
+from rayalign.policy import TRAINED, Policy
 from rayalign.prepared import EncodedPair
 from rayalign.records import Message, build_record
 from tests import tiny_models

@@ -26,8 +26,9 @@ from rayalign.cli import to_yaml
 from rayalign.config import Config, ModelConfig, OptimizerConfig, TunerConfig, config_from_mapping, flags_of
 from rayalign.logprobs import PairLogps, SequenceLogps
 from rayalign.loop import Trainer
+from rayalign.models import ModelSource
 from rayalign.plan import StepTotals
-from rayalign.policy import ModelSource, Policy
+from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair
 from tests.tiny_models import REFERRED, encode_pair, in_float64, make_batch, make_policy, noise_image, totals_of, wake_adapters
 

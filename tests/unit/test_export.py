@@ -21,7 +21,8 @@ from rayalign.algorithms import RM
 from rayalign.config import ExportConfig, TunerConfig
 from rayalign.export import load_sequence_classifier, register_sequence_classifier, run, write_sequence_classifier
 from rayalign.images import open_image
-from rayalign.policy import ModelSource, Policy
+from rayalign.models import ModelSource
+from rayalign.policy import Policy
 from tests.tiny_models import FAMILIES, encode_pair, make_batch, make_policy, make_processor, noise_image, wake_adapters
 
 # float32 through two layers, and adapters merged into the weights, whose sums are rounded anew; scores are near 1.

@@ -19,7 +19,8 @@ from rayalign.batch import PairBatch
 from rayalign.config import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.images import open_image
 from rayalign.loop import Trainer
-from rayalign.policy import ModelSource, Policy
+from rayalign.models import ModelSource
+from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair
 from rayalign.value_head import ValueHead, load_value_head, save_value_head
 from tests.tiny_models import FAMILIES, encode_pair, in_float64, make_batch, make_policy, noise_image, totals_of, wake_adapters
