@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from rayalign.storage import Store
@@ -35,8 +36,11 @@ class Checkpoint:
     step: int
 
 
-def write_checkpoint(folder: Path, policy: "Policy", optimizer: Optimizer, *, step: int) -> None:
-    """Writes the learnt weights, the optimizer's moments and the number of steps done; the manifest last."""
+def write_checkpoint(
+    folder: Path, policy: "Policy", optimizer: Optimizer, *, step: int, scaler: GradScaler | None = None
+) -> None:
+    """Writes the learnt weights, the optimizer's moments, the number of steps done and float16's loss scale; the manifest
+    last."""
     names = {id(p): name for name, p in policy.trainable.items()}
     save_file({name: p.detach().contiguous() for name, p in policy.trainable.items()}, folder / "trainable.safetensors")
     moments = {
@@ -45,13 +49,19 @@ def write_checkpoint(folder: Path, policy: "Policy", optimizer: Optimizer, *, st
         for key, value in state.items()
     }
     save_file(moments, folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps({"step": step, "torch": torch.__version__}))
+    state: dict[str, Any] = {"step": step, "torch": torch.__version__}
+    if scaler is not None and scaler.is_enabled():
+        state["loss_scale"] = scaler.state_dict()
+    (folder / "state.json").write_text(json.dumps(state))
     files = {file.name: _file_entry(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(files))
 
 
-def load_checkpoint(checkpoint: Checkpoint, policy: "Policy", optimizer: Optimizer) -> None:
-    """Restores weights and optimizer in place. Raises ValueError where the checkpoint is of another model or adapter."""
+def load_checkpoint(
+    checkpoint: Checkpoint, policy: "Policy", optimizer: Optimizer, *, scaler: GradScaler | None = None
+) -> None:
+    """Restores weights, optimizer and loss scale in place. Raises ValueError where the checkpoint is of another model, adapter
+    or precision."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         checkpoint.store.download(folder)
@@ -61,6 +71,7 @@ def load_checkpoint(checkpoint: Checkpoint, policy: "Policy", optimizer: Optimiz
                     f"The checkpoint {checkpoint.store.location} is damaged: {name} does not have the hash it was saved with."
                 )
         weights, moments = load_file(folder / "trainable.safetensors"), load_file(folder / "optimizer.safetensors")
+        loss_scale = json.loads((folder / "state.json").read_text()).get("loss_scale")
     parameters = policy.trainable
     if set(weights) != set(parameters):
         odd = sorted(set(weights) ^ set(parameters))[:3]
@@ -73,6 +84,15 @@ def load_checkpoint(checkpoint: Checkpoint, policy: "Policy", optimizer: Optimiz
                 f"The checkpoint {checkpoint.store.location} has {name} of shape {tuple(weights[name].shape)}, "
                 f"and this run trains one of {tuple(parameter.shape)}."
             )
+    scales_loss = scaler is not None and scaler.is_enabled()
+    if scales_loss != (loss_scale is not None):
+        kinds = {True: "float16", False: "another type"}
+        raise ValueError(
+            f"The checkpoint {checkpoint.store.location} was trained in {kinds[not scales_loss]}, and this run trains in "
+            f"{kinds[scales_loss]}. Pass the same --dtype."
+        )
+    if scaler is not None and scales_loss:
+        scaler.load_state_dict(loss_scale)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -19,6 +19,7 @@ __all__ = [
     "Flag",
     "ModelConfig",
     "OptimizerConfig",
+    "PlanConfig",
     "RunConfig",
     "TuneConfig",
     "TunerConfig",
@@ -46,7 +47,11 @@ class DataConfig:
     dataset_test_ratio: float = flag(
         0.01, "Fraction of the training records held out when --val_dataset is empty.", at_least=0, at_most=0.9
     )
-    max_length: int = flag(2048, "Longest prompt + response in tokens, image tokens included.", above=1)
+    max_length: int = flag(
+        4096,
+        "Longest prompt + response in tokens, image tokens included: a photo is 2,340 of them in LLaVA 1.6, 3,328 in InternVL.",
+        above=1,
+    )
     truncation_strategy: Literal["delete", "left", "right", "raise"] = flag(
         "delete",
         "What happens to a longer record. delete: it is dropped and counted; left: the oldest history turns go first; "
@@ -79,14 +84,33 @@ class ModelConfig:
 
     model: str | None = flag(None, "Model folder or hub id. The folder of an adapter (a run's model/) continues from it.")
     model_type: str | None = flag(None, "Registered model name, such as llava1_6-mistral-7b-instruct; stands in for --model.")
+    adapter: str | None = flag(
+        None,
+        "Folder of a LoRA adapter of --model. Training continues from it; with --stack_adapter true a new adapter learns on "
+        "top of it; with --sft_type full it is merged into the weights first.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "Weights' type. auto: bfloat16 on a GPU, float32 on CPUs."
+        "auto",
+        "Type of the arithmetic and of frozen weights; what learns is kept in float32. auto: bfloat16 on a GPU, float32 on "
+        "CPUs. float16 scales the loss, and skips steps whose gradients overflow (skipped_steps).",
     )
     attn_implementation: Literal["sdpa", "eager"] = flag("sdpa", "Attention kernel of the language model.")
     gradient_checkpointing: bool = flag(
         True, "Recompute activations in the backward pass: less memory, about a third more time."
     )
+    precompute_ref_log_probs: bool | None = flag(
+        None,
+        "Compute the reference's log-probabilities once, before training, and keep them beside the encoded records, for all "
+        "epochs and runs that need the same; needed with --sft_type full, which has no reference left later (kto's mismatched "
+        "rows take a second copy of the model there). Default: true with full, with more than one epoch, and in a sweep.",
+    )
     trust_remote_code: bool = flag(False, "Run Python code that comes with the model. Only for sources you trust.")
+
+    def dtype_on(self, device_type: str) -> str:
+        """The name of the arithmetic's type on `cuda` or `cpu`."""
+        if self.dtype == "auto":
+            return "bfloat16" if device_type == "cuda" else "float32"
+        return self.dtype
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -97,13 +121,17 @@ class TunerConfig:
     """Tuner"""
 
     sft_type: Literal["lora", "full"] = flag(
-        "lora",
-        "lora: adapters on the language model; full: all of its weights. Vision tower and projector stay frozen.",
+        "lora", "lora: adapters on the parts that learn; full: all weights of these parts."
     )
+    freeze_vit: bool = flag(
+        True, "The vision tower does not learn. It runs in evaluation mode either way: no dropout, no running statistics."
+    )
+    freeze_aligner: bool = flag(True, "What stands between vision tower and language model (projector, merger) does not learn.")
+    freeze_llm: bool = flag(False, "The language model and its output head do not learn.")
     lora_target_modules: tuple[str, ...] = flag(
         ("DEFAULT",),
-        "DEFAULT: the language model's attention q, k, v; ALL: every linear layer of the language model; else module names, or "
-        "one regular expression.",
+        "Where adapters go, in parts that are not frozen. DEFAULT: attention q, k, v of language model and vision tower, every "
+        "linear layer of the aligner; ALL: every linear layer; else module names, or one regular expression.",
     )
     lora_rank: int = flag(8, "Rank of the LoRA matrices.", at_least=1)
     lora_alpha: float = flag(32, "LoRA scale: updates are multiplied by alpha / rank.", above=0)
@@ -113,9 +141,49 @@ class TunerConfig:
         at_least=0,
         at_most=0.99,
     )
+    use_rslora: bool = flag(
+        False, "Scale updates by alpha / sqrt(rank) (rank-stabilised LoRA, https://arxiv.org/abs/2312.03732)."
+    )
+    use_dora: bool = flag(
+        False, "Learn each weight row's magnitude apart from its direction (https://arxiv.org/abs/2402.09353)."
+    )
+    stack_adapter: bool = flag(
+        False,
+        "Keep the adapter that training starts from frozen, and train a new one on top; the reference is the model with the "
+        "frozen one. The result is one adapter that holds both.",
+    )
+    quant_bits: int | None = flag(
+        None, "4: the language model's frozen linear layers are kept in 4 bits (QLoRA), which needs the extra qlora."
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "The 4-bit type: NormalFloat or floating point.")
+    bnb_4bit_use_double_quant: bool = flag(True, "Quantise the scales of the 4-bit blocks, too.")
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        _check_tuner(self)
+
+
+def _check_tuner(tuner: TunerConfig) -> None:
+    """Raises ValueError for flags that contradict each other."""
+    if tuner.freeze_vit and tuner.freeze_aligner and tuner.freeze_llm:
+        raise ValueError(
+            "--freeze_llm true: with --freeze_vit and --freeze_aligner nothing is left to learn. Turn one of the three off."
+        )
+    if tuner.quant_bits not in (None, 4):
+        raise ValueError(f"--quant_bits {tuner.quant_bits}: only 4 is supported. Pass 4, or leave the flag out.")
+    if tuner.sft_type == "full":
+        of_lora = [name for name in ("use_rslora", "use_dora", "stack_adapter", "quant_bits") if getattr(tuner, name)]
+        if of_lora:
+            raise ValueError(
+                f"--{of_lora[0]} with --sft_type full: it is an option of LoRA, and full trains no adapter. Use "
+                "--sft_type lora, or leave the option out."
+            )
+    if tuner.quant_bits is None and (tuner.bnb_4bit_quant_type != "nf4" or not tuner.bnb_4bit_use_double_quant):
+        raise ValueError("--bnb_4bit_quant_type and --bnb_4bit_use_double_quant say how to quantise: add --quant_bits 4.")
+    if tuner.stack_adapter and tuner.use_dora:
+        raise ValueError(
+            "--stack_adapter with --use_dora: a DoRA and another adapter can't be saved as one. Leave one of the two out."
+        )
 
 
 @dataclass(frozen=True)
@@ -158,6 +226,11 @@ class RunConfig:
     )
     resume: bool = flag(True, "Continue an unfinished run of --output_dir that has the same configuration.")
     overwrite: bool = flag(False, "Delete what --output_dir holds and start anew.")
+    dry_run: bool = flag(
+        False,
+        "Print what the run would need (memory, operations, GPUs, hours) and stop. pipelines/plan.py does so for GPUs and "
+        "prices that you name.",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -182,6 +255,11 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         check_bounds(self)
 
+    @property
+    def spreads_models(self) -> bool:
+        """Whether a worker spreads its model over its GPUs."""
+        return self.strategy == "device_map" or (self.strategy == "auto" and (self.gpus_per_worker or 0) > 1)
+
 
 @dataclass(frozen=True)
 class TuneConfig:
@@ -200,6 +278,26 @@ class TuneConfig:
     )
     metric: str = flag("eval_rewards/accuracies", "Metric that ranks the trials; SFT has eval_loss (with --mode min).")
     mode: Literal["max", "min"] = flag("max", "Whether a high or a low --metric is good.")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Plan"""
+
+    gpu_memory_gb: float = flag(80, "Memory of one GPU.", above=0)
+    gpu_tflops: float = flag(
+        989,
+        "Peak of one GPU in TFLOPS, dense, in the run's --dtype; in bfloat16 an H100 SXM has 989, an A100 312, an L4 121.",
+        above=0,
+    )
+    mfu: float = flag(
+        0.4, "Share of the peak that training reaches, counting recomputation as work. 0.3 to 0.5 is usual.", above=0, at_most=1
+    )
+    gpus: int | None = flag(None, "GPUs that the hours are for. Default: as many as --num_workers workers need.", at_least=1)
+    price_per_hour: float | None = flag(None, "Price of one GPU for an hour. Default: no cost is told.", at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -239,6 +337,20 @@ class Config:
             raise ValueError(
                 f"--safe_serialization false: only rm has a head to write in another format, {self.algorithm.name} has none; "
                 "its weights are always .safetensors. Leave the flag out."
+            )
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        precompute = self.model.precompute_ref_log_probs
+        if precompute and not self.algorithm.needs.reference:
+            raise ValueError(
+                f"--precompute_ref_log_probs true: {self.algorithm.name} compares with no reference here, so there is nothing "
+                "to compute. Leave the flag out."
+            )
+        if precompute is False and self.algorithm.needs.reference and self.tuner.sft_type == "full":
+            raise ValueError(
+                "--precompute_ref_log_probs false with --sft_type full: the reference is the model at the start, and its "
+                "weights are gone after the first step. Leave the flag out, or use --sft_type lora."
             )
 
     @property

@@ -1,21 +1,23 @@
-"""A model from its files to a policy that is ready to train: weights, adapters, what learns and what is frozen.
+"""A model from its files to a policy that is ready to train: weights, precision, what learns and what is frozen.
 
-`policy` is what comes out; `worker` calls this once per process.
+`adapters` puts LoRA on; `policy` is what comes out; `worker` calls this once per process.
 """
 
-import re
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import BitsAndBytesConfig
 
+from rayalign.adapters import add_adapters, learning_parts, merge_adapter
 from rayalign.algorithms import Needs
 from rayalign.config import ModelConfig, TunerConfig
-from rayalign.models import Family, ModelSource, find_family
-from rayalign.policy import REFERENCE, TRAINED, Policy
+from rayalign.models import Family, ModelSource, find_family, load_config
+from rayalign.models.parts import find_parts
+from rayalign.policy import Policy
+from rayalign.tuner_checks import check_tuner
 from rayalign.value_head import load_value_head
 
 
@@ -29,91 +31,95 @@ def load_policy(
     spread_over_gpus: bool = False,
     seed: int = 42,
 ) -> Policy:
-    """Loads the weights and prepares them for training.
+    """Loads the weights and prepares them for training: adapters, or all weights, of the parts that are not frozen.
 
-    Only the language model learns: adapters on its linears, or all its weights; vision tower and projector are frozen. With a
-    value head, that of the source's folder or a new one, the output head stays frozen, too.
-    Raises ValueError for models of unknown families and for a reference that `sft_type` cannot provide.
+    What learns is float32; everything else has the type of `model.dtype`. With a value head, that of the source's folder or a
+    new one, the output head stays frozen, too. Where all weights learn and the mismatched rows of a batch need a reference, a
+    frozen copy is kept as such. Raises ValueError for models of unknown families, and where the machine lacks what
+    quantisation needs.
     """
-    if needs.reference and tuner.sft_type == "full":
-        raise ValueError(
-            "--sft_type full: this algorithm compares with a reference, which is the model without its adapter. Use lora."
-        )
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(model.dtype) or getattr(torch, model.dtype)
-    placement = {"device_map": "auto"} if spread_over_gpus else {}
-    base: Any = AutoModelForImageTextToText.from_pretrained(
-        source.base,
-        dtype=dtype,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-        **placement,
-    )
-    if not spread_over_gpus:
-        base.to(device)
-    family = find_family(base.config.model_type)
+    full = tuner.sft_type == "full"
+    check_tuner(tuner, source, on_gpu=device.type == "cuda")
+    dtype: torch.dtype = getattr(torch, model.dtype_on(device.type))
+    config = load_config(source.base, trust_remote_code=model.trust_remote_code)
+    family = find_family(config.model_type)
+    options: dict[str, Any] = {
+        # Weights that learn must not be rounded on the way.
+        "dtype": torch.float32 if full else dtype,
+        "attn_implementation": attention_kernels(family, model),
+        "trust_remote_code": model.trust_remote_code,
+    }
+    if tuner.quant_bits is not None:
+        options["quantization_config"] = _quantisation(family, config, model, tuner, dtype)
+    base = _load_base(source.base, family, options, None if spread_over_gpus else device)
     base.requires_grad_(False)
     torch.manual_seed(seed)
-    wrapped = _add_adapter(base, source, tuner, family, needs_reference=needs.reference)
+    if full:
+        wrapped = merge_adapter(base, source.adapter) if source.adapter else base
+        _let_learn(wrapped, tuner)
+    else:
+        wrapped = add_adapters(base, source, tuner, family, needs_reference=needs.reference)
     value_head = None
     if needs.head == "value":
         output_head = base.get_output_embeddings().weight
         value_head = load_value_head(Path(source.adapter or source.base), output_head.shape[1]).to(output_head.device)
         if output_head is not base.get_input_embeddings().weight:
             output_head.requires_grad_(False)
+    if full:
+        _narrow_frozen(base, dtype)
     if not needs.dropout:
         _turn_off_dropout(wrapped)
+    start = None
+    if full and needs.reference and needs.companion == "mismatched":
+        # In the same types, so that both give the same numbers at the start.
+        start = Policy(copy.deepcopy(wrapped).requires_grad_(False), family, dtype=dtype)
     if model.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return Policy(wrapped, family, value_head)
+    return Policy(wrapped, family, value_head, dtype=dtype, start=start)
 
 
-def lora_targets(base: Any, modules: tuple[str, ...], family: Family) -> list[str]:
-    """The full names of the linears that --lora_target_modules means, all inside the language model.
-
-    DEFAULT: attention q, k, v; ALL: every linear; otherwise module names (`q_proj`) or one regular expression over full names.
-    Raises ValueError where one of them matches nothing, with the names there are.
-    """
-    decoder = base.get_decoder()
-    prefix = next(name for name, module in base.named_modules() if module is decoder)
-    linears = [f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
-    if modules == ("ALL",):
-        return linears
-    wanted = family.attention_projections if modules == ("DEFAULT",) else modules
-    chosen = [name for name in linears if name.rsplit(".", 1)[-1] in wanted]
-    if not chosen and len(modules) == 1:
-        try:
-            chosen = [name for name in linears if re.fullmatch(modules[0], name)]
-        except re.error as error:
-            raise ValueError(f"--lora_target_modules {modules[0]!r} is no valid regular expression: {error}.") from None
-    names = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    unmatched = [module for module in modules if module not in names] if len(modules) > 1 or not chosen else []
-    if unmatched:
-        raise ValueError(
-            f"--lora_target_modules {' '.join(unmatched)} matches no linear of the language model. "
-            f"Its linears: {', '.join(names)}."
-        )
-    return chosen
+def attention_kernels(family: Family, model: ModelConfig) -> Any:
+    """transformers' `attn_implementation`: that of the language model; towers choose for themselves, since not each of them has
+    both kernels."""
+    return model.attn_implementation if family.text_only else {"text_config": model.attn_implementation}
 
 
-def _add_adapter(base: Any, source: ModelSource, tuner: TunerConfig, family: Family, *, needs_reference: bool) -> Any:
-    if tuner.sft_type == "full":
-        if source.adapter:
-            raise ValueError(f"--sft_type full can't continue from the adapter {source.adapter}: merge it first, or use lora.")
-        base.get_decoder().requires_grad_(True)
-        base.get_output_embeddings().requires_grad_(True)
-        return base
-    if source.adapter:
-        model = PeftModel.from_pretrained(base, source.adapter, adapter_name=TRAINED, is_trainable=True)
-        if needs_reference:
-            model.load_adapter(source.adapter, adapter_name=REFERENCE, is_trainable=False)
-        return model
-    lora = LoraConfig(
-        r=tuner.lora_rank,
-        lora_alpha=tuner.lora_alpha,  # type: ignore[arg-type]  # peft annotates int, its arithmetic takes fractions
-        lora_dropout=tuner.lora_dropout,
-        target_modules=lora_targets(base, tuner.lora_target_modules, family),
+def _load_base(model: str, family: Family, options: dict[str, Any], device: torch.device | None) -> Any:
+    """The model with its weights on a device, or spread over all GPUs where there is none."""
+    if device is None:
+        return family.auto_class.from_pretrained(model, device_map="auto", **options)
+    if "quantization_config" in options:  # weights become 4 bits where they first arrive
+        return family.auto_class.from_pretrained(model, device_map={"": device}, **options)
+    return family.auto_class.from_pretrained(model, **options).to(device)
+
+
+def _quantisation(
+    family: Family, config: Any, model: ModelConfig, tuner: TunerConfig, dtype: torch.dtype
+) -> BitsAndBytesConfig:
+    """4 bits for the decoder's linears and for no others."""
+    with torch.device("meta"):
+        skeleton = family.auto_class.from_config(config, trust_remote_code=model.trust_remote_code)
+    quantised = set(find_parts(skeleton).linears(skeleton, "llm"))
+    kept = [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear) and name not in quantised]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=tuner.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=tuner.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=kept,
     )
-    return get_peft_model(base, lora, adapter_name=TRAINED)
+
+
+def _let_learn(base: Any, tuner: TunerConfig) -> None:
+    parts, learning = find_parts(base), learning_parts(tuner)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(parts.of(name) in learning)
+
+
+def _narrow_frozen(base: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in base.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _turn_off_dropout(model: nn.Module) -> None:

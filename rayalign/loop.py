@@ -29,11 +29,21 @@ logger = logging.getLogger(__name__)
 
 BUCKET_ELEMENTS = 64 * 2**20
 REMEDY = "Lower --learning_rate, or use --dtype float32 or bfloat16."
+LOWEST_LOSS_SCALE = 1.0
+"""Gradients that overflow float16 at this scale are too large in themselves."""
 
 
 def make_optimizer(policy: Policy, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable weights; no decay on biases and norms (fewer than two dimensions)."""
+    """AdamW over the trainable weights; no decay on biases and norms (fewer than two dimensions).
+
+    Raises ValueError where there are none.
+    """
     parameters = list(policy.trainable.values())
+    if not parameters:
+        raise ValueError(
+            "Nothing learns: what training starts from has an adapter on parts that are frozen, and on no others. Turn "
+            "--freeze_vit, --freeze_aligner or --freeze_llm off."
+        )
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -119,17 +129,22 @@ class Trainer:
         self.rank = rank
         self.gather = gather
         self.optimizer = make_optimizer(policy, config)
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+        # It makes its scale with the first loss, and an idle worker has none.
+        self.scaler.scale(torch.zeros((), device=policy.device))
         self.window = MetricSums()
+        self.skipped = False
+        """Whether the last step changed no weight, since its gradients overflowed float16."""
         self._parameters = list(policy.trainable.values())
 
     def gradients(self, micro_batches: Iterable[PairBatch], totals: StepTotals) -> int:
-        """Fills the gradients of a whole step, summed over workers; returns the tokens this worker ran."""
+        """Fills the gradients of a whole step, summed over workers, times the loss scale; returns this worker's tokens."""
         # A survey runs every micro-batch twice, and a stream gives each once.
         batches = list(micro_batches) if self.algorithm.needs.survey else micro_batches
         tokens = 0
         for batch, output in self._outputs(lambda: batches, totals):
             tokens += batch.num_tokens
-            output.loss_share.backward()
+            self.scaler.scale(output.loss_share).backward()
             self.window.add(output)
         for parameter in self._parameters:
             if parameter.grad is None:
@@ -138,15 +153,33 @@ class Trainer:
         return tokens
 
     def step(self, step: int, micro_batches: Iterable[PairBatch], totals: StepTotals) -> tuple[Tensor, int]:
-        """One optimizer step; returns the gradient norm before clipping [] and the tokens this worker ran."""
+        """One optimizer step; returns the gradient norm before clipping [] and the tokens this worker ran.
+
+        In float16 a step whose gradients overflow changes no weight: it halves the loss scale, and its norm is not finite.
+        Raises FloatingPointError where they would overflow without a scale, too.
+        """
         torch.manual_seed(dropout_seed(self.config.seed, step, self.rank))
         self.optimizer.zero_grad(set_to_none=True)
         tokens = self.gradients(micro_batches, totals)
+        # The sums are the same on every worker, and so is what follows from them.
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.num_steps)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self._update_scale(step)
         return norm, tokens
+
+    def _update_scale(self, step: int) -> None:
+        if not self.scaler.is_enabled():
+            return
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        self.skipped = self.scaler.get_scale() < before
+        if self.skipped and before <= LOWEST_LOSS_SCALE:
+            raise FloatingPointError(
+                f"The gradients of step {step + 1} overflow float16 even where the loss is not scaled up. {REMEDY}"
+            )
 
     def survey(self, batches: Iterable[PairBatch]) -> list[Tensor]:
         """What this worker contributes to the step's survey, for each of its micro-batches [B, K]."""
@@ -238,29 +271,37 @@ def run_steps(
     """Trains from `start_step` (steps already done) to the plan's end.
 
     `stream` yields this worker's (step, micro-batch) in plan order; `tokens_before` is what `num_tokens` counts on from.
-    Raises FloatingPointError when the loss is no longer finite.
+    Raises FloatingPointError when the loss is no longer finite. Steps that float16 skips are counted as `skipped_steps`; they
+    have no gradient norm.
     """
     clock = Clock(tokens_before)
+    skipped_steps = 0
     for step in range(start_step, plan.num_steps):
         count = len(plan.micro_batches(step, trainer.rank))
         totals = plan.totals(step)
         norm, tokens = trainer.step(step, clock.waited_for(_take(stream, step, count)), totals)
         clock.count(pairs=totals.pairs, tokens=tokens)
+        skipped_steps += trainer.skipped
         done = step + 1
         if done % run.logging_steps == 0 or done == plan.num_steps:
             metrics = trainer.window.reduce(steps=clock.steps)
             trainer.window = MetricSums()
             if not math.isfinite(metrics["loss"]):
                 raise FloatingPointError(f"The loss is {metrics['loss']} at step {done}. {REMEDY}")
+            if trainer.scaler.is_enabled():
+                metrics["skipped_steps"] = skipped_steps
+                skipped_steps = 0
+            if not trainer.skipped:
+                metrics["grad_norm"] = float(norm)
             rates = clock.reduce()
             rate = learning_rate(trainer.config, step, plan.num_steps)
             epoch = done / plan.steps_per_epoch
-            events.log({"step": done, "epoch": epoch, **metrics, "grad_norm": float(norm), "learning_rate": rate, **rates})
+            events.log({"step": done, "epoch": epoch, **metrics, "learning_rate": rate, **rates})
         if done % run.eval_steps == 0 or done == plan.num_steps:
             events.evaluate(done)
             clock.skip()
         if done % run.save_steps == 0 or done == plan.num_steps:
-            if not math.isfinite(float(norm)):
+            if not (trainer.skipped or math.isfinite(float(norm))):
                 raise FloatingPointError(
                     f"The gradient norm is {float(norm)} at step {done}, so no checkpoint is written. {REMEDY}"
                 )

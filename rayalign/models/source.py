@@ -1,12 +1,15 @@
-"""Where a model's weights come from: what --model and --model_type mean."""
+"""Where a model's weights come from: what --model, --model_type and --adapter mean."""
 
 import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayalign.config import ModelConfig
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -18,30 +21,81 @@ class ModelSource:
 
 
 def resolve_model(config: ModelConfig, registered: Mapping[str, str]) -> ModelSource:
-    """Finds out what --model or --model_type means; an adapter's folder brings its base model along.
+    """Finds out what --model, --model_type and --adapter mean; an adapter's folder brings its base model along.
 
-    `registered` maps the names of --model_type to hub ids. Raises ValueError where there is no such model.
+    `registered` maps the names of --model_type to hub ids. Raises ValueError where there is no such model or adapter, for an
+    adapter of another model, and for one that is more than LoRA.
     """
     if config.model and config.model_type:
         raise ValueError(f"--model {config.model} and --model_type {config.model_type} both name the model: give one of them.")
     if config.model_type:
-        return ModelSource(_hub_id_of(config.model_type, registered))
-    if not config.model:
+        source = ModelSource(_hub_id_of(config.model_type, registered))
+    elif config.model:
+        source = _source_of(config.model)
+    elif config.adapter:
+        return _adapter_source(config.adapter)
+    else:
         raise ValueError("No model given: pass --model FOLDER_OR_HUB_ID, or --model_type with a registered name.")
-    folder = Path(config.model).expanduser()
-    if not folder.is_dir():
-        if config.model.startswith((".", "/", "~")):
-            raise ValueError(f"--model {config.model}: there is no such folder.")
-        return ModelSource(config.model)
-    folder = folder.resolve()
-    if (folder / "adapter_config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return ModelSource(base, adapter=str(folder))
-    if not (folder / "config.json").exists():
+    if config.adapter is None:
+        return source
+    if source.adapter:
         raise ValueError(
-            f"--model {config.model}: the folder has neither config.json (a model) nor adapter_config.json (an adapter)."
+            f"--model {config.model} is an adapter, too, and --adapter {config.adapter} another: give one of them."
         )
+    of_adapter = _adapter_source(config.adapter)
+    if _whole_path(of_adapter.base) != _whole_path(source.base):
+        raise ValueError(
+            f"--adapter {config.adapter}: was made for the model {of_adapter.base}, not for {source.base}. Give that model, "
+            f"or, where both hold the same weights, correct base_model_name_or_path in its {ADAPTER_CONFIG}."
+        )
+    return ModelSource(source.base, of_adapter.adapter)
+
+
+def _source_of(model: str) -> ModelSource:
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if model.startswith((".", "/", "~")):
+            raise ValueError(f"--model {model}: there is no such folder.")
+        return ModelSource(model)
+    folder = folder.resolve()
+    if (folder / ADAPTER_CONFIG).exists():
+        return ModelSource(_base_of(folder), adapter=str(folder))
+    if not (folder / "config.json").exists():
+        raise ValueError(f"--model {model}: the folder has neither config.json (a model) nor {ADAPTER_CONFIG} (an adapter).")
     return ModelSource(str(folder))
+
+
+def _adapter_source(adapter: str) -> ModelSource:
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"--adapter {adapter}: there is no such folder.")
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(f"--adapter {adapter}: the folder has no {ADAPTER_CONFIG}, so it is no adapter.")
+    return ModelSource(_base_of(folder), adapter=str(folder.resolve()))
+
+
+def _base_of(folder: Path) -> str:
+    """The base model that a LoRA adapter names."""
+    config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{folder}: is an adapter of the type {kind}, and only LoRA is supported. Merge it into its model first."
+        )
+    # Whatever an adapter brings beside its matrices stays on when the adapter is turned off, and would change the reference.
+    extras = [name for name in ("modules_to_save", "trainable_token_indices") if config.get(name)]
+    extras += ["bias"] if config.get("bias", "none") != "none" else []
+    if extras:
+        raise ValueError(
+            f"{folder}: is an adapter with {' and '.join(extras)} beside LoRA's matrices, which can't be turned off for the "
+            "reference. Merge it into its model first."
+        )
+    return str(config["base_model_name_or_path"])
+
+
+def _whole_path(model: str) -> str:
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def _hub_id_of(name: str, registered: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from rayalign.checkpoint import (
     prune_checkpoints,
     write_checkpoint,
 )
-from rayalign.config import OptimizerConfig, TunerConfig
+from rayalign.config import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.loop import Trainer
 from rayalign.plan import StepTotals
 from rayalign.storage import Store
@@ -29,9 +30,12 @@ CONFIG = OptimizerConfig(learning_rate=1e-2)
 FILES = ["manifest.json", "optimizer.safetensors", "state.json", "trainable.safetensors"]
 
 
-def trainer_of(folder: Path, *, seed: int, modules: tuple[str, ...] = ("DEFAULT",), rank: int = 8) -> Trainer:
+def trainer_of(
+    folder: Path, *, seed: int, modules: tuple[str, ...] = ("DEFAULT",), rank: int = 8, dtype: Any = "float32"
+) -> Trainer:
     tuner = TunerConfig(lora_target_modules=modules, lora_rank=rank)
-    policy = make_policy(folder, tuner=tuner, needs=REFERRED, seed=seed)
+    model = ModelConfig(dtype=dtype, gradient_checkpointing=False)
+    policy = make_policy(folder, model=model, tuner=tuner, needs=REFERRED, seed=seed)
     return Trainer(policy, DPO(), CONFIG, num_steps=10)
 
 
@@ -196,6 +200,26 @@ def test_a_checkpoint_of_another_adapter_is_refused(folder: Path, checkpoints: S
         f"({layer}.k_proj.lora_A.default.weight, {layer}.k_proj.lora_B.default.weight, "
         f"{layer}.o_proj.lora_A.default.weight, ...)."
     )
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed", "types"),
+    [
+        ("float16", "bfloat16", "was trained in float16, and this run trains in another type"),
+        ("bfloat16", "float16", "was trained in another type, and this run trains in float16"),
+    ],
+)
+def test_a_checkpoint_of_another_precision_is_refused(
+    folder: Path, tmp_path: Path, saved: str, resumed: str, types: str
+) -> None:
+    one, other = trainer_of(folder, seed=1, dtype=saved), trainer_of(folder, seed=2, dtype=resumed)
+    write_checkpoint(tmp_path, one.policy, one.optimizer, step=0, scaler=one.scaler)
+    before = weights_of(other)
+    with pytest.raises(ValueError) as caught:
+        load_checkpoint(Checkpoint(Store(str(tmp_path)), 0), other.policy, other.optimizer, scaler=other.scaler)
+    assert str(caught.value) == f"The checkpoint {tmp_path} {types}. Pass the same --dtype."
+    assert equal(weights_of(other), before)
+    load_checkpoint(Checkpoint(Store(str(tmp_path)), 0), one.policy, one.optimizer, scaler=one.scaler)
 
 
 def test_pruning_keeps_the_newest_whole_ones_and_no_incomplete_one(checkpoints: Store) -> None:

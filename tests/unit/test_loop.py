@@ -18,6 +18,7 @@ from rayalign.batch import PairBatch
 from rayalign.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from rayalign.config import ModelConfig, OptimizerConfig, RunConfig, TunerConfig
 from rayalign.loop import LoopEvents, Trainer, learning_rate, make_optimizer, run_steps, start_alike, sum_over_workers
+from rayalign.models import ModelSource
 from rayalign.plan import PlanSettings, StepPlan
 from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair, RowLengths
@@ -58,10 +59,12 @@ def stream_of(folder: Path, plan: StepPlan, start: int, algorithm: Algorithm, ra
             yield step, make_batch(folder, [pairs[row] for row in rows], needs=algorithm.needs, partners=partners)
 
 
-def trainer_of(folder: Path, algorithm: Algorithm, *, num_steps: int = 6, seed: int = 42, **config: Any) -> Trainer:
+def trainer_of(
+    folder: Path, algorithm: Algorithm, *, num_steps: int = 6, seed: int = 42, dtype: Any = "float32", **config: Any
+) -> Trainer:
     policy = make_policy(
         folder,
-        model=ModelConfig(gradient_checkpointing=True),
+        model=ModelConfig(gradient_checkpointing=True, dtype=dtype),
         tuner=TunerConfig(lora_dropout=0.3),
         needs=algorithm.needs,
         seed=seed,
@@ -176,6 +179,107 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path,
     assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in resumed.policy.model.modules()) == algorithm.needs.dropout
 
 
+def set_loss_scale(trainer: Trainer, scale: float, *, growth_interval: int = 2000) -> None:
+    state = {**trainer.scaler.state_dict(), "scale": scale, "growth_interval": growth_interval}
+    trainer.scaler.load_state_dict(state)
+
+
+TOO_LARGE = 2.0**40
+"""A loss scale at which the gradients of every step below overflow float16."""
+
+
+def test_a_step_that_overflows_float16_changes_no_weight_and_halves_the_scale(folder: Path) -> None:
+    trainer = trainer_of(folder, DPO(), dtype="float16")
+    set_loss_scale(trainer, TOO_LARGE)
+    before = weights_of(trainer.policy)
+    plan = plan_of(pairs_of(folder))
+    batches = [batch for step, batch in stream_of(folder, plan, 0, DPO()) if step == 0]
+    norm, _ = trainer.step(0, batches, plan.totals(0))
+    assert trainer.skipped
+    assert not math.isfinite(float(norm))
+    assert equal(weights_of(trainer.policy), before)
+    assert not trainer.optimizer.state
+    assert trainer.scaler.get_scale() == TOO_LARGE / 2
+    set_loss_scale(trainer, 2.0**10)
+    norm, _ = trainer.step(0, batches, plan.totals(0))
+    assert not trainer.skipped
+    assert not equal(weights_of(trainer.policy), before)
+    exact, _ = trainer_of(folder, DPO()).step(0, batches, plan.totals(0))
+    assert float(norm) == pytest.approx(float(exact), rel=1e-2)  # of the loss, not of the scaled one; float16 has 11 bits
+
+
+def test_steps_that_float16_skips_are_counted_and_do_not_stop_the_run(folder: Path) -> None:
+    plan = plan_of(pairs_of(folder), max_steps=5)
+    lines: list[Any] = []
+    saved: list[int] = []
+    trainer = trainer_of(folder, DPO(), num_steps=5, dtype="float16")
+    set_loss_scale(trainer, TOO_LARGE)
+
+    def log(line: Mapping[str, float]) -> None:
+        lines.append(line)
+        if line["step"] == 4:
+            set_loss_scale(trainer, 2.0**10)
+
+    run = RunConfig(logging_steps=2, save_steps=3)
+    run_steps(trainer, plan, stream_of(folder, plan, 0, DPO()), run, events(log=log, save=saved.append), start_step=0)
+    assert [(line["step"], line["skipped_steps"], "grad_norm" in line) for line in lines] == [
+        (2, 2, False),
+        (4, 2, False),
+        (5, 0, True),
+    ]
+    assert saved == [3, 5]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_gradients_too_large_for_float16_at_any_scale_stop_the_run(folder: Path) -> None:
+    trainer = trainer_of(folder, SFT(), dtype="float16")
+    set_loss_scale(trainer, 1.0)
+    with torch.no_grad():
+        next(iter(trainer.policy.trainable.values())).fill_(math.inf)
+    plan = plan_of(pairs_of(folder))
+    with pytest.raises(FloatingPointError) as caught:
+        run_steps(trainer, plan, stream_of(folder, plan, 0, SFT()), RunConfig(), events(), start_step=0)
+    assert str(caught.value) == (
+        "The gradients of step 1 overflow float16 even where the loss is not scaled up. "
+        "Lower --learning_rate, or use --dtype float32 or bfloat16."
+    )
+
+
+def test_a_float16_run_resumes_with_its_loss_scale(folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(pairs_of(folder), max_steps=8)
+    run = RunConfig(logging_steps=1, save_steps=4)
+    undisturbed = trainer_of(folder, DPO(), num_steps=8, dtype="float16")
+    set_loss_scale(undisturbed, 2.0**17, growth_interval=1)  # doubles after every step until one overflows
+    skipped: list[float] = []
+
+    def save(step: int) -> None:
+        if step == 4:
+            write_checkpoint(tmp_path, undisturbed.policy, undisturbed.optimizer, step=step, scaler=undisturbed.scaler)
+
+    stream = stream_of(folder, plan, 0, DPO())
+    calls = events(log=lambda line: skipped.append(line["skipped_steps"]), save=save)
+    run_steps(undisturbed, plan, stream, run, calls, start_step=0)
+    resumed = trainer_of(folder, DPO(), num_steps=8, seed=7, dtype="float16")
+    checkpoint = Checkpoint(Store(str(tmp_path)), 4)
+    load_checkpoint(checkpoint, resumed.policy, resumed.optimizer, scaler=resumed.scaler)
+    run_steps(resumed, plan, stream_of(folder, plan, 4, DPO()), run, events(), start_step=4)
+    assert equal(weights_of(resumed.policy), weights_of(undisturbed.policy))
+    assert resumed.scaler.state_dict() == undisturbed.scaler.state_dict()
+    assert set(skipped[:4]) == set(skipped[4:]) == {0, 1}
+
+
+def test_nothing_that_learns_is_refused(folder: Path, tmp_path: Path) -> None:
+    tuner = TunerConfig(freeze_aligner=False, freeze_llm=True)
+    make_policy(folder, tuner=tuner).save(tmp_path)
+    policy = make_policy(ModelSource(str(folder), adapter=str(tmp_path)))
+    with pytest.raises(ValueError) as caught:
+        Trainer(policy, SFT(), OptimizerConfig(), num_steps=1)
+    assert str(caught.value) == (
+        "Nothing learns: what training starts from has an adapter on parts that are frozen, and on no others. Turn "
+        "--freeze_vit, --freeze_aligner or --freeze_llm off."
+    )
+
+
 @pytest.mark.parametrize("algorithm", [SFT(), DPO()], ids=lambda a: a.name)
 def test_evaluating_leaves_the_training_as_it_was(folder: Path, algorithm: Algorithm) -> None:
     plan = plan_of(pairs_of(folder), max_steps=3)
@@ -279,6 +383,22 @@ def work_of(rank: int, folder: Path) -> dict[str, Tensor]:
         ranks = range(2 * (rank == 0)) if one_is_idle else (rank,)
         step = evaluate_and_step(folder, algorithm, ranks, rank=rank, num_workers=2)
         results |= {f"{case}: {name}": tensor for name, tensor in step.items()}
+    return results | {f"float16 {name}": tensor for name, tensor in float16_steps(rank, folder).items()}
+
+
+def float16_steps(rank: int, folder: Path) -> dict[str, Tensor]:
+    """What a worker has of two steps of which rank 0 does all the work: the gradients of the first overflow, those of the
+    second do not."""
+    trainer = trainer_of(folder, DPO(), seed=rank, dtype="float16")
+    start_alike(trainer.policy)
+    plan = plan_of(pairs_of(folder), max_steps=1)
+    batches = [batch for _, batch in stream_of(folder, plan, 0, DPO())] if rank == 0 else []
+    results = {}
+    for step, scale in enumerate((TOO_LARGE, 2.0**10)):
+        set_loss_scale(trainer, scale)
+        trainer.step(step, batches, plan.totals(0))
+        values = {"skipped": torch.tensor(trainer.skipped), "scale": torch.tensor(trainer.scaler.get_scale())}
+        results |= {f"{step} {name}": value for name, value in (values | weights_of(trainer.policy)).items()}
     return results
 
 
@@ -330,6 +450,17 @@ def test_sums_over_workers_are_exact_in_buckets_of_any_shape_and_type(workers: l
     for worker in workers:
         assert [worker[f"sum {i}"].tolist() for i in range(4)] == [[3.0] * 3, [3.0] * 7, [3.0] * 2, 10.0]
         assert [worker[f"sum {i}"].dtype for i in range(3)] == [torch.float64, torch.float64, torch.float32]
+
+
+def test_workers_skip_the_same_steps_an_idle_one_too(folder: Path, workers: list[dict[str, Tensor]]) -> None:
+    one, other = ({n: v for n, v in worker.items() if n.startswith("float16")} for worker in workers)
+    assert equal(one, other)
+    assert [bool(one[f"float16 {step} skipped"]) for step in (0, 1)] == [True, False]
+    assert [float(one[f"float16 {step} scale"]) for step in (0, 1)] == [TOO_LARGE / 2, 2.0**10]
+    started = weights_of(trainer_of(folder, DPO(), seed=0, dtype="float16").policy)
+    unchanged, changed = ({name: one[f"float16 {step} {name}"] for name in started} for step in (0, 1))
+    assert equal(unchanged, started)
+    assert not equal(changed, started)
 
 
 def results_of(worker: Mapping[str, Tensor], case: str, *, of_pairs: bool) -> dict[str, Tensor]:
