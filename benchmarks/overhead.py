@@ -35,9 +35,8 @@ from rayalign.loop import LoopEvents, Trainer, run_steps
 from rayalign.metrics import read_metrics
 from rayalign.plan import StepPlan
 from rayalign.prepared import from_batch
-from rayalign.stream import ahead, batch_maker
+from rayalign.stream import ahead, batch_maker, plan_of
 from rayalign.train import POLL_SECONDS, fit, prepare_run, settle_cluster, start_ray
-from rayalign.worker import plan_of
 
 SHAPE = Shape(128, 4, 4, vocabulary=2_000, vision_hidden=64, vision_layers=2, tile=56, grid=(1, 2))
 NUM_RECORDS = 65  # one of them is held out

@@ -93,8 +93,7 @@ class Rayalign:
             question = [Message(role="user", content=pair.question)]
             record = build_record(id=str(i), messages=question, images=images, chosen=pair.chosen, rejected=pair.rejected)
             self.encoded.append(encoder.encode(record, images))
-        pad = spec.processor.tokenizer.pad_token_id
-        batch = assemble(self.encoded, pad_token_id=pad, process_images=image_processing(spec))
+        batch = assemble(self.encoded, layout=spec.layout, process_images=image_processing(spec))
         self.batch = batch.to(device)
         self.totals = StepTotals(
             pairs=len(self.encoded),

@@ -49,13 +49,15 @@ def sum_by_response(logps: Tensor, sequences: Tensor, num_pairs: int) -> PairLog
     return PairLogps(*(SequenceLogps(total[side], tokens[side], shared[side]) for side in sides))
 
 
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None) -> Tensor:
     """log p(target) for each row.
 
-    `hidden` [N, H] are the states that predict, `weight` [V, H] is the output head, `targets` [N] are token ids. Returns [N] in
-    float32 (float64 for float64 input). At most CHUNK_TOKENS x V logits exist at a time, in the backward pass too.
+    `hidden` [N, H] are the states that predict, `weight` [V, H] is the output head, `targets` [N] are token ids. `softcap`:
+    logits l become softcap tanh(l / softcap), as in Gemma 2 (https://arxiv.org/abs/2408.00118, section 2). Returns [N] in
+    float32 (float64 for float64 input). At most CHUNK_TOKENS x V logits exist at a time, in the backward pass too; twice that
+    with a softcap.
     """
-    logps: Tensor = _TokenLogps.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    logps: Tensor = _TokenLogps.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]  # apply is untyped
     return logps
 
 
@@ -64,25 +66,25 @@ class _TokenLogps(torch.autograd.Function):
     logits are at hand, up to the factor that arrives in backward; only a trainable head has its logits computed again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         keep_gradient = hidden.requires_grad
         gradient = torch.empty_like(hidden) if keep_gradient else None
         chunks = []
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logits, logps = _chunk_logps(hidden[part], weight, targets[part])
-            chunks.append(logps)
+            log_softmax, slope = _chunk_logps(hidden[part], weight, softcap)
+            chunks.append(log_softmax.gather(1, targets[part, None]).squeeze(1))
             if gradient is not None:
-                gradient[part] = _logits_gradient(logits, targets[part]).to(weight.dtype) @ weight
+                gradient[part] = _logits_gradient(log_softmax, targets[part], slope).to(weight.dtype) @ weight
         ctx.trains_head = weight.requires_grad
         ctx.save_for_backward(*([gradient] if keep_gradient else []), *([hidden, weight, targets] if ctx.trains_head else []))
-        ctx.keep_gradient = keep_gradient
+        ctx.keep_gradient, ctx.softcap = keep_gradient, softcap
         if not chunks:
             return hidden.new_zeros(0, dtype=_loss_dtype(hidden.dtype))
         return torch.cat(chunks)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (upstream,) = outputs
         saved = list(ctx.saved_tensors)
         hidden_gradient = None
@@ -95,25 +97,30 @@ class _TokenLogps(torch.autograd.Function):
             weight_gradient = torch.zeros_like(weight)
             for start in range(0, len(targets), CHUNK_TOKENS):
                 part = slice(start, start + CHUNK_TOKENS)
-                logits, _ = _chunk_logps(hidden[part], weight, targets[part])
-                scaled = _logits_gradient(logits, targets[part]) * upstream[part, None]
+                log_softmax, slope = _chunk_logps(hidden[part], weight, ctx.softcap)
+                scaled = _logits_gradient(log_softmax, targets[part], slope) * upstream[part, None]
                 weight_gradient.addmm_(scaled.to(weight.dtype).t(), hidden[part])
-        return hidden_gradient, weight_gradient, None
+        return hidden_gradient, weight_gradient, None, None
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _chunk_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-softmax [n, V] of a chunk and the targets' entries [n]."""
+def _chunk_logps(hidden: Tensor, weight: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Log-softmax [n, V] of a chunk, and with a softcap d(capped logits) / d(logits) [n, V]."""
     logits = (hidden @ weight.t()).to(_loss_dtype(hidden.dtype))
+    slope = None
+    if softcap is not None:
+        bent = logits.div_(softcap).tanh_()
+        slope = 1 - bent.square()
+        logits = bent.mul_(softcap)
     logits -= torch.logsumexp(logits, dim=-1, keepdim=True)
-    return logits, logits.gather(1, targets[:, None]).squeeze(1)
+    return logits, slope
 
 
-def _logits_gradient(log_softmax: Tensor, targets: Tensor) -> Tensor:
-    """onehot - softmax [n, V], made in place of the log-softmax."""
+def _logits_gradient(log_softmax: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
+    """(onehot - softmax) slope [n, V], made in place of the log-softmax."""
     gradient = log_softmax.exp_().neg_()
     gradient[torch.arange(len(targets), device=targets.device), targets] += 1
-    return gradient
+    return gradient if slope is None else gradient.mul_(slope)

@@ -1,11 +1,14 @@
 """The model under training and its reference: the pair forward and what is saved. `loading` makes it.
 
 The reference is the same weights seen differently: adapters off, or, where training continues from an SFT adapter, that adapter
-kept frozen beside the one that learns. So it costs no second model, and rewards at step 0 are exactly 0.
+kept frozen beside or below the one that learns. So it costs no second model, and rewards at step 0 are exactly 0. Where all
+weights learn, it is the model at the start, whose log-probabilities come with the batches; only for rows that are known no
+earlier than their step (KTO's mismatched ones) there is a frozen copy.
 """
 
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +16,47 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from rayalign.batch import PairBatch, attention_mask
+from rayalign.adapters import REFERENCE, STACKED, TRAINED, save_stack
+from rayalign.batch import PROMPT, PairBatch, attention_mask, runs_of
 from rayalign.logprobs import PairLogps, sum_by_response, token_logps
 from rayalign.models import Family
 from rayalign.value_head import ValueHead, save_value_head
 
-TRAINED, REFERENCE = "default", "reference"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' names for the kinds of layers."""
 
 
 class Policy:
     """A VLM under training. `model` is the PEFT-wrapped (LoRA) or plain (full) transformers model; a reward model has a
-    `value_head`, too."""
+    `value_head`, too. `dtype` is the type of the arithmetic, whatever the type of the weights that learn; `start` is a frozen
+    copy as reference."""
 
-    def __init__(self, model: Any, family: Family, value_head: ValueHead | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        value_head: ValueHead | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        start: "Policy | None" = None,
+    ) -> None:
         self.model: Any = model
         self.value_head = value_head
+        self.start = start
         self.base: Any = self.model.get_base_model() if isinstance(model, PeftModel) else model
         self.family = family
+        self.image_token_id: int | None = None if family.text_only else self.base.config.image_token_id
+        self._windows = _windows_of(self.base.get_decoder().config)
+        self._softcap: float | None = self.base.config.get_text_config().to_dict().get("final_logit_softcapping")
+        self.vision_learns = _learns_outside_language(self.base)
         self.device: torch.device = self.base.get_input_embeddings().weight.device
         self._tuner_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-        has_reference = isinstance(model, PeftModel) and REFERENCE in self.model.peft_config
-        self._reference_adapters = [REFERENCE] if has_reference else []
+        self.dtype = dtype
+        adapters = self.model.peft_config if isinstance(model, PeftModel) else {}
+        self._reference_adapters = [name for name in (REFERENCE, STACKED) if name in adapters]
+        self._trained_adapters = [*(name for name in (STACKED,) if name in adapters), TRAINED]
+        self._activate(self._trained_adapters)
         self.base.eval()
         self.base.get_decoder().train()
 
@@ -48,20 +69,34 @@ class Policy:
         return {name: p for name, p in named.items() if p.requires_grad}
 
     def image_features(self, batch: PairBatch) -> tuple[Tensor, ...]:
-        """Projected features [tokens, H] of each distinct image; the tower is frozen, so no graph is kept."""
+        """Projected features [tokens, H] of each distinct image; no graph is kept where tower and projector are frozen.
+
+        Families whose tower also feeds later layers have these features beside them: [tokens, H + layers x H].
+        """
         if not batch.image_inputs:
             return ()
-        inputs = dict(batch.image_inputs)
+        # The outer model's method hands some of what the inner one takes on without naming it.
+        taken = inspect.signature(self.base.model.get_image_features).parameters
+        inputs = {name: value for name, value in batch.image_inputs.items() if name in taken}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.base.dtype)
-        with torch.no_grad():
-            return tuple(self.base.get_image_features(**inputs, return_dict=True).pooler_output)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_learns), self._arithmetic():
+            output = self.base.get_image_features(**inputs, return_dict=True)
+            features = _by_image(output.pooler_output, batch.image_lengths)
+            if self.family.deepstack:
+                later = [_by_image(layer, batch.image_lengths) for layer in output.deepstack_features]
+                features = tuple(torch.cat(parts, dim=-1) for parts in zip(features, *later, strict=True))
+        return features
 
     def logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
         """Log-probabilities of both responses of each pair, by the weights under training."""
+        return _by_response(self.token_logps(batch, images), batch)
+
+    def token_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> Tensor:
+        """The log-probability of each of the batch's targets [N]."""
         head = self.base.get_output_embeddings().weight
         states = self._states(batch, images, batch.predictors).to(head.device)
-        logps = token_logps(states, head, batch.targets.to(head.device))
-        return sum_by_response(logps, batch.sequences.to(head.device), batch.num_pairs)
+        with self._arithmetic():
+            return token_logps(states, head, batch.targets.to(head.device), softcap=self._softcap)
 
     def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected responses by the value head, each at the response's last token."""
@@ -70,62 +105,145 @@ class Policy:
         chosen, rejected = self.value_head(self._states(batch, images, batch.ends).to(device)).chunk(2)
         return chosen, rejected
 
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        """Within it, weights that are kept in float32 to learn are rounded to `dtype` where they are used. Adapters see to this
+        themselves."""
+        mixed = not isinstance(self.model, PeftModel) and self.dtype in (torch.bfloat16, torch.float16)
+        # Each weight is used once in a forward: a cache of rounded weights would only take memory.
+        return torch.autocast(self.device.type, self.dtype, enabled=mixed, cache_enabled=False)
+
     def _states(self, batch: PairBatch, images: tuple[Tensor, ...], positions: Tensor) -> Tensor:
         """The language model's last hidden states [n, H] at flat positions [n] of the rows."""
-        hidden = self.base.model(
-            input_ids=batch.input_ids,
-            attention_mask=self._mask(batch),
-            position_ids=batch.position_ids,
-            mm_encoder_outputs=_place_images(images, batch.image_slots),
-            use_cache=False,
-        ).last_hidden_state
+        with self._arithmetic():
+            hidden = self.base.get_decoder()(
+                **self._embedded(batch, images),
+                attention_mask=self._masks(batch),
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state
         states: Tensor = hidden.flatten(0, 1)[positions.to(hidden.device)]
         return states
 
     def reference_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
-        """The same by the reference policy, without a graph."""
-        if not self._tuner_layers:
-            raise ValueError(
-                "The reference is the model without its adapter, and --sft_type full trains no adapter: use --sft_type lora."
-            )
+        """The same by the reference policy, without a graph: computed now where the batch does not bring it along."""
+        if batch.reference_logps is not None:
+            return _by_response(batch.reference_logps.to(self.base.get_output_embeddings().weight.device), batch)
+        assert self._tuner_layers or self.start, "the weights of the reference are gone"
         with torch.no_grad(), self.reference_weights():
-            return self.logps(batch, images)
+            frozen = self.start or self
+            return frozen.logps(batch, frozen.image_features(batch) if self.vision_learns else images)
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
         """Within it, the model is the reference policy."""
         # peft's own switches (disable_adapter, set_adapter) also flip requires_grad, which the running step relies on.
-        for layer in self._tuner_layers:
-            layer._active_adapter = self._reference_adapters
+        self._activate(self._reference_adapters)
         try:
             yield
         finally:
-            for layer in self._tuner_layers:
-                layer._active_adapter = [TRAINED]
+            self._activate(self._trained_adapters)
+
+    def _activate(self, adapters: list[str]) -> None:
+        for layer in self._tuner_layers:
+            layer._active_adapter = adapters
 
     def save(self, folder: Path, *, safe_serialization: bool = True) -> None:
         """Writes the result: the adapter, or the full weights, in safetensors, and a value head in the format of choice."""
-        if isinstance(self.model, PeftModel):
+        if STACKED in self._trained_adapters:
+            save_stack(self.model, folder)
+        elif isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder), selected_adapters=[TRAINED])
         else:
-            self.model.save_pretrained(str(folder))
+            with _in_type(self.model, self.dtype):
+                self.model.save_pretrained(str(folder))
         if self.value_head is not None:
             save_value_head(self.value_head, folder, safe_serialization=safe_serialization)
 
-    def _mask(self, batch: PairBatch) -> Tensor:
-        text_config = self.base.config.get_text_config()
-        window = text_config.to_dict().get("sliding_window")
-        allowed = attention_mask(batch.segment_ids, batch.position_ids, sliding_window=window)
+    def _embedded(self, batch: PairBatch, images: tuple[Tensor, ...]) -> dict[str, Any]:
+        """The decoder's inputs: the tokens' embeddings [B, S, H] with the images' features in their places."""
+        embed = self.base.get_input_embeddings()
+        if not batch.image_slots:
+            return {"inputs_embeds": embed(batch.input_ids)}
+        is_image = self._is_image(batch)
+        # The image token may lie outside the vocabulary, as in Gemma.
+        embedded = embed(batch.input_ids.masked_fill(is_image, 0))
+        features = torch.cat([images[slot] for slot in batch.image_slots]).to(embedded)
+        size = embedded.shape[-1]
+        inputs: dict[str, Any] = {"inputs_embeds": embedded.masked_scatter(is_image[:, :, None], features[:, :size])}
+        if self.family.deepstack:
+            inputs["visual_pos_masks"] = is_image
+            inputs["deepstack_visual_embeds"] = list(features[:, size:].split(size, dim=1))
+        return inputs
+
+    def _is_image(self, batch: PairBatch) -> Tensor:
+        """[B, S], True where an image's feature stands."""
+        return torch.eq(batch.input_ids, self.image_token_id)  # type: ignore[arg-type]  # never None where it is called
+
+    def _masks(self, batch: PairBatch) -> Tensor | dict[str, Tensor]:
+        """The attention mask, or one for each kind of layer where a model has several."""
+        match self.family.bidirectional:
+            case "none":
+                blocks = None
+            case "image":
+                blocks = runs_of(self._is_image(batch))
+            case "prompt":
+                blocks = torch.where(batch.segment_ids == PROMPT, 0, -1)
+        masks = {kind: self._mask(batch, window, blocks) for kind, window in self._windows.items()}
+        return masks if len(masks) > 1 or SLIDING in masks else masks[FULL]
+
+    def _mask(self, batch: PairBatch, window: int | None, blocks: Tensor | None) -> Tensor:
+        allowed = attention_mask(batch.segment_ids, batch.places, sliding_window=window, blocks=blocks)
         if self.base.get_decoder().config._attn_implementation == "eager":
             dtype = self.base.dtype
             return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
         return allowed
 
 
-def _place_images(images: tuple[Tensor, ...], slots: tuple[int, ...]) -> dict[str, Any] | None:
-    """The distinct images' features, repeated for each place where an image stands, in reading order."""
-    if not slots:
-        return None
-    # The annotation says one tensor; LLaVA's own forward passes a list, one entry per image.
-    placed: Any = [images[slot] for slot in slots]
-    return {"image": BaseModelOutputWithPooling(pooler_output=placed)}
+def _by_response(logps: Tensor, batch: PairBatch) -> PairLogps:
+    return sum_by_response(logps, batch.sequences.to(logps.device), batch.num_pairs)
+
+
+def _learns_outside_language(base: Any) -> bool:
+    """Whether weights of the vision tower or the projector learn, on which images' features depend."""
+    language = [*base.get_decoder().parameters(), base.get_output_embeddings().weight]
+    inside = {id(parameter) for parameter in language}
+    return any(p.requires_grad and id(p) not in inside for p in base.parameters())
+
+
+def _windows_of(config: Any) -> dict[str, int | None]:
+    """The sliding window (None: no limit) of each kind of layer that a language model has.
+
+    Raises ValueError for layers in which a token doesn't see others by attention with a mask.
+    """
+    settings = config.to_dict()
+    window = settings.get("sliding_window")
+    kinds = set(settings.get("layer_types") or ())
+    if not kinds:
+        return {FULL: window}
+    if odd := sorted(kinds - {FULL, SLIDING}):
+        raise ValueError(
+            f"The language model has layers of type {', '.join(odd)}, in which two responses in one row can't be kept apart. "
+            f"Models whose layers are {FULL} or {SLIDING} can be trained."
+        )
+    return {kind: window if kind == SLIDING else None for kind in sorted(kinds)}
+
+
+def _by_image(features: Any, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Features of all images cut into those of each; without known lengths they come apart already."""
+    if not lengths:
+        return tuple(features)
+    together = torch.cat([part.flatten(0, -2) for part in features])
+    return tuple(together.split(lengths))
+
+
+@contextmanager
+def _in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it, the model's weights have this type; then they are what they were, to the bit."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dtype != dtype]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data

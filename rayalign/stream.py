@@ -14,12 +14,28 @@ from typing import Any, TypeVar
 import ray.data
 
 from rayalign.batch import CompanionKind, PairBatch, assemble, with_damaged, with_mismatched
-from rayalign.data import settle_context
+from rayalign.config import Config
+from rayalign.data import RunData, settle_context
 from rayalign.encode import EncoderSpec, damaged_image_processing, image_processing
-from rayalign.plan import StepPlan, look_up, partners_in
+from rayalign.plan import PlanSettings, StepPlan, look_up, partners_in
 from rayalign.prepared import EncodedPair, PreparedData, Rows, from_batch
 
 T = TypeVar("T")
+
+
+def plan_of(config: Config, data: RunData) -> StepPlan:
+    """The order of the run."""
+    settings = PlanSettings(
+        global_batch_size=config.global_batch_size,
+        batch_size=config.optimizer.batch_size,
+        num_workers=config.cluster.num_workers,
+        num_epochs=config.optimizer.num_train_epochs,
+        max_steps=config.optimizer.max_steps,
+        seed=config.data.data_seed,
+        held_out_ratio=0.0 if data.held_out else config.data.dataset_test_ratio,
+        with_partners=config.algorithm.needs.companion == "mismatched",
+    )
+    return StepPlan(data.training.lengths(), settings)
 
 
 def pairs_in_order(
@@ -87,19 +103,18 @@ def batch_maker(
 ) -> Callable[[Sequence[EncodedPair], Sequence[EncodedPair]], PairBatch]:
     """The function that decodes images and builds tensors, for one model: from pairs, and their partners where the companion
     is made of these."""
-    tokenizer = spec.processor.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    layout = spec.layout
     process_images, process_damaged = image_processing(spec), damaged_image_processing(spec)
 
     def make_batch(pairs: Sequence[EncodedPair], partners: Sequence[EncodedPair] = ()) -> PairBatch:
-        batch = assemble(pairs, pad_token_id=pad, process_images=process_images)
+        batch = assemble(pairs, layout=layout, process_images=process_images)
         match companion:
             case "none":
                 return batch
             case "mismatched":
-                return with_mismatched(batch, pairs, partners, pad_token_id=pad)
+                return with_mismatched(batch, pairs, partners, layout=layout)
             case "damaged":
-                return with_damaged(batch, pairs, pad_token_id=pad, process_damaged=process_damaged)
+                return with_damaged(batch, pairs, layout=layout, process_damaged=process_damaged)
 
     return make_batch
 

@@ -10,116 +10,61 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPImageProcessorPil,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from rayalign.algorithms import Needs
 from rayalign.batch import PairBatch, assemble, with_damaged, with_mismatched
 from rayalign.config import ModelConfig, TunerConfig
 from rayalign.encode import Encoder, EncoderSpec, damaged_image_processing, image_processing
 from rayalign.loading import load_policy
-from rayalign.models import ModelSource
+from rayalign.models import ModelSource, find_family
 from rayalign.plan import StepTotals
 from rayalign.policy import TRAINED, Policy
 from rayalign.prepared import EncodedPair
 from rayalign.records import IMAGE_MARK, Message, PreferenceRecord
+from tests.tiny_families import TINY_FAMILIES, TINY_TEXT_MODELS, TinyFamily
 
 FAMILIES = ("llava", "llava_next")
 BOTH = Needs()
 REFERRED = Needs(reference=True)
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<s>' if loop.first else '' }}{{ message['role'] | upper }}: "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{{ '</s>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
-)
 
-VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 7,
-    "projection_dim": 32,
-}
-TEXT = {
-    "model_type": "mistral",
-    "vocab_size": 600,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "sliding_window": None,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "max_position_embeddings": 4096,
-}
-PINPOINTS = [[28, 56], [56, 28], [56, 56]]
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on a few sentences."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    sentences = ["Which digit is it? The digit is two.", "USER ASSISTANT SYSTEM: describe the image. A cat sits on the mat."]
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(sentences, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+TINY = {**TINY_FAMILIES, **TINY_TEXT_MODELS}
 
 
 def make_processor(family: str) -> Any:
-    tokenizer = make_tokenizer()
-    common = {
-        "patch_size": VISION["patch_size"],
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    if family == "llava":
-        return LlavaProcessor(CLIPImageProcessorPil(**sizes), tokenizer, **common)
-    return LlavaNextProcessor(LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=PINPOINTS), tokenizer, **common)
+    return TINY[family].processor()
 
 
 def make_model(family: str, *, text: dict[str, Any] | None = None, seed: int = 0) -> Any:
-    """The model with random weights, scaled up so that outputs depend on every input (equality would say nothing otherwise)."""
-    image_token = make_tokenizer().convert_tokens_to_ids("<image>")
-    common = {"vision_config": VISION, "text_config": {**TEXT, **(text or {})}, "image_token_index": image_token}
-    config = LlavaConfig(**common) if family == "llava" else LlavaNextConfig(**common, image_grid_pinpoints=PINPOINTS)
-    torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for parameter in _matrices(model):
-            parameter.mul_(5)
-    return model
+    """A family's model with random weights."""
+    tiny = TINY[family]
+    return _random_model(tiny.config(tiny.processor(), text or {}), seed)
 
 
 def save_tiny_model(folder: Path, family: str = "llava", *, text: dict[str, Any] | None = None, seed: int = 0) -> Path:
-    """Writes model and processor where AutoModelForImageTextToText and AutoProcessor find them."""
-    make_model(family, text=text, seed=seed).save_pretrained(folder)
-    make_processor(family).save_pretrained(folder)
+    """Writes a family's model and processor where transformers' Auto classes find them."""
+    return save_model(folder, TINY[family], text=text, seed=seed)
+
+
+def save_model(folder: Path, tiny: TinyFamily, *, text: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """The same for a family that is not among those above."""
+    processor = tiny.processor()
+    _random_model(tiny.config(processor, text or {}), seed).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
+
+
+def _random_model(config: Any, seed: int) -> Any:
+    """Weights are scaled up so that outputs depend on every input (equality would say nothing otherwise)."""
+    torch.manual_seed(seed)
+    model = find_family(config.model_type).auto_class.from_config(config)
+    with torch.no_grad():
+        for parameter in _matrices(model):
+            parameter.mul_(5)
+        for name, parameter in model.named_parameters():
+            if name.endswith("mm_input_projection_weight"):  # Gemma 3 starts with zeros here, blind to images
+                parameter.normal_(0, 0.1)
+    return model
 
 
 def _matrices(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
@@ -152,14 +97,15 @@ def make_batch(
     spec = _encoder(folder).spec
     if needs.responses == "chosen":
         pairs = [dataclasses.replace(pair, rejected_ids=[]) for pair in pairs]
-    batch = assemble(pairs, pad_token_id=0, process_images=image_processing(spec))
+    layout = spec.layout
+    batch = assemble(pairs, layout=layout, process_images=image_processing(spec))
     match needs.companion:
         case "none":
             return batch
         case "mismatched":
-            return with_mismatched(batch, pairs, partners or [*pairs[1:], pairs[0]], pad_token_id=0)
+            return with_mismatched(batch, pairs, partners or [*pairs[1:], pairs[0]], layout=layout)
         case "damaged":
-            return with_damaged(batch, pairs, pad_token_id=0, process_damaged=damaged_image_processing(spec))
+            return with_damaged(batch, pairs, layout=layout, process_damaged=damaged_image_processing(spec))
 
 
 def make_policy(
@@ -200,8 +146,10 @@ def in_float64(policy: Policy) -> Policy:
     for parent in list(policy.model.modules()):
         for name, norm in list(parent.named_children()):
             if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, torch.nn.RMSNorm):
-                exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon)
+                exact = torch.nn.RMSNorm(len(norm.weight), eps=norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
                 exact.weight = norm.weight
+                if type(norm).__name__.startswith("Gemma"):  # whose norms scale by 1 + weight
+                    exact.weight = torch.nn.Parameter(1 + norm.weight.detach(), requires_grad=norm.weight.requires_grad)
                 setattr(parent, name, exact)
     return policy
 

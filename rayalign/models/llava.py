@@ -13,7 +13,11 @@ def features_per_tile(config: Any) -> int:
 
 
 def image_token_counts(config: Any, inputs: Mapping[str, Any]) -> list[int]:
-    """Features of each image, from `pixel_values` [num_images, 3, H, W]."""
+    """Features of each image, from `pixel_values` [num_images, 3, H, W]; a Pixtral tower takes pictures of any size, given by
+    `image_sizes` [num_images, 2] (height, width in pixels)."""
+    if "image_sizes" in inputs:
+        patch = config.vision_config.patch_size
+        return [int(height) // patch * (int(width) // patch) for height, width in inputs["image_sizes"]]
     return [features_per_tile(config)] * len(inputs["pixel_values"])
 
 
@@ -22,7 +26,7 @@ FAMILY = Family(
     registered={
         "llava1_5-7b-instruct": "llava-hf/llava-1.5-7b-hf",
         "llava1_5-13b-instruct": "llava-hf/llava-1.5-13b-hf",
+        "pixtral-12b": "mistral-community/pixtral-12b",
     },
-    attention_projections=("q_proj", "k_proj", "v_proj"),
     image_token_counts=image_token_counts,
 )

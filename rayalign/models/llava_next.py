@@ -10,14 +10,24 @@ from rayalign.models.family import Family
 from rayalign.models.llava import features_per_tile
 
 
+def features_per_side(config: Any) -> int:
+    """Patches along one side of a tile."""
+    side: int = config.vision_config.image_size // config.vision_config.patch_size
+    return side
+
+
+def grid_features(config: Any, height: int, width: int) -> tuple[int, int]:
+    """Feature rows and columns of the tiles that a picture is cut into, without the padding."""
+    tile, side = config.vision_config.image_size, features_per_side(config)
+    canvas_height, canvas_width = select_best_resolution((height, width), config.image_grid_pinpoints)
+    return _without_padding(height, width, canvas_height // tile * side, canvas_width // tile * side)
+
+
 def image_token_counts(config: Any, inputs: Mapping[str, Any]) -> list[int]:
     """Features of each image, from `image_sizes` [num_images, 2] (height, width in pixels)."""
-    tile = config.vision_config.image_size
-    side = tile // config.vision_config.patch_size
     counts = []
     for height, width in inputs["image_sizes"]:
-        canvas_height, canvas_width = select_best_resolution((int(height), int(width)), config.image_grid_pinpoints)
-        rows, columns = _without_padding(int(height), int(width), canvas_height // tile * side, canvas_width // tile * side)
+        rows, columns = grid_features(config, int(height), int(width))
         counts.append(features_per_tile(config) + rows * (columns + 1))
     return counts
 
@@ -36,7 +46,8 @@ FAMILY = Family(
         "llava1_6-mistral-7b-instruct": "llava-hf/llava-v1.6-mistral-7b-hf",
         "llava1_6-vicuna-7b-instruct": "llava-hf/llava-v1.6-vicuna-7b-hf",
         "llava1_6-vicuna-13b-instruct": "llava-hf/llava-v1.6-vicuna-13b-hf",
+        "llava1_6-yi-34b-instruct": "llava-hf/llava-v1.6-34b-hf",
+        "llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf",
     },
-    attention_projections=("q_proj", "k_proj", "v_proj"),
     image_token_counts=image_token_counts,
 )

@@ -20,6 +20,7 @@ from rayalign.batch import PAD, PairBatch, assemble, with_damaged, with_mismatch
 from rayalign.config import OptimizerConfig, flags_of
 from rayalign.logprobs import PairLogps, sum_by_response, token_logps
 from rayalign.loop import Trainer
+from rayalign.models import ImageInputs, RowLayout
 from rayalign.plan import StepTotals
 from rayalign.prepared import EncodedPair
 from rayalign.value_head import ValueHead
@@ -196,7 +197,7 @@ def expected_of(name: str) -> Expected:
 class GivenStates:
     """A policy whose hidden states are given, row by row. Padding is NaN: one look at it, and everything is."""
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float64
 
     def __init__(self, name: str) -> None:
         step, head, value_head = step_of(name)
@@ -260,14 +261,16 @@ def run(name: str, cut: str, algorithm: Algorithm | None = None) -> Found:
 
     def batch_of(numbers: Sequence[int]) -> PairBatch:
         some = [pairs[i] for i in numbers]
-        batch = assemble(some, pad_token_id=0, process_images=lambda contents: {})
+        batch = assemble(some, layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
         match algorithm.needs.companion:
             case "none":
                 return batch
             case "mismatched":
-                return with_mismatched(batch, some, [partner(pairs, i) for i in numbers], pad_token_id=0)
+                return with_mismatched(batch, some, [partner(pairs, i) for i in numbers], layout=RowLayout(pad_token_id=0))
             case "damaged":
-                return with_damaged(batch, some, pad_token_id=0, process_damaged=lambda contents, seeds: {})
+                return with_damaged(
+                    batch, some, layout=RowLayout(pad_token_id=0), process_damaged=lambda contents, alone, seeds: ImageInputs()
+                )
 
     sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     totals = StepTotals(len(pairs), len(sides) - sides.count(0), sum(sides[::2]), sum(sides[1::2]))

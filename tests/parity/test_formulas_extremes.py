@@ -16,6 +16,7 @@ from rayalign.algorithms.dpo_losses import BY_DIVERGENCE
 from rayalign.algorithms.orpo import log1mexp
 from rayalign.batch import PairBatch, assemble
 from rayalign.logprobs import PairLogps, SequenceLogps, sum_by_response, token_logps
+from rayalign.models import ImageInputs, RowLayout
 from rayalign.plan import StepTotals
 from rayalign.prepared import EncodedPair
 from tests.parity import formulas
@@ -58,7 +59,7 @@ TOTALS = StepTotals(pairs=1, responses=2, chosen_tokens=CHOSEN_TOKENS, rejected_
 
 
 def batch_of_one() -> PairBatch:
-    return assemble([ONE], pad_token_id=0, process_images=lambda contents: {})
+    return assemble([ONE], layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
 
 
 def loss_and_slopes(

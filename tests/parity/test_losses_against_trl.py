@@ -21,6 +21,7 @@ from rayalign.algorithms import CPO, DPO, KTO, ORPO, RM, Algorithm, SimPO
 from rayalign.algorithms.dpo_losses import BY_DIVERGENCE, PAIR_LOSSES, SFT_LOSS
 from rayalign.batch import PairBatch, assemble, with_mismatched
 from rayalign.logprobs import PairLogps, sum_by_response, token_logps
+from rayalign.models import ImageInputs, RowLayout
 from rayalign.prepared import EncodedPair
 from tests.parity.conftest import RecordDifference
 from tests.parity.trl_models import TRL, Step, bare, differences, gradients_of, our_step
@@ -130,7 +131,7 @@ class BigramPolicy:
     model: Bigram
     reference: Bigram
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float64
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -170,9 +171,9 @@ def ours(
 ) -> Step:
     def batch_of(numbers: Sequence[int]) -> PairBatch:
         own = [pairs[i] for i in numbers]
-        batch = assemble(own, pad_token_id=0, process_images=lambda contents: {})
+        batch = assemble(own, layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
         if algorithm.needs.companion == "mismatched":
-            return with_mismatched(batch, own, [pairs[i - 1] for i in numbers], pad_token_id=0)
+            return with_mismatched(batch, own, [pairs[i - 1] for i in numbers], layout=RowLayout(pad_token_id=0))
         return batch
 
     workers = [[batch_of(numbers) for numbers in batches] for batches in cut]

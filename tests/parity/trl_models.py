@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer
 
+from rayalign.adapters import lora_targets
 from rayalign.algorithms import DPO, Algorithm, Needs
 from rayalign.batch import PairBatch
 from rayalign.config import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.encode import Encoder, EncoderSpec
-from rayalign.loading import lora_targets
 from rayalign.loop import Trainer
 from rayalign.models import ModelSource
 from rayalign.plan import StepTotals

@@ -1,7 +1,8 @@
-"""What the unit tests share: tiny models on disk, each made once a session."""
+"""What the unit tests share: tiny models on disk, each made once a session; and the matrix that ends the families' tests."""
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,3 +57,28 @@ def prepare_pairs(tmp_path: Path) -> "Callable[[Sequence[EncodedPair]], Prepared
         return PreparedData.finish(store, attempt="one", index=index, dropped=[])
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The contract matrix: a line for each model family, a column for each check of `test_families`, from the run itself."""
+    checks: list[str] = []
+    matrix: dict[str, dict[str, list[bool]]] = {}
+    for passed, outcome in ((True, "passed"), (False, "failed")):
+        for report in terminalreporter.stats.get(outcome, ()):
+            test = re.search(r"test_families\.py::test_(\w+)\[(\w+)[\]-]", report.nodeid)
+            if test is None or report.when != "call":
+                continue
+            check, family = test.groups()
+            if check not in checks:
+                checks.append(check)
+            matrix.setdefault(family, {}).setdefault(check, []).append(passed)
+    if not matrix:
+        return
+    terminalreporter.section("families x checks (tests passed of tests run)", sep="-")
+    for number, check in enumerate(checks, start=1):
+        terminalreporter.write_line(f"{number:>3}  {check.replace('_', ' ')}")
+    terminalreporter.write_line(" " * 16 + "".join(f"{number:>7}" for number in range(1, len(checks) + 1)))
+    for family, results in matrix.items():
+        cells = [results.get(check, []) for check in checks]
+        row = "".join(f"{f'{sum(cell)}/{len(cell)}' if cell else '':>7}" for cell in cells)
+        terminalreporter.write_line(f"{family:<16}{row}")

@@ -1,5 +1,5 @@
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from rayalign.batch import (
     with_damaged,
     with_mismatched,
 )
+from rayalign.models import ImageInputs, RowLayout
 from rayalign.prepared import EncodedPair
 
 # One row per pair: a is five tokens long, b four, so b is padded with one.
@@ -31,12 +32,15 @@ SEGMENTS = torch.tensor([[PROMPT, PROMPT, CHOSEN, REJECTED, REJECTED, PAD, PAD]]
 POSITIONS = torch.tensor([[0, 1, 2, 2, 3, 0, 0]])
 
 
-def first_letters(contents: Sequence[bytes]) -> Mapping[str, Tensor]:
-    return {"pixel_values": torch.tensor([content[0] for content in contents])}
+LAYOUT = RowLayout(pad_token_id=0)
+
+
+def first_letters(contents: Sequence[bytes], alone: Sequence[bool]) -> ImageInputs:
+    return ImageInputs({"pixel_values": torch.tensor([content[0] for content in contents])})
 
 
 def batch_of(*pairs: EncodedPair) -> PairBatch:
-    return assemble(pairs, pad_token_id=0, process_images=first_letters)
+    return assemble(pairs, layout=LAYOUT, process_images=first_letters)
 
 
 def test_a_row_is_prompt_chosen_rejected_and_padding() -> None:
@@ -149,7 +153,7 @@ def test_the_sliding_window_counts_positions_not_places_in_the_row() -> None:
 def test_no_query_is_without_a_key_and_no_token_reads_padding(sliding_window: int | None) -> None:
     long = EncodedPair("long", list(range(3, 9)), [7] * 5, [8] * 4, [], [])
     batch = batch_of(long, PAIR_B)
-    mask = attention_mask(batch.segment_ids, batch.position_ids, sliding_window=sliding_window)
+    mask = attention_mask(batch.segment_ids, batch.places, sliding_window=sliding_window)
     assert mask.any(dim=-1).all()
     real, padding = batch.segment_ids[1] != PAD, batch.segment_ids[1] == PAD
     assert not mask[1, 0][real][:, padding].any()
@@ -160,23 +164,24 @@ def test_moving_a_batch_keeps_its_contents() -> None:
     moved = batch.to(torch.device("cpu"))
     assert moved.ids == batch.ids
     assert moved.image_slots == batch.image_slots
-    for name in ("input_ids", "segment_ids", "position_ids", "predictors", "targets", "sequences", "ends", "margins"):
+    for name in ("input_ids", "segment_ids", "places", "position_ids", "predictors", "targets", "sequences", "ends", "margins"):
         assert torch.equal(vars(moved)[name], vars(batch)[name]), name
     assert torch.equal(moved.image_inputs["pixel_values"], batch.image_inputs["pixel_values"])
 
 
-def damaged_letters(contents: Sequence[bytes], seeds: Sequence[str]) -> Mapping[str, Tensor]:
+def damaged_letters(contents: Sequence[bytes], alone: Sequence[bool], seeds: Sequence[str]) -> ImageInputs:
     """Every image under its own seed, as numbers."""
     assert len(contents) == len(seeds)
-    return {"pixel_values": torch.tensor([[content[0], *seed.encode()] for content, seed in zip(contents, seeds, strict=True)])}
+    letters = [[content[0], *seed.encode()] for content, seed in zip(contents, seeds, strict=True)]
+    return ImageInputs({"pixel_values": torch.tensor(letters)})
 
 
 def damaged_batch(*pairs: EncodedPair) -> PairBatch:
-    return with_damaged(batch_of(*pairs), pairs, pad_token_id=0, process_damaged=damaged_letters)
+    return with_damaged(batch_of(*pairs), pairs, layout=LAYOUT, process_damaged=damaged_letters)
 
 
 def mismatched_batch(pairs: Sequence[EncodedPair], others: Sequence[EncodedPair]) -> PairBatch:
-    return with_mismatched(batch_of(*pairs), pairs, others, pad_token_id=0)
+    return with_mismatched(batch_of(*pairs), pairs, others, layout=LAYOUT)
 
 
 def test_every_tensor_of_a_batch_and_of_its_companion_is_moved() -> None:
@@ -188,7 +193,7 @@ def test_every_tensor_of_a_batch_and_of_its_companion_is_moved() -> None:
     for batch in (moved, moved.companion.batch):
         tensors += [value for value in vars(batch).values() if isinstance(value, Tensor)]
         tensors += batch.image_inputs.values()
-    assert len(tensors) == 1 + 2 * (8 + 1)
+    assert len(tensors) == 1 + 2 * (9 + 1)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.companion.batch.ids == given.companion.batch.ids
     assert moved.companion.batch.image_slots == given.companion.batch.image_slots
@@ -220,7 +225,10 @@ def test_mismatched_rows_look_at_the_images_of_their_prompt_in_the_batch() -> No
     assert batch.companion is not None
     # a: red; good: none; b: blue, red. The bad reply's picture is not looked at: its own prompt isn't there.
     assert batch.companion.batch.image_slots == batch.image_slots == (0, 1, 0)
-    assert batch.companion.batch.image_inputs == {}
+    assert batch.companion.batch.image_inputs is batch.image_inputs
+    moved = batch.to(torch.device("meta"))
+    assert moved.companion is not None
+    assert moved.companion.batch.image_inputs["pixel_values"] is moved.image_inputs["pixel_values"]
 
 
 def test_damaged_rows_are_prompt_and_chosen_of_the_pairs_that_have_images() -> None:

@@ -9,6 +9,7 @@ from rayalign.algorithms import DPO, Survey
 from rayalign.algorithms.dpo import LossType
 from rayalign.algorithms.dpo_losses import BY_DIVERGENCE, PAIR_LOSSES, RANKED, SFT_LOSS, SMOOTHED, rank_partners
 from rayalign.batch import assemble
+from rayalign.models import ImageInputs, RowLayout
 from rayalign.prepared import EncodedPair
 
 
@@ -112,7 +113,7 @@ def test_aot_finds_a_pairs_partners_by_rank_among_all_pairs_of_the_step(first: i
         ]
     )
     pairs = [EncodedPair(str(i), [5], [6], [7], [], []) for i in range(count)]
-    batch = assemble(pairs, pad_token_id=0, process_images=lambda contents: {})
+    batch = assemble(pairs, layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
     found = rank_partners(Survey(whole, first), batch)
     own = slice(first, first + count)
     assert found.gap.tolist() == [1.0, -2.0, 5.0][own]  # of the reference's -2, 1, 5: the middle, lowest, highest

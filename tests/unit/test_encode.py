@@ -14,7 +14,8 @@ from rayalign.encode import Encoder, EncoderSpec, image_processing
 from rayalign.images import image_hash
 from rayalign.prepared import EncodedPair
 from rayalign.records import Message, PreferenceRecord, RecordError
-from tests.tiny_models import CHAT_TEMPLATE, noise_image
+from tests.tiny_families import chat_template
+from tests.tiny_models import noise_image
 
 # Ids of the tiny tokenizer.
 BOS, EOS, IMAGE, NEWLINE = 1, 2, 3, 202
@@ -24,6 +25,7 @@ WHICH_DIGIT = [310, 270, 34]  # "Which", " digit", "?"
 IT_IS_TWO = [44, 87, 271, 305, 17]  # "I", "t", " is", " two", "."
 A_CAT = [68, 299]  # "a", " cat"
 
+TEMPLATE = chat_template("<image>")
 RED, BLUE = noise_image(30, 40, seed=1), noise_image(50, 20, seed=2)
 
 
@@ -130,18 +132,18 @@ def test_sft_takes_the_chosen_reply_of_a_pair(llava: Path, label: bool | None) -
     assert (pair.chosen_ids, pair.rejected_ids) == ([*IT_IS_TWO, EOS], [])
 
 
-WITHOUT_EOS = CHAT_TEMPLATE.replace("'</s>' if message['role'] == 'assistant' else ", "")
-WITHOUT_BOS = CHAT_TEMPLATE.replace("{{ '<s>' if loop.first else '' }}", "")
+WITHOUT_EOS = TEMPLATE.replace("'</s>' if message['role'] == 'assistant' else ", "")
+WITHOUT_BOS = TEMPLATE.replace("{{ '<s>' if loop.first else '' }}", "")
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, WITHOUT_EOS])
+@pytest.mark.parametrize("template", [TEMPLATE, WITHOUT_EOS])
 def test_a_response_ends_with_eos_exactly_once_whatever_the_template_does(variant: Callable[..., Path], template: str) -> None:
     pair = encode(variant(template=template), record("Which digit?", chosen="It is two.", rejected="a cat"))
     assert pair.chosen_ids == [*IT_IS_TWO, EOS]
     assert pair.rejected_ids == [*A_CAT, EOS]
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, WITHOUT_BOS])
+@pytest.mark.parametrize("template", [TEMPLATE, WITHOUT_BOS])
 def test_a_prompt_begins_with_bos_exactly_once_whoever_adds_it(variant: Callable[..., Path], template: str) -> None:
     folder = variant(template=template)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -154,7 +156,7 @@ def test_a_prompt_begins_with_bos_exactly_once_whoever_adds_it(variant: Callable
 
 
 def test_a_template_that_renders_an_answered_prompt_differently_is_refused(variant: Callable[..., Path]) -> None:
-    folder = variant(template=CHAT_TEMPLATE.replace("ASSISTANT: {% endif %}", "ASSISTANT: <think>{% endif %}"))
+    folder = variant(template=TEMPLATE.replace("ASSISTANT: {% endif %}", "ASSISTANT: <think>{% endif %}"))
     with pytest.raises(ValueError) as caught:
         encode(folder, record("Which digit?"))
     assert str(caught.value) == (
@@ -296,10 +298,10 @@ def test_the_batch_sees_images_at_the_size_that_the_encoder_counted(model_folder
     for max_pixels in (None, 30 * 30, 3000):
         spec = EncoderSpec(str(model_folder(family)), responses="both", max_pixels=max_pixels)
         pair = Encoder(spec).encode(record("<image>Which digit?"), [big])
-        inputs = image_processing(spec)([big])
+        images = image_processing(spec)([big], [True])
         count = pair.prompt_ids.count(IMAGE)
-        assert spec.family.image_token_counts(spec.model_config, inputs) == [count]
-        counts.add((count, float(inputs["pixel_values"].sum())))
+        assert images.lengths == (count,)
+        counts.add((count, float(images.tensors["pixel_values"].sum())))
     assert len(counts) == 3
 
 
@@ -319,7 +321,7 @@ def test_the_fingerprint_depends_on_contents_and_settings_but_not_on_the_folder(
     tokenizer.save_pretrained(more_tokens)
     folders = [
         more_tokens,
-        variant(template=CHAT_TEMPLATE + " "),
+        variant(template=TEMPLATE + " "),
         variant(file="config.json", image_token_index=4),
         variant(file="processor_config.json", patch_size=14),
     ]

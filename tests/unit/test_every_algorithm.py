@@ -112,6 +112,7 @@ def padded(batch: PairBatch, more: int) -> PairBatch:
         batch,
         input_ids=F.pad(batch.input_ids, (0, more), value=7),
         segment_ids=F.pad(batch.segment_ids, (0, more), value=PAD),
+        places=F.pad(batch.places, (0, more)),
         position_ids=F.pad(batch.position_ids, (0, more)),
         predictors=batch.predictors + more * (batch.predictors // length),
         ends=batch.ends + more * (batch.ends // length),
@@ -239,14 +240,6 @@ def test_the_policy_is_itself_again_after_an_error_in_the_reference(folder: Path
     with pytest.raises(KeyError), policy.reference_weights():
         raise KeyError
     assert torch.equal(policy.logps(batch, images).chosen.total, before)
-
-
-def test_a_reference_without_an_adapter_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError) as caught:
-        make_policy(folder, tuner=TunerConfig(sft_type="full"), needs=REFERRED)
-    assert str(caught.value) == (
-        "--sft_type full: this algorithm compares with a reference, which is the model without its adapter. Use lora."
-    )
 
 
 def as_pairs(chosen: Tensor, rejected: Tensor) -> PairLogps:

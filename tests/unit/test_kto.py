@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rayalign.algorithms import KTO
 from rayalign.algorithms.algorithm import Survey
+from rayalign.config import TunerConfig
 from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair
 from tests.tiny_models import encode_pair, in_float64, make_batch, make_policy, noise_image, totals_of, wake_adapters
@@ -101,3 +102,12 @@ def test_a_single_reply_has_no_values_of_the_other_side(folder: Path, policy: Po
         "rewards/accuracies": [False, True, True],
     }
     assert set(missing) == set(output.pair_metrics)
+
+
+def test_mismatched_rows_find_their_images_where_the_vision_tower_learns(folder: Path, pairs: list[EncodedPair]) -> None:
+    tuner = TunerConfig(freeze_vit=False, lora_dropout=0)
+    policy = in_float64(make_policy(folder, tuner=tuner, needs=NEEDS))
+    start = KTO().survey(policy, make_batch(folder, pairs, needs=NEEDS))
+    assert start[:, 0].tolist() == [0.0] * 3  # policy and reference are one
+    trained = KTO().survey(wake_adapters(policy), make_batch(folder, pairs, needs=NEEDS))
+    assert trained[:, 0].abs().min() > 1e-6

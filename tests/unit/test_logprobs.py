@@ -67,7 +67,9 @@ def test_values_and_both_gradients_equal_the_plain_log_softmax(n: int) -> None:
 
 def test_gradcheck_of_hidden_states_and_head() -> None:
     hidden, weight, targets = inputs(CHUNK + 2)
-    assert torch.autograd.gradcheck(token_logps, (hidden.requires_grad_(), weight.requires_grad_(), targets))
+    given = (hidden.requires_grad_(), weight.requires_grad_(), targets)
+    assert torch.autograd.gradcheck(token_logps, given)
+    assert torch.autograd.gradcheck(lambda *tensors: token_logps(*tensors, softcap=1.5), given)
 
 
 @pytest.mark.parametrize(("hidden_learns", "head_learns"), [(True, False), (False, True)])
