@@ -41,3 +41,9 @@ def test_step_compares_with_trl_and_reports_time_and_memory_of_both(tmp_path: Pa
     table = finished.stdout.splitlines()
     assert table[0].startswith("| case | prompt (image) tokens |")
     assert table[2].startswith("| tiny | ")
+
+
+def test_reference_times_both_steps_and_the_pass() -> None:
+    table = run("reference.py", "--case", "tiny", "--rounds", "1").stdout.splitlines()
+    assert table[0].startswith("| case | reference computed, pairs/s | stored, pairs/s |")
+    assert table[2].startswith("| tiny | ")

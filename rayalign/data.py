@@ -31,7 +31,7 @@ from rayalign.formats.rows import Span
 from rayalign.images import fetch_image
 from rayalign.models import ModelSource
 from rayalign.prepared import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
-from rayalign.records import RecordError, require_desirable, require_label, require_pair
+from rayalign.records import RecordError, require
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,6 @@ SPAN_ROWS = 256
 PROGRESS_SECONDS = 5
 CACHE_VERSION = 1
 """Part of every cache key; raised when the meaning of cached data changes."""
-
-REQUIRED = {"chosen": require_desirable, "both": require_pair, "either": require_label}
-"""What a record must have beyond being sound, by the responses that rows hold."""
 
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
 OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS, ("stopped", pa.string())])
@@ -255,7 +252,7 @@ def _file_label(sources: Sources, task: PrepareTask) -> str:
 
 def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> EncodedPair:
     record = parse_row(row, id=row_id)
-    REQUIRED[spec.responses](record)
+    require(record, spec.responses)
     root = Store.at(sources.image_root) if sources.image_root else None
     images = [fetch_image(i, folder=folder, image_root=root, allow_urls=sources.allow_image_urls) for i in record.images]
     return _encoder(spec).encode(record, images)
@@ -278,6 +275,8 @@ def quiet_logging() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("rayalign").setLevel(logging.INFO)
     quiet_ray()
+    # It tells of a kernel that could be had for CPUs each time it is imported, which peft does.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     # peft asks transformers for this by a name that is on its way out; drop the line when a peft release uses the new one.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rayalign.reference import REFERENCE_SCHEMA, SIDES, ReferenceLogps, ReferenceReader
 from rayalign.storage import Store
 
 Rows = NDArray[np.int64]
@@ -43,6 +44,8 @@ class EncodedPair:
     images: list[bytes]
     image_hashes: list[str]
     margin: float = 0.0
+    reference: ReferenceLogps | None = None
+    """The log-probabilities under the reference, where they were computed beforehand; in columns of their own."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +67,9 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 """One line per pair: where it came from (sort order), where it is, how long it is."""
+
+REFERENCE_COLUMNS = tuple(f"reference_{side}" for side in SIDES)
+"""Columns of REFERENCE_SCHEMA beside those of ENCODED_SCHEMA."""
 
 OPEN_SHARDS = 64
 
@@ -98,8 +104,12 @@ def to_batch(pairs: Sequence[EncodedPair]) -> pa.RecordBatch:
 
 
 def from_batch(batch: pa.RecordBatch | pa.Table) -> list[EncodedPair]:
-    """The pairs of a record batch or table with ENCODED_SCHEMA's columns."""
-    return [EncodedPair(**row) for row in batch.select(ENCODED_SCHEMA.names).to_pylist()]
+    """The pairs of a record batch or table with ENCODED_SCHEMA's columns, and REFERENCE_COLUMNS where it has them."""
+    rows = batch.select(ENCODED_SCHEMA.names).to_pylist()
+    if not set(REFERENCE_COLUMNS) <= set(batch.schema.names):
+        return [EncodedPair(**row) for row in rows]
+    references = zip(*(batch[column].to_pylist() for column in REFERENCE_COLUMNS), strict=True)
+    return [EncodedPair(**row, reference=ReferenceLogps(*logps)) for row, logps in zip(rows, references, strict=True)]
 
 
 def write_shard(store: Store, pairs: Sequence[EncodedPair]) -> None:
@@ -113,11 +123,13 @@ def write_shard(store: Store, pairs: Sequence[EncodedPair]) -> None:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A complete encoded data set. Pickles by its place; opens files only where it is read."""
+    """A complete encoded data set. Pickles by its place; opens files only where it is read. `reference` names the folder beside
+    the shards whose log-probabilities are read along with the pairs."""
 
     store: Store
     attempt: str
     num_rows: int
+    reference: str | None = None
 
     @classmethod
     def find(cls, store: Store) -> "PreparedData | None":
@@ -171,15 +183,19 @@ class PairReader:
         self._shards = index["shard"].to_pylist()
         self._positions = index["position"].to_numpy()
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._reference = ReferenceReader(data.folder / data.reference) if data.reference else None
 
     def read(self, rows: Rows | Sequence[int]) -> pa.Table:
-        """The pairs with these row numbers, in this order, as a table of ENCODED_SCHEMA."""
+        """The pairs with these row numbers, in this order, as a table of ENCODED_SCHEMA, and of REFERENCE_COLUMNS where there
+        is a reference."""
         batches = [self._open(self._shards[row]).get_batch(int(self._positions[row])) for row in rows]
-        return pa.Table.from_batches(batches, schema=ENCODED_SCHEMA)
+        table = pa.Table.from_batches(batches, schema=ENCODED_SCHEMA)
+        if self._reference is None:
+            return table
+        logps = self._reference.read(rows, table["id"].to_pylist())
+        for side, column in zip(SIDES, REFERENCE_COLUMNS, strict=True):
+            table = table.append_column(REFERENCE_SCHEMA.field(side).with_name(column), logps[side])
+        return table
 
     def _open_shard(self, name: str) -> Any:
-        store = self._folder / name
-        if store.local_path is not None:
-            return pa.ipc.open_file(pa.memory_map(str(store.local_path)))
-        filesystem, path = store.resolve()
-        return pa.ipc.open_file(filesystem.open_input_file(path))
+        return (self._folder / name).open_arrow()

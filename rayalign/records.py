@@ -154,6 +154,17 @@ def require_desirable(record: PreferenceRecord) -> None:
         raise RecordError("undesirable answer", "the reply is labelled as bad, and sft imitates replies", field="label")
 
 
+def require(record: PreferenceRecord, responses: Responses) -> None:
+    """Raises RecordError for a sound record that lacks what rows with these responses hold."""
+    match responses:
+        case "chosen":
+            require_desirable(record)
+        case "both":
+            require_pair(record)
+        case "either":
+            require_label(record)
+
+
 def _check_conversation(messages: Sequence[Message], columns: Mapping[str, str]) -> None:
     """Raises RecordError unless the messages are [system], user, assistant, user, ..., user, none of them empty."""
     query, history = columns.get("query", "query"), columns.get("history", "messages")

@@ -10,6 +10,7 @@ import yaml
 from rayalign.cli import to_yaml
 from rayalign.config import Config
 from rayalign.metrics import read_metrics
+from rayalign.reference import ReferenceKey
 from rayalign.report import ScoredPair, render_report
 from rayalign.storage import Store
 
@@ -18,14 +19,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONTENTS = ("config.yaml", "metrics.jsonl", "dropped.jsonl", "checkpoints", "model", "report.html", "summary.json")
+REFERENCE = "reference.json"
+CONTENTS = (
+    *("config.yaml", "metrics.jsonl", "dropped.jsonl", REFERENCE, "checkpoints"),
+    *("model", "report.html", "summary.json"),
+)
 
 FREE_TO_CHANGE = frozenset(
     {
         *("resume", "overwrite", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
         *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures"),
-        *("cache_dir", "max_dropped_fraction", "gradient_checkpointing", "attn_implementation"),
+        *("cache_dir", "max_dropped_fraction", "gradient_checkpointing", "attn_implementation", "precompute_ref_log_probs"),
     }
 )
 """Flags that a continued run may set anew: they change neither the data nor the update. (The three that make up the global
@@ -71,6 +76,27 @@ def _check_resumable(folder: Store, config: Config) -> None:
         )
 
 
+def check_reference(config: Config, key: ReferenceKey) -> None:
+    """Notes in the run's folder what its reference is; raises ValueError where it began with another one."""
+    note = Store.at(str(config.run.output_dir)) / REFERENCE
+    now = {"weights": dict(key.weights), "adapter": dict(key.adapter)}
+    if note.exists():
+        before = note.read_json()
+        changed = sorted(
+            f"{part} {name}"
+            for part, files in now.items()
+            for name in {*files, *before[part]}
+            if files.get(name) != before[part].get(name)
+        )
+        if changed:
+            raise ValueError(
+                f"The model that the unfinished run in {note.parent.location} started from has changed since "
+                f"({', '.join(changed)}), and with it the reference. Bring it back as it was, or pass --overwrite true to "
+                "start anew."
+            )
+    note.write_json(now)
+
+
 def _global_batch(values: Mapping[str, Any]) -> int:
     return int(values["batch_size"] * values["gradient_accumulation_steps"] * values["num_workers"])
 
@@ -100,7 +126,7 @@ def _scored_pairs(held_out: Any, data: "RunData", scores: Mapping[str, Mapping[s
     """The scored held-out pairs with texts and images, as the report shows them."""
     ids = held_out.index()["id"].to_pylist()
     rows = [row for row, pair_id in enumerate(ids) if pair_id in scores][:REPORTED_PAIRS]
-    tokenizer = data.spec.processor.tokenizer
+    tokenizer = data.spec.tokenizer
     pairs = []
     for line in held_out.reader().read(rows).to_pylist():
         score = scores[line["id"]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 
@@ -80,6 +81,13 @@ class Store:
         filesystem, path = self.resolve()
         with filesystem.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
+
+    def open_arrow(self) -> Any:
+        """An Arrow file, of which single record batches can be read: mapped into memory, or by ranges from an object store."""
+        if self.local_path is not None:
+            return pa.ipc.open_file(pa.memory_map(str(self.local_path)))
+        filesystem, path = self.resolve()
+        return pa.ipc.open_file(filesystem.open_input_file(path))
 
     def write_bytes(self, content: bytes) -> None:
         """Writes a file whole: readers see the old content or the new, never a part."""

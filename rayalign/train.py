@@ -22,11 +22,12 @@ from ray.train.torch import TorchTrainer
 from rayalign import __version__
 from rayalign.checkpoint import prune_checkpoints
 from rayalign.config import Config
-from rayalign.data import RunData, TooManyDropped, prepare, quiet_ray
+from rayalign.data import RunData, TooManyDropped, prepare, quiet_logging, quiet_ray
 from rayalign.encode import EncoderSpec
 from rayalign.models import REGISTERED_MODELS, resolve_model
 from rayalign.runs import open_run, write_results
 from rayalign.storage import Store
+from rayalign.tuner_checks import check_tuner
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def run(config: Config) -> Result:
 
     Raises ValueError for what the user can mend: flags, data, a folder that holds another run.
     """
+    assert not config.run.dry_run, "pipeline.run sees to it"
     config = with_output_dir(config)
     resolve_model(config.model, REGISTERED_MODELS)
     start_ray(config)
@@ -58,7 +60,10 @@ def run(config: Config) -> Result:
         _write_dropped(folder, error.dropped)
         raise
     _write_dropped(folder, [line for part in (data.training, data.held_out) if part for line in part.dropped()])
-    return fit(config, data)
+    # It knows how models are loaded, which Ray Train's controller, for which this module is loaded, too, has no use for.
+    from rayalign.reference_pass import with_reference
+
+    return fit(config, with_reference(config, data))
 
 
 def start_ray(config: Config) -> None:
@@ -79,7 +84,7 @@ def start_ray(config: Config) -> None:
 
 def settle_cluster(config: Config) -> Config:
     """The same configuration with the workers' GPUs decided; raises ValueError at once for workers that no node could ever
-    hold."""
+    hold, or that lack what --quant_bits needs."""
     cluster = config.cluster
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     has_gpus = any(node.get("GPU", 0) for node in nodes)
@@ -94,6 +99,7 @@ def settle_cluster(config: Config) -> Config:
             f"({len(nodes)} nodes, the largest with {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs) and does not scale. "
             "Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes."
         )
+    check_tuner(config.tuner, resolve_model(config.model, REGISTERED_MODELS), on_gpu=gpus > 0)
     return dataclasses.replace(config, cluster=dataclasses.replace(cluster, gpus_per_worker=gpus))
 
 
@@ -187,6 +193,7 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
 
 
 def _train_loop(job: dict[Any, Any]) -> dict[str, Any]:
+    quiet_logging()
     # Ray Train's controller loads this function, too; what only the workers need is imported where they run.
     from rayalign.worker import train_worker
 

@@ -1,4 +1,5 @@
-"""Ray Tune: a sweep runs the training of `train` many times with different flags, all trials on one prepared data set."""
+"""Ray Tune: a sweep runs the training of `train` many times with different flags, all trials on one prepared data set, with
+one reference."""
 
 import json
 import logging
@@ -15,7 +16,8 @@ from rayalign import train
 from rayalign.cli import to_yaml
 from rayalign.config import Config, TuneConfig
 from rayalign.data import quiet_logging
-from rayalign.runs import open_run
+from rayalign.reference_pass import with_reference
+from rayalign.runs import REFERENCE, open_run
 from rayalign.search import SearchRange, check_search
 from rayalign.storage import Store
 
@@ -40,7 +42,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     config = train.with_output_dir(config)
     folder = Store.at(str(config.run.output_dir))
     if config.run.overwrite:
-        for name in ("trials", "tune", "sweep.json", "best.yaml"):
+        for name in ("trials", "tune", REFERENCE, "sweep.json", "best.yaml"):
             (folder / name).delete()
     if (folder / "sweep.json").exists():
         raise ValueError(
@@ -48,7 +50,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
         )
     train.start_ray(config)
     config = train.settle_cluster(config)
-    train.prepare_run(config)
+    with_reference(config, train.prepare_run(config), several_runs=True)
     outcome = _tuner(config, sweep, ranges, folder).fit()
     return _finish(config, sweep, ranges, folder, outcome)
 
@@ -76,7 +78,8 @@ def _tuner(config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange],
 
 
 def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
-    """One trial, in a process of its own: finds the prepared data in the cache and trains; a trial started again resumes."""
+    """One trial, in a process of its own: finds the prepared data in the cache and the reference's log-probabilities beside it
+    and trains; a trial started again resumes."""
     quiet_logging()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", train.POLL_SECONDS)
     name = ray.tune.get_context().get_trial_id()
@@ -85,7 +88,8 @@ def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
         {**sampled, "output_dir": folder.location, "cache_dir": train.cache_of(config).location, "overwrite": False}
     )
     open_run(trial)
-    train.fit(trial, train.prepare_run(trial), callbacks=[TuneReportCallback()])
+    data = with_reference(trial, train.prepare_run(trial), several_runs=True)
+    train.fit(trial, data, callbacks=[TuneReportCallback()])
 
 
 def _to_ray(values: SearchRange) -> Any:

@@ -18,14 +18,16 @@ import torch
 from rayalign.algorithms import Algorithm
 from rayalign.checkpoint import checkpoint_name, load_checkpoint, newest_checkpoint, write_checkpoint
 from rayalign.config import Config
-from rayalign.data import RunData, quiet_logging
+from rayalign.contract import check_forward
+from rayalign.data import RunData
 from rayalign.loading import load_policy
 from rayalign.loop import LoopEvents, Trainer, run_steps, start_alike
 from rayalign.metrics import MetricsLog, gather
-from rayalign.plan import PlanSettings, StepPlan, cut_micro_batches, require_partners, totals_of
+from rayalign.models import FAMILIES
+from rayalign.plan import cut_micro_batches, require_partners, totals_of
 from rayalign.prepared import PreparedData
 from rayalign.storage import Store
-from rayalign.stream import held_out_pairs, pairs_in_order
+from rayalign.stream import held_out_pairs, pairs_in_order, plan_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,6 @@ def train_worker(config: Config, data: RunData) -> dict[str, Any]:
     What no restart could mend (flags that don't fit the model, a loss that is no longer finite) meets all workers alike: it is
     returned as `stopped`, since Ray would start the group again for what is raised.
     """
-    quiet_logging()
     try:
         worker = _Worker(config, data)
     except ValueError as error:
@@ -45,21 +46,6 @@ def train_worker(config: Config, data: RunData) -> dict[str, Any]:
         return worker.train()
     except FloatingPointError as error:
         return {"stopped": error}
-
-
-def plan_of(config: Config, data: RunData) -> StepPlan:
-    """The order of the run."""
-    settings = PlanSettings(
-        global_batch_size=config.global_batch_size,
-        batch_size=config.optimizer.batch_size,
-        num_workers=config.cluster.num_workers,
-        num_epochs=config.optimizer.num_train_epochs,
-        max_steps=config.optimizer.max_steps,
-        seed=config.data.data_seed,
-        held_out_ratio=0.0 if data.held_out else config.data.dataset_test_ratio,
-        with_partners=config.algorithm.needs.companion == "mismatched",
-    )
-    return StepPlan(data.training.lengths(), settings)
 
 
 class _Worker:
@@ -75,16 +61,17 @@ class _Worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.device = ray.train.torch.get_device()
         algorithm: Algorithm = config.algorithm
-        gpus = config.cluster.gpus_per_worker or 0
         policy = load_policy(
             data.source,
             model=config.model,
             tuner=config.tuner,
             device=self.device,
             needs=algorithm.needs,
-            spread_over_gpus=config.cluster.strategy == "device_map" or (config.cluster.strategy == "auto" and gpus > 1),
+            spread_over_gpus=config.cluster.spreads_models,
             seed=config.optimizer.seed,
         )
+        if policy.family.model_type not in FAMILIES:
+            check_forward(policy, data.spec)
         start_alike(policy)
         self.plan = plan_of(config, data)
         if data.held_out and algorithm.needs.companion == "mismatched":
@@ -93,7 +80,7 @@ class _Worker:
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         self.start_step = checkpoint.step if checkpoint else 0
         if checkpoint:
-            load_checkpoint(checkpoint, policy, self.trainer.optimizer)
+            load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
         self.pairs: dict[str, dict[str, float]] = {}
         self.log_file = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
         self.latest: dict[str, float] = {}
@@ -174,7 +161,8 @@ class _Worker:
         with tempfile.TemporaryDirectory() as temporary:
             checkpoint = None
             if self.rank == 0:
-                write_checkpoint(Path(temporary), self.trainer.policy, self.trainer.optimizer, step=step)
+                trainer = self.trainer
+                write_checkpoint(Path(temporary), trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler)
                 checkpoint = ray.train.Checkpoint.from_directory(temporary)
             ray.train.report(
                 {"step": step, **self.latest}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step, self.attempt)

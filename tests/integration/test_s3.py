@@ -68,7 +68,7 @@ def test_a_run_lives_on_object_storage_and_continues_there(
     words = (
         *("pipelines/dpo.py", "--model", model, "--dataset", good_records, "--output_dir", "s3://tests/runs/dpo"),
         *("--num_workers", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2, "--dataset_test_ratio", 0.1),
-        *("--max_steps", 4, "--save_steps", 2, "--logging_steps", 1),
+        *("--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--precompute_ref_log_probs", "true"),
     )
     cluster_of_four_cpus.run(*words)
     names = {Path(info.path).name for info in bucket.get_file_info(pafs.FileSelector("tests/runs/dpo"))}
@@ -84,6 +84,7 @@ def test_a_run_lives_on_object_storage_and_continues_there(
     output = cluster_of_four_cpus.run(*words)
     assert "from step 2 to 4" in output
     assert "encoded before" in output
+    assert "Reference: log-probs of 60 records, computed before, from s3://tests/runs/.rayalign_cache/" in output
     assert read(bucket, "tests/runs/dpo/model/adapter_model.safetensors") == adapter
     lines = [json.loads(line) for line in read(bucket, "tests/runs/dpo/metrics.jsonl").decode().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""A sweep over beta with Ray Tune, all trials on one prepared data set."""
+"""A sweep over beta with Ray Tune, all trials on one prepared data set with one reference."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,10 @@ def test_a_sweep_ranks_its_trials_and_writes_the_best_configuration(
     assert margins == sorted(margins, reverse=True)
     assert all(1e-4 <= trial["learning_rate"] <= 1e-3 for trial in sweep["trials"])
     assert yaml.safe_load((folder / "best.yaml").read_text())["beta"] == float(sweep["trials"][0]["beta"])
-    # One data set is prepared, by the driver; both trials find it.
+    # One data set is prepared, by the driver, and one reference; both trials find them.
     assert len(list((tmp_path / ".rayalign_cache").iterdir())) == 1
     assert output.count("records encoded in") == 1
+    assert output.count("Reference: log-probs of 50 records in ") == 1
+    assert output.count("records, computed before, from") == 2
     for trial in sweep["trials"]:
         assert (folder / "trials" / trial["trial"] / "summary.json").exists()
