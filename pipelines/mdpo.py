@@ -9,7 +9,7 @@ if __name__ == "__main__":
     config = cli.parse(ALGORITHMS, sys.argv[1:], prog="pipelines/mdpo.py", description=__doc__, algorithm="mdpo")
     cli.configure_logging()
 
-    from rayalign import train  # here, so that a mistyped flag is answered before Ray is loaded
+    from rayalign import pipeline  # here, so that a mistyped flag is answered before Ray is loaded
 
     with cli.user_errors():
-        train.run(config)
+        pipeline.run(config)

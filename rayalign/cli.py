@@ -18,7 +18,16 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from rayalign.config import Config, Flag, TuneConfig, config_from_mapping, flags_of, section_from_mapping, section_types
+from rayalign.config import (
+    Config,
+    Flag,
+    PlanConfig,
+    TuneConfig,
+    config_from_mapping,
+    flags_of,
+    section_from_mapping,
+    section_types,
+)
 from rayalign.flags import convert, did_you_mean, expected_value
 from rayalign.search import check_search
 from rayalign.storage import Store
@@ -54,14 +63,25 @@ def parse(
 
     `algorithm` fixes what is trained; None leaves it to `--rlhf_type`.
     """
-    return _Command(algorithms, prog, description, algorithm, sweeps=False).read(words)[0]
+    return _Command(algorithms, prog, description, algorithm).read(words)[0]
 
 
 def parse_sweep(
     algorithms: Mapping[str, type[Any]], words: Sequence[str], *, prog: str, description: str
 ) -> tuple[Config, TuneConfig]:
     """The run that every trial of a sweep starts from, and what the sweep searches; a mistake ends the program with code 2."""
-    return _Command(algorithms, prog, description, None, sweeps=True).read(words)
+    config, tune = _Command(algorithms, prog, description, None, TuneConfig).read(words)
+    assert isinstance(tune, TuneConfig)
+    return config, tune
+
+
+def parse_plan(
+    algorithms: Mapping[str, type[Any]], words: Sequence[str], *, prog: str, description: str
+) -> tuple[Config, PlanConfig]:
+    """The run that is planned, and the GPUs it is planned for; a mistake ends the program with code 2."""
+    config, plan = _Command(algorithms, prog, description, None, PlanConfig).read(words)
+    assert isinstance(plan, PlanConfig)
+    return config, plan
 
 
 def parse_section(section: type[Section], words: Sequence[str], *, prog: str, description: str, example: str) -> Section:
@@ -86,14 +106,14 @@ def parse_section(section: type[Section], words: Sequence[str], *, prog: str, de
     return built
 
 
-def to_yaml(config: Config, tune: TuneConfig | None = None) -> str:
+def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str:
     """Every flag with its value, by section, each below its help; `--config` reads it back exactly."""
-    values = {**config.to_dict(), **(dataclasses.asdict(tune) if tune else {})}
+    values = {**config.to_dict(), **(dataclasses.asdict(extra) if extra else {})}
     lines = [
         "# All flags of a run: `--config` with this file runs it, flags beside it win over the file.",
         f"rlhf_type: {config.algorithm.name}",
     ]
-    for section in (*section_types(type(config.algorithm)), *((TuneConfig,) if tune else ())):
+    for section in (*section_types(type(config.algorithm)), *((type(extra),) if extra else ())):
         for index, flag in enumerate(flags_of(section)):
             lines += ["", f"## {flag.section}"] if index == 0 else []
             lines += textwrap.wrap(_help_of(flag), 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
@@ -111,15 +131,16 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class _Command:
-    """A pipeline's command line: which algorithms it offers, which one it is fixed to, whether it sweeps."""
+    """A pipeline's command line: which algorithms it offers, which one it is fixed to, and the section of flags that it has
+    besides a run's."""
 
     algorithms: Mapping[str, type[Any]]
     prog: str
     description: str
     algorithm: str | None
-    sweeps: bool
+    extra: type[TuneConfig] | type[PlanConfig] | None = None
 
-    def read(self, words: Sequence[str]) -> tuple[Config, TuneConfig]:
+    def read(self, words: Sequence[str]) -> tuple[Config, TuneConfig | PlanConfig | None]:
         first = _Parser(prog=self.prog, add_help=False, allow_abbrev=False)
         _add_steering_flags(first, self.algorithms)
         steering, _ = first.parse_known_args(words)
@@ -135,19 +156,19 @@ class _Command:
         except ValueError as error:
             first.error(str(error))
 
-    def _build(self, name: str, values: dict[str, Any], *, print_config: bool) -> tuple[Config, TuneConfig]:
-        tune = section_from_mapping(TuneConfig, values)
-        searching = {flag.name for flag in flags_of(TuneConfig)}
-        config = config_from_mapping(self.algorithms[name], {k: v for k, v in values.items() if k not in searching})
-        if self.sweeps:
-            check_search(config, tune)
+    def _build(self, name: str, values: dict[str, Any], *, print_config: bool) -> tuple[Config, TuneConfig | PlanConfig | None]:
+        own = {flag.name for flag in flags_of(self.extra)} if self.extra else set()
+        extra = section_from_mapping(self.extra, values) if self.extra else None
+        config = config_from_mapping(self.algorithms[name], {k: v for k, v in values.items() if k not in own})
+        if isinstance(extra, TuneConfig):
+            check_search(config, extra)
         if print_config:
-            sys.stdout.write(to_yaml(config, tune if self.sweeps else None))
+            sys.stdout.write(to_yaml(config, extra))
             raise SystemExit(0)
-        return config, tune
+        return config, extra
 
     def _sections(self, name: str) -> tuple[type[Any], ...]:
-        return (*section_types(self.algorithms[name]), *((TuneConfig,) if self.sweeps else ()))
+        return (*section_types(self.algorithms[name]), *((self.extra,) if self.extra else ()))
 
     def _flags(self, name: str) -> dict[str, Flag]:
         return {flag.name: flag for section in self._sections(name) for flag in flags_of(section)}
@@ -172,7 +193,7 @@ class _Command:
 
     def _example(self) -> str:
         chosen = "" if self.algorithm else f" --rlhf_type {DEFAULT_ALGORITHM}"
-        searched = ["--search beta=grid:0.05,0.1,0.5 learning_rate=loguniform:1e-6:1e-4"] if self.sweeps else []
+        searched = ["--search beta=grid:0.05,0.1,0.5 learning_rate=loguniform:1e-6:1e-4"] if self.extra is TuneConfig else []
         lines = [
             f"example:\n  python {self.prog}{chosen}",
             "--model_type llava1_6-mistral-7b-instruct --dataset rlaif-v#1000",
@@ -196,8 +217,9 @@ class _Command:
             *others, last = owners
             words = f"{', '.join(others)} and {last}" if others else last
             return f"--{flag_name} belongs to {words}, not {name}."
-        if flag_name in {flag.name for flag in flags_of(TuneConfig)}:
-            return f"--{flag_name} belongs to pipelines/tune.py, not {self.prog}."
+        for pipeline, section in (("tune", TuneConfig), ("plan", PlanConfig)):
+            if flag_name in {flag.name for flag in flags_of(section)}:
+                return f"--{flag_name} belongs to pipelines/{pipeline}.py, not {self.prog}."
         if flag_name in ("config", "print_config"):
             return f"--{flag_name} belongs to the command line, not in a file."
         known = (*self._flags(name), "config", "rlhf_type", "print_config")
