@@ -60,6 +60,8 @@ check: setup ## format, lint, types and import rules of the whole tree
 
 bench: setup ## measure the ratios of benchmarks/README.md on this machine
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/reference.py
+	$(BIN)/python benchmarks/sizing.py
 	$(BIN)/python benchmarks/overhead.py
 
 configs: setup ## rewrite pipelines/configs/*.yaml with every flag there is, values kept
