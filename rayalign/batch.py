@@ -66,6 +66,12 @@ class PairBatch:
         others = self.companion.batch.num_tokens if self.companion else 0
         return int((self.segment_ids != PAD).sum()) + others
 
+    @property
+    def num_places(self) -> int:
+        """Tokens and padding, the companion's included."""
+        others = self.companion.batch.num_places if self.companion else 0
+        return self.input_ids.numel() + others
+
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on a device; copies from pinned memory overlap with the computation."""
         return self._map_tensors(functools.cache(lambda tensor: tensor.to(device, non_blocking=True)))

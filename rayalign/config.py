@@ -193,6 +193,12 @@ class OptimizerConfig:
     num_train_epochs: float = flag(1.0, "Passes over the training records.", above=0)
     max_steps: int | None = flag(None, "Optimizer steps; overrides --num_train_epochs.", at_least=1)
     batch_size: int = flag(1, "Pairs per worker and micro-batch.", at_least=1)
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "Rows of a micro-batch are also as few as keep it within so many tokens, padding included (one row may have more). The "
+        "pairs of an optimizer step stay the same: only its cut changes.",
+        above=0,
+    )
     gradient_accumulation_steps: int = flag(
         16, "Micro-batches per worker and optimizer step; global batch = batch_size x accumulation x workers.", at_least=1
     )
@@ -205,6 +211,11 @@ class OptimizerConfig:
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", above=0)
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm; 0 turns it off.", at_least=0)
     seed: int = flag(42, "Seed of adapter initialisation and dropout.", at_least=0)
+
+    def rows_at_a_time(self, longest: int) -> int:
+        """The most rows of a micro-batch whose longest row has so many tokens."""
+        limit = self.max_tokens_per_batch
+        return self.batch_size if limit is None else max(1, min(self.batch_size, limit // longest))
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -53,11 +53,12 @@ class MetricSums:
 
 
 class Clock:
-    """Rates since the last line of metrics: pairs and tokens per second, and the share of the time spent waiting for data."""
+    """Rates since the last line of metrics: pairs and tokens per second, the share of the time spent waiting for data, and the
+    share of the batches' places that hold padding."""
 
     def __init__(self, tokens_before: float) -> None:
         self.steps = 0
-        self._pairs = self._tokens = 0
+        self._pairs = self._tokens = self._places = 0
         self._total_tokens = tokens_before
         self._waited = self._skipped = 0.0
         self._started = self._marked = time.perf_counter()
@@ -70,6 +71,7 @@ class Clock:
             self._waited += time.perf_counter() - start
             if batch is None:
                 return
+            self._places += batch.num_places
             yield batch
 
     def count(self, *, pairs: int, tokens: int) -> None:
@@ -88,16 +90,17 @@ class Clock:
     def reduce(self) -> dict[str, float]:
         """The rates over all workers, and a fresh start."""
         seconds = time.perf_counter() - self._started - self._skipped
-        workers = gather((self._tokens, self._waited / seconds))
-        tokens = sum(worker[0] for worker in workers)
+        workers = gather((self._tokens, self._waited / seconds, self._places))
+        tokens, places = (sum(worker[i] for worker in workers) for i in (0, 2))
         self._total_tokens += tokens
         rates = {
             "num_tokens": self._total_tokens,
             "pairs_per_second": self._pairs / seconds,
             "tokens_per_second": tokens / seconds,
             "data_wait_fraction": sum(worker[1] for worker in workers) / len(workers),
+            "padding_fraction": 1 - tokens / places,
         }
-        self.steps = self._pairs = self._tokens = 0
+        self.steps = self._pairs = self._tokens = self._places = 0
         self._waited = self._skipped = 0.0
         self._started = self._marked = time.perf_counter()
         return rates

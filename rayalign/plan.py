@@ -47,6 +47,7 @@ class PlanSettings:
     seed: int
     held_out_ratio: float = 0.0
     with_partners: bool = False
+    max_tokens_per_batch: int | None = None
 
 
 def totals_of(rows: Rows, lengths: RowLengths) -> StepTotals:
@@ -79,10 +80,21 @@ def epoch_order(rows: Rows, *, seed: int, epoch: int) -> Rows:
     return np.concatenate([generator.permutation(windows[i]) for i in generator.permutation(len(windows))])
 
 
-def cut_micro_batches(rows: Rows, lengths: RowLengths, *, batch_size: int, rank: int, num_workers: int) -> list[Rows]:
-    """Cuts rows into micro-batches of similar length (little padding), longest first, and returns those of one worker."""
+def cut_micro_batches(
+    rows: Rows, lengths: RowLengths, *, batch_size: int, max_tokens: int | None = None, rank: int, num_workers: int
+) -> list[Rows]:
+    """Cuts rows into micro-batches of similar length (little padding), longest first, and returns those of one worker.
+
+    Each has at most `batch_size` rows, and, padding included, at most `max_tokens` tokens, unless one row alone has more.
+    """
     by_length = rows[np.argsort(-lengths.row_tokens(rows), kind="stable")]
-    cut = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    cut = []
+    start = 0
+    while start < len(by_length):
+        longest = int(lengths.row_tokens(by_length[start : start + 1])[0])
+        size = batch_size if max_tokens is None else max(1, min(batch_size, max_tokens // longest))
+        cut.append(by_length[start : start + size])
+        start += size
     return cut[rank::num_workers]
 
 
@@ -129,7 +141,12 @@ class StepPlan:
         settings = self.settings
         rows = self.rows_of_step(step)
         return cut_micro_batches(
-            rows, self.lengths, batch_size=settings.batch_size, rank=rank, num_workers=settings.num_workers
+            rows,
+            self.lengths,
+            batch_size=settings.batch_size,
+            max_tokens=settings.max_tokens_per_batch,
+            rank=rank,
+            num_workers=settings.num_workers,
         )
 
     def partners(self, step: int, rows: Rows) -> Rows:

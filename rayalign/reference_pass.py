@@ -161,8 +161,15 @@ class PartScorer:
     def write(self, part: int) -> int:
         """Scores and writes a part; returns its number of rows."""
         rows = _rows_of_part(part, self._records)
-        batch_size = self._config.optimizer.batch_size
-        cut = cut_micro_batches(rows, self._lengths, batch_size=batch_size, rank=0, num_workers=1)
+        optimizer = self._config.optimizer
+        cut = cut_micro_batches(
+            rows,
+            self._lengths,
+            batch_size=optimizer.batch_size,
+            max_tokens=optimizer.max_tokens_per_batch,
+            rank=0,
+            num_workers=1,
+        )
         found: dict[int, tuple[str, ReferenceLogps]] = {}
         for some, (pairs, batch) in zip(cut, ahead(self._batches(cut), depth=2), strict=True):
             found |= zip(some.tolist(), zip(batch.ids, score(self._policy, pairs, batch), strict=True), strict=True)

@@ -48,6 +48,7 @@ CURVES = (
     ("Learning rate", "learning_rate", ONE_VALUE),
     ("Pairs per second", "pairs_per_second", ONE_VALUE),
     ("Fraction of time spent waiting for data", "data_wait_fraction", ONE_VALUE),
+    ("Fraction of the batches that is padding", "padding_fraction", ONE_VALUE),
 )
 
 

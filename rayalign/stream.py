@@ -34,6 +34,7 @@ def plan_of(config: Config, data: RunData) -> StepPlan:
         seed=config.data.data_seed,
         held_out_ratio=0.0 if data.held_out else config.data.dataset_test_ratio,
         with_partners=config.algorithm.needs.companion == "mismatched",
+        max_tokens_per_batch=config.optimizer.max_tokens_per_batch,
     )
     return StepPlan(data.training.lengths(), settings)
 

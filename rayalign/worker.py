@@ -142,8 +142,14 @@ class _Worker:
         if not len(rows):
             return
         lengths = data.lengths()
-        batch_size = self.config.optimizer.batch_size
-        mine = cut_micro_batches(rows, lengths, batch_size=batch_size, rank=self.rank, num_workers=self.world)
+        mine = cut_micro_batches(
+            rows,
+            lengths,
+            batch_size=self.config.optimizer.batch_size,
+            max_tokens=self.config.optimizer.max_tokens_per_batch,
+            rank=self.rank,
+            num_workers=self.world,
+        )
         companion = self.trainer.algorithm.needs.companion
         order = None
         if companion == "mismatched":

@@ -48,7 +48,8 @@ class Findings:
 
     @cached_property
     def batch(self) -> MicroBatch:
-        return MicroBatch(self.config.optimizer.batch_size, self.data.longest, self.data.fullest)
+        rows = self.config.optimizer.rows_at_a_time(int(self.data.rows.max()))
+        return MicroBatch(rows, self.data.longest, self.data.fullest)
 
     @cached_property
     def memory(self) -> Memory:
@@ -134,5 +135,5 @@ class Findings:
 
     def _memory_with(self, config: Config, rows: int) -> Memory:
         blueprint = dataclasses.replace(self.blueprint, model=config.model, tuner=config.tuner)
-        batch = dataclasses.replace(self.batch, rows=rows)
+        batch = dataclasses.replace(self.batch, rows=min(rows, self.batch.rows))
         return memory_of(blueprint.build(), Rehearsal(blueprint), self._vision, batch)

@@ -85,7 +85,7 @@ def runs(
 def test_a_run_of_every_algorithm_logs_its_metrics_and_leaves_a_model_that_learnt(runs: Mapping[str, Path], name: str) -> None:
     lines = [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()]
     of_all = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens"}
-    of_all |= {"pairs_per_second", "tokens_per_second", "data_wait_fraction"}
+    of_all |= {"pairs_per_second", "tokens_per_second", "data_wait_fraction", "padding_fraction"}
     assert set(lines[0]) == METRICS[name] | of_all
     assert set(lines[-1]) == {"step", "eval_loss"} | {f"eval_{metric}" for metric in METRICS[name]}
     assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line)

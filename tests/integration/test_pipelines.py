@@ -67,6 +67,7 @@ def test_metrics_have_the_names_of_the_field(dpo_run: Path) -> None:
         "pairs_per_second",
         "tokens_per_second",
         "data_wait_fraction",
+        "padding_fraction",
     }
     assert rewards | others | {"nll_loss", "loss"} <= set(training[0])
     assert {f"eval_{name}" for name in rewards} <= set(evaluation[0])

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import pytest
 
 from rayalign import config
-from rayalign.config import Config, check_bounds, config_from_mapping, flag, flags_of, section_types
+from rayalign.config import Config, OptimizerConfig, check_bounds, config_from_mapping, flag, flags_of, section_types
 from rayalign.flags import convert, did_you_mean
 
 
@@ -110,3 +110,10 @@ def test_a_config_is_frozen():
 
 def test_hyphens_are_forgiven_in_suggestions():
     assert did_you_mean("learning-rate", ["learning_rate", "lora_rank"], prefix="--") == " Did you mean --learning_rate?"
+
+
+def test_rows_at_a_time_keep_to_the_pairs_and_to_the_tokens_of_a_batch():
+    by_pairs = OptimizerConfig(batch_size=8)
+    by_tokens = OptimizerConfig(batch_size=8, max_tokens_per_batch=100)
+    assert [by_pairs.rows_at_a_time(longest) for longest in (5, 30, 500)] == [8, 8, 8]
+    assert [by_tokens.rows_at_a_time(longest) for longest in (5, 30, 500)] == [8, 3, 1]

@@ -167,7 +167,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path,
     stream = stream_of(folder, plan, 3, algorithm)
     run_steps(resumed, plan, stream, run, events(log=lines["resumed"].append), start_step=3)
     assert equal(weights_of(resumed.policy), weights_of(undisturbed.policy))
-    timing = {"pairs_per_second", "tokens_per_second", "data_wait_fraction", "num_tokens"}
+    timing = {"pairs_per_second", "tokens_per_second", "data_wait_fraction", "padding_fraction", "num_tokens"}
     expected, again = ([{k: v for k, v in line.items() if k not in timing} for line in lines[run]] for run in lines)
     assert again == expected[3:]
     # A reward model's head has learned, and stands in the checkpoint beside the adapters.

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from rayalign.algorithms import StepOutput
-from rayalign.metrics import MetricsLog, MetricSums, read_metrics
+from rayalign.batch import assemble
+from rayalign.metrics import Clock, MetricsLog, MetricSums, read_metrics
+from rayalign.models import ImageInputs, RowLayout
+from rayalign.prepared import EncodedPair
 from rayalign.storage import Store
 
 
@@ -99,3 +102,15 @@ def test_a_resumed_run_forgets_the_lines_after_its_checkpoint_and_a_line_cut_sho
 
 def test_a_run_without_metrics_has_no_lines(tmp_path: Path) -> None:
     assert read_metrics(Store(str(tmp_path / "nothing.jsonl"))) == []
+
+
+def test_the_padding_of_the_batches_is_told() -> None:
+    pairs = [EncodedPair("a", [5, 6], [7, 2], [8], [], []), EncodedPair("b", [4], [9], [], [], [])]  # 5 and 2 tokens
+    batch = assemble(pairs, layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
+    clock = Clock(0)
+    assert list(clock.waited_for(iter([batch, batch]))) == [batch, batch]
+    clock.count(pairs=4, tokens=2 * batch.num_tokens)
+    assert clock.reduce()["padding_fraction"] == pytest.approx(3 / 10)
+    list(clock.waited_for(iter([batch])))  # and anew after each line
+    clock.count(pairs=2, tokens=batch.num_tokens)
+    assert clock.reduce()["padding_fraction"] == pytest.approx(3 / 10)

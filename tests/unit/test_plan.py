@@ -6,7 +6,17 @@ import pyarrow as pa
 import pytest
 
 from rayalign import plan as plan_module
-from rayalign.plan import PlanSettings, StepPlan, StepTotals, epoch_order, hold_out, look_up, partners_in, totals_of
+from rayalign.plan import (
+    PlanSettings,
+    StepPlan,
+    StepTotals,
+    cut_micro_batches,
+    epoch_order,
+    hold_out,
+    look_up,
+    partners_in,
+    totals_of,
+)
 from rayalign.prepared import EncodedPair, PreparedData, RowLengths
 
 NUM_ROWS = 43
@@ -249,3 +259,21 @@ def test_a_single_held_out_record_finds_its_partner_among_the_training_records()
     assert partner in plan.rows.tolist()
     several = plan_of(held_out_ratio=0.2)
     assert set(several.held_out.tolist()) > set(partners_in(several.held_out_order, several.held_out).tolist()[:-1])
+
+
+def test_a_batch_holds_no_more_tokens_than_allowed_unless_one_row_alone_does() -> None:
+    lengths = RowLengths(*(np.array(side) for side in ([2, 7, 1, 3, 1, 9, 1], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0])))
+    # Tokens of the rows: 4, 9, 3, 4, 2, 10, 1. Longest first, each batch is as wide as its first row.
+    cut = [
+        batch.tolist() for batch in cut_micro_batches(np.arange(7), lengths, batch_size=3, max_tokens=9, rank=0, num_workers=1)
+    ]
+    assert cut == [[5], [1], [0, 3], [2, 4, 6]]
+    assert [len(batch) * lengths.row_tokens(np.array(batch)).max() for batch in cut] == [10, 9, 8, 9]
+
+
+def test_a_limit_on_tokens_changes_the_cut_of_a_step_and_not_its_rows() -> None:
+    plans = plan_of(32), plan_of(32, batch_size=4, max_tokens_per_batch=1)
+    for step in range(plans[0].num_steps):
+        assert plans[0].rows_of_step(step).tolist() == plans[1].rows_of_step(step).tolist()
+        batches = plans[1].micro_batches(step, 0)
+        assert [len(batch) for batch in batches] == [1] * len(plans[1].rows_of_step(step))
