@@ -84,7 +84,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a folder or hub id. Raises ValueError for a model type that can't be trained, before any code
     that comes with the model is asked for."""
     settings, _ = PreTrainedConfig.get_config_dict(model)
-    find_family(settings["model_type"])
+    find_family(str(settings.get("model_type")))
     return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
