@@ -55,17 +55,9 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
     blueprint = Blueprint(model_config, source, config.model, config.tuner, config.algorithm.needs)
     look = _image_look(blueprint, processor, place, config.data.max_pixels)
     data = _measure(config, blueprint, look) if processor is not None else estimated(config, look)
-    known = _reference_is_known(config, data, several_runs=several_runs)
+    known = config.precomputes_reference(several_epochs=schedule_of(config, data).epochs > 1, several_runs=several_runs)
     blueprint = dataclasses.replace(blueprint, reference_known=known)
     return plan_text(Findings(config, plan or PlanConfig(), blueprint, data, name, origin))
-
-
-def _reference_is_known(config: Config, data: DataShapes, *, several_runs: bool) -> bool:
-    """Whether the run computes the reference's log-probabilities before it trains; see --precompute_ref_log_probs."""
-    asked = config.model.precompute_ref_log_probs
-    if asked is not None or not config.algorithm.needs.reference:
-        return bool(asked)
-    return config.tuner.sft_type == "full" or several_runs or schedule_of(config, data).epochs > 1
 
 
 def _with_folder(config: Config) -> Config:

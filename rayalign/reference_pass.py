@@ -75,10 +75,7 @@ def needed_rows(plan: StepPlan) -> Rows:
 
 def is_wanted(config: Config, plan: StepPlan, *, several_runs: bool = False) -> bool:
     """Whether a run, or one of `several_runs` of a sweep, takes the reference's log-probabilities from storage."""
-    asked = config.model.precompute_ref_log_probs
-    if asked is not None or not config.algorithm.needs.reference:
-        return bool(asked)
-    return config.tuner.sft_type == "full" or several_runs or plan.num_steps > plan.steps_per_epoch
+    return config.precomputes_reference(several_epochs=plan.num_steps > plan.steps_per_epoch, several_runs=several_runs)
 
 
 def _device_of(config: Config) -> torch.device:
