@@ -1,8 +1,8 @@
 """From encoded pairs to tensors: one row `[prompt | chosen | rejected]` per pair, each distinct image once.
 
-`encode` makes the pairs, `policy` runs them. The two responses share their prompt's row; the attention mask keeps them apart
-(`attention_mask`) and the rejected one's positions start again where the prompt ended. Objectives that compare the pairs with
-other ones (`mismatched`, `damaged`) find them in the batch's companion.
+`encode` makes the pairs, `policy` runs them. The two responses share their prompt's row; `attention` keeps them apart, and the
+rejected one's positions start again where the prompt ended. Objectives that compare the pairs with other ones (`mismatched`,
+`damaged`) find them in the batch's companion.
 """
 
 import dataclasses
@@ -20,6 +20,10 @@ from rayalign.prepared import EncodedPair
 from rayalign.reference import ReferenceLogps
 
 PAD, PROMPT, CHOSEN, REJECTED = -1, 0, 1, 2
+"""What a token of a row belongs to."""
+
+RowLengths = tuple[tuple[int, int], ...]
+"""Of each row the number of its prompt's tokens, and of all of its tokens."""
 
 CompanionKind = Literal["none", "mismatched", "damaged"]
 """Which companion a batch has: `with_mismatched`'s, `with_damaged`'s, or none."""
@@ -30,9 +34,10 @@ class PairBatch:
     """B pairs, padded to S tokens.
 
     `input_ids`, `segment_ids` (PAD, PROMPT, CHOSEN, REJECTED), `places` (of the token among those it can see): [B, S].
-    `position_ids`: [B, S], or [3, B, S] where images have rows and columns (M-RoPE). For the N response tokens of the batch:
-    `predictors` [N] is the flat index into [B * S] of the state that predicts the token, `targets` [N] its id, `sequences` [N]
-    the response it belongs to (chosen of pair b: b; rejected of pair b: B + b). `ends` [2B] is the flat index of each
+    `row_lengths`: of each row the prompt's tokens, and all. `position_ids`: [B, S], or [3, B, S] where images have rows and
+    columns (M-RoPE). For the N response tokens of the batch: `predictors` [N] is the flat index into [B * S] of the state that
+    predicts the token, `targets` [N] its id, `sequences` [N] the response it belongs to (chosen of pair b: b; rejected of pair
+    b: B + b). `ends` [2B] is the flat index of each
     response's last token (of the prompt's, where there is no such response). `image_inputs` is the processor's output for the
     distinct images; `image_lengths` the number of features of each and `image_grids` their grids (`ImageInputs`); `image_slots`
     names the distinct image of each image place, in reading order. `reference_logps` [N], float32: the log-probability of each
@@ -43,6 +48,7 @@ class PairBatch:
     input_ids: Tensor
     segment_ids: Tensor
     places: Tensor
+    row_lengths: RowLengths
     position_ids: Tensor
     predictors: Tensor
     targets: Tensor
@@ -99,30 +105,6 @@ class Companion:
     rows: Tensor
 
 
-def attention_mask(
-    segment_ids: Tensor, places: Tensor, *, sliding_window: int | None = None, blocks: Tensor | None = None
-) -> Tensor:
-    """[B, 1, S, S], True where the query may look at the key: causal, prompt and own response only, at most `sliding_window`
-    places back; and within a block of `blocks` [B, S] (-1: none) all of it. The diagonal is always on, so that a row of padding
-    is never empty (softmax over nothing is NaN)."""
-    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    allowed = causal & (key != PAD) & ((key == PROMPT) | (key == query))
-    if sliding_window is not None:
-        allowed &= places[:, :, None] - places[:, None, :] < sliding_window
-    if blocks is not None:
-        allowed |= (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
-    allowed |= torch.eye(length, dtype=torch.bool, device=segment_ids.device)
-    return allowed[:, None]
-
-
-def runs_of(marked: Tensor) -> Tensor:
-    """[B, S], numbers the runs of True in each row of `marked` [B, S]; -1 elsewhere."""
-    starts = marked & ~torch.nn.functional.pad(marked, (1, 0))[:, :-1]
-    return torch.where(marked, starts.long().cumsum(1) - 1, -1)
-
-
 def assemble(
     pairs: Sequence[EncodedPair],
     *,
@@ -174,6 +156,7 @@ def assemble(
         input_ids=torch.tensor(rows),
         segment_ids=torch.tensor(segments),
         places=torch.tensor(places),
+        row_lengths=tuple((len(p.prompt_ids), p.num_tokens) for p in pairs),
         position_ids=position_ids.squeeze(0),
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),

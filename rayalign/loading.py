@@ -13,11 +13,12 @@ from transformers import BitsAndBytesConfig
 
 from rayalign.adapters import add_adapters, learning_parts, merge_adapter
 from rayalign.algorithms import Needs
+from rayalign.attention import SHARED_PREFIX
 from rayalign.config import ModelConfig, TunerConfig
-from rayalign.models import Family, ModelSource, find_family, load_config
+from rayalign.models import FAMILIES, Family, ModelSource, find_family, load_config
 from rayalign.models.parts import find_parts
 from rayalign.policy import Policy
-from rayalign.tuner_checks import check_tuner
+from rayalign.tuner_checks import check_attention, check_tuner
 from rayalign.value_head import load_value_head
 
 
@@ -40,6 +41,7 @@ def load_policy(
     """
     full = tuner.sft_type == "full"
     check_tuner(tuner, source, on_gpu=device.type == "cuda")
+    check_attention(model, on_gpu=device.type == "cuda")
     dtype: torch.dtype = getattr(torch, model.dtype_on(device.type))
     config = load_config(source.base, trust_remote_code=model.trust_remote_code)
     family = find_family(config.model_type)
@@ -75,13 +77,19 @@ def load_policy(
         start = Policy(copy.deepcopy(wrapped).requires_grad_(False), family, dtype=dtype)
     if model.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if model.torch_compile:
+        for layer in base.get_decoder().layers:
+            layer.compile(dynamic=True)  # rows differ in length
     return Policy(wrapped, family, value_head, dtype=dtype, start=start)
 
 
 def attention_kernels(family: Family, model: ModelConfig) -> Any:
     """transformers' `attn_implementation`: that of the language model; towers choose for themselves, since not each of them has
     both kernels."""
-    return model.attn_implementation if family.text_only else {"text_config": model.attn_implementation}
+    kernel: str = model.attn_implementation
+    if kernel == "sdpa" and family.model_type in FAMILIES:  # other models may not hand the rows' lengths on to their layers
+        kernel = SHARED_PREFIX
+    return kernel if family.text_only else {"text_config": kernel}
 
 
 def _load_base(model: str, family: Family, options: dict[str, Any], device: torch.device | None) -> Any:

@@ -16,9 +16,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from rayalign.adapters import REFERENCE, STACKED, TRAINED, save_stack
-from rayalign.batch import PROMPT, PairBatch, attention_mask, runs_of
+from rayalign.attention import SHARED_PREFIX, attention_mask, block_mask, response_mask, runs_of
+from rayalign.batch import PROMPT, PairBatch
 from rayalign.logprobs import PairLogps, sum_by_response, token_logps
 from rayalign.models import Family
 from rayalign.value_head import ValueHead, save_value_head
@@ -117,7 +119,7 @@ class Policy:
         with self._arithmetic():
             hidden = self.base.get_decoder()(
                 **self._embedded(batch, images),
-                attention_mask=self._masks(batch),
+                **self._masks(batch),
                 position_ids=batch.position_ids,
                 use_cache=False,
             ).last_hidden_state
@@ -179,8 +181,8 @@ class Policy:
         """[B, S], True where an image's feature stands."""
         return torch.eq(batch.input_ids, self.image_token_id)  # type: ignore[arg-type]  # never None where it is called
 
-    def _masks(self, batch: PairBatch) -> Tensor | dict[str, Tensor]:
-        """The attention mask, or one for each kind of layer where a model has several."""
+    def _masks(self, batch: PairBatch) -> dict[str, Any]:
+        """The decoder's arguments that say who sees whom: a mask, or one for each kind of layer where a model has several."""
         match self.family.bidirectional:
             case "none":
                 blocks = None
@@ -189,14 +191,26 @@ class Policy:
             case "prompt":
                 blocks = torch.where(batch.segment_ids == PROMPT, 0, -1)
         masks = {kind: self._mask(batch, window, blocks) for kind, window in self._windows.items()}
-        return masks if len(masks) > 1 or SLIDING in masks else masks[FULL]
+        mask = masks if len(masks) > 1 or SLIDING in masks else masks[FULL]
+        return {"attention_mask": mask, **({"row_lengths": batch.row_lengths} if self._kernel == SHARED_PREFIX else {})}
 
-    def _mask(self, batch: PairBatch, window: int | None, blocks: Tensor | None) -> Tensor:
+    def _mask(self, batch: PairBatch, window: int | None, blocks: Tensor | None) -> Tensor | BlockMask:
+        kernel = self._kernel
+        if kernel == SHARED_PREFIX and blocks is None and (window is None or batch.input_ids.shape[1] <= window):
+            return response_mask(batch.segment_ids, batch.row_lengths)
+        if kernel == "flex_attention":
+            return block_mask(batch.segment_ids, batch.places, sliding_window=window, blocks=blocks)
         allowed = attention_mask(batch.segment_ids, batch.places, sliding_window=window, blocks=blocks)
-        if self.base.get_decoder().config._attn_implementation == "eager":
+        if kernel == "eager":
             dtype = self.base.dtype
             return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
         return allowed
+
+    @property
+    def _kernel(self) -> str:
+        """transformers' name for the language model's attention."""
+        name: str = self.base.get_decoder().config._attn_implementation
+        return name
 
 
 def _by_response(logps: Tensor, batch: PairBatch) -> PairLogps:

@@ -24,8 +24,8 @@ from rayalign.config import ModelConfig, TunerConfig
 from rayalign.models import ModelSource
 from rayalign.storage import Store
 
-REFERENCE_VERSION = 1
-"""Part of every key; raised when the meaning of stored log-probabilities changes."""
+REFERENCE_VERSION = 2
+"""Part of every key; raised when what is stored or its arithmetic changes."""
 
 PART_ROWS = 64
 """Rows of one file, which one task computes."""

@@ -30,7 +30,14 @@ FREE_TO_CHANGE = frozenset(
         *("resume", "overwrite", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
         *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures"),
-        *("cache_dir", "max_dropped_fraction", "gradient_checkpointing", "attn_implementation", "precompute_ref_log_probs"),
+        *(
+            "cache_dir",
+            "max_dropped_fraction",
+            "gradient_checkpointing",
+            "attn_implementation",
+            "torch_compile",
+            "precompute_ref_log_probs",
+        ),
     }
 )
 """Flags that a continued run may set anew: they change neither the data nor the update. (The three that make up the global

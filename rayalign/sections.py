@@ -72,9 +72,16 @@ class ModelConfig:
         "Type of the arithmetic and of frozen weights; what learns is kept in float32. auto: bfloat16 on a GPU, float32 on "
         "CPUs. float16 scales the loss, and skips steps whose gradients overflow (skipped_steps).",
     )
-    attn_implementation: Literal["sdpa", "eager"] = flag("sdpa", "Attention kernel of the language model.")
+    attn_implementation: Literal["sdpa", "flex_attention", "eager"] = flag(
+        "sdpa",
+        "Attention kernel of the language model. sdpa: prompt and responses apart, where the model allows it; flex_attention: "
+        "compiled for the mask's blocks, on GPUs; eager: plain products, for models that cap their attention's logits.",
+    )
     gradient_checkpointing: bool = flag(
         True, "Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    torch_compile: bool = flag(
+        False, "Compile the language model's layers (torch.compile): some percent faster, after minutes in the first steps."
     )
     precompute_ref_log_probs: bool | None = flag(
         None,

@@ -27,7 +27,7 @@ from rayalign.encode import EncoderSpec
 from rayalign.models import REGISTERED_MODELS, resolve_model
 from rayalign.runs import open_run, write_results
 from rayalign.storage import Store
-from rayalign.tuner_checks import check_tuner
+from rayalign.tuner_checks import check_attention, check_tuner
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def settle_cluster(config: Config) -> Config:
             "Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes."
         )
     check_tuner(config.tuner, resolve_model(config.model, REGISTERED_MODELS), on_gpu=gpus > 0)
+    check_attention(config.model, on_gpu=gpus > 0)
     return dataclasses.replace(config, cluster=dataclasses.replace(cluster, gpus_per_worker=gpus))
 
 

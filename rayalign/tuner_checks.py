@@ -1,4 +1,4 @@
-"""What a tuner needs of the adapter it starts from and of the machine, found out before anything is loaded.
+"""What flags need of the adapter that training starts from and of the machine, found out before anything is loaded.
 
 Flags that contradict each other are `config`'s affair; `train` asks here on the driver, `loading` again in each worker.
 """
@@ -8,7 +8,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from rayalign.config import TunerConfig
+from rayalign.config import ModelConfig, TunerConfig
 from rayalign.models.source import ADAPTER_CONFIG, ModelSource
 
 
@@ -18,6 +18,15 @@ def check_tuner(tuner: TunerConfig, source: ModelSource, *, on_gpu: bool) -> Non
         _check_stack(source)
     if tuner.quant_bits is not None:
         _check_quantisation(on_gpu=on_gpu)
+
+
+def check_attention(model: ModelConfig, *, on_gpu: bool) -> None:
+    """Raises ValueError for attention kernels that workers with or without GPUs can't train with."""
+    if model.attn_implementation == "flex_attention" and not on_gpu:
+        raise ValueError(
+            "--attn_implementation flex_attention on workers without a GPU: there it has no backward pass. Use sdpa, or give "
+            "each worker a GPU."
+        )
 
 
 def _check_stack(source: ModelSource) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from rayalign.adapters import add_adapters, learning_parts
 from rayalign.algorithms import Needs
+from rayalign.attention import SHARED_PREFIX
 from rayalign.config import ModelConfig, TunerConfig
 from rayalign.loading import attention_kernels
 from rayalign.models import Family, ModelSource, find_family
@@ -56,6 +57,13 @@ class Blueprint:
         """Layers of the language model."""
         layers: int = self.config.get_text_config().num_hidden_layers
         return layers
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether attention takes a row's prompt and its responses apart (`attention.shared_prefix_attention`)."""
+        kernels = attention_kernels(self.family, self.model)
+        kernel = kernels if self.family.text_only else kernels["text_config"]
+        return kernel == SHARED_PREFIX and self.family.bidirectional == "none"
 
     def with_checkpointing(self, *, on: bool) -> "Blueprint":
         return dataclasses.replace(self, model=dataclasses.replace(self.model, gradient_checkpointing=on))

@@ -1,7 +1,7 @@
 """Operations per pair: of an optimizer step as it is, and with each of its savings left out.
 
-Two operations for each weight and token of a matrix product; attention over the whole row, since its mask is dense; norms,
-activations and rotations are not counted.
+Two operations for each weight and token of a matrix product; attention for every query and key that are handed to its kernel,
+whatever their mask; norms, activations and rotations are not counted.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ PROBES = (64, 128)
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Operations of a row of t tokens: a t + b t^2."""
+    """Operations of a row of t tokens and s pairs of query and key, which are t^2 where attention takes the row as one."""
 
     per_token: float
     per_square: float
 
-    def __call__(self, tokens: Numbers) -> Numbers:
-        return self.per_token * tokens + self.per_square * tokens**2
+    def __call__(self, tokens: Numbers, squares: Numbers) -> Numbers:
+        return self.per_token * tokens + self.per_square * squares
 
     @classmethod
     def of(cls, rehearsal: Rehearsal, item: Pass) -> "Polynomial":
@@ -106,16 +106,17 @@ def pair_flops(data: DataShapes, costs: LanguageCosts, rehearsal: Rehearsal, way
     forward = others = head = recomputation = backward = 0.0
     for item in (*survey, *step):
         for tokens, responses, share in _rows(data, item, shared_prompt=way.shared_prompt):
+            squares = tokens**2 if not rehearsal.blueprint.cuts_rows else (tokens - responses) ** 2 + responses * tokens
             positions = (responses if way.responses_only else tokens) * share
             head += float(np.mean(positions)) * (costs.head_train if item.trains else costs.head_read)
-            read = float(np.mean(costs.read(tokens) * share))
+            read = float(np.mean(costs.read(tokens, squares) * share))
             if not item.trains:
                 others += read
                 continue
-            train = float(np.mean(costs.train(tokens) * share))
+            train = float(np.mean(costs.train(tokens, squares) * share))
             forward, backward = forward + read, backward + train - read
             if way.checkpointing:
-                recomputation += float(np.mean(costs.train_recomputing(tokens) * share)) - train
+                recomputation += float(np.mean(costs.train_recomputing(tokens, squares) * share)) - train
     return PairFlops(_vision(data, rehearsal, way), forward, others, head, recomputation, backward)
 
 

@@ -68,7 +68,7 @@ class Rehearsal:
         return self._known[shape]
 
     def flops(self, item: Pass, tokens: int) -> float:
-        """Operations of the language model in one pass over one row of `tokens`, without the output head."""
+        """Operations of the language model in one pass over one row that is all prompt, without the output head."""
         return self._carried_on([(self._flops(self._skeletons[layers], item, tokens),) for layers in self._depths])[0]
 
     def _carried_on(self, figures: list[tuple[float, ...]]) -> tuple[float, ...]:
@@ -88,7 +88,7 @@ class Rehearsal:
 
     def _flops(self, skeleton: Skeleton, item: Pass, tokens: int) -> float:
         with self._mode, Meter([]) as meter, torch.set_grad_enabled(item.trains):
-            states = self._states(skeleton.base, 1, tokens)
+            states = self._states(skeleton.base, 1, tokens, prompt=tokens)
             if item.trains:
                 states.sum().backward()
         return float(meter.flops)
@@ -101,7 +101,7 @@ class Rehearsal:
                 return None
             tokens, responses = shape.prompt_and_chosen, shape.chosen
         with torch.set_grad_enabled(item.trains):
-            states = self._states(skeleton.base, shape.rows, tokens)
+            states = self._states(skeleton.base, shape.rows, tokens, prompt=tokens - responses)
             if self.blueprint.needs.head == "value":
                 ends = states[torch.zeros(2 * shape.rows, dtype=torch.long)]
                 scores: Tensor = nn.functional.linear(ends.float(), torch.empty(1, states.shape[1], requires_grad=True))
@@ -113,9 +113,10 @@ class Rehearsal:
                 logps = token_logps(picked, skeleton.head, torch.zeros(count, dtype=torch.long))
             return logps.sum() if item.trains else None
 
-    def _states(self, base: Any, rows: int, tokens: int) -> Tensor:
+    def _states(self, base: Any, rows: int, tokens: int, *, prompt: int) -> Tensor:
         """The language model's last states [rows * tokens, H]."""
-        masks: Any = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool)
+        cut = {"row_lengths": ((prompt, tokens),) * rows} if self.blueprint.cuts_rows else {}
+        masks: Any = torch.ones(rows, 1, tokens - prompt if cut else tokens, tokens, dtype=torch.bool)
         kinds = set(getattr(base.get_decoder().config, "layer_types", None) or ())
         if "sliding_attention" in kinds:
             masks = {kind: masks.clone() for kind in sorted(kinds)}
@@ -128,6 +129,7 @@ class Rehearsal:
                 attention_mask=masks,
                 position_ids=torch.zeros(rows, tokens, dtype=torch.long),
                 use_cache=False,
+                **cut,
             ).last_hidden_state
         return hidden.flatten(0, 1)
 

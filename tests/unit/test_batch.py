@@ -1,7 +1,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +11,6 @@ from rayalign.batch import (
     REJECTED,
     PairBatch,
     assemble,
-    attention_mask,
     with_damaged,
     with_mismatched,
 )
@@ -26,11 +24,6 @@ PAIR_B = EncodedPair("b", [4], [9], [7, 2], [b"blue", b"red"], ["hash of blue", 
 # A single good reply and a single bad one.
 GOOD = EncodedPair("good", [4, 5, 6], [7, 2], [], [], [])
 BAD = EncodedPair("bad", [4], [], [8, 9, 2], [b"red"], ["hash of red"])
-
-# The row `[prompt | chosen | rejected | padding]` that the truth tables below are written for.
-SEGMENTS = torch.tensor([[PROMPT, PROMPT, CHOSEN, REJECTED, REJECTED, PAD, PAD]])
-POSITIONS = torch.tensor([[0, 1, 2, 2, 3, 0, 0]])
-
 
 LAYOUT = RowLayout(pad_token_id=0)
 
@@ -53,6 +46,7 @@ def test_a_row_is_prompt_chosen_rejected_and_padding() -> None:
     ]
     assert batch.margins.tolist() == [0.5, 0.0]
     assert (batch.num_pairs, batch.num_tokens) == (2, 9)
+    assert batch.row_lengths == ((2, 5), (1, 4))
 
 
 def test_positions_start_again_for_the_rejected_response() -> None:
@@ -120,43 +114,6 @@ def test_the_ends_are_the_last_tokens_of_the_responses_or_of_the_prompt_where_th
         *(4, 7, 13, 18),  # rejected: a's 8; good has none, so its prompt's 6; bad's 2; b's 2
     ]
     assert batch.input_ids.flatten()[batch.ends].tolist() == [2, 2, 4, 9, 8, 6, 2, 2]
-
-
-def test_a_response_sees_the_prompt_and_itself_but_never_the_other_response() -> None:
-    mask = attention_mask(SEGMENTS, POSITIONS)
-    assert mask.shape == (1, 1, 7, 7)
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0, 0],  # prompt
-        [1, 1, 0, 0, 0, 0, 0],  # prompt
-        [1, 1, 1, 0, 0, 0, 0],  # chosen
-        [1, 1, 0, 1, 0, 0, 0],  # rejected: not the chosen token
-        [1, 1, 0, 1, 1, 0, 0],  # rejected
-        [1, 1, 0, 0, 0, 1, 0],  # padding: nobody reads it
-        [1, 1, 0, 0, 0, 0, 1],  # padding: not even other padding
-    ]
-
-
-def test_the_sliding_window_counts_positions_not_places_in_the_row() -> None:
-    mask = attention_mask(SEGMENTS, POSITIONS, sliding_window=2)
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0, 0],  # position 0
-        [1, 1, 0, 0, 0, 0, 0],  # position 1
-        [0, 1, 1, 0, 0, 0, 0],  # chosen, position 2: the prompt's position 1 is one back
-        [0, 1, 0, 1, 0, 0, 0],  # rejected, position 2: so it is here, though two places back
-        [0, 0, 0, 1, 1, 0, 0],  # rejected, position 3
-        [1, 1, 0, 0, 0, 1, 0],  # padding
-        [1, 1, 0, 0, 0, 0, 1],  # padding
-    ]
-
-
-@pytest.mark.parametrize("sliding_window", [None, 1, 3])
-def test_no_query_is_without_a_key_and_no_token_reads_padding(sliding_window: int | None) -> None:
-    long = EncodedPair("long", list(range(3, 9)), [7] * 5, [8] * 4, [], [])
-    batch = batch_of(long, PAIR_B)
-    mask = attention_mask(batch.segment_ids, batch.places, sliding_window=sliding_window)
-    assert mask.any(dim=-1).all()
-    real, padding = batch.segment_ids[1] != PAD, batch.segment_ids[1] == PAD
-    assert not mask[1, 0][real][:, padding].any()
 
 
 def test_moving_a_batch_keeps_its_contents() -> None:

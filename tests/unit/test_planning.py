@@ -108,7 +108,7 @@ def test_a_dry_run_tells_everything_offline_and_writes_nothing(tmp_path: Path, c
         "  LoRA DEFAULT would train      1.97 M",
         "Tokens per pair (4 pairs, 0 of them held out)",
         "    of it images                    2,496   3,328  3,328  3,328",
-        "  strategy: ddp, one GPU per worker (7.10 of 80 GB used)",
+        "  strategy: ddp, one GPU per worker (6.84 of 80 GB used)",
         "  40% of the GPUs' peak is reached (--mfu), data and checkpoints never wait;",
     ):
         assert line in told.splitlines()
@@ -124,9 +124,9 @@ def test_a_gpu_that_is_too_small_is_answered_with_what_would_fit(tmp_path: Path)
     told = plan_run(config, PlanConfig(gpu_memory_gb=20, gpu_tflops=30, price_per_hour=2.0)).splitlines()
     start = told.index("On GPUs of 20 GB, 30 TFLOPS")
     assert told[start + 1 : start + 4] == [
-        "  a worker needs 32.71 GB, more than one GPU has",
+        "  a worker needs 29.59 GB, more than one GPU has",
         "  strategy: device_map, 2 GPUs per worker (--gpus_per_worker 2); they take turns",
-        "  it would fit one GPU with --gradient_checkpointing true (17.74 GB)",
+        "  it would fit one GPU with --gradient_checkpointing true (17.64 GB)",
     ]
     assert told[-6] == "  time: 0.5 min on 2 GPUs, 1 at work at a time; 0.03 at 2 per GPU and hour"
 

@@ -559,7 +559,8 @@ def test_the_frozen_adapter_below_has_no_dropout(folder: Path, first: ModelSourc
     policy = make_policy(first, tuner=tuner, needs=Needs(dropout=True))
     # The new adapter's matrices are zero, so that its own dropout can't be seen yet.
     assert torch.equal(logps(policy, batch), logps(policy, batch))
-    assert torch.equal(logps(policy, batch), logps(make_policy(first), batch))
+    # With dropout a layer is computed in another order: float32.
+    torch.testing.assert_close(logps(policy, batch), logps(make_policy(first), batch), atol=0, rtol=FLOAT32)
 
 
 def test_full_fine_tuning_starts_from_the_merged_adapter(

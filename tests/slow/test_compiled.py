@@ -1,0 +1,50 @@
+"""Compiled layers, whose compilation takes minutes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayalign.algorithms import DPO
+from rayalign.config import ModelConfig, TunerConfig
+from tests.tiny_models import (
+    REFERRED,
+    encode_pair,
+    make_batch,
+    make_policy,
+    noise_image,
+    save_tiny_model,
+    totals_of,
+    wake_adapters,
+)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_give_the_same_loss_and_gradients_for_rows_of_any_length(tmp_path: Path, checkpointing: bool) -> None:
+    folder = save_tiny_model(tmp_path, "llava_next")
+    pairs = [
+        encode_pair(
+            folder, str(n), "Which digit is it? " * n, "The digit is two.", "A cat", images=[noise_image(40, 40, seed=n)]
+        )
+        for n in (1, 7, 3)
+    ]
+    found = []
+    for compiled in (False, True):
+        model = ModelConfig(torch_compile=compiled, gradient_checkpointing=checkpointing)
+        policy = wake_adapters(
+            make_policy(folder, model=model, tuner=TunerConfig(lora_target_modules=("ALL",)), needs=REFERRED)
+        )
+        losses = []
+        for some in (pairs[:1], pairs[1:], pairs):
+            loss = DPO().step(policy, make_batch(folder, some), totals_of(some)).loss_share
+            loss.backward()
+            losses.append(loss.detach())
+        found.append((torch.stack(losses), [parameter.grad for parameter in policy.trainable.values()]))
+    (losses, gradients), (compiled_losses, compiled_gradients) = found
+    # float32 in another order.
+    torch.testing.assert_close(compiled_losses, losses, atol=1e-5, rtol=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in gradients if gradient is not None)
+    for ours, plain in zip(compiled_gradients, gradients, strict=True):
+        assert ours is not None
+        assert plain is not None
+        torch.testing.assert_close(ours, plain, atol=1e-4 * largest, rtol=0)
