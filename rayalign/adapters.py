@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rayalign.config import TunerConfig
+from rayalign.low_rank import quicken
 from rayalign.models import Family, ModelSource
 from rayalign.models.parts import PART_NAMES, Part, find_parts
 
@@ -49,6 +50,7 @@ def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Fam
     if start is None:
         new = get_peft_model(base, lora, adapter_name=TRAINED)
         _set_magnitudes(new)
+        quicken(new)
         return new
     if tuner.stack_adapter:
         model = PeftModel.from_pretrained(base, start, adapter_name=STACKED, is_trainable=False)
@@ -60,6 +62,7 @@ def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Fam
         if needs_reference:
             model.load_adapter(start, adapter_name=REFERENCE, is_trainable=False)
     _let_learn(model, tuner)
+    quicken(model)
     return model
 
 

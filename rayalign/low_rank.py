@@ -1,0 +1,74 @@
+"""The forward and backward of a frozen linear layer with a LoRA adapter on it, in as few passes over memory as there can be.
+
+`adapters` puts it in the place of peft's own, whose scaling, addition and casts each read and write the layer's whole output
+again. It computes in the type of the layer's input, as autocast does; the adapter's weights stay in float32.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+
+class LowRankLinear(lora.Linear):
+    """peft's LoRA linear, except for the arithmetic: y = W x + b + s B A x (Hu et al. 2021, https://arxiv.org/abs/2106.09685,
+    section 4.1). Adapters add up. What the formula leaves out (dropout, DoRA, autocast, a W that learns) peft computes."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., out] of [..., in]."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        base: Any = self.get_base_layer()
+        plain = not (args or kwargs or self.merged or self.disable_adapters) and all(map(self._is_plain, names))
+        if not plain or base.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, *args, **kwargs)
+        factors = [layer[name].weight.to(x.dtype) for name in names for layer in (self.lora_A, self.lora_B)]
+        scales = [self.scaling[name] for name in names]
+        output: Tensor = _Product.apply(x, base.weight, base.bias, scales, *factors)  # type: ignore[no-untyped-call]
+        return output
+
+    def _is_plain(self, name: str) -> bool:
+        dropout: Any = self.lora_dropout[name]
+        drops = self.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+        return not drops and name not in self.lora_variant and self.lora_B[name].bias is None
+
+
+def quicken(model: nn.Module) -> None:
+    """Lets the LoRA linears of a model compute in few passes; those that peft puts on quantised layers stay as they are."""
+    for module in model.modules():
+        if type(module) is lora.Linear and type(module.get_base_layer()) is nn.Linear:
+            module.__class__ = LowRankLinear
+
+
+class _Product(torch.autograd.Function):
+    """y of x by W, b and the scale, A and B of each adapter. W and b are frozen: they have no gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], *factors: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        output = nn.functional.linear(rows, weight, bias)
+        narrows = []
+        for scale, a, b in zip(scales, factors[::2], factors[1::2], strict=True):
+            narrows.append(rows @ a.t())
+            output.addmm_(narrows[-1], b.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, *narrows, *factors)
+        ctx.scales, ctx.shape = scales, x.shape
+        return output.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, *saved = ctx.saved_tensors
+        narrows, factors = saved[: len(ctx.scales)], saved[len(ctx.scales) :]
+        upstream = outputs[0].flatten(0, -2)
+        of_x = upstream @ weight if ctx.needs_input_grad[0] else None
+        of_factors: list[Tensor | None] = []
+        learns = ctx.needs_input_grad[4:]
+        for i, (scale, narrow) in enumerate(zip(ctx.scales, narrows, strict=True)):
+            a, b = factors[2 * i : 2 * i + 2]
+            of_narrow = (upstream @ b).mul_(scale)
+            if of_x is not None:
+                of_x.addmm_(of_narrow, a)
+            of_factors.append(of_narrow.t() @ rows if learns[2 * i] else None)
+            of_factors.append((upstream.t() @ narrow).mul_(scale) if learns[2 * i + 1] else None)
+        return None if of_x is None else of_x.view(ctx.shape), None, None, None, *of_factors
