@@ -54,37 +54,42 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: flo
 
     `hidden` [N, H] are the states that predict, `weight` [V, H] is the output head, `targets` [N] are token ids. `softcap`:
     logits l become softcap tanh(l / softcap), as in Gemma 2 (https://arxiv.org/abs/2408.00118, section 2). Returns [N] in
-    float32 (float64 for float64 input). At most CHUNK_TOKENS x V logits exist at a time, in the backward pass too; twice that
-    with a softcap.
+    float32 (float64 for float64 input). Products are computed in the type of autocast, or of `hidden`. At most CHUNK_TOKENS x V
+    logits and as many probabilities exist at a time, in the backward pass too; half as much again with a softcap.
     """
-    logps: Tensor = _TokenLogps.apply(hidden, weight, targets, softcap)  # type: ignore[no-untyped-call]  # apply is untyped
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    logps: Tensor = _TokenLogps.apply(hidden, weight, targets, softcap, dtype)  # type: ignore[no-untyped-call]  # apply is untyped
     return logps
 
 
 class _TokenLogps(torch.autograd.Function):
     """d log p / d logits = onehot(target) - softmax(logits), so the gradient of `hidden` can be formed while the chunk's
-    logits are at hand, up to the factor that arrives in backward; only a trainable head has its logits computed again."""
+    probabilities are at hand, up to the factor that arrives in backward; only a head that learns has its logits made again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
         keep_gradient = hidden.requires_grad
         gradient = torch.empty_like(hidden) if keep_gradient else None
+        head = weight.to(dtype)
         chunks = []
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            log_softmax, slope = _chunk_logps(hidden[part], weight, softcap)
-            chunks.append(log_softmax.gather(1, targets[part, None]).squeeze(1))
+            logps, probabilities, slope = _chunk(hidden[part].to(dtype), head, targets[part], softcap)
+            chunks.append(logps)
             if gradient is not None:
-                gradient[part] = _logits_gradient(log_softmax, targets[part], slope).to(weight.dtype) @ weight
+                own = head[targets[part]]
+                if slope is not None:
+                    own *= slope.gather(1, targets[part, None])
+                    probabilities *= slope
+                gradient[part] = own.to(dtype).addmm_(probabilities.to(dtype), head, alpha=-1)
         ctx.trains_head = weight.requires_grad
         ctx.save_for_backward(*([gradient] if keep_gradient else []), *([hidden, weight, targets] if ctx.trains_head else []))
-        ctx.keep_gradient, ctx.softcap = keep_gradient, softcap
-        if not chunks:
-            return hidden.new_zeros(0, dtype=_loss_dtype(hidden.dtype))
-        return torch.cat(chunks)
+        ctx.keep_gradient, ctx.softcap, ctx.dtype = keep_gradient, softcap, dtype
+        return torch.cat(chunks) if chunks else hidden.new_zeros(0, dtype=_loss_dtype(dtype))
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (upstream,) = outputs
         saved = list(ctx.saved_tensors)
         hidden_gradient = None
@@ -94,33 +99,36 @@ class _TokenLogps(torch.autograd.Function):
         weight_gradient = None
         if ctx.trains_head:
             hidden, weight, targets = saved
-            weight_gradient = torch.zeros_like(weight)
+            head, weight_gradient = weight.to(ctx.dtype), torch.zeros_like(weight)
             for start in range(0, len(targets), CHUNK_TOKENS):
                 part = slice(start, start + CHUNK_TOKENS)
-                log_softmax, slope = _chunk_logps(hidden[part], weight, ctx.softcap)
-                scaled = _logits_gradient(log_softmax, targets[part], slope) * upstream[part, None]
-                weight_gradient.addmm_(scaled.to(weight.dtype).t(), hidden[part])
-        return hidden_gradient, weight_gradient, None, None
+                states = hidden[part].to(ctx.dtype)
+                _, probabilities, slope = _chunk(states, head, targets[part], ctx.softcap)
+                of_logits = probabilities.neg_()
+                of_logits[torch.arange(len(states), device=states.device), targets[part]] += 1
+                if slope is not None:
+                    of_logits *= slope
+                of_logits *= upstream[part, None]
+                weight_gradient += of_logits.to(ctx.dtype).t() @ states
+        return hidden_gradient, weight_gradient, None, None, None
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _chunk_logps(hidden: Tensor, weight: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Log-softmax [n, V] of a chunk, and with a softcap d(capped logits) / d(logits) [n, V]."""
-    logits = (hidden @ weight.t()).to(_loss_dtype(hidden.dtype))
+def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log p(target) [n] of a chunk, all its probabilities [n, V], and with a softcap d(capped logits) / d(logits) [n, V]."""
+    logits = hidden @ weight.t()
     slope = None
     if softcap is not None:
-        bent = logits.div_(softcap).tanh_()
+        bent = logits.to(_loss_dtype(logits.dtype)).div_(softcap).tanh_()
         slope = 1 - bent.square()
         logits = bent.mul_(softcap)
-    logits -= torch.logsumexp(logits, dim=-1, keepdim=True)
-    return logits, slope
-
-
-def _logits_gradient(log_softmax: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
-    """(onehot - softmax) slope [n, V], made in place of the log-softmax."""
-    gradient = log_softmax.exp_().neg_()
-    gradient[torch.arange(len(targets), device=targets.device), targets] += 1
-    return gradient if slope is None else gradient.mul_(slope)
+    probabilities = torch.softmax(logits, dim=-1, dtype=_loss_dtype(logits.dtype))
+    # The largest probability is at least 1 / V, so that its logarithm is exact enough to tell the normaliser by; to sum the
+    # exponentials for it once more would take as long as the softmax.
+    largest, place = logits.max(dim=-1, keepdim=True)
+    normaliser = largest.to(probabilities.dtype) - probabilities.gather(1, place).log()
+    logps = logits.gather(1, targets[:, None]).to(probabilities.dtype) - normaliser
+    return logps.squeeze(1), probabilities, slope

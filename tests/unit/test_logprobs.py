@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayalign import logprobs
 from rayalign.logprobs import SequenceLogps, sum_by_response, token_logps
+from rayalign.sizing.meter import Meter
 
 CHUNK = 4
 # Both orders of summation are exact to a few units in the last place of numbers around 10.
@@ -136,6 +137,26 @@ def test_no_tensor_is_larger_than_one_chunk_of_logits_forward_and_backward() -> 
             function(h, w, targets).sum().backward()
         peaks.append(largest.numel)
     assert peaks == [CHUNK * vocabulary, n * vocabulary]
+
+
+def test_peak_memory_does_not_grow_with_vocabulary_times_length() -> None:
+    vocabulary, size = 500, 3
+    peaks: dict[Any, list[int]] = {}
+    for function in (token_logps, plain_logps):
+        for n in (10 * CHUNK, 40 * CHUNK):
+            hidden, weight, targets = inputs(n, vocabulary=vocabulary)
+            h, w = hidden.requires_grad_(), weight.requires_grad_()
+            with Meter([h, w, targets]) as meter:
+                function(h, w, targets).sum().backward()
+            peaks.setdefault(function, []).append(meter.peak)
+    number = torch.float64.itemsize
+    short, long = peaks[token_logps]
+    # Longer by 30 chunks: states, their gradients and some numbers a token, whatever the vocabulary.
+    assert long - short < 30 * CHUNK * (3 * size + 6) * number
+    # A chunk's logits and probabilities and what is made of them, and three of the head: its gradient, a product, a sum.
+    assert long < (4 * CHUNK * vocabulary + 3 * vocabulary * size + 40 * CHUNK * (3 * size + 6)) * number
+    short, long = peaks[plain_logps]
+    assert long - short > 30 * CHUNK * vocabulary * number
 
 
 def test_the_average_is_per_token() -> None:
