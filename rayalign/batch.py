@@ -40,8 +40,9 @@ class PairBatch:
     b: B + b). `ends` [2B] is the flat index of each
     response's last token (of the prompt's, where there is no such response). `image_inputs` is the processor's output for the
     distinct images; `image_lengths` the number of features of each and `image_grids` their grids (`ImageInputs`); `image_slots`
-    names the distinct image of each image place, in reading order. `reference_logps` [N], float32: the log-probability of each
-    target under the reference, where it was computed beforehand.
+    names the distinct image of each image place, in reading order; `image_features` [tokens, H] of each distinct image, where
+    they were made beforehand. `reference_logps` [N], float32: the log-probability of each target under the reference, where it
+    was computed beforehand.
     """
 
     ids: tuple[str, ...]
@@ -59,6 +60,7 @@ class PairBatch:
     image_grids: tuple[Grid, ...]
     image_slots: tuple[int, ...]
     margins: Tensor
+    image_features: tuple[Tensor, ...] | None = None
     reference_logps: Tensor | None = None
     companion: "Companion | None" = None
 
@@ -79,8 +81,21 @@ class PairBatch:
         return self.input_ids.numel() + others
 
     def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on a device; copies from pinned memory overlap with the computation."""
-        return self._map_tensors(functools.cache(lambda tensor: tensor.to(device, non_blocking=True)))
+        """The same batch on a device. Copies to a GPU from pinned memory have a stream of their own, and so run beside the
+        computation of earlier batches."""
+        if device.type != "cuda":
+            return self._map_tensors(functools.cache(lambda tensor: tensor.to(device)))
+        computing, copying = torch.cuda.current_stream(device), _copy_stream(device)
+
+        def copy(tensor: Tensor) -> Tensor:
+            with torch.cuda.stream(copying):
+                copied = tensor.to(device, non_blocking=True)
+            copied.record_stream(computing)  # its memory is free again when the computation is done with it
+            return copied
+
+        moved = self._map_tensors(functools.cache(copy))
+        computing.wait_stream(copying)
+        return moved
 
     def pin_memory(self) -> "PairBatch":
         """The same batch in page-locked memory."""
@@ -95,6 +110,11 @@ class PairBatch:
         if companion is not None:
             companion = Companion(companion.batch._map_tensors(move), move(companion.rows))
         return dataclasses.replace(self, **moved, image_inputs=images, companion=companion)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,13 @@ def attention_kernels(family: Family, model: ModelConfig) -> Any:
     return kernel if family.text_only else {"text_config": kernel}
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16. (auto does not go by it: the workers of a cluster may have
+    different CPUs, and would compute in different types.)"""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def _load_base(model: str, family: Family, options: dict[str, Any], device: torch.device | None) -> Any:
     """The model with its weights on a device, or spread over all GPUs where there is none."""
     if device is None:

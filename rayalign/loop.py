@@ -5,6 +5,7 @@ any number of forwards, uneven tails and idle workers are fine. Where the loss o
 (KTO's KL estimate, AOT's ranks), all of them are surveyed before the first gradient.
 """
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -140,7 +141,7 @@ class Trainer:
     def gradients(self, micro_batches: Iterable[PairBatch], totals: StepTotals) -> int:
         """Fills the gradients of a whole step, summed over workers, times the loss scale; returns this worker's tokens."""
         # A survey runs every micro-batch twice, and a stream gives each once.
-        batches = list(micro_batches) if self.algorithm.needs.survey else micro_batches
+        batches = list(map(self._with_features, micro_batches)) if self.algorithm.needs.survey else micro_batches
         tokens = 0
         for batch, output in self._outputs(lambda: batches, totals):
             tokens += batch.num_tokens
@@ -206,6 +207,13 @@ class Trainer:
                         if not is_missing:
                             of_pair[name] = value
         return sums.reduce(steps=1), pairs
+
+    def _with_features(self, batch: PairBatch) -> PairBatch:
+        """The batch with its images' features, which a frozen tower need not make twice."""
+        if not batch.image_inputs or self.policy.vision_learns:
+            return batch
+        with torch.no_grad():
+            return dataclasses.replace(batch, image_features=self.policy.image_features(batch.to(self.policy.device)))
 
     def _outputs(
         self, batches: Callable[[], Iterable[PairBatch]], totals: StepTotals

@@ -75,6 +75,8 @@ class Policy:
 
         Families whose tower also feeds later layers have these features beside them: [tokens, H + layers x H].
         """
+        if batch.image_features is not None:
+            return batch.image_features
         if not batch.image_inputs:
             return ()
         # The outer model's method hands some of what the inner one takes on without naming it.

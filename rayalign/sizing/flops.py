@@ -140,7 +140,8 @@ def _vision(data: DataShapes, rehearsal: Rehearsal, way: Way) -> float:
     tower_backward = own if "vit" in learning else 0.0
     aligner_backward = own if "aligner" in learning else tower_backward and 1.0
     again = rehearsal.blueprint.vision_learns and needs.reference and not way.reference_known
-    forwards = 1 + int(needs.survey) + int(needs.companion == "damaged") + int(again)
+    surveyed = needs.survey and rehearsal.blueprint.vision_learns  # a frozen tower's features are kept for the step
+    forwards = 1 + int(surveyed) + int(needs.companion == "damaged") + int(again) * (1 + int(surveyed))
     if not way.images_once:
         forwards = (2 if data.rejected.any() else 1) * (1 + int(needs.reference and not way.reference_known))
     tower, aligner = float(data.tower_flops.mean()), float(data.aligner_flops.mean())

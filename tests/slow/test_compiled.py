@@ -19,6 +19,7 @@ from tests.tiny_models import (
 )
 
 
+@pytest.mark.filterwarnings("ignore")  # of all kinds, in torch's compiler
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_give_the_same_loss_and_gradients_for_rows_of_any_length(tmp_path: Path, checkpointing: bool) -> None:
     folder = save_tiny_model(tmp_path, "llava_next")

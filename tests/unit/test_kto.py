@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rayalign.algorithms import KTO
 from rayalign.algorithms.algorithm import Survey
-from rayalign.config import TunerConfig
+from rayalign.config import OptimizerConfig, TunerConfig
+from rayalign.loop import Trainer
 from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair
 from tests.tiny_models import encode_pair, in_float64, make_batch, make_policy, noise_image, totals_of, wake_adapters
@@ -111,3 +112,19 @@ def test_mismatched_rows_find_their_images_where_the_vision_tower_learns(folder:
     assert start[:, 0].tolist() == [0.0] * 3  # policy and reference are one
     trained = KTO().survey(wake_adapters(policy), make_batch(folder, pairs, needs=NEEDS))
     assert trained[:, 0].abs().min() > 1e-6
+
+
+@pytest.mark.parametrize(("frozen", "runs"), [(True, 2), (False, 8)])
+def test_a_frozen_tower_runs_once_for_survey_and_step(folder: Path, pairs: list[EncodedPair], frozen: bool, runs: int) -> None:
+    """Two micro-batches with images; one that learns runs in each of both, for policy and reference."""
+    pairs[1] = encode_pair(folder, "b", "describe the image.", "The digit is two.", "no", images=[noise_image(30, 40, seed=2)])
+    batches = [
+        make_batch(folder, pairs[:1], needs=NEEDS, partners=pairs[1:2]),
+        make_batch(folder, pairs[1:], needs=NEEDS, partners=[pairs[2], pairs[0]]),
+    ]
+    tuner = TunerConfig(freeze_vit=frozen)
+    trainer = Trainer(make_policy(folder, tuner=tuner, needs=NEEDS), KTO(), OptimizerConfig(), num_steps=1)
+    seen = []
+    trainer.policy.base.model.vision_tower.register_forward_hook(lambda *arguments: seen.append(1))
+    trainer.gradients(batches, totals_of(pairs))
+    assert len(seen) == runs
