@@ -11,7 +11,6 @@ first; where they differ, nothing is measured.
 """
 
 import argparse
-import ctypes
 import gc
 import importlib.metadata
 import json
@@ -26,14 +25,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import sides
 import torch
 from machine import RESULTS, machine_facts, markdown_table, show, spread, write_json
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from sides import BETA, LORA_ALPHA, LORA_RANK
+from step import MEDIUM, SHORT, TINY, adapter, draw_adapter, peak_of_steps
 from synthetic import RawPair, Shape, draw_pairs, save_model
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-BETA = 0.1
-LORA_RANK, LORA_ALPHA = 8, 16
+CPU = torch.device("cpu")
 
 LOSS_TOLERANCE = 1e-4
 """Absolute, on losses of order 1: float32, sums in another order."""
@@ -61,9 +64,6 @@ class Case:
     responses: tuple[tuple[int, int], ...]
 
 
-MEDIUM = Shape(512, 8, 8, vocabulary=32_000, vision_hidden=256, vision_layers=6, tile=154, grid=(2, 2))
-SHORT = Shape(512, 8, 8, vocabulary=32_000, vision_hidden=256, vision_layers=6, tile=84, grid=(1, 2))
-TINY = Shape(64, 2, 4, vocabulary=1_000, vision_hidden=32, vision_layers=2, tile=28, grid=(2, 2))
 RESPONSES = ((80, 60), (60, 85))
 
 CASES = {
@@ -77,74 +77,28 @@ Row = dict[str, list[int]]
 """Token ids of a `prompt` and its `response`."""
 
 
-class Side(Protocol):
-    """A way to compute the step. `model` holds the adapter under the same names on both sides."""
-
-    model: Any
+class Side(sides.Side, Protocol):
+    """A way to compute the step that can tell its rows."""
 
     def rows(self) -> list[Row]:
         """The chosen rows of all pairs, then the rejected ones."""
         ...
 
-    def step(self) -> float:
-        """Loss of the batch; gradients are added to the adapter's."""
-        ...
 
-
-class Rayalign:
-    """Encoder, batch, policy and DPO's step, as a train worker runs them."""
+class Rayalign(sides.Rayalign):
+    """step.py's, of the records in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        from rayalign.algorithms import DPO
-        from rayalign.batch import assemble
-        from rayalign.config import ModelConfig, TunerConfig
-        from rayalign.encode import Encoder, EncoderSpec, image_processing
-        from rayalign.loading import load_policy
-        from rayalign.models import ModelSource
-        from rayalign.plan import StepTotals
-        from rayalign.records import Message, build_record
-
-        model, device = str(folder / "model"), torch.device("cpu")
-        spec = EncoderSpec(model, responses="both")
-        encoder = Encoder(spec)
-        self.encoded = []
-        for number, line in enumerate((folder / "pairs.jsonl").read_text().splitlines()):
-            pair = json.loads(line)
-            question, chosen = pair["messages"]
-            images = [Path(image).read_bytes() for image in pair["images"]]
-            record = build_record(
-                id=str(number),
-                messages=[Message(**question)],
-                images=images,
-                chosen=chosen["content"],
-                rejected=pair["rejected_response"],
-            )
-            self.encoded.append(encoder.encode(record, images))
-        self.batch = assemble(self.encoded, layout=spec.layout, process_images=image_processing(spec)).to(device)
-        self.totals = StepTotals(
-            pairs=len(self.encoded),
-            responses=2 * len(self.encoded),
-            chosen_tokens=sum(len(p.chosen_ids) for p in self.encoded),
-            rejected_tokens=sum(len(p.rejected_ids) for p in self.encoded),
-        )
-        self.policy = load_policy(
-            ModelSource(model),
-            model=ModelConfig(gradient_checkpointing=False),
-            tuner=TunerConfig(lora_target_modules=("ALL",), lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA),
-            device=device,
-            needs=DPO().needs,
-        )
-        self.model = self.policy.model
-        self.algorithm = DPO(beta=BETA, rpo_alpha=0.0)
+        lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+        pairs = []
+        for line in lines:
+            question, chosen = (message["content"].removeprefix("<image>") for message in line["messages"])
+            pairs.append(RawPair(question, Image.open(line["images"][0]), chosen, line["rejected_response"]))
+        super().__init__(sides.Job(folder / "model", pairs, "dpo", False, torch.float32, CPU))
 
     def rows(self) -> list[Row]:
         chosen = [{"prompt": list(p.prompt_ids), "response": list(p.chosen_ids)} for p in self.encoded]
         return chosen + [{"prompt": list(p.prompt_ids), "response": list(p.rejected_ids)} for p in self.encoded]
-
-    def step(self) -> float:
-        loss = self.algorithm.step(self.policy, self.batch, self.totals).loss_share
-        loss.backward()
-        return loss.item()
 
 
 class MsSwift:
@@ -163,8 +117,8 @@ class MsSwift:
             rows.append({"prompt": ids[is_token.bool() & ~counts].tolist(), "response": ids[counts].tolist()})
         return rows
 
-    def step(self) -> float:
-        loss: float = self.training_step().item()
+    def step(self) -> Tensor:
+        loss: Tensor = self.training_step()
         return loss
 
 
@@ -230,18 +184,6 @@ STARTS = {"ms-swift": start_ms_swift, "rayalign": start_rayalign}
 PACKAGES = {"ms-swift": ("ms-swift", "torch", "transformers", "peft", "trl"), "rayalign": ("torch", "transformers", "peft")}
 
 
-def adapter(model: Any) -> dict[str, Any]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def draw_adapter(model: Any) -> None:
-    """Gives the adapter weights that make policy and reference differ; with a fresh one they agree and every loss is log 2."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter(model).values():
-            parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.02, generator=generator))
-
-
 def load_adapter(model: Any, file: str) -> None:
     weights, parameters = load_file(file), adapter(model)
     if set(weights) != set(parameters):
@@ -257,25 +199,8 @@ def timed(side: Side) -> dict[str, float]:
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
     loss = side.step()
-    return {"loss": loss, "wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-
-
-def peak_of_steps(side: Side, *, steps: int = 2) -> dict[str, float]:
-    """MiB that steps take at their peak, above what model, adapter and batch hold before."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading left behind would hide a part of what the step takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    before = _resident_bytes("VmRSS")
-    for _ in range(steps):
-        side.model.zero_grad()
-        side.step()
-    peak = _resident_bytes("VmHWM")
-    return {"before_mib": round(before / 2**20, 1), "step_peak_mib": round((peak - before) / 2**20, 1)}
-
-
-def _resident_bytes(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"loss": loss.item(), "wall_seconds": wall, "cpu_seconds": cpu}
 
 
 def serve(name: str, folder: Path, *, threads: int) -> None:
@@ -306,7 +231,7 @@ def serve(name: str, folder: Path, *, threads: int) -> None:
                 case "gradients":
                     save_file({n: p.grad.contiguous() for n, p in adapter(side.model).items()}, file)
                 case "memory":
-                    reply = peak_of_steps(side)
+                    reply = peak_of_steps(side, CPU)
                 case _:
                     raise ValueError(f"no such request: {line!r}")
             replies.write(json.dumps(reply) + "\n")

@@ -25,7 +25,7 @@ class LowRankLinear(lora.Linear):
             return super().forward(x, *args, **kwargs)
         factors = [layer[name].weight.to(x.dtype) for name in names for layer in (self.lora_A, self.lora_B)]
         scales = [self.scaling[name] for name in names]
-        output: Tensor = _Product.apply(x, base.weight, base.bias, scales, *factors)  # type: ignore[no-untyped-call]
+        output: Tensor = _Product.apply(x, base.weight, base.bias, scales, *factors)  # type: ignore[no-untyped-call]  # apply is untyped
         return output
 
     def _is_plain(self, name: str) -> bool:

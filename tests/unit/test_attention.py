@@ -1,20 +1,20 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayalign.attention import attention_mask, block_mask, response_mask, runs_of, shared_prefix_attention
 from rayalign.batch import CHOSEN, PAD, PROMPT, REJECTED, RowLengths
 from rayalign.config import ModelConfig
 from rayalign.tuner_checks import check_attention
 from tests.tiny_models import encode_pair, make_batch, make_policy
+from tests.watching import LargestTensor
 
 # The row `[prompt | chosen | rejected | padding]` that the truth tables below are written for.
 SEGMENTS = torch.tensor([[PROMPT, PROMPT, CHOSEN, REJECTED, REJECTED, PAD, PAD]])
@@ -103,27 +103,14 @@ def test_attention_in_two_parts_is_that_with_the_whole_mask_and_so_are_its_gradi
         torch.testing.assert_close(ours, theirs, atol=FLOAT64, rtol=0)
 
 
-class LargestResult(TorchDispatchMode):
-    """Notes the most elements that an operation's result had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.numel = max(self.numel, result.numel())
-        return result
-
-
 def test_no_tensor_has_the_square_of_a_rows_length(model_folder: Callable[..., Path]) -> None:
     folder = model_folder("llava_next")
     sizes = {}
-    for attention in ("sdpa", "eager"):
-        policy = make_policy(folder, model=ModelConfig(attn_implementation=attention, gradient_checkpointing=False))  # type: ignore[arg-type]
+    kernels: tuple[Literal["sdpa", "eager"], ...] = ("sdpa", "eager")
+    for attention in kernels:
+        policy = make_policy(folder, model=ModelConfig(attn_implementation=attention, gradient_checkpointing=False))
         batch = make_batch(folder, [encode_pair(folder, "a", "Which digit is it? " * 60, "two", "a cat")])
-        with LargestResult() as largest:
+        with LargestTensor() as largest:
             policy.logps(batch, ()).chosen.total.sum().backward()
         sizes[attention] = largest.numel
     square = batch.input_ids.numel() ** 2

@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayalign import logprobs
 from rayalign.logprobs import SequenceLogps, sum_by_response, token_logps
 from rayalign.sizing.meter import Meter
+from tests.watching import LargestTensor
 
 CHUNK = 4
 # Both orders of summation are exact to a few units in the last place of numbers around 10.
@@ -18,20 +18,6 @@ FLOAT64 = 1e-13
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_TOKENS", CHUNK)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the most elements that any operation's result had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.numel = max(self.numel, result.numel())
-        return result
 
 
 def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
