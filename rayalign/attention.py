@@ -2,7 +2,8 @@
 
 `batch` lays the rows out, `policy` hands what is made here to the decoder. On most models a row's attention is cut in two
 (`shared_prefix_attention`): its prompt, which is plainly causal, and its responses, whose mask is the only one that is needed.
-So what no token may see is mostly not computed, and no mask has the square of a row's length.
+So what no token may see is mostly not computed, no mask has the square of a row's length, and rows of different lengths need
+no padding: the model runs over them one after another (`packed`).
 """
 
 from typing import Any
@@ -76,30 +77,39 @@ def shared_prefix_attention(
     row_lengths: RowLengths | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over rows whose mask is that of their responses (`response_mask`): [B, S, heads, head_dim] from `query`
-    [B, heads, S, head_dim], `key` and `value`; zeros where there is padding. With a mask of whole rows, or none, it is
-    transformers' own."""
-    if row_lengths is None or attention_mask is None or attention_mask.shape[-2] == query.shape[-2]:
+    """Attention over packed rows, whose mask is that of their responses (`response_mask`): [1, T, heads, head_dim] from `query`
+    [1, heads, T, head_dim], `key` and `value`. Without `row_lengths` it is transformers' own."""
+    if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    rows = []
-    parts = zip(query.split(1), key.split(1), value.split(1), attention_mask.split(1), row_lengths, strict=True)
-    for q, k, v, mask, (prompt, tokens) in parts:
-        padding = q.shape[2] - tokens
-        of_prompt, of_responses, _ = q.split([prompt, tokens - prompt, padding], dim=2)
-        k, v = k[:, :, :tokens], v[:, :, :tokens]
+    assert attention_mask is not None
+    sizes = [tokens for _, tokens in row_lengths]
+    rows = (states.split(sizes, dim=2) for states in (query, key, value))
+    done = []
+    for q, k, v, mask, (prompt, tokens) in zip(*rows, attention_mask.split(1), row_lengths, strict=True):
+        of_prompt, of_responses = q.split([prompt, tokens - prompt], dim=2)
         seen_by_prompt = (k[:, :, :prompt], v[:, :, :prompt])
-        done = [sdpa_attention_forward(module, of_prompt, *seen_by_prompt, None, is_causal=True, **options)[0]]
+        done.append(sdpa_attention_forward(module, of_prompt, *seen_by_prompt, None, is_causal=True, **options)[0])
         if tokens > prompt:
             mask = mask[:, :, : tokens - prompt, :tokens]
             done.append(sdpa_attention_forward(module, of_responses, k, v, mask, **options)[0])
-        row = torch.cat(done, dim=1)
-        rows.append(torch.nn.functional.pad(row, (0, 0, 0, 0, 0, padding)) if padding else row)
-    return torch.cat(rows), None
+    return torch.cat(done, dim=1), None
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 # What a model makes of a plain row by itself stays what it is with transformers' own.
 AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
+
+
+def packed(ids: Tensor, row_lengths: RowLengths) -> Tensor:
+    """[..., 1, T] from [..., B, S]: the rows one after another, without their padding."""
+    rows = zip(ids.unbind(-2), row_lengths, strict=True)
+    return torch.cat([row[..., :tokens] for row, (_, tokens) in rows], dim=-1).unsqueeze(-2)
+
+
+def unpacked(states: Tensor, row_lengths: RowLengths, length: int) -> Tensor:
+    """[B, S, H] from [1, T, H]: each of the packed rows by itself again, with zeros up to S, the `length`."""
+    rows = states[0].split([tokens for _, tokens in row_lengths])
+    return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, length - len(row))) for row in rows])
 
 
 def runs_of(marked: Tensor) -> Tensor:

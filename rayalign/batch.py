@@ -72,13 +72,7 @@ class PairBatch:
     def num_tokens(self) -> int:
         """Tokens that are no padding, the companion's included."""
         others = self.companion.batch.num_tokens if self.companion else 0
-        return int((self.segment_ids != PAD).sum()) + others
-
-    @property
-    def num_places(self) -> int:
-        """Tokens and padding, the companion's included."""
-        others = self.companion.batch.num_places if self.companion else 0
-        return self.input_ids.numel() + others
+        return sum(tokens for _, tokens in self.row_lengths) + others
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on a device. Copies to a GPU from pinned memory have a stream of their own, and so run beside the

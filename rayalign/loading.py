@@ -15,7 +15,7 @@ from rayalign.adapters import add_adapters, learning_parts, merge_adapter
 from rayalign.algorithms import Needs
 from rayalign.attention import SHARED_PREFIX
 from rayalign.config import ModelConfig, TunerConfig
-from rayalign.models import FAMILIES, Family, ModelSource, find_family, load_config
+from rayalign.models import Family, ModelSource, find_family, load_config, packs_rows
 from rayalign.models.parts import find_parts
 from rayalign.policy import Policy
 from rayalign.tuner_checks import check_attention, check_tuner
@@ -86,9 +86,7 @@ def load_policy(
 def attention_kernels(family: Family, model: ModelConfig) -> Any:
     """transformers' `attn_implementation`: that of the language model; towers choose for themselves, since not each of them has
     both kernels."""
-    kernel: str = model.attn_implementation
-    if kernel == "sdpa" and family.model_type in FAMILIES:  # other models may not hand the rows' lengths on to their layers
-        kernel = SHARED_PREFIX
+    kernel: str = SHARED_PREFIX if packs_rows(family, model.attn_implementation) else model.attn_implementation
     return kernel if family.text_only else {"text_config": kernel}
 
 

@@ -282,7 +282,7 @@ def run_steps(
     Raises FloatingPointError when the loss is no longer finite. Steps that float16 skips are counted as `skipped_steps`; they
     have no gradient norm.
     """
-    clock = Clock(tokens_before)
+    clock = Clock(tokens_before, trainer.policy.num_places)
     skipped_steps = 0
     for step in range(start_step, plan.num_steps):
         count = len(plan.micro_batches(step, trainer.rank))

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,10 +54,11 @@ class MetricSums:
 
 class Clock:
     """Rates since the last line of metrics: pairs and tokens per second, the share of the time spent waiting for data, and the
-    share of the batches' places that hold padding."""
+    share of padding in what the model runs over; `places_of` tells how many tokens of a batch that is."""
 
-    def __init__(self, tokens_before: float) -> None:
+    def __init__(self, tokens_before: float, places_of: Callable[[PairBatch], int]) -> None:
         self.steps = 0
+        self._places_of = places_of
         self._pairs = self._tokens = self._places = 0
         self._total_tokens = tokens_before
         self._waited = self._skipped = 0.0
@@ -71,7 +72,7 @@ class Clock:
             self._waited += time.perf_counter() - start
             if batch is None:
                 return
-            self._places += batch.num_places
+            self._places += self._places_of(batch)
             yield batch
 
     def count(self, *, pairs: int, tokens: int) -> None:

@@ -37,7 +37,7 @@ class StepTotals:
 @dataclass(frozen=True)
 class PlanSettings:
     """What the order of a run depends on besides the records. `held_out_ratio` of the rows are never trained on;
-    `with_partners`: a look-up brings each row's partner along, too."""
+    `with_partners`: a look-up brings each row's partner along, too; `packs_rows`: the model runs over rows without padding."""
 
     global_batch_size: int
     batch_size: int
@@ -48,6 +48,7 @@ class PlanSettings:
     held_out_ratio: float = 0.0
     with_partners: bool = False
     max_tokens_per_batch: int | None = None
+    packs_rows: bool = False
 
 
 def totals_of(rows: Rows, lengths: RowLengths) -> StepTotals:
@@ -81,21 +82,41 @@ def epoch_order(rows: Rows, *, seed: int, epoch: int) -> Rows:
 
 
 def cut_micro_batches(
-    rows: Rows, lengths: RowLengths, *, batch_size: int, max_tokens: int | None = None, rank: int, num_workers: int
+    rows: Rows,
+    lengths: RowLengths,
+    *,
+    batch_size: int,
+    max_tokens: int | None = None,
+    packs_rows: bool = False,
+    rank: int,
+    num_workers: int,
 ) -> list[Rows]:
-    """Cuts rows into micro-batches of similar length (little padding), longest first, and returns those of one worker.
+    """Cuts rows into micro-batches, the same for any number of workers, and returns those of one worker.
 
-    Each has at most `batch_size` rows, and, padding included, at most `max_tokens` tokens, unless one row alone has more.
+    Each has at most `batch_size` rows, and at most `max_tokens` tokens, unless one row alone has more. Rows of a micro-batch
+    are of similar length, so that there is little padding, which counts as tokens; the longest come first. Where the model
+    packs rows there is none: without `max_tokens`, micro-batches are then made to have about as many tokens each, so that
+    workers need not wait for one another.
     """
     by_length = rows[np.argsort(-lengths.row_tokens(rows), kind="stable")]
-    cut = []
-    start = 0
-    while start < len(by_length):
-        longest = int(lengths.row_tokens(by_length[start : start + 1])[0])
-        size = batch_size if max_tokens is None else max(1, min(batch_size, max_tokens // longest))
-        cut.append(by_length[start : start + size])
-        start += size
-    return cut[rank::num_workers]
+    if packs_rows and max_tokens is None:
+        cut = _deal(by_length, math.ceil(len(rows) / batch_size))
+    else:
+        cut, start = [], 0
+        while start < len(by_length):
+            tokens = lengths.row_tokens(by_length[start : start + batch_size])
+            places = np.cumsum(tokens if packs_rows else np.full_like(tokens, tokens[0]))
+            size = len(tokens) if max_tokens is None else max(1, int(np.searchsorted(places, max_tokens, side="right")))
+            cut.append(by_length[start : start + size])
+            start += size
+    return [cut[i] for i in _deal(np.arange(len(cut)), num_workers)[rank]]
+
+
+def _deal(items: Rows, hands: int) -> list[Rows]:
+    """Deals items one by one, to and fro, so that the hands come out alike where the items grow smaller."""
+    rounds, places = np.divmod(np.arange(len(items)), max(1, hands))
+    hand = np.where(rounds % 2 == 0, places, hands - 1 - places)
+    return [items[hand == i] for i in range(hands)]
 
 
 def require_partners(num_rows: int, purpose: str) -> None:
@@ -109,8 +130,8 @@ def require_partners(num_rows: int, purpose: str) -> None:
 class StepPlan:
     """The records of every step.
 
-    A step takes `global_batch_size` rows (the last one of an epoch what is left); micro-batches of `batch_size` rows of similar
-    length are dealt to the workers in turn. Raises ValueError where there is nothing to train on.
+    A step takes `global_batch_size` rows (the last one of an epoch what is left); its micro-batches (`cut_micro_batches`) are
+    dealt to the workers in turn. Raises ValueError where there is nothing to train on.
     """
 
     def __init__(self, lengths: RowLengths, settings: PlanSettings) -> None:
@@ -145,6 +166,7 @@ class StepPlan:
             self.lengths,
             batch_size=settings.batch_size,
             max_tokens=settings.max_tokens_per_batch,
+            packs_rows=settings.packs_rows,
             rank=rank,
             num_workers=settings.num_workers,
         )

@@ -7,7 +7,7 @@ earlier than their step (KTO's mismatched ones) there is a frozen copy.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from rayalign.adapters import REFERENCE, STACKED, TRAINED, save_stack
-from rayalign.attention import SHARED_PREFIX, attention_mask, block_mask, response_mask, runs_of
+from rayalign.attention import SHARED_PREFIX, attention_mask, block_mask, packed, response_mask, runs_of, unpacked
 from rayalign.batch import PROMPT, PairBatch
 from rayalign.logprobs import PairLogps, sum_by_response, token_logps
 from rayalign.models import Family
@@ -118,13 +118,19 @@ class Policy:
 
     def _states(self, batch: PairBatch, images: tuple[Tensor, ...], positions: Tensor) -> Tensor:
         """The language model's last hidden states [n, H] at flat positions [n] of the rows."""
+        packs = self._packs(batch)
+        input_ids, position_ids = batch.input_ids, batch.position_ids
+        if packs:
+            input_ids, position_ids = (packed(ids, batch.row_lengths) for ids in (input_ids, position_ids))
         with self._arithmetic():
             hidden = self.base.get_decoder()(
-                **self._embedded(batch, images),
+                **self._embedded(input_ids, [images[slot] for slot in batch.image_slots]),
                 **self._masks(batch),
-                position_ids=batch.position_ids,
+                position_ids=position_ids,
                 use_cache=False,
             ).last_hidden_state
+        if packs:
+            hidden = unpacked(hidden, batch.row_lengths, batch.input_ids.shape[1])
         states: Tensor = hidden.flatten(0, 1)[positions.to(hidden.device)]
         return states
 
@@ -163,15 +169,15 @@ class Policy:
         if self.value_head is not None:
             save_value_head(self.value_head, folder, safe_serialization=safe_serialization)
 
-    def _embedded(self, batch: PairBatch, images: tuple[Tensor, ...]) -> dict[str, Any]:
-        """The decoder's inputs: the tokens' embeddings [B, S, H] with the images' features in their places."""
+    def _embedded(self, input_ids: Tensor, images: Sequence[Tensor]) -> dict[str, Any]:
+        """The decoder's inputs: the tokens' embeddings [B, S, H] with the features of each image place where it stands."""
         embed = self.base.get_input_embeddings()
-        if not batch.image_slots:
-            return {"inputs_embeds": embed(batch.input_ids)}
-        is_image = self._is_image(batch)
+        if not images:
+            return {"inputs_embeds": embed(input_ids)}
+        is_image = self._is_image(input_ids)
         # The image token may lie outside the vocabulary, as in Gemma.
-        embedded = embed(batch.input_ids.masked_fill(is_image, 0))
-        features = torch.cat([images[slot] for slot in batch.image_slots]).to(embedded)
+        embedded = embed(input_ids.masked_fill(is_image, 0))
+        features = torch.cat(list(images)).to(embedded)
         size = embedded.shape[-1]
         inputs: dict[str, Any] = {"inputs_embeds": embedded.masked_scatter(is_image[:, :, None], features[:, :size])}
         if self.family.deepstack:
@@ -179,27 +185,41 @@ class Policy:
             inputs["deepstack_visual_embeds"] = list(features[:, size:].split(size, dim=1))
         return inputs
 
-    def _is_image(self, batch: PairBatch) -> Tensor:
-        """[B, S], True where an image's feature stands."""
-        return torch.eq(batch.input_ids, self.image_token_id)  # type: ignore[arg-type]  # never None where it is called
+    def _is_image(self, input_ids: Tensor) -> Tensor:
+        """True where an image's feature stands."""
+        return torch.eq(input_ids, self.image_token_id)  # type: ignore[arg-type]  # never None where it is called
+
+    def num_places(self, batch: PairBatch) -> int:
+        """Tokens that the language model runs over, padding and the companion included."""
+        own = sum(tokens for _, tokens in batch.row_lengths) if self._packs(batch) else batch.input_ids.numel()
+        return own + (self.num_places(batch.companion.batch) if batch.companion else 0)
+
+    def _packs(self, batch: PairBatch) -> bool:
+        """Whether the language model runs over the batch's rows one after another, without padding: where the kernel is for
+        that, and no row is longer than a sliding window."""
+        length = batch.input_ids.shape[1]
+        return self._kernel == SHARED_PREFIX and all(window is None or length <= window for window in self._windows.values())
 
     def _masks(self, batch: PairBatch) -> dict[str, Any]:
         """The decoder's arguments that say who sees whom: a mask, or one for each kind of layer where a model has several."""
+        if self._packs(batch):
+            masks = dict.fromkeys(self._windows, response_mask(batch.segment_ids, batch.row_lengths))
+            return {"attention_mask": self._by_kind(masks), "row_lengths": batch.row_lengths}
         match self.family.bidirectional:
             case "none":
                 blocks = None
             case "image":
-                blocks = runs_of(self._is_image(batch))
+                blocks = runs_of(self._is_image(batch.input_ids))
             case "prompt":
                 blocks = torch.where(batch.segment_ids == PROMPT, 0, -1)
-        masks = {kind: self._mask(batch, window, blocks) for kind, window in self._windows.items()}
-        mask = masks if len(masks) > 1 or SLIDING in masks else masks[FULL]
-        return {"attention_mask": mask, **({"row_lengths": batch.row_lengths} if self._kernel == SHARED_PREFIX else {})}
+        return {"attention_mask": self._by_kind({k: self._mask(batch, window, blocks) for k, window in self._windows.items()})}
+
+    def _by_kind(self, masks: dict[str, Any]) -> Any:
+        """Of models whose layers are all of one kind, that kind's mask; such models may still want to be told of windows."""
+        return masks if len(masks) > 1 or SLIDING in masks else masks[FULL]
 
     def _mask(self, batch: PairBatch, window: int | None, blocks: Tensor | None) -> Tensor | BlockMask:
         kernel = self._kernel
-        if kernel == SHARED_PREFIX and blocks is None and (window is None or batch.input_ids.shape[1] <= window):
-            return response_mask(batch.segment_ids, batch.row_lengths)
         if kernel == "flex_attention":
             return block_mask(batch.segment_ids, batch.places, sliding_window=window, blocks=blocks)
         allowed = attention_mask(batch.segment_ids, batch.places, sliding_window=window, blocks=blocks)

@@ -19,7 +19,7 @@ import torch
 from rayalign.batch import PairBatch
 from rayalign.config import Config
 from rayalign.data import PROGRESS_SECONDS, RunData, quiet_logging, settle_context
-from rayalign.models import FAMILIES
+from rayalign.models import FAMILIES, packs_rows
 from rayalign.plan import StepPlan, cut_micro_batches
 from rayalign.prepared import EncodedPair, PreparedData, Rows, from_batch
 from rayalign.reference import PART_ROWS, ReferenceKey, ReferenceLogps, missing_parts, part_name, reference_key, write_part
@@ -164,6 +164,7 @@ class PartScorer:
             self._lengths,
             batch_size=optimizer.batch_size,
             max_tokens=optimizer.max_tokens_per_batch,
+            packs_rows=packs_rows(self._spec.family, self._config.model.attn_implementation),
             rank=0,
             num_workers=1,
         )

@@ -180,8 +180,8 @@ class OptimizerConfig:
     batch_size: int = flag(1, "Pairs per worker and micro-batch.", at_least=1)
     max_tokens_per_batch: int | None = flag(
         None,
-        "Rows of a micro-batch are also as few as keep it within so many tokens, padding included (one row may have more). The "
-        "pairs of an optimizer step stay the same: only its cut changes.",
+        "Rows of a micro-batch are also as few as keep it within so many tokens (one row may have more; padding counts, on "
+        "models that need it). The pairs of an optimizer step stay the same: only its cut changes.",
         above=0,
     )
     gradient_accumulation_steps: int = flag(

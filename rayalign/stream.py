@@ -17,6 +17,7 @@ from rayalign.batch import CompanionKind, PairBatch, assemble, with_damaged, wit
 from rayalign.config import Config
 from rayalign.data import RunData, settle_context
 from rayalign.encode import EncoderSpec, damaged_image_processing, image_processing
+from rayalign.models import packs_rows
 from rayalign.plan import PlanSettings, StepPlan, look_up, partners_in
 from rayalign.prepared import EncodedPair, PreparedData, Rows, from_batch
 
@@ -35,6 +36,7 @@ def plan_of(config: Config, data: RunData) -> StepPlan:
         held_out_ratio=0.0 if data.held_out else config.data.dataset_test_ratio,
         with_partners=config.algorithm.needs.companion == "mismatched",
         max_tokens_per_batch=config.optimizer.max_tokens_per_batch,
+        packs_rows=packs_rows(data.spec.family, config.model.attn_implementation),
     )
     return StepPlan(data.training.lengths(), settings)
 

@@ -149,6 +149,7 @@ class _Worker:
             lengths,
             batch_size=self.config.optimizer.batch_size,
             max_tokens=self.config.optimizer.max_tokens_per_batch,
+            packs_rows=self.plan.settings.packs_rows,
             rank=self.rank,
             num_workers=self.world,
         )

@@ -60,6 +60,12 @@ ORIGINAL_FORMATS = {
 """Model types of code outside transformers that have a counterpart in it."""
 
 
+def packs_rows(family: Family, attn_implementation: str) -> bool:
+    """Whether a language model runs over rows one after another, without padding: it does by a kernel that takes prompts to be
+    causal, and whose layers are told of the rows. Models that are not on the shelf may not hand that on."""
+    return attn_implementation == "sdpa" and family.bidirectional == "none" and family.model_type in FAMILIES
+
+
 def find_family(model_type: str) -> Family:
     """The family of a transformers config's `model_type`: one of the shelf, or the common path without knowledge of its own,
     for a vision-language or a language model of transformers.
@@ -97,5 +103,6 @@ __all__ = [
     "RowLayout",
     "find_family",
     "load_config",
+    "packs_rows",
     "resolve_model",
 ]

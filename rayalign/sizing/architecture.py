@@ -11,10 +11,9 @@ from torch import nn
 
 from rayalign.adapters import add_adapters, learning_parts
 from rayalign.algorithms import Needs
-from rayalign.attention import SHARED_PREFIX
 from rayalign.config import ModelConfig, TunerConfig
 from rayalign.loading import attention_kernels
-from rayalign.models import Family, ModelSource, find_family
+from rayalign.models import Family, ModelSource, find_family, packs_rows
 from rayalign.models.parts import Parts, find_parts
 
 VISION, ALIGNER, EMBEDDINGS, LANGUAGE, HEAD = "vision tower", "aligner", "embeddings", "language model", "output head"
@@ -59,11 +58,9 @@ class Blueprint:
         return layers
 
     @property
-    def cuts_rows(self) -> bool:
-        """Whether attention takes a row's prompt and its responses apart (`attention.shared_prefix_attention`)."""
-        kernels = attention_kernels(self.family, self.model)
-        kernel = kernels if self.family.text_only else kernels["text_config"]
-        return kernel == SHARED_PREFIX and self.family.bidirectional == "none"
+    def packs_rows(self) -> bool:
+        """Whether rows are packed, and attention takes a row's prompt and its responses apart."""
+        return packs_rows(self.family, self.model.attn_implementation)
 
     def with_checkpointing(self, *, on: bool) -> "Blueprint":
         return dataclasses.replace(self, model=dataclasses.replace(self.model, gradient_checkpointing=on))

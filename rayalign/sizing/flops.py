@@ -106,7 +106,7 @@ def pair_flops(data: DataShapes, costs: LanguageCosts, rehearsal: Rehearsal, way
     forward = others = head = recomputation = backward = 0.0
     for item in (*survey, *step):
         for tokens, responses, share in _rows(data, item, shared_prompt=way.shared_prompt):
-            squares = tokens**2 if not rehearsal.blueprint.cuts_rows else (tokens - responses) ** 2 + responses * tokens
+            squares = tokens**2 if not rehearsal.blueprint.packs_rows else (tokens - responses) ** 2 + responses * tokens
             positions = (responses if way.responses_only else tokens) * share
             head += float(np.mean(positions)) * (costs.head_train if item.trains else costs.head_read)
             read = float(np.mean(costs.read(tokens, squares) * share))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rayalign.attention import unpacked
 from rayalign.logprobs import token_logps
 from rayalign.sizing.architecture import Blueprint, Skeleton
 from rayalign.sizing.meter import Meter, tensors_of
@@ -115,22 +116,25 @@ class Rehearsal:
 
     def _states(self, base: Any, rows: int, tokens: int, *, prompt: int) -> Tensor:
         """The language model's last states [rows * tokens, H]."""
-        cut = {"row_lengths": ((prompt, tokens),) * rows} if self.blueprint.cuts_rows else {}
-        masks: Any = torch.ones(rows, 1, tokens - prompt if cut else tokens, tokens, dtype=torch.bool)
+        packs = {"row_lengths": ((prompt, tokens),) * rows} if self.blueprint.packs_rows else {}
+        masks: Any = torch.ones(rows, 1, tokens - prompt if packs else tokens, tokens, dtype=torch.bool)
         kinds = set(getattr(base.get_decoder().config, "layer_types", None) or ())
         if "sliding_attention" in kinds:
             masks = {kind: masks.clone() for kind in sorted(kinds)}
-        embedded: Tensor = base.get_input_embeddings()(torch.zeros(rows, tokens, dtype=torch.long))
+        ids = torch.zeros((1, rows * tokens) if packs else (rows, tokens), dtype=torch.long)
+        embedded: Tensor = base.get_input_embeddings()(ids)
         if self.blueprint.vision_learns and torch.is_grad_enabled() and not embedded.requires_grad:
             embedded.requires_grad_()
         with self._arithmetic():
             hidden: Tensor = base.get_decoder()(
                 inputs_embeds=embedded,
                 attention_mask=masks,
-                position_ids=torch.zeros(rows, tokens, dtype=torch.long),
+                position_ids=ids,
                 use_cache=False,
-                **cut,
+                **packs,
             ).last_hidden_state
+            if packs:
+                hidden = unpacked(hidden, packs["row_lengths"], tokens)
         return hidden.flatten(0, 1)
 
     def _arithmetic(self) -> AbstractContextManager[None]:

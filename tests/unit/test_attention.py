@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from rayalign.attention import attention_mask, block_mask, response_mask, runs_of, shared_prefix_attention
+from rayalign.attention import (
+    attention_mask,
+    block_mask,
+    packed,
+    response_mask,
+    runs_of,
+    shared_prefix_attention,
+    unpacked,
+)
 from rayalign.batch import CHOSEN, PAD, PROMPT, REJECTED, RowLengths
 from rayalign.config import ModelConfig
 from rayalign.tuner_checks import check_attention
@@ -93,14 +101,27 @@ def test_attention_in_two_parts_is_that_with_the_whole_mask_and_so_are_its_gradi
     segments, places, lengths = rows_of(*ROWS)
     inputs = heads(kv_heads, segments.shape[1])
     module: Any = SimpleNamespace(num_key_value_groups=8 // kv_heads, is_causal=True)
-    real = (segments != PAD)[:, :, None, None]
-    upstream = torch.randn(*segments.shape, 8, 4, dtype=torch.float64) * real
-    found, _ = shared_prefix_attention(module, *inputs, response_mask(segments, lengths), lengths)
-    plain = scaled_dot_product_attention(*inputs, attn_mask=attention_mask(segments, places), enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(found, plain * real, atol=FLOAT64, rtol=0)
+    kept = segments != PAD
+    upstream = torch.randn(int(kept.sum()), 8, 4, dtype=torch.float64)
+    in_a_line = (states.transpose(1, 2)[kept].transpose(0, 1)[None] for states in inputs)
+    found = shared_prefix_attention(module, *in_a_line, response_mask(segments, lengths), lengths)[0][0]
+    mask = attention_mask(segments, places)
+    plain = scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True).transpose(1, 2)[kept]
+    torch.testing.assert_close(found, plain, atol=FLOAT64, rtol=0)
     gradients = [torch.autograd.grad(output, inputs, upstream) for output in (found, plain)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=FLOAT64, rtol=0)
+
+
+def test_rows_come_out_of_a_line_as_they_were_put_in() -> None:
+    segments, _, lengths = rows_of(*ROWS)
+    ids = torch.arange(3 * segments.numel()).view(3, *segments.shape)
+    line = packed(ids, lengths)
+    assert line.shape == (3, 1, int((segments != PAD).sum()))
+    assert line.tolist() == [[axis[segments != PAD].tolist()] for axis in ids]
+    assert torch.equal(
+        unpacked(line.permute(1, 2, 0), lengths, segments.shape[1]), ids.permute(1, 2, 0) * (segments != PAD)[:, :, None]
+    )
 
 
 def test_no_tensor_has_the_square_of_a_rows_length(model_folder: Callable[..., Path]) -> None:
@@ -116,6 +137,24 @@ def test_no_tensor_has_the_square_of_a_rows_length(model_folder: Callable[..., P
     square = batch.input_ids.numel() ** 2
     assert sizes["sdpa"] < square / 2
     assert sizes["eager"] >= square
+
+
+@pytest.mark.parametrize(("attention", "padded"), [("sdpa", False), ("eager", True)])
+def test_the_language_model_runs_over_no_padding(
+    model_folder: Callable[..., Path], attention: Literal["sdpa", "eager"], padded: bool
+) -> None:
+    folder = model_folder("llava_next")
+    policy = make_policy(folder, model=ModelConfig(attn_implementation=attention))
+    pairs = [encode_pair(folder, "a", "Which digit is it?", "two", "a cat"), encode_pair(folder, "b", "?" * 40, "no", "yes")]
+    batch = make_batch(folder, pairs)
+    longest, tokens = batch.input_ids.shape[1], sum(pair.num_tokens for pair in pairs)
+    assert tokens < 2 * longest
+    seen = []
+    decoder = policy.base.get_decoder()
+    decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
+    policy.logps(batch, ())
+    assert seen == [(2, longest) if padded else (1, tokens)]
+    assert policy.num_places(batch) == (2 * longest if padded else tokens)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # compiled, it has no float64 on CPUs

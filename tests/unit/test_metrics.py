@@ -104,10 +104,10 @@ def test_a_run_without_metrics_has_no_lines(tmp_path: Path) -> None:
     assert read_metrics(Store(str(tmp_path / "nothing.jsonl"))) == []
 
 
-def test_the_padding_of_the_batches_is_told() -> None:
+def test_the_share_of_padding_in_what_the_model_runs_over_is_told() -> None:
     pairs = [EncodedPair("a", [5, 6], [7, 2], [8], [], []), EncodedPair("b", [4], [9], [], [], [])]  # 5 and 2 tokens
     batch = assemble(pairs, layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
-    clock = Clock(0)
+    clock = Clock(0, lambda batch: batch.input_ids.numel())
     assert list(clock.waited_for(iter([batch, batch]))) == [batch, batch]
     clock.count(pairs=4, tokens=2 * batch.num_tokens)
     assert clock.reduce()["padding_fraction"] == pytest.approx(3 / 10)

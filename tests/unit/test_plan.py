@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,10 +81,13 @@ def test_the_order_is_the_same_today_as_when_a_run_was_started() -> None:
     assert hold_out(10, ratio=0.2, seed=42)[1].tolist() == [5, 6]
 
 
+@pytest.mark.parametrize("packs_rows", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_workers_and_micro_batches_share_out_exactly_the_rows_of_the_step(num_workers: int, batch_size: int) -> None:
-    plan = plan_of(num_workers=num_workers, batch_size=batch_size)
+def test_workers_and_micro_batches_share_out_exactly_the_rows_of_the_step(
+    num_workers: int, batch_size: int, packs_rows: bool
+) -> None:
+    plan = plan_of(num_workers=num_workers, batch_size=batch_size, packs_rows=packs_rows)
     for step in range(plan.num_steps):
         assert sorted(rows_of_workers(plan, step)) == sorted(plan_of().rows_of_step(step).tolist())
         batches = [batch for rank in range(num_workers) for batch in plan.micro_batches(step, rank)]
@@ -91,9 +95,10 @@ def test_workers_and_micro_batches_share_out_exactly_the_rows_of_the_step(num_wo
         assert len(batches) == math.ceil(len(plan.rows_of_step(step)) / batch_size)
 
 
-def test_the_cut_into_micro_batches_is_the_same_for_any_number_of_workers() -> None:
+@pytest.mark.parametrize("packs_rows", [False, True])
+def test_the_cut_into_micro_batches_is_the_same_for_any_number_of_workers(packs_rows: bool) -> None:
     def batches(num_workers: int, step: int) -> set[tuple[int, ...]]:
-        plan = plan_of(num_workers=num_workers)
+        plan = plan_of(num_workers=num_workers, packs_rows=packs_rows)
         return {tuple(batch.tolist()) for rank in range(num_workers) for batch in plan.micro_batches(step, rank)}
 
     for step in range(6):
@@ -106,6 +111,24 @@ def test_micro_batches_hold_rows_of_similar_length_longest_first() -> None:
         in_order = [plan.lengths.row_tokens(batch) for batch in plan.micro_batches(step, 0)]
         tokens = np.concatenate(in_order)
         assert (np.diff(tokens) <= 0).all()
+
+
+def test_micro_batches_without_padding_have_about_as_many_tokens_each() -> None:
+    lengths = RowLengths(np.arange(1, 9), np.ones(8, dtype=int), np.zeros(8, dtype=int))  # rows of 2 to 9 tokens
+    cut = [
+        cut_micro_batches(np.arange(8), lengths, batch_size=4, packs_rows=True, rank=rank, num_workers=2)[0] for rank in (0, 1)
+    ]
+    assert [lengths.row_tokens(rows).tolist() for rows in cut] == [[9, 6, 5, 2], [8, 7, 4, 3]]
+
+
+def test_micro_batches_are_dealt_to_and_fro() -> None:
+    """The longest rows are not always the first worker's."""
+    lengths = RowLengths(np.arange(9, 0, -1), np.zeros(9, dtype=int), np.zeros(9, dtype=int))
+    cut = [
+        [batch.tolist() for batch in cut_micro_batches(np.arange(9), lengths, batch_size=2, rank=rank, num_workers=2)]
+        for rank in (0, 1)
+    ]
+    assert cut == [[[0, 1], [6, 7], [8]], [[2, 3], [4, 5]]]
 
 
 def test_a_worker_is_idle_where_a_step_has_fewer_micro_batches_than_workers() -> None:
@@ -269,6 +292,14 @@ def test_a_batch_holds_no_more_tokens_than_allowed_unless_one_row_alone_does() -
     ]
     assert cut == [[5], [1], [0, 3], [2, 4, 6]]
     assert [len(batch) * lengths.row_tokens(np.array(batch)).max() for batch in cut] == [10, 9, 8, 9]
+
+
+def test_tokens_that_are_limited_are_counted_without_padding_where_there_is_none() -> None:
+    lengths = RowLengths(np.array([8, 2, 2, 1, 1]), np.zeros(5, dtype=int), np.zeros(5, dtype=int))
+    limits: dict[str, Any] = {"batch_size": 4, "max_tokens": 11, "rank": 0, "num_workers": 1}
+    rows = np.arange(5)
+    assert [batch.tolist() for batch in cut_micro_batches(rows, lengths, **limits)] == [[0], [1, 2, 3, 4]]
+    assert [batch.tolist() for batch in cut_micro_batches(rows, lengths, packs_rows=True, **limits)] == [[0, 1], [2, 3, 4]]
 
 
 def test_a_limit_on_tokens_changes_the_cut_of_a_step_and_not_its_rows() -> None:

@@ -337,11 +337,17 @@ def test_rows_that_a_run_never_sees_are_not_needed(prepare_pairs: Prepare, flags
     ],
 )
 def test_log_probs_are_stored_where_they_are_needed_or_used_again(
-    prepare_pairs: Prepare, algorithm: type[Any], flags: dict[str, Any], several_runs: bool, wanted: bool
+    prepare_pairs: Prepare,
+    model_folder: Callable[..., Path],
+    algorithm: type[Any],
+    flags: dict[str, Any],
+    several_runs: bool,
+    wanted: bool,
 ) -> None:
     records = prepare_pairs(many_pairs(40))
+    model = str(model_folder("llava"))
     config = config_from_mapping(algorithm, {"gradient_accumulation_steps": 8, "dataset_test_ratio": 0, **flags})
-    plan = plan_of(config, RunData(ModelSource("m"), EncoderSpec("m", "both"), records, None))
+    plan = plan_of(config, RunData(ModelSource(model), EncoderSpec(model, "both"), records, None))
     assert plan.steps_per_epoch == 5
     assert is_wanted(config, plan, several_runs=several_runs) is wanted
 
