@@ -129,13 +129,15 @@ def timed(side: Side, device: torch.device) -> tuple[float, float]:
 
 
 def measure_time(sides: Mapping[str, Side], *, rounds: int, device: torch.device, pairs: int) -> dict[str, Any]:
-    """All sides in turn, the first one changing from round to round; ratios are taken within a round."""
+    """All sides in turn, the first one changing from round to round; ratios are taken within a round.
+
+    A turn is two steps, of which the second counts: in a run a step follows one of its own kind, whose memory it takes over.
+    """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for side in sides.values():
-        timed(side, device)
     for number in range(rounds):
         first = number % len(sides)
         for name in [*sides][first:] + [*sides][:first]:
+            timed(sides[name], device)
             seconds[name].append(timed(sides[name], device))
     walls = {name: [wall for wall, _ in values] for name, values in seconds.items()}
     cpus = {name: [cpu for _, cpu in values] for name, values in seconds.items()}
