@@ -125,8 +125,12 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         beside: list[tuple[float, float]] = []
-        # The clock ticks a hundred times a second; it is looked at often enough for lines that are a second apart.
+        size = 0
+        # Often enough for lines that are a second apart; a look costs little while there is no new one.
         while not self._ended.wait(0.05):
+            before, size = size, self._metrics.stat().st_size if self._metrics.exists() else 0
+            if size == before:
+                continue
             lines = read_metrics(Store.at(str(self._metrics)))
             steps = [int(line["step"]) for line in lines if int(line["step"]) not in self.of_worker]
             if not steps:

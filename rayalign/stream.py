@@ -6,11 +6,14 @@ worker, next to the device that needs them.
 
 import contextlib
 import functools
+import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import ray.data
 
 from rayalign.batch import CompanionKind, PairBatch, assemble, with_damaged, with_mismatched
@@ -41,8 +44,17 @@ def plan_of(config: Config, data: RunData) -> StepPlan:
     return StepPlan(data.training.lengths(), settings)
 
 
+def look_ups(data: PreparedData, plan: StepPlan, *, rank: int, start_step: int) -> Iterator[pa.Table]:
+    """A worker's pairs from `start_step` to the end of the run, as tables of whole steps or parts of them. Ray Data starts at
+    once and takes its seconds: what the first steps need is looked up here."""
+    find = functools.partial(look_up, data=data, settings=plan.settings, rank=rank)
+    lines = [{"first": steps.start, "last": steps.stop} for steps in plan.chunks(start_step)]
+    others = ahead(_streamed(find, lines[1:]), depth=1) if len(lines) > 1 else ()
+    return itertools.chain((find(pa.Table.from_pylist([line])) for line in lines[:1]), others)
+
+
 def pairs_in_order(
-    data: PreparedData,
+    tables: Iterator[pa.Table],
     plan: StepPlan,
     spec: EncoderSpec,
     *,
@@ -51,35 +63,33 @@ def pairs_in_order(
     companion: CompanionKind = "none",
     pin_memory: bool = False,
 ) -> Iterator[tuple[int, PairBatch]]:
-    """A worker's (step, micro-batch) from `start_step` to the end of the run, always a few ahead of the training."""
-    chunks = plan.chunks(start_step)
-    if not chunks:
-        return iter(())
-    lines = [{"first": steps.start, "last": steps.stop} for steps in chunks]
-    settle_context()
-    find = functools.partial(look_up, data=data, settings=plan.settings, rank=rank)
-    # Look-ups wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
-    # wait for one for ever where the workers hold them all.
-    tables = ray.data.from_items(lines, override_num_blocks=len(lines)).map_batches(
-        find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))
-    )
+    """A worker's (step, micro-batch) made of its `look_ups` from the same step on, always a few ahead of the training."""
     make_batch = batch_maker(spec, companion)
     with_partners = plan.settings.with_partners
 
     def batches() -> Iterator[tuple[int, PairBatch]]:
         # Ray Data may cut a look-up's table in two or leave an empty one out: only the order of the pairs counts.
-        arriving = iter(tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
         pairs: list[EncodedPair] = []
         for step in range(start_step, plan.num_steps):
             for rows in plan.micro_batches(step, rank):
                 count = len(rows) * (2 if with_partners else 1)
                 while len(pairs) < count:
-                    pairs += from_batch(next(arriving))
+                    pairs += from_batch(next(tables))
                 batch = make_batch(pairs[: len(rows)], pairs[len(rows) : count])
                 del pairs[:count]
                 yield step, batch.pin_memory() if pin_memory else batch
 
     return ahead(batches(), depth=2)
+
+
+def _streamed(find: Callable[[pa.Table], pa.Table], lines: Sequence[Mapping[str, int]]) -> Iterator[pa.Table]:
+    settle_context()
+    # Look-ups wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
+    # wait for one for ever where the workers hold them all.
+    tables = ray.data.from_items(list(lines), override_num_blocks=len(lines)).map_batches(
+        find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))
+    )
+    yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
 def held_out_pairs(
@@ -123,7 +133,8 @@ def batch_maker(
 
 
 def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
-    """The same items, made in a thread that stays up to `depth` items ahead; its exceptions are raised here."""
+    """The same items, made in a thread that starts at once and stays up to `depth` items ahead; its exceptions are raised
+    where the items are taken."""
     waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
@@ -143,8 +154,7 @@ def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
         except BaseException as error:  # noqa: BLE001  # raised again where the items are used
             put((False, error))
 
-    threading.Thread(target=produce, name="batches-ahead", daemon=True).start()
-    try:
+    def taken() -> Iterator[T]:
         while True:
             more, item = waiting.get()
             if more:
@@ -153,5 +163,8 @@ def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
                 return
             else:
                 raise item
-    finally:
-        stop.set()
+
+    threading.Thread(target=produce, name="batches-ahead", daemon=True).start()
+    taking = taken()
+    weakref.finalize(taking, stop.set)  # also where nothing was ever taken
+    return taking

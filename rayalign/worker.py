@@ -27,7 +27,7 @@ from rayalign.models import FAMILIES
 from rayalign.plan import cut_micro_batches, require_partners, totals_of
 from rayalign.prepared import PreparedData
 from rayalign.storage import Store
-from rayalign.stream import held_out_pairs, pairs_in_order, plan_of
+from rayalign.stream import held_out_pairs, look_ups, pairs_in_order, plan_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,13 @@ class _Worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.device = ray.train.torch.get_device()
         algorithm: Algorithm = config.algorithm
+        self.plan = plan_of(config, data)
+        if data.held_out and algorithm.needs.companion == "mismatched":
+            require_partners(data.held_out.num_rows, "in --val_dataset")
+        checkpoint = newest_checkpoint(self.folder / "checkpoints")
+        self.start_step = checkpoint.step if checkpoint else 0
+        # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
+        self.look_ups = look_ups(data.training, self.plan, rank=self.rank, start_step=self.start_step)
         policy = load_policy(
             data.source,
             model=config.model,
@@ -73,12 +80,7 @@ class _Worker:
         if policy.family.model_type not in FAMILIES:
             check_forward(policy, data.spec)
         start_alike(policy)
-        self.plan = plan_of(config, data)
-        if data.held_out and algorithm.needs.companion == "mismatched":
-            require_partners(data.held_out.num_rows, "in --val_dataset")
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.plan.num_steps, rank=self.rank)
-        checkpoint = newest_checkpoint(self.folder / "checkpoints")
-        self.start_step = checkpoint.step if checkpoint else 0
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
         self.pairs: dict[str, dict[str, float]] = {}
@@ -93,7 +95,7 @@ class _Worker:
 
     def train(self) -> dict[str, Any]:
         stream = pairs_in_order(
-            self.data.training,
+            self.look_ups,
             self.plan,
             self.data.spec,
             rank=self.rank,

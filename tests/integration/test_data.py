@@ -19,7 +19,7 @@ from rayalign.encode import EncoderSpec
 from rayalign.plan import PlanSettings, StepPlan
 from rayalign.prepared import PreparedData
 from rayalign.storage import Store
-from rayalign.stream import pairs_in_order
+from rayalign.stream import look_ups, pairs_in_order
 from tests.cluster import Cluster
 from tests.tiny_data import write_rows
 
@@ -113,7 +113,10 @@ def test_an_error_for_the_user_arrives_without_rays_layers(sources: Path, spec: 
     assert str(caught.value).startswith("Record swift4.json:")
 
 
-def test_workers_stream_exactly_their_part_of_the_plan_from_any_step(sources: Path, spec: EncoderSpec, tmp_path: Path) -> None:
+def test_workers_stream_exactly_their_part_of_the_plan_from_any_step(
+    sources: Path, spec: EncoderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayalign.plan.CHUNK_PAIRS", 4)  # all but the first look-up come through Ray Data
     data = prepare_all(sources, spec, tmp_path)
     settings = PlanSettings(global_batch_size=8, batch_size=2, num_workers=2, num_epochs=3, max_steps=None, seed=3)
     plan = StepPlan(data.lengths(), settings)
@@ -122,5 +125,6 @@ def test_workers_stream_exactly_their_part_of_the_plan_from_any_step(sources: Pa
         expected = [
             (step, tuple(ids[rows])) for step in range(start, plan.num_steps) for rows in plan.micro_batches(step, rank)
         ]
-        stream = pairs_in_order(data, plan, spec, rank=rank, start_step=start)
+        tables = look_ups(data, plan, rank=rank, start_step=start)
+        stream = pairs_in_order(tables, plan, spec, rank=rank, start_step=start)
         assert [(step, batch.ids) for step, batch in stream] == expected
