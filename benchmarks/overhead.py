@@ -1,6 +1,6 @@
 """Ray's overhead: the same training job through `rayalign.train.fit` on one worker and as a bare loop in one process.
 
-    python benchmarks/overhead.py                             # five minutes on two idle cores
+    python benchmarks/overhead.py                             # eight minutes on two idle cores
     python benchmarks/overhead.py --rounds 1 --steps 8 --warm_up_steps 2     # a smoke test, mostly imports and starts
 
 Both run `rayalign.loop.run_steps` on the same prepared pairs in the same order, each in a new process, with one thread for the
@@ -294,8 +294,8 @@ def show_percent(values: Mapping[str, float]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="Ray runs; there is one bare run more")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
-    parser.add_argument("--warm_up_steps", type=int, default=12, help="steps at the start that do not count")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run")
+    parser.add_argument("--warm_up_steps", type=int, default=40, help="steps that do not count: Ray Data starts beside them")
     parser.add_argument("--output", type=Path, default=RESULTS / "overhead.json")
     return parser.parse_args()
 

@@ -1,6 +1,6 @@
 """One train worker against two, a thread each: what the second one is worth.
 
-    python benchmarks/workers.py                                             # five minutes on two idle cores
+    python benchmarks/workers.py                                             # nine minutes on two idle cores
     python benchmarks/workers.py --case tiny --rounds 1 --steps 8 --warm_up_steps 2    # a smoke test, mostly starts
 
 Runs with one and with two workers alternate, on the same prepared pairs with the same global batch. Two cores share caches,
@@ -64,8 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--case", choices=CASES, default="small", help="a model of job.py and the responses' lengths")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run")
-    parser.add_argument("--warm_up_steps", type=int, default=4, help="steps at the start that do not count")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
+    parser.add_argument("--warm_up_steps", type=int, default=12, help="steps that do not count: Ray Data starts beside them")
     parser.add_argument("--output", type=Path, default=RESULTS / "workers.json")
     arguments = parser.parse_args()
     quiet_libraries()
