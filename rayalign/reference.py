@@ -1,4 +1,5 @@
-"""Log-probabilities under the reference as data: what they depend on, and the files that hold them beside the encoded pairs.
+"""Log-probabilities under the reference as data: the files that hold them beside the encoded pairs, in a folder named by what
+they depend on (`reference_key`).
 
 Stored for each response token, since objectives weigh tokens differently. A file holds the rows of one part and is complete or
 absent, so that a pass that was cut short goes on with the parts that are missing. `reference_pass` computes them, `prepared`
@@ -6,26 +7,15 @@ brings them along with the pairs.
 """
 
 import functools
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import transformers
 from numpy.typing import NDArray
-from transformers.utils.hub import cached_file
 
-from rayalign.config import ModelConfig, TunerConfig
-from rayalign.models import ModelSource
 from rayalign.storage import Store
-
-REFERENCE_VERSION = 2
-"""Part of every key; raised when what is stored or its arithmetic changes."""
 
 PART_ROWS = 64
 """Rows of one file, which one task computes."""
@@ -39,9 +29,6 @@ REFERENCE_SCHEMA = pa.schema(
 chosen one with damaged images (mDPO); empty where there is no such response."""
 
 OPEN_PARTS = 64
-HASHED_NAMES = ("config.json", "adapter_config.json")
-HASHED_SUFFIXES = (".safetensors", ".bin", ".index.json", ".py")
-"""Files of a model's or adapter's folder that its outputs depend on: how it is built, weights, code that comes with it."""
 
 
 @dataclass(frozen=True)
@@ -51,51 +38,6 @@ class ReferenceLogps:
     chosen: list[float]
     rejected: list[float]
     damaged: list[float]
-
-
-@dataclass(frozen=True)
-class ReferenceKey:
-    """What the numbers depend on beside the encoded data: `weights` and `adapter` name files with the hash of their content (a
-    model of the hub its revision), `settings` how the model is run."""
-
-    weights: Mapping[str, str]
-    adapter: Mapping[str, str]
-    settings: Mapping[str, Any]
-
-    @functools.cached_property
-    def folder_name(self) -> str:
-        """The folder beside the encoded data; the same in every process."""
-        parts = [self.weights, self.adapter, self.settings]
-        return "reference_" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def reference_key(
-    source: ModelSource,
-    *,
-    model: ModelConfig,
-    tuner: TunerConfig,
-    dtype: str,
-    device: str,
-    damaged: bool,
-) -> ReferenceKey:
-    """The key of the reference of a run. `dtype` is the type of the arithmetic on devices of the type `device`; `damaged`: the
-    chosen responses are scored with damaged images, too."""
-    is_folder = Path(source.base).is_dir()
-    weights = _content_hashes(Path(source.base)) if is_folder else {source.base: _hub_revision(source.base)}
-    full = tuner.sft_type == "full"
-    quantised = tuner.quant_bits is not None
-    settings = {
-        "version": REFERENCE_VERSION,
-        "transformers": transformers.__version__,  # whose code the model is
-        "dtype": dtype,
-        "device": device,
-        "attn_implementation": model.attn_implementation,
-        "quantisation": [tuner.quant_bits, tuner.bnb_4bit_quant_type, tuner.bnb_4bit_use_double_quant] if quantised else None,
-        # Weights of parts that learn in full are float32, whatever the type of the arithmetic.
-        "frozen": [tuner.freeze_vit, tuner.freeze_aligner, tuner.freeze_llm] if full else None,
-        "damaged": damaged,
-    }
-    return ReferenceKey(weights, _content_hashes(Path(source.adapter)) if source.adapter else {}, settings)
 
 
 def write_part(store: Store, ids: Sequence[str], rows: Sequence[ReferenceLogps]) -> None:
@@ -136,22 +78,3 @@ class ReferenceReader:
 
     def _open_part(self, part: int) -> Any:
         return (self._folder / part_name(part)).open_arrow()
-
-
-def _hub_revision(model: str) -> str:
-    """The commit of a model of the hub: the name of the cache's folder that its files are in."""
-    return Path(str(cached_file(model, "config.json"))).parent.name
-
-
-def _content_hashes(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.iterdir() if file.name in HASHED_NAMES or file.name.endswith(HASHED_SUFFIXES))
-    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
-        return dict(zip([file.name for file in files], threads.map(_content_hash, files), strict=True))
-
-
-def _content_hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()

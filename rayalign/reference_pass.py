@@ -22,7 +22,8 @@ from rayalign.data import PROGRESS_SECONDS, RunData, quiet_logging, settle_conte
 from rayalign.models import FAMILIES, packs_rows
 from rayalign.plan import StepPlan, cut_micro_batches
 from rayalign.prepared import EncodedPair, PreparedData, Rows, from_batch
-from rayalign.reference import PART_ROWS, ReferenceKey, ReferenceLogps, missing_parts, part_name, reference_key, write_part
+from rayalign.reference import PART_ROWS, ReferenceLogps, missing_parts, part_name, write_part
+from rayalign.reference_key import ReferenceKey, reference_key
 from rayalign.runs import check_reference
 from rayalign.stream import ahead, batch_maker, plan_of
 

@@ -10,7 +10,7 @@ import yaml
 from rayalign.cli import to_yaml
 from rayalign.config import Config
 from rayalign.metrics import read_metrics
-from rayalign.reference import ReferenceKey
+from rayalign.reference_key import ReferenceKey
 from rayalign.report import ScoredPair, render_report
 from rayalign.storage import Store
 

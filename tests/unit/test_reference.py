@@ -26,15 +26,8 @@ from rayalign.models import ModelSource
 from rayalign.plan import PlanSettings, StepPlan, look_up
 from rayalign.policy import Policy
 from rayalign.prepared import EncodedPair, PreparedData, from_batch
-from rayalign.reference import (
-    PART_ROWS,
-    ReferenceKey,
-    ReferenceLogps,
-    missing_parts,
-    part_name,
-    reference_key,
-    write_part,
-)
+from rayalign.reference import PART_ROWS, ReferenceLogps, missing_parts, part_name, write_part
+from rayalign.reference_key import ReferenceKey, reference_key
 from rayalign.reference_pass import PartScorer, is_wanted, needed_rows
 from rayalign.runs import check_reference
 from rayalign.storage import Store
