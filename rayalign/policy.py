@@ -215,7 +215,7 @@ class Policy:
         return {"attention_mask": self._by_kind({k: self._mask(batch, window, blocks) for k, window in self._windows.items()})}
 
     def _by_kind(self, masks: dict[str, Any]) -> Any:
-        """Of models whose layers are all of one kind, that kind's mask; such models may still want to be told of windows."""
+        """The masks by kind of layer, or the only one where no layer has a window."""
         return masks if len(masks) > 1 or SLIDING in masks else masks[FULL]
 
     def _mask(self, batch: PairBatch, window: int | None, blocks: Tensor | None) -> Tensor | BlockMask:
