@@ -44,9 +44,10 @@ slow: setup ## tests with pretrained weights and published tokenizers, which pip
 
 # These keep to one core each, and run side by side; so that both take about as long, the second has some of the unit tests
 # and the smoke of the benchmarks.
-BESIDE_PARITY := tests/unit/test_families.py tests/unit/test_tuners.py
+BESIDE_PARITY := tests/models/test_families.py tests/policy/test_tuners.py
+NOT_UNIT := parity integration faults slow gpu real
 unit-tests:
-	$(call stage,unit,$(BIN)/pytest -q tests/unit $(addprefix --ignore=,$(BESIDE_PARITY)))
+	$(call stage,unit,$(BIN)/pytest -q tests $(addprefix --ignore=,$(BESIDE_PARITY) $(addprefix tests/,$(NOT_UNIT))))
 
 parity-tests:
 	$(call stage,parity,$(BIN)/pytest -q tests/parity)

@@ -49,17 +49,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging as transformers_logging
 
 import rayalign.models
-from rayalign.batch import PairBatch
-from rayalign.config import ModelConfig, OptimizerConfig
-from rayalign.loop import make_optimizer
-from rayalign.models import ModelSource
-from rayalign.prepared import EncodedPair
-from rayalign.sizing.architecture import Blueprint
-from rayalign.sizing.flops import Polynomial
-from rayalign.sizing.meter import CPU_FLOPS, Meter, tensors_of
-from rayalign.sizing.passes import Pass
-from rayalign.sizing.rehearsal import Rehearsal
-from rayalign.sizing.vision import VisionCosts
+from rayalign.config.sections import ModelConfig, OptimizerConfig
+from rayalign.data.batch import PairBatch
+from rayalign.data.store import EncodedPair
+from rayalign.estimate.architecture import Blueprint
+from rayalign.estimate.dry_run import Rehearsal
+from rayalign.estimate.flops import Polynomial
+from rayalign.estimate.meter import CPU_FLOPS, Meter, tensors_of
+from rayalign.estimate.passes import Pass
+from rayalign.estimate.vision import VisionCosts
+from rayalign.models.source import ModelSource
+from rayalign.training.loop import make_optimizer
 
 EXACT_LAYERS = 2
 """Of the language model whose steps are compared in float32."""

@@ -17,17 +17,19 @@ from torch import Tensor, nn
 from transformers import LlavaNextConfig, LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrainedTokenizerFast
 
 import rayalign.models
-from rayalign.adapters import add_adapters
 from rayalign.algorithms import DPO
-from rayalign.batch import assemble
-from rayalign.config import ModelConfig, TunerConfig
-from rayalign.images import image_hash, open_image
-from rayalign.loading import attention_kernels
-from rayalign.models import ImageInputs, ModelSource, RowLayout, find_family, load_config
+from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.data.batch import assemble
+from rayalign.data.sampler import StepTotals
+from rayalign.data.store import EncodedPair
+from rayalign.images.fetch import image_hash, open_image
+from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.models.processors import describe_images
-from rayalign.plan import StepTotals
-from rayalign.policy import Policy
-from rayalign.prepared import EncodedPair
+from rayalign.models.registry import find_family, load_config
+from rayalign.models.source import ModelSource
+from rayalign.policy.adapters import add_adapters
+from rayalign.policy.loading import attention_kernels
+from rayalign.policy.policy import Policy
 
 CONFIG = Path(rayalign.models.__file__).parent / "configs" / "llava1_6-mistral-7b-instruct"
 BETA = 0.1

@@ -276,7 +276,7 @@ class Benchmark:
     def expected_tokens(self, number: int) -> dict[str, int]:
         """What each side must have run in whole epochs, by the encoded records: rows of prompt and both responses here, two
         rows a pair there."""
-        from rayalign.prepared import PreparedData  # here, so that TRL's process does not wait for it
+        from rayalign.data.store import PreparedData  # here, so that TRL's process does not wait for it
         from rayalign.storage import Store
 
         (manifest,) = (self.folder / f"cache{number}").glob("*/manifest.json")

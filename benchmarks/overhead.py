@@ -1,12 +1,13 @@
-"""Ray's overhead: the same training job through `rayalign.train.fit` on one worker and as a bare loop in one process.
+"""Ray's overhead: the same training job through `rayalign.training.driver.fit` on one worker and as a bare loop in one process.
 
     python benchmarks/overhead.py                             # eight minutes on two idle cores
     python benchmarks/overhead.py --rounds 1 --steps 8 --warm_up_steps 2     # a smoke test, mostly imports and starts
 
-Both run `rayalign.loop.run_steps` on the same prepared pairs in the same order, each in a new process, with one thread for the
-model and batches made a few ahead. Runs alternate, bare, Ray, bare, Ray, bare: a Ray run is compared with the two bare ones
-around it, and what bare ones differ by among themselves says how small a cost can be seen. What differs is Ray: its processes
-beside the worker, Ray Data's look-ups instead of plain reads, torch.distributed. Start-up is not in these figures.
+Both run `rayalign.training.loop.run_steps` on the same prepared pairs in the same order, each in a new process, with one
+thread for the model and batches made a few ahead. Runs alternate, bare, Ray, bare, Ray, bare: a Ray run is compared with the
+two bare ones around it, and what bare ones differ by among themselves says how small a cost can be seen. What differs is Ray:
+its processes beside the worker, Ray Data's look-ups instead of plain reads, torch.distributed. Start-up is not in these
+figures.
 """
 
 import argparse
@@ -37,17 +38,17 @@ from synthetic import Shape, save_model
 from transformers.utils import logging as transformers_logging
 
 from rayalign.algorithms import DPO
-from rayalign.batch import PairBatch
-from rayalign.config import Config, config_from_mapping
-from rayalign.data import RunData
-from rayalign.loading import load_policy
-from rayalign.loop import LoopEvents, Trainer, run_steps
-from rayalign.metrics import read_metrics
-from rayalign.plan import StepPlan
-from rayalign.prepared import from_batch
+from rayalign.config.config import Config, config_from_mapping
+from rayalign.data.batch import PairBatch
+from rayalign.data.prepare import RunData
+from rayalign.data.sampler import StepPlan
+from rayalign.data.store import from_batch
+from rayalign.data.stream import ahead, batch_maker, plan_of
+from rayalign.policy.loading import load_policy
 from rayalign.storage import Store
-from rayalign.stream import ahead, batch_maker, plan_of
-from rayalign.train import POLL_SECONDS, fit, prepare_run, settle_cluster, start_ray
+from rayalign.training.driver import POLL_SECONDS, fit, prepare_run, settle_cluster, start_ray
+from rayalign.training.loop import LoopEvents, Trainer, run_steps
+from rayalign.training.metrics import read_metrics
 
 SHAPE = Shape(128, 4, 4, vocabulary=2_000, vision_hidden=64, vision_layers=2, tile=56, grid=(2, 2))
 WORDS = (30, 50)

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.utils import logging as transformers_logging
 
-from rayalign.sizing.meter import FLOPS
+from rayalign.estimate.meter import FLOPS
 
 CPU = torch.device("cpu")
 SQUARE = 2048

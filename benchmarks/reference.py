@@ -24,7 +24,7 @@ from step import CASES, DEFAULT_CASES, draw_adapter, timed
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from rayalign.reference_pass import score
+from rayalign.reference.precompute import score
 
 
 class Timed:

@@ -30,9 +30,9 @@ from PIL import Image
 from synthetic import save_model
 
 from rayalign.algorithms import DPO
-from rayalign.config import config_from_mapping
-from rayalign.stream import plan_of
-from rayalign.train import prepare_run
+from rayalign.config.config import config_from_mapping
+from rayalign.data.stream import plan_of
+from rayalign.training.driver import prepare_run
 
 BATCH_SIZE = 4
 

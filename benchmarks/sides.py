@@ -51,13 +51,13 @@ class Rayalign:
 
     def __init__(self, job: Job) -> None:
         from rayalign.algorithms import CPO, DPO, ORPO, Algorithm
-        from rayalign.batch import assemble
-        from rayalign.config import ModelConfig, TunerConfig
-        from rayalign.encode import Encoder, EncoderSpec, image_processing
-        from rayalign.loading import load_policy
-        from rayalign.models import ModelSource
-        from rayalign.plan import StepTotals
-        from rayalign.records import Message, build_record
+        from rayalign.config.sections import ModelConfig, TunerConfig
+        from rayalign.data.batch import assemble
+        from rayalign.data.encode import Encoder, EncoderSpec, image_processing
+        from rayalign.data.sampler import StepTotals
+        from rayalign.formats.records import Message, build_record
+        from rayalign.models.source import ModelSource
+        from rayalign.policy.loading import load_policy
 
         algorithms: dict[AlgorithmName, Algorithm] = {
             "dpo": DPO(beta=BETA, rpo_alpha=0.0),
@@ -94,7 +94,7 @@ class Rayalign:
 
     def with_stored_reference(self) -> "Rayalign":
         """The same step of the same model, its batch bringing the reference's log-probabilities along."""
-        from rayalign.reference_pass import score
+        from rayalign.reference.precompute import score
 
         logps = score(self.policy, self.encoded, self.batch)
         flat = [logp for pair in logps for logp in (*pair.chosen, *pair.rejected)]

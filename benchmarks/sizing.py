@@ -22,22 +22,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import logging as transformers_logging
 
 from rayalign.algorithms import ALGORITHMS
-from rayalign.batch import assemble
-from rayalign.config import Config, ModelConfig, OptimizerConfig, PlanConfig, TunerConfig
-from rayalign.encode import Encoder, EncoderSpec, image_processing
-from rayalign.loading import load_policy
-from rayalign.loop import Trainer
-from rayalign.models import ModelSource
+from rayalign.config.config import Config
+from rayalign.config.sections import ModelConfig, OptimizerConfig, PlanConfig, TunerConfig
+from rayalign.data.batch import assemble
+from rayalign.data.encode import Encoder, EncoderSpec, image_processing
+from rayalign.data.sampler import StepTotals
+from rayalign.data.store import EncodedPair
+from rayalign.estimate.architecture import Blueprint
+from rayalign.estimate.estimate import Findings
+from rayalign.estimate.lengths import ImageLook
+from rayalign.estimate.meter import CPU_FLOPS, Meter, tensors_of
+from rayalign.estimate.shapes import DataShapes, PairShape
+from rayalign.estimate.vision import VisionCosts
+from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord
 from rayalign.models.processors import process_images
-from rayalign.plan import StepTotals
-from rayalign.prepared import EncodedPair
-from rayalign.records import IMAGE_MARK, Message, PreferenceRecord
-from rayalign.sizing.architecture import Blueprint
-from rayalign.sizing.findings import Findings
-from rayalign.sizing.lengths import ImageLook
-from rayalign.sizing.meter import CPU_FLOPS, Meter, tensors_of
-from rayalign.sizing.shapes import DataShapes, PairShape
-from rayalign.sizing.vision import VisionCosts
+from rayalign.models.source import ModelSource
+from rayalign.policy.loading import load_policy
+from rayalign.training.loop import Trainer
 
 MEDIUM = Shape(512, 8, 8, vocabulary=32_000, vision_hidden=256, vision_layers=6, tile=154, grid=(2, 2))
 RESPONSES = [(80, 60), (60, 85)]

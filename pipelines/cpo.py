@@ -2,14 +2,14 @@
 
 import sys
 
-from rayalign import cli
 from rayalign.algorithms import ALGORITHMS
+from rayalign.config import command_line
 
 if __name__ == "__main__":
-    config = cli.parse(ALGORITHMS, sys.argv[1:], prog="pipelines/cpo.py", description=__doc__, algorithm="cpo")
-    cli.configure_logging()
+    config = command_line.parse(ALGORITHMS, sys.argv[1:], prog="pipelines/cpo.py", description=__doc__, algorithm="cpo")
+    command_line.configure_logging()
 
-    from rayalign import pipeline  # here, so that a mistyped flag is answered before Ray is loaded
+    from rayalign import main  # here, so that a mistyped flag is answered before Ray is loaded
 
-    with cli.user_errors():
-        pipeline.run(config)
+    with command_line.user_errors():
+        main.run(config)

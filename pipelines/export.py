@@ -2,20 +2,20 @@
 
 import sys
 
-from rayalign import cli
-from rayalign.config import ExportConfig
+from rayalign.config import command_line
+from rayalign.config.sections import ExportConfig
 
 if __name__ == "__main__":
-    config = cli.parse_section(
+    config = command_line.parse_section(
         ExportConfig,
         sys.argv[1:],
         prog="pipelines/export.py",
         description=__doc__,
         example="--model output/rm/model --output_dir output/rm/classifier",
     )
-    cli.configure_logging()
+    command_line.configure_logging()
 
-    from rayalign import export  # here, so that a mistyped flag is answered before torch is loaded
+    from rayalign.serving import export  # here, so that a mistyped flag is answered before torch is loaded
 
-    with cli.user_errors():
+    with command_line.user_errors():
         export.run(config)

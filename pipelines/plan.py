@@ -2,14 +2,14 @@
 
 import sys
 
-from rayalign import cli
 from rayalign.algorithms import ALGORITHMS
+from rayalign.config import command_line
 
 if __name__ == "__main__":
-    config, gpus = cli.parse_plan(ALGORITHMS, sys.argv[1:], prog="pipelines/plan.py", description=__doc__)
-    cli.configure_logging()
+    config, gpus = command_line.parse_plan(ALGORITHMS, sys.argv[1:], prog="pipelines/plan.py", description=__doc__)
+    command_line.configure_logging()
 
-    from rayalign.planning import plan_run  # here, so that a mistyped flag is answered before Ray is loaded
+    from rayalign.estimate.plan import plan_run  # here, so that a mistyped flag is answered before Ray is loaded
 
-    with cli.user_errors():
+    with command_line.user_errors():
         sys.stdout.write(plan_run(config, gpus))

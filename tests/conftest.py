@@ -1,10 +1,20 @@
-"""What every test and the processes it starts run under: offline, one thread, fixed seeds."""
+"""What every test and the processes it starts run under (offline, one thread, fixed seeds); tiny models on disk, each made
+once a session; and the matrix that ends the families' tests."""
 
+import functools
+import itertools
 import os
 import random
+import re
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from rayalign.data.store import EncodedPair, PreparedData
 
 os.environ.update(
     {
@@ -27,3 +37,74 @@ def fixed_seeds() -> None:
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`model_folder(family, **text)`: the folder of a family's tiny model, with changes to its text config."""
+
+    @functools.cache
+    def make(family: str, **text: Any) -> Path:
+        from tests.tiny_models import save_tiny_model  # imports torch and transformers, which many tests never touch
+
+        return save_tiny_model(tmp_path_factory.mktemp(family), family, text=text)
+
+    return make
+
+
+@pytest.fixture
+def prepare_pairs(tmp_path: Path) -> "Callable[[Sequence[EncodedPair]], PreparedData]":
+    """`prepare_pairs(pairs)`: a prepared data set on disk whose row numbers are the pairs' places."""
+    import pyarrow as pa
+
+    from rayalign.data.store import INDEX_SCHEMA, PreparedData, write_shard
+    from rayalign.storage import Store
+
+    numbers = itertools.count()
+
+    def make(pairs: "Sequence[EncodedPair]") -> "PreparedData":
+        store = Store(str(tmp_path / f"prepared_{next(numbers)}"))
+        write_shard(store / "one" / "shard", pairs)
+        lines = [
+            {
+                "id": pair.id,
+                "dataset": 0,
+                "file": 0,
+                "source_row": row,
+                "shard": "shard",
+                "position": row,
+                "prompt_tokens": len(pair.prompt_ids),
+                "chosen_tokens": len(pair.chosen_ids),
+                "rejected_tokens": len(pair.rejected_ids),
+            }
+            for row, pair in enumerate(pairs)
+        ]
+        index = pa.Table.from_pylist(lines, schema=INDEX_SCHEMA)
+        return PreparedData.finish(store, attempt="one", index=index, dropped=[])
+
+    return make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The contract matrix: a line for each model family, a column for each check of `test_families`, from the run itself."""
+    checks: list[str] = []
+    matrix: dict[str, dict[str, list[bool]]] = {}
+    for passed, outcome in ((True, "passed"), (False, "failed")):
+        for report in terminalreporter.stats.get(outcome, ()):
+            test = re.search(r"test_families\.py::test_(\w+)\[(\w+)[\]-]", report.nodeid)
+            if test is None or report.when != "call":
+                continue
+            check, family = test.groups()
+            if check not in checks:
+                checks.append(check)
+            matrix.setdefault(family, {}).setdefault(check, []).append(passed)
+    if not matrix:
+        return
+    terminalreporter.section("families x checks (tests passed of tests run)", sep="-")
+    for number, check in enumerate(checks, start=1):
+        terminalreporter.write_line(f"{number:>3}  {check.replace('_', ' ')}")
+    terminalreporter.write_line(" " * 16 + "".join(f"{number:>7}" for number in range(1, len(checks) + 1)))
+    for family, results in matrix.items():
+        cells = [results.get(check, []) for check in checks]
+        row = "".join(f"{f'{sum(cell)}/{len(cell)}' if cell else '':>7}" for cell in cells)
+        terminalreporter.write_line(f"{family:<16}{row}")

@@ -12,15 +12,17 @@ import torch
 from PIL import Image
 
 from rayalign.algorithms import Needs
-from rayalign.batch import PairBatch, assemble, with_damaged, with_mismatched
-from rayalign.config import ModelConfig, TunerConfig
-from rayalign.encode import Encoder, EncoderSpec, damaged_image_processing, image_processing
-from rayalign.loading import load_policy
-from rayalign.models import ModelSource, find_family
-from rayalign.plan import StepTotals
-from rayalign.policy import TRAINED, Policy
-from rayalign.prepared import EncodedPair
-from rayalign.records import IMAGE_MARK, Message, PreferenceRecord
+from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.data.batch import PairBatch, assemble, with_damaged, with_mismatched
+from rayalign.data.encode import Encoder, EncoderSpec, damaged_image_processing, image_processing
+from rayalign.data.sampler import StepTotals
+from rayalign.data.store import EncodedPair
+from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord
+from rayalign.models.registry import find_family
+from rayalign.models.source import ModelSource
+from rayalign.policy.adapters import TRAINED
+from rayalign.policy.loading import load_policy
+from rayalign.policy.policy import Policy
 from tests.tiny_families import TINY_FAMILIES, TINY_TEXT_MODELS, TinyFamily
 
 FAMILIES = ("llava", "llava_next")

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from rayalign.batch import CompanionKind, PairBatch
-from rayalign.logprobs import PairLogps
-from rayalign.plan import StepTotals
-from rayalign.records import Responses
+from rayalign.data.batch import CompanionKind, PairBatch
+from rayalign.data.sampler import StepTotals
+from rayalign.formats.records import Responses
+from rayalign.ops.logprobs import PairLogps
 
 
 class PolicyForward(Protocol):

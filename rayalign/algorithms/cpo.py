@@ -8,9 +8,9 @@ from torch import Tensor
 
 from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
 from rayalign.algorithms.terms import logistic_loss, logp_metrics, negative_log_likelihood, nll_metric, reward_metrics
-from rayalign.batch import PairBatch
-from rayalign.config import check_bounds, flag
-from rayalign.plan import StepTotals
+from rayalign.config.flags import check_bounds, flag
+from rayalign.data.batch import PairBatch
+from rayalign.data.sampler import StepTotals
 
 
 def cpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:

@@ -12,10 +12,10 @@ from rayalign.algorithms import dpo_losses
 from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
 from rayalign.algorithms.dpo_losses import PAIR_LOSSES, SFT_LOSS, Divergence, LossSettings, PairScores, RankPartners
 from rayalign.algorithms.terms import logp_metrics, negative_log_likelihood, nll_metric, reward_metrics
-from rayalign.batch import PairBatch
-from rayalign.config import check_bounds, flag
-from rayalign.logprobs import PairLogps
-from rayalign.plan import StepTotals
+from rayalign.config.flags import check_bounds, flag
+from rayalign.data.batch import PairBatch
+from rayalign.data.sampler import StepTotals
+from rayalign.ops.logprobs import PairLogps
 
 ALPHA, TAU = 0.5, 0.05
 

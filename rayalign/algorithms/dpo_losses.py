@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rayalign.algorithms.algorithm import Survey
 from rayalign.algorithms.terms import logistic_loss
-from rayalign.batch import PairBatch
-from rayalign.logprobs import PairLogps
+from rayalign.data.batch import PairBatch
+from rayalign.ops.logprobs import PairLogps
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 

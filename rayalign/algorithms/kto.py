@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
 from rayalign.algorithms.terms import logp_metrics, reward_metrics
-from rayalign.batch import PairBatch
-from rayalign.config import check_bounds, flag
-from rayalign.plan import StepTotals
+from rayalign.config.flags import check_bounds, flag
+from rayalign.data.batch import PairBatch
+from rayalign.data.sampler import StepTotals
 
 
 def kto_losses(chosen: Tensor, rejected: Tensor, kl: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
 from rayalign.algorithms.terms import negative_log_likelihood, nll_metric
-from rayalign.batch import PairBatch
-from rayalign.plan import StepTotals
+from rayalign.data.batch import PairBatch
+from rayalign.data.sampler import StepTotals
 
 
 @dataclass(frozen=True)

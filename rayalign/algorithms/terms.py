@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayalign.logprobs import SequenceLogps
+from rayalign.ops.logprobs import SequenceLogps
 
 
 def logistic_loss(margin: Tensor, *, label_smoothing: float = 0.0) -> Tensor:

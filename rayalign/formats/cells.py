@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rayalign.records import IMAGE_MARK, Message, RecordError
+from rayalign.formats.records import IMAGE_MARK, Message, RecordError
 
 Images = tuple[str | bytes, ...]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from rayalign.formats import cells
-from rayalign.records import PreferenceRecord, RecordError, build_record
+from rayalign.formats.records import PreferenceRecord, RecordError, build_record
 
 NEEDS = "conversations, chosen, rejected"
 

@@ -12,7 +12,7 @@ import threading
 import time
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from rayalign.records import RecordError
+from rayalign.formats.records import RecordError
 
 TIMEOUT_SECONDS = 10
 TOTAL_SECONDS = 60

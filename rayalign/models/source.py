@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayalign.config import ModelConfig
+from rayalign.config.sections import ModelConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayalign.algorithms import DPO, KTO, MDPO, Needs
-from rayalign.batch import PairBatch
-from rayalign.config import ModelConfig, OptimizerConfig, TunerConfig
-from rayalign.encode import Encoder, EncoderSpec
-from rayalign.loading import load_policy
-from rayalign.loop import Trainer
-from rayalign.metrics import MetricSums
-from rayalign.models import ModelSource
-from rayalign.policy import Policy
-from rayalign.prepared import EncodedPair
-from rayalign.records import IMAGE_MARK, Message, PreferenceRecord
+from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
+from rayalign.data.batch import PairBatch
+from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.store import EncodedPair
+from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord
+from rayalign.models.source import ModelSource
+from rayalign.policy.loading import load_policy
+from rayalign.policy.policy import Policy
+from rayalign.training.loop import Trainer
+from rayalign.training.metrics import MetricSums
 from tests.tiny_models import REFERRED, make_batch, noise_image, totals_of, wake_adapters
 
 pytestmark = pytest.mark.gpu

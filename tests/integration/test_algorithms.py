@@ -12,15 +12,16 @@ import yaml
 from safetensors.torch import load_file
 
 from rayalign.algorithms import ALGORITHMS
-from rayalign.config import OptimizerConfig, config_from_mapping
-from rayalign.encode import EncoderSpec
-from rayalign.loading import load_policy
-from rayalign.loop import Trainer
-from rayalign.models import ModelSource
-from rayalign.plan import cut_micro_batches, hold_out, totals_of
-from rayalign.prepared import PreparedData
+from rayalign.config.config import config_from_mapping
+from rayalign.config.sections import OptimizerConfig
+from rayalign.data.encode import EncoderSpec
+from rayalign.data.sampler import cut_micro_batches, hold_out, totals_of
+from rayalign.data.store import PreparedData
+from rayalign.data.stream import held_out_pairs
+from rayalign.models.source import ModelSource
+from rayalign.policy.loading import load_policy
 from rayalign.storage import Store
-from rayalign.stream import held_out_pairs
+from rayalign.training.loop import Trainer
 from tests.cluster import Cluster
 
 NAMES = ("rm", "cpo", "orpo", "simpo", "kto", "mdpo")

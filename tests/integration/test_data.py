@@ -13,13 +13,13 @@ import pytest
 import ray
 from PIL import Image
 
-from rayalign.config import DataConfig
-from rayalign.data import prepare
-from rayalign.encode import EncoderSpec
-from rayalign.plan import PlanSettings, StepPlan
-from rayalign.prepared import PreparedData
+from rayalign.config.sections import DataConfig
+from rayalign.data.encode import EncoderSpec
+from rayalign.data.prepare import prepare
+from rayalign.data.sampler import PlanSettings, StepPlan
+from rayalign.data.store import PreparedData
+from rayalign.data.stream import look_ups, pairs_in_order
 from rayalign.storage import Store
-from rayalign.stream import look_ups, pairs_in_order
 from tests.cluster import Cluster
 from tests.tiny_data import write_rows
 
@@ -116,7 +116,7 @@ def test_an_error_for_the_user_arrives_without_rays_layers(sources: Path, spec: 
 def test_workers_stream_exactly_their_part_of_the_plan_from_any_step(
     sources: Path, spec: EncoderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayalign.plan.CHUNK_PAIRS", 4)  # all but the first look-up come through Ray Data
+    monkeypatch.setattr("rayalign.data.sampler.CHUNK_PAIRS", 4)  # all but the first look-up come through Ray Data
     data = prepare_all(sources, spec, tmp_path)
     settings = PlanSettings(global_batch_size=8, batch_size=2, num_workers=2, num_epochs=3, max_steps=None, seed=3)
     plan = StepPlan(data.lengths(), settings)

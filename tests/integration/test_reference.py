@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from rayalign.reference import PART_ROWS
+from rayalign.data.reference_store import PART_ROWS
 from tests.cluster import Cluster
 
 NUM_RECORDS = 60

@@ -11,10 +11,10 @@ import pytest
 from torch import Tensor
 
 from rayalign.algorithms import DPO
-from rayalign.config import OptimizerConfig
-from rayalign.loop import Trainer
-from rayalign.metrics import MetricSums
-from rayalign.policy import REFERENCE
+from rayalign.config.sections import OptimizerConfig
+from rayalign.policy.adapters import REFERENCE
+from rayalign.training.loop import Trainer
+from rayalign.training.metrics import MetricSums
 from tests.parity.conftest import RecordDifference
 from tests.parity.trl_models import (
     ALL_KINDS,

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from rayalign.algorithms import ALGORITHMS, CPO, DPO, KTO, MDPO, ORPO, RM, SFT, Algorithm, SimPO
 from rayalign.algorithms.dpo import LossType
 from rayalign.algorithms.dpo_losses import Divergence
-from rayalign.batch import PAD, PairBatch, assemble, with_damaged, with_mismatched
-from rayalign.config import OptimizerConfig, flags_of
-from rayalign.logprobs import PairLogps, sum_by_response, token_logps
-from rayalign.loop import Trainer
-from rayalign.models import ImageInputs, RowLayout
-from rayalign.plan import StepTotals
-from rayalign.prepared import EncodedPair
-from rayalign.value_head import ValueHead
+from rayalign.config.flags import flags_of
+from rayalign.config.sections import OptimizerConfig
+from rayalign.data.batch import PAD, PairBatch, assemble, with_damaged, with_mismatched
+from rayalign.data.sampler import StepTotals
+from rayalign.data.store import EncodedPair
+from rayalign.models.family import ImageInputs, RowLayout
+from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
+from rayalign.ops.value_head import ValueHead
+from rayalign.training.loop import Trainer
 from tests.parity import formulas
 from tests.parity.conftest import RecordDifference
 from tests.parity.formulas import EXACT, Array, Expected, PairRows, Row

@@ -14,11 +14,11 @@ from rayalign.algorithms import CPO, DPO, KTO, MDPO, ORPO, Algorithm, SimPO, Sur
 from rayalign.algorithms.dpo import LossType
 from rayalign.algorithms.dpo_losses import BY_DIVERGENCE
 from rayalign.algorithms.orpo import log1mexp
-from rayalign.batch import PairBatch, assemble
-from rayalign.logprobs import PairLogps, SequenceLogps, sum_by_response, token_logps
-from rayalign.models import ImageInputs, RowLayout
-from rayalign.plan import StepTotals
-from rayalign.prepared import EncodedPair
+from rayalign.data.batch import PairBatch, assemble
+from rayalign.data.sampler import StepTotals
+from rayalign.data.store import EncodedPair
+from rayalign.models.family import ImageInputs, RowLayout
+from rayalign.ops.logprobs import PairLogps, SequenceLogps, sum_by_response, token_logps
 from tests.parity import formulas
 from tests.parity.conftest import RecordDifference
 from tests.parity.formulas import EXACT, Pair, Reply

@@ -19,10 +19,10 @@ from trl.experimental.orpo import ORPOTrainer
 
 from rayalign.algorithms import CPO, DPO, KTO, ORPO, RM, Algorithm, SimPO
 from rayalign.algorithms.dpo_losses import BY_DIVERGENCE, PAIR_LOSSES, SFT_LOSS
-from rayalign.batch import PairBatch, assemble, with_mismatched
-from rayalign.logprobs import PairLogps, sum_by_response, token_logps
-from rayalign.models import ImageInputs, RowLayout
-from rayalign.prepared import EncodedPair
+from rayalign.data.batch import PairBatch, assemble, with_mismatched
+from rayalign.data.store import EncodedPair
+from rayalign.models.family import ImageInputs, RowLayout
+from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
 from tests.parity.conftest import RecordDifference
 from tests.parity.trl_models import TRL, Step, bare, differences, gradients_of, our_step
 from tests.tiny_models import totals_of

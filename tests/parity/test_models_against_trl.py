@@ -23,10 +23,10 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from rayalign.algorithms import CPO, DPO, KTO, ORPO, RM, Algorithm, SimPO
-from rayalign.config import OptimizerConfig
-from rayalign.loop import Trainer
-from rayalign.policy import Policy
-from rayalign.prepared import EncodedPair
+from rayalign.config.sections import OptimizerConfig
+from rayalign.data.store import EncodedPair
+from rayalign.policy.policy import Policy
+from rayalign.training.loop import Trainer
 from tests.parity.conftest import RecordDifference
 from tests.parity.trl_models import (
     ALL_KINDS,

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer
 
-from rayalign.adapters import lora_targets
 from rayalign.algorithms import DPO, Algorithm, Needs
-from rayalign.batch import PairBatch
-from rayalign.config import ModelConfig, OptimizerConfig, TunerConfig
-from rayalign.encode import Encoder, EncoderSpec
-from rayalign.loop import Trainer
-from rayalign.models import ModelSource
-from rayalign.plan import StepTotals
-from rayalign.policy import TRAINED, Policy
-from rayalign.prepared import EncodedPair
-from rayalign.records import Message, build_record
+from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
+from rayalign.data.batch import PairBatch
+from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.sampler import StepTotals
+from rayalign.data.store import EncodedPair
+from rayalign.formats.records import Message, build_record
+from rayalign.models.source import ModelSource
+from rayalign.policy.adapters import TRAINED, lora_targets
+from rayalign.policy.policy import Policy
+from rayalign.training.loop import Trainer
 from tests import tiny_models
 
 TRL = "TRL 1.16"

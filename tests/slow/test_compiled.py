@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayalign.algorithms import DPO
-from rayalign.config import ModelConfig, TunerConfig
+from rayalign.config.sections import ModelConfig, TunerConfig
 from tests.tiny_models import (
     REFERRED,
     encode_pair,

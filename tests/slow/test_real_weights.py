@@ -14,8 +14,9 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil
 
-from rayalign.config import ModelConfig
-from rayalign.models import REGISTERED_MODELS, resolve_model
+from rayalign.config.sections import ModelConfig
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import resolve_model
 from tests.cluster import Cluster
 from tests.real.shapes import write_pairs
 from tests.real.towers import EFFICIENTNET_PIXELS, image_classifier, language_model

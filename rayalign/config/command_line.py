@@ -1,0 +1,338 @@
+"""Words of the command line and YAML files -> a Config, and a Config -> the YAML that runs it again.
+
+The flags, their help and their checks are in `config` and the algorithms; a mistake ends the program with exit code 2 and a
+sentence on stderr.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from rayalign.config.config import Config, config_from_mapping, section_types
+from rayalign.config.flags import Flag, convert, did_you_mean, expected_value, flags_of, section_from_mapping
+from rayalign.config.sections import PlanConfig, TuneConfig
+from rayalign.storage import Store
+
+DEFAULT_ALGORITHM = "dpo"
+LONGEST_METAVAR = 80
+Section = TypeVar("Section")
+
+
+def configure_logging() -> None:
+    """Sends rayalign's log to stderr from INFO on, other libraries' from WARNING on."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("rayalign").setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the program with code 2 and one sentence for what the user can mend (ValueError, a loss that is no longer finite);
+    with RAYALIGN_TRACEBACK=1 the traceback is shown, too."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("RAYALIGN_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def parse(
+    algorithms: Mapping[str, type[Any]], words: Sequence[str], *, prog: str, description: str, algorithm: str | None = None
+) -> Config:
+    """The run that words and the YAML files named by them describe; a mistake ends the program with code 2.
+
+    `algorithm` fixes what is trained; None leaves it to `--rlhf_type`.
+    """
+    return _Command(algorithms, prog, description, algorithm).read(words)[0]
+
+
+def parse_sweep(
+    algorithms: Mapping[str, type[Any]],
+    words: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    check: Callable[[Config, TuneConfig], object],
+) -> tuple[Config, TuneConfig]:
+    """The run that every trial of a sweep starts from, and what the sweep searches; a mistake ends the program with code 2.
+
+    `check` raises ValueError for a search that the run's flags don't allow.
+    """
+    config, tune = _Command(algorithms, prog, description, None, TuneConfig, check).read(words)
+    assert isinstance(tune, TuneConfig)
+    return config, tune
+
+
+def parse_plan(
+    algorithms: Mapping[str, type[Any]], words: Sequence[str], *, prog: str, description: str
+) -> tuple[Config, PlanConfig]:
+    """The run that is planned, and the GPUs it is planned for; a mistake ends the program with code 2."""
+    config, plan = _Command(algorithms, prog, description, None, PlanConfig).read(words)
+    assert isinstance(plan, PlanConfig)
+    return config, plan
+
+
+def parse_section(section: type[Section], words: Sequence[str], *, prog: str, description: str, example: str) -> Section:
+    """The flags of a program that trains nothing, from words and YAML files; a mistake ends the program with code 2."""
+    parser = _new_parser(prog, description, f"example:\n  python {prog} {example}")
+    _add_config_flag(parser)
+    _add_section(parser, section)
+    known = [flag.name for flag in flags_of(section)]
+    try:
+        given, rest = parser.parse_known_args(words)
+        from_files = _read_files(given.config)
+        from_words = {key: value for key, value in vars(given).items() if key in known}
+        problems = [_unknown_flag(key, known) for key in from_files if key not in known]
+        problems += [_unknown_flag(word[2:].split("=")[0], (*known, "config")) for word in rest if word.startswith("--")]
+        if not problems and rest:
+            problems = [_unexpected_word(rest[0])]
+        if problems:
+            raise ValueError("\n".join(problems))
+        built: Section = section_from_mapping(section, from_files | from_words)
+    except ValueError as error:
+        parser.error(str(error))
+    return built
+
+
+def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str:
+    """Every flag with its value, by section, each below its help; `--config` reads it back exactly."""
+    values = {**config.to_dict(), **(dataclasses.asdict(extra) if extra else {})}
+    lines = [
+        "# All flags of a run: `--config` with this file runs it, flags beside it win over the file.",
+        f"rlhf_type: {config.algorithm.name}",
+    ]
+    for section in (*section_types(type(config.algorithm)), *((type(extra),) if extra else ())):
+        for index, flag in enumerate(flags_of(section)):
+            lines += ["", f"## {flag.section}"] if index == 0 else []
+            lines += textwrap.wrap(_help_of(flag), 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+            lines.append(f"{flag.name}: {_yaml_value(convert(flag, values[flag.name]))}")
+    return "\n".join(lines) + "\n"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse without abbreviations, whose errors are a sentence and not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: error: {message}\n(--help lists every flag)\n")
+        raise SystemExit(2)
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A pipeline's command line: which algorithms it offers, which one it is fixed to, and the section of flags that it has
+    besides a run's."""
+
+    algorithms: Mapping[str, type[Any]]
+    prog: str
+    description: str
+    algorithm: str | None
+    extra: type[TuneConfig] | type[PlanConfig] | None = None
+    check: Callable[[Config, Any], object] | None = None
+
+    def read(self, words: Sequence[str]) -> tuple[Config, TuneConfig | PlanConfig | None]:
+        first = _Parser(prog=self.prog, add_help=False, allow_abbrev=False)
+        _add_steering_flags(first, self.algorithms)
+        steering, _ = first.parse_known_args(words)
+        try:
+            from_files = _read_files(steering.config)
+            named_in_file = from_files.pop("rlhf_type", None)
+            name = self._algorithm_name(steering.rlhf_type or named_in_file)
+            parser = self._parser(name)
+            given, rest = parser.parse_known_args(words)
+            from_words = {key: value for key, value in vars(given).items() if key in self._flags(name)}
+            self._refuse_unknown(name, from_files, rest)
+            return self._build(name, {**from_files, **from_words}, print_config=given.print_config)
+        except ValueError as error:
+            first.error(str(error))
+
+    def _build(self, name: str, values: dict[str, Any], *, print_config: bool) -> tuple[Config, TuneConfig | PlanConfig | None]:
+        own = {flag.name for flag in flags_of(self.extra)} if self.extra else set()
+        extra = section_from_mapping(self.extra, values) if self.extra else None
+        config = config_from_mapping(self.algorithms[name], {k: v for k, v in values.items() if k not in own})
+        if self.check is not None:
+            self.check(config, extra)
+        if print_config:
+            sys.stdout.write(to_yaml(config, extra))
+            raise SystemExit(0)
+        return config, extra
+
+    def _sections(self, name: str) -> tuple[type[Any], ...]:
+        return (*section_types(self.algorithms[name]), *((self.extra,) if self.extra else ()))
+
+    def _flags(self, name: str) -> dict[str, Flag]:
+        return {flag.name: flag for section in self._sections(name) for flag in flags_of(section)}
+
+    def _algorithm_name(self, wanted: Any) -> str:
+        name = str(wanted or self.algorithm or DEFAULT_ALGORITHM)
+        if name not in self.algorithms:
+            choices = ", ".join(self.algorithms)
+            raise ValueError(f"--rlhf_type {name}: must be one of {choices}.{did_you_mean(name, self.algorithms)}")
+        if self.algorithm not in (None, name):
+            raise ValueError(
+                f"--rlhf_type {name}: {self.prog} runs {self.algorithm}; use pipelines/rlhf.py or pipelines/{name}.py."
+            )
+        return name
+
+    def _parser(self, name: str) -> _Parser:
+        parser = _new_parser(self.prog, self.description, self._example())
+        _add_steering_flags(parser, self.algorithms)
+        for section in self._sections(name):
+            _add_section(parser, section)
+        return parser
+
+    def _example(self) -> str:
+        chosen = "" if self.algorithm else f" --rlhf_type {DEFAULT_ALGORITHM}"
+        searched = ["--search beta=grid:0.05,0.1,0.5 learning_rate=loguniform:1e-6:1e-4"] if self.extra is TuneConfig else []
+        lines = [
+            f"example:\n  python {self.prog}{chosen}",
+            "--model_type llava1_6-mistral-7b-instruct --dataset rlaif-v#1000",
+            "--num_train_epochs 2 --learning_rate 5e-5 --output_dir output/first",
+            *searched,
+        ]
+        return " \\\n      ".join(lines)
+
+    def _refuse_unknown(self, name: str, from_files: Mapping[str, Any], rest: Sequence[str]) -> None:
+        known = self._flags(name)
+        problems = [self._unknown(name, key) for key in from_files if key not in known]
+        problems += [self._unknown(name, word[2:].split("=")[0]) for word in rest if word.startswith("--")]
+        if not problems and rest:
+            problems = [_unexpected_word(rest[0])]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _unknown(self, name: str, flag_name: str) -> str:
+        owners = [other for other, section in self.algorithms.items() if flag_name in {f.name for f in flags_of(section)}]
+        if owners:
+            *others, last = owners
+            words = f"{', '.join(others)} and {last}" if others else last
+            return f"--{flag_name} belongs to {words}, not {name}."
+        for pipeline, section in (("tune", TuneConfig), ("plan", PlanConfig)):
+            if flag_name in {flag.name for flag in flags_of(section)}:
+                return f"--{flag_name} belongs to pipelines/{pipeline}.py, not {self.prog}."
+        if flag_name in ("config", "print_config"):
+            return f"--{flag_name} belongs to the command line, not in a file."
+        known = (*self._flags(name), "config", "rlhf_type", "print_config")
+        return _unknown_flag(flag_name, known)
+
+
+def _unknown_flag(name: str, known: Iterable[str]) -> str:
+    return f"Unknown flag --{name}.{did_you_mean(name, known, prefix='--')}"
+
+
+def _unexpected_word(word: str) -> str:
+    return f"Unexpected word {word!r}: every value follows its --flag."
+
+
+def _new_parser(prog: str, description: str, epilog: str) -> _Parser:
+    width = min(shutil.get_terminal_size().columns - 2, 98)
+    return _Parser(
+        prog=prog,
+        usage=f"python {prog} [--flag value ...] [--config FILE ...]",
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width),
+    )
+
+
+def _add_section(parser: argparse.ArgumentParser, section: type[Any]) -> None:
+    flags = list(flags_of(section))
+    group = parser.add_argument_group(flags[0].section) if flags else None
+    for flag in flags:
+        _add_flag(group, flag)
+
+
+def _add_steering_flags(parser: argparse.ArgumentParser, algorithms: Iterable[str]) -> None:
+    """The flags that say where the others come from."""
+    parser.add_argument(
+        "--rlhf_type", default=None, metavar="|".join(algorithms), help="What is trained; decides which flags there are."
+    )
+    _add_config_flag(parser)
+    parser.add_argument(
+        "--print_config", default=False, action="store_true", help="Print all flags with their values as YAML and stop."
+    )
+
+
+def _add_config_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        default=[],
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="YAML files of flags (flag: value). A later file wins over an earlier one, and flags win over files.",
+    )
+
+
+def _add_flag(group: Any, flag: Flag) -> None:
+    metavars = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+    choices = "|".join(flag.choices)
+    too_long = len(choices) > LONGEST_METAVAR
+    metavar = "NAME" if too_long else choices or metavars[flag.item_type]
+    help_text = _help_of(flag, with_choices=too_long).replace("%", "%%")
+    if flag.is_list:
+        group.add_argument(f"--{flag.name}", nargs="+", action="extend", metavar=metavar, help=help_text)
+    elif flag.item_type is bool:
+        group.add_argument(f"--{flag.name}", nargs="?", const="true", metavar=metavar, help=help_text)
+    else:
+        group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text)
+
+
+def _help_of(flag: Flag, *, with_choices: bool = True) -> str:
+    """A flag's help with what it takes and its default; a default of none is told by the help itself."""
+    default = (
+        " ".join(map(str, flag.default))
+        if flag.is_list
+        else str(flag.default).lower()
+        if flag.item_type is bool
+        else flag.default
+    )
+    facts = [expected_value(flag)] if with_choices and flag.choices else []
+    facts += [flag.bounds] if flag.bounds else []
+    facts += [] if default in (None, "") else [f"default: {default}"]
+    return f"{flag.help} ({'; '.join(facts)})" if facts else flag.help
+
+
+def _yaml_value(value: Any) -> str:
+    """A value as YAML on one line."""
+    return yaml.safe_dump([value], default_flow_style=True, width=float("inf"), allow_unicode=True).strip()[1:-1]
+
+
+def _read_files(locations: Iterable[str]) -> dict[str, Any]:
+    """The flags of YAML files, local or remote; later files win."""
+    values: dict[str, Any] = {}
+    for location in locations:
+        values |= _read_file(location)
+    return values
+
+
+def _read_file(location: str) -> dict[str, Any]:
+    try:
+        text = Store.at(location).read_bytes().decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"--config {location}: can't be read ({error.strerror or error}).") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {location}: is not YAML ({error}).") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--config {location}: must hold lines of `flag: value`.")
+    keys = [key.value for key, _ in root.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"--config {location}: {', '.join(twice)} is given more than once.")
+    return {str(key): value for key, value in values.items()}

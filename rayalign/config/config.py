@@ -1,0 +1,130 @@
+"""One run, fully described: an algorithm with its hyper-parameters, and the flags of `sections`.
+
+An algorithm's own flags live with the algorithm.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rayalign.config.flags import Flag, check_bounds, did_you_mean, flag, flags_of, section_from_mapping
+from rayalign.config.sections import (
+    ClusterConfig,
+    DataConfig,
+    ExportConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PlanConfig,
+    RunConfig,
+    TuneConfig,
+    TunerConfig,
+)
+
+__all__ = [
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "ExportConfig",
+    "Flag",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PlanConfig",
+    "RunConfig",
+    "TuneConfig",
+    "TunerConfig",
+    "check_bounds",
+    "config_from_mapping",
+    "flag",
+    "flags_of",
+    "section_from_mapping",
+    "section_types",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, fully described: the algorithm with its hyper-parameters, and the sections above."""
+
+    algorithm: Any
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    tuner: TunerConfig = TunerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    def __post_init__(self) -> None:
+        if not self.run.safe_serialization and self.algorithm.needs.head != "value":
+            raise ValueError(
+                f"--safe_serialization false: only rm has a head to write in another format, {self.algorithm.name} has none; "
+                "its weights are always .safetensors. Leave the flag out."
+            )
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        precompute = self.model.precompute_ref_log_probs
+        if precompute and not self.algorithm.needs.reference:
+            raise ValueError(
+                f"--precompute_ref_log_probs true: {self.algorithm.name} compares with no reference here, so there is nothing "
+                "to compute. Leave the flag out."
+            )
+        if precompute is False and self.algorithm.needs.reference and self.tuner.sft_type == "full":
+            raise ValueError(
+                "--precompute_ref_log_probs false with --sft_type full: the reference is the model at the start, and its "
+                "weights are gone after the first step. Leave the flag out, or use --sft_type lora."
+            )
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pairs per optimizer step over all workers and accumulation steps."""
+        return self.optimizer.batch_size * self.optimizer.gradient_accumulation_steps * self.cluster.num_workers
+
+    def precomputes_reference(self, *, several_epochs: bool, several_runs: bool) -> bool:
+        """Whether the reference's log-probabilities are computed before the training: as --precompute_ref_log_probs says, else
+        where they are needed or will be used again."""
+        asked = self.model.precompute_ref_log_probs
+        if asked is not None or not self.algorithm.needs.reference:
+            return bool(asked)
+        return self.tuner.sft_type == "full" or several_runs or several_epochs
+
+    def sections(self) -> tuple[Any, ...]:
+        """The algorithm and the sections, in the order they are shown."""
+        return (self.data, self.model, self.tuner, self.algorithm, self.optimizer, self.run, self.cluster)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All flags with their values, flat; tuples as lists, so that YAML and JSON hold it."""
+        flat = {f.name: getattr(section, f.name) for section in self.sections() for f in dataclasses.fields(section)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    def replace(self, values: Mapping[str, Any]) -> "Config":
+        """A copy with some flags changed, wherever they live; values are converted and checked like the command line's."""
+        return config_from_mapping(type(self.algorithm), {**self.to_dict(), **values})
+
+
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "tuner": TunerConfig,
+    "optimizer": OptimizerConfig,
+    "run": RunConfig,
+    "cluster": ClusterConfig,
+}
+
+
+def section_types(algorithm: type[Any]) -> tuple[type[Any], ...]:
+    """The section classes of a run of an algorithm, in the order of `Config.sections`."""
+    return (DataConfig, ModelConfig, TunerConfig, algorithm, OptimizerConfig, RunConfig, ClusterConfig)
+
+
+def config_from_mapping(algorithm: type[Any], values: Mapping[str, Any]) -> Config:
+    """Builds a Config from flat flag values, as they come from words, YAML or Tune; strings are converted to the flag's type.
+
+    Raises ValueError that names the flag, the value and what it should have been, or the flags that do not exist.
+    """
+    known = [flag.name for section in section_types(algorithm) for flag in flags_of(section)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(" ".join(f"Unknown flag --{name}.{did_you_mean(name, known, prefix='--')}" for name in unknown))
+    sections = {name: section_from_mapping(section, values) for name, section in SECTIONS.items()}
+    return Config(algorithm=section_from_mapping(algorithm, values), **sections)

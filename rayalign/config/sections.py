@@ -1,0 +1,316 @@
+"""The flags that no algorithm owns, once: frozen dataclasses by concern, read by the command line, YAML files and Tune alike.
+
+A field is a flag: its name, type, default, bounds and help are written here and nowhere else. `config` joins the sections of a
+run with the algorithm's own flags.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rayalign.config.flags import check_bounds, flag
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data"""
+
+    dataset: tuple[str, ...] = flag(
+        (),
+        "Training records: files, folders, globs or registered names (rlaif-v), local or s3:// gs://; NAME#N draws N of them; "
+        "several mix.",
+    )
+    val_dataset: tuple[str, ...] = flag(
+        (), "Held-out records, written like --dataset. Empty: --dataset_test_ratio of --dataset is held out."
+    )
+    dataset_test_ratio: float = flag(
+        0.01, "Fraction of the training records held out when --val_dataset is empty.", at_least=0, at_most=0.9
+    )
+    max_length: int = flag(
+        4096,
+        "Longest prompt + response in tokens, image tokens included: a photo is 2,340 of them in LLaVA 1.6, 3,328 in InternVL.",
+        above=1,
+    )
+    truncation_strategy: Literal["delete", "left", "right", "raise"] = flag(
+        "delete",
+        "What happens to a longer record. delete: it is dropped and counted; left: the oldest history turns go first; "
+        "right: the responses' tails go; raise: the run stops. Image tokens are never cut.",
+    )
+    max_pixels: int | None = flag(
+        None, "Images with more pixels (width x height) are scaled down to this many before the processor.", above=0
+    )
+    max_dropped_fraction: float = flag(
+        0.05,
+        "The run stops with a table of reasons when more than this fraction of the rows is unusable.",
+        at_least=0,
+        at_most=1,
+    )
+    image_root: str | None = flag(None, "Folder that relative image paths start from. Default: the data set file's own folder.")
+    allow_image_urls: bool = flag(False, "Fetch images named by http(s) URLs. Private addresses stay refused.")
+    data_seed: int = flag(42, "Seed of NAME#N draws, the held-out split and the training order.", at_least=0)
+    cache_dir: str | None = flag(
+        None,
+        "Where encoded records are kept for reuse; shared storage on a cluster. Default: .rayalign_cache beside --output_dir.",
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    model: str | None = flag(None, "Model folder or hub id. The folder of an adapter (a run's model/) continues from it.")
+    model_type: str | None = flag(None, "Registered model name, such as llava1_6-mistral-7b-instruct; stands in for --model.")
+    adapter: str | None = flag(
+        None,
+        "Folder of a LoRA adapter of --model. Training continues from it; with --stack_adapter true a new adapter learns on "
+        "top of it; with --sft_type full it is merged into the weights first.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto",
+        "Type of the arithmetic and of frozen weights; what learns is kept in float32. auto: bfloat16 on a GPU, float32 on "
+        "CPUs. float16 scales the loss, and skips steps whose gradients overflow (skipped_steps).",
+    )
+    attn_implementation: Literal["sdpa", "flex_attention", "eager"] = flag(
+        "sdpa",
+        "Attention kernel of the language model. sdpa: prompt and responses apart, where the model allows it; flex_attention: "
+        "compiled for the mask's blocks, on GPUs; eager: plain products, for models that cap their attention's logits.",
+    )
+    gradient_checkpointing: bool = flag(
+        True, "Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    torch_compile: bool = flag(
+        False, "Compile the language model's layers (torch.compile): some percent faster, after minutes in the first steps."
+    )
+    precompute_ref_log_probs: bool | None = flag(
+        None,
+        "Compute the reference's log-probabilities once, before training, and keep them beside the encoded records, for all "
+        "epochs and runs that need the same; needed with --sft_type full, which has no reference left later (kto's mismatched "
+        "rows take a second copy of the model there). Default: true with full, with more than one epoch, and in a sweep.",
+    )
+    trust_remote_code: bool = flag(False, "Run Python code that comes with the model. Only for sources you trust.")
+
+    def dtype_on(self, device_type: str) -> str:
+        """The name of the arithmetic's type on `cuda` or `cpu`."""
+        if self.dtype == "auto":
+            return "bfloat16" if device_type == "cuda" else "float32"
+        return self.dtype
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class TunerConfig:
+    """Tuner"""
+
+    sft_type: Literal["lora", "full"] = flag(
+        "lora", "lora: adapters on the parts that learn; full: all weights of these parts."
+    )
+    freeze_vit: bool = flag(
+        True, "The vision tower does not learn. It runs in evaluation mode either way: no dropout, no running statistics."
+    )
+    freeze_aligner: bool = flag(True, "What stands between vision tower and language model (projector, merger) does not learn.")
+    freeze_llm: bool = flag(False, "The language model and its output head do not learn.")
+    lora_target_modules: tuple[str, ...] = flag(
+        ("DEFAULT",),
+        "Where adapters go, in parts that are not frozen. DEFAULT: attention q, k, v of language model and vision tower, every "
+        "linear layer of the aligner; ALL: every linear layer; else module names, or one regular expression.",
+    )
+    lora_rank: int = flag(8, "Rank of the LoRA matrices.", at_least=1)
+    lora_alpha: float = flag(32, "LoRA scale: updates are multiplied by alpha / rank.", above=0)
+    lora_dropout: float = flag(
+        0.05,
+        "Dropout before the LoRA matrices; SFT only, it is off where two policies or two responses are compared.",
+        at_least=0,
+        at_most=0.99,
+    )
+    use_rslora: bool = flag(
+        False, "Scale updates by alpha / sqrt(rank) (rank-stabilised LoRA, https://arxiv.org/abs/2312.03732)."
+    )
+    use_dora: bool = flag(
+        False, "Learn each weight row's magnitude apart from its direction (https://arxiv.org/abs/2402.09353)."
+    )
+    stack_adapter: bool = flag(
+        False,
+        "Keep the adapter that training starts from frozen, and train a new one on top; the reference is the model with the "
+        "frozen one. The result is one adapter that holds both.",
+    )
+    quant_bits: int | None = flag(
+        None, "4: the language model's frozen linear layers are kept in 4 bits (QLoRA), which needs the extra qlora."
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "The 4-bit type: NormalFloat or floating point.")
+    bnb_4bit_use_double_quant: bool = flag(True, "Quantise the scales of the 4-bit blocks, too.")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        _check_tuner(self)
+
+
+def _check_tuner(tuner: TunerConfig) -> None:
+    """Raises ValueError for flags that contradict each other."""
+    if tuner.freeze_vit and tuner.freeze_aligner and tuner.freeze_llm:
+        raise ValueError(
+            "--freeze_llm true: with --freeze_vit and --freeze_aligner nothing is left to learn. Turn one of the three off."
+        )
+    if tuner.quant_bits not in (None, 4):
+        raise ValueError(f"--quant_bits {tuner.quant_bits}: only 4 is supported. Pass 4, or leave the flag out.")
+    if tuner.sft_type == "full":
+        of_lora = [name for name in ("use_rslora", "use_dora", "stack_adapter", "quant_bits") if getattr(tuner, name)]
+        if of_lora:
+            raise ValueError(
+                f"--{of_lora[0]} with --sft_type full: it is an option of LoRA, and full trains no adapter. Use "
+                "--sft_type lora, or leave the option out."
+            )
+    if tuner.quant_bits is None and (tuner.bnb_4bit_quant_type != "nf4" or not tuner.bnb_4bit_use_double_quant):
+        raise ValueError("--bnb_4bit_quant_type and --bnb_4bit_use_double_quant say how to quantise: add --quant_bits 4.")
+    if tuner.stack_adapter and tuner.use_dora:
+        raise ValueError(
+            "--stack_adapter with --use_dora: a DoRA and another adapter can't be saved as one. Leave one of the two out."
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimisation"""
+
+    num_train_epochs: float = flag(1.0, "Passes over the training records.", above=0)
+    max_steps: int | None = flag(None, "Optimizer steps; overrides --num_train_epochs.", at_least=1)
+    batch_size: int = flag(1, "Pairs per worker and micro-batch.", at_least=1)
+    max_tokens_per_batch: int | None = flag(
+        None,
+        "Rows of a micro-batch are also as few as keep it within so many tokens (one row may have more; padding counts, on "
+        "models that need it). The pairs of an optimizer step stay the same: only its cut changes.",
+        above=0,
+    )
+    gradient_accumulation_steps: int = flag(
+        16, "Micro-batches per worker and optimizer step; global batch = batch_size x accumulation x workers.", at_least=1
+    )
+    learning_rate: float = flag(5e-5, "Peak learning rate of AdamW.", above=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = flag("cosine", "Decay after the warm-up, to 0.")
+    warmup_ratio: float = flag(0.03, "Fraction of the steps over which the learning rate rises.", at_least=0, at_most=1)
+    weight_decay: float = flag(0.1, "AdamW's weight decay; not on biases and norms.", at_least=0)
+    adam_beta1: float = flag(0.9, "AdamW's beta1.", at_least=0, at_most=0.9999999)
+    adam_beta2: float = flag(0.95, "AdamW's beta2.", at_least=0, at_most=0.9999999)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", above=0)
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm; 0 turns it off.", at_least=0)
+    seed: int = flag(42, "Seed of adapter initialisation and dropout.", at_least=0)
+
+    def rows_at_a_time(self, longest: int) -> int:
+        """The most rows of a micro-batch whose longest row has so many tokens."""
+        limit = self.max_tokens_per_batch
+        return self.batch_size if limit is None else max(1, min(self.batch_size, limit // longest))
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Output"""
+
+    output_dir: str | None = flag(
+        None, "The run's folder: local, shared or s3:// gs://. Default: output/<algorithm> below the current folder."
+    )
+    logging_steps: int = flag(5, "Steps between two lines of metrics.", at_least=1)
+    eval_steps: int = flag(50, "Steps between two passes over the held-out records (also at the end).", at_least=1)
+    save_steps: int = flag(50, "Steps between two checkpoints (also at the end).", at_least=1)
+    save_total_limit: int = flag(2, "Checkpoints kept.", at_least=1)
+    safe_serialization: bool = flag(
+        True, "Write a reward model's head as value_head.safetensors; false: as value_head.bin. All else is always safetensors."
+    )
+    resume: bool = flag(True, "Continue an unfinished run of --output_dir that has the same configuration.")
+    overwrite: bool = flag(False, "Delete what --output_dir holds and start anew.")
+    dry_run: bool = flag(
+        False,
+        "Print what the run would need (memory, operations, GPUs, hours) and stop. pipelines/plan.py does so for GPUs and "
+        "prices that you name.",
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Cluster"""
+
+    num_workers: int = flag(1, "Train workers.", at_least=1)
+    gpus_per_worker: float | None = flag(
+        None, "GPUs of each worker. Default: 1 where the cluster has GPUs, else 0.", at_least=0
+    )
+    cpus_per_worker: float = flag(1, "CPUs of each worker; its threads.", above=0)
+    strategy: Literal["auto", "ddp", "device_map"] = flag(
+        "auto",
+        "ddp: a whole model on each worker; device_map: a worker spreads its model over its GPUs. "
+        "auto: device_map where a worker has several GPUs, else ddp.",
+    )
+    max_failures: int = flag(3, "Restarts after a worker or node is lost, each from the newest checkpoint.", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    @property
+    def spreads_models(self) -> bool:
+        """Whether a worker spreads its model over its GPUs."""
+        return self.strategy == "device_map" or (self.strategy == "auto" and (self.gpus_per_worker or 0) > 1)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Search"""
+
+    search: tuple[str, ...] = flag(
+        (),
+        "What to try: FLAG=grid:A,B,C (every one of them, with every other grid), FLAG=choice:A,B,C, FLAG=uniform:LOW:HIGH or "
+        "FLAG=loguniform:LOW:HIGH (drawn for each trial).",
+    )
+    num_samples: int = flag(
+        8, "Trials drawn where --search has something to draw; a grid runs whole for each draw.", at_least=1
+    )
+    max_concurrent_trials: int | None = flag(
+        None, "Trials that run at a time. Default: as many as fit the cluster.", at_least=1
+    )
+    metric: str = flag("eval_rewards/accuracies", "Metric that ranks the trials; SFT has eval_loss (with --mode min).")
+    mode: Literal["max", "min"] = flag("max", "Whether a high or a low --metric is good.")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Plan"""
+
+    gpu_memory_gb: float = flag(80, "Memory of one GPU.", above=0)
+    gpu_tflops: float = flag(
+        989,
+        "Peak of one GPU in TFLOPS, dense, in the run's --dtype; in bfloat16 an H100 SXM has 989, an A100 312, an L4 121.",
+        above=0,
+    )
+    mfu: float = flag(
+        0.4, "Share of the peak that training reaches, counting recomputation as work. 0.3 to 0.5 is usual.", above=0, at_most=1
+    )
+    gpus: int | None = flag(None, "GPUs that the hours are for. Default: as many as --num_workers workers need.", at_least=1)
+    price_per_hour: float | None = flag(None, "Price of one GPU for an hour. Default: no cost is told.", at_least=0)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export"""
+
+    model: str | None = flag(None, "The reward model: the model/ folder of a run of pipelines/rm.py, local or s3:// gs://.")
+    output_dir: str | None = flag(None, "Folder that is written: local, shared or s3:// gs://.")
+    layout: Literal["transformers", "vllm"] = flag(
+        "transformers",
+        "The head's name. transformers: score.weight, which transformers and ms-swift read; vllm: language_model.score.weight, "
+        "which vLLM reads.",
+    )
+    overwrite: bool = flag(False, "Replace an earlier export in --output_dir.")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)

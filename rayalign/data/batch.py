@@ -1,0 +1,286 @@
+"""From encoded pairs to tensors: one row `[prompt | chosen | rejected]` per pair, each distinct image once.
+
+`encode` makes the pairs, `policy` runs them. The two responses share their prompt's row; `attention` keeps them apart, and the
+rejected one's positions start again where the prompt ended. Objectives that compare the pairs with other ones (`mismatched`,
+`damaged`) find them in the batch's companion.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rayalign.data.reference_store import ReferenceLogps
+from rayalign.data.store import EncodedPair
+from rayalign.models.family import Grid, ImageInputs, RowLayout
+
+PAD, PROMPT, CHOSEN, REJECTED = -1, 0, 1, 2
+"""What a token of a row belongs to."""
+
+RowLengths = tuple[tuple[int, int], ...]
+"""Of each row the number of its prompt's tokens, and of all of its tokens."""
+
+CompanionKind = Literal["none", "mismatched", "damaged"]
+"""Which companion a batch has: `with_mismatched`'s, `with_damaged`'s, or none."""
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs, padded to S tokens.
+
+    `input_ids`, `segment_ids` (PAD, PROMPT, CHOSEN, REJECTED), `places` (of the token among those it can see): [B, S].
+    `row_lengths`: of each row the prompt's tokens, and all. `position_ids`: [B, S], or [3, B, S] where images have rows and
+    columns (M-RoPE). For the N response tokens of the batch: `predictors` [N] is the flat index into [B * S] of the state that
+    predicts the token, `targets` [N] its id, `sequences` [N] the response it belongs to (chosen of pair b: b; rejected of pair
+    b: B + b). `ends` [2B] is the flat index of each
+    response's last token (of the prompt's, where there is no such response). `image_inputs` is the processor's output for the
+    distinct images; `image_lengths` the number of features of each and `image_grids` their grids (`ImageInputs`); `image_slots`
+    names the distinct image of each image place, in reading order; `image_features` [tokens, H] of each distinct image, where
+    they were made beforehand. `reference_logps` [N], float32: the log-probability of each target under the reference, where it
+    was computed beforehand.
+    """
+
+    ids: tuple[str, ...]
+    input_ids: Tensor
+    segment_ids: Tensor
+    places: Tensor
+    row_lengths: RowLengths
+    position_ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+    sequences: Tensor
+    ends: Tensor
+    image_inputs: Mapping[str, Tensor]
+    image_lengths: tuple[int, ...]
+    image_grids: tuple[Grid, ...]
+    image_slots: tuple[int, ...]
+    margins: Tensor
+    image_features: tuple[Tensor, ...] | None = None
+    reference_logps: Tensor | None = None
+    companion: "Companion | None" = None
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are no padding, the companion's included."""
+        others = self.companion.batch.num_tokens if self.companion else 0
+        return sum(tokens for _, tokens in self.row_lengths) + others
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """The same batch on a device. Copies to a GPU from pinned memory have a stream of their own, and so run beside the
+        computation of earlier batches."""
+        if device.type != "cuda":
+            return self._map_tensors(functools.cache(lambda tensor: tensor.to(device)))
+        computing, copying = torch.cuda.current_stream(device), _copy_stream(device)
+
+        def copy(tensor: Tensor) -> Tensor:
+            with torch.cuda.stream(copying):
+                copied = tensor.to(device, non_blocking=True)
+            copied.record_stream(computing)  # its memory is free again when the computation is done with it
+            return copied
+
+        moved = self._map_tensors(functools.cache(copy))
+        computing.wait_stream(copying)
+        return moved
+
+    def pin_memory(self) -> "PairBatch":
+        """The same batch in page-locked memory."""
+        return self._map_tensors(functools.cache(Tensor.pin_memory))
+
+    def _map_tensors(self, move: Callable[[Tensor], Tensor]) -> "PairBatch":
+        """`move` is cached: what a batch shares with its companion is moved once, and shared again."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
+        images = {name: move(value) for name, value in self.image_inputs.items()}
+        companion = self.companion
+        if companion is not None:
+            companion = Companion(companion.batch._map_tensors(move), move(companion.rows))
+        return dataclasses.replace(self, **moved, image_inputs=images, companion=companion)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Other rows that an objective compares a batch's pairs with; row i of `batch` belongs to pair `rows[i]`."""
+
+    batch: PairBatch
+    rows: Tensor
+
+
+def assemble(
+    pairs: Sequence[EncodedPair],
+    *,
+    layout: RowLayout,
+    process_images: Callable[[Sequence[bytes], Sequence[bool]], ImageInputs],
+) -> PairBatch:
+    """Builds the batch of some pairs; `process_images` turns the distinct images' bytes into the model's image inputs (its
+    second argument says of each whether it is alone in its record).
+
+    A response without tokens takes no place in its row: SFT's rows are `[prompt | chosen]`.
+    """
+    contents, alone, slots = _distinct_images(pairs, by_company=layout.features_by_company)
+    images = process_images(contents, alone) if contents else ImageInputs()
+    rows, segments, places, positions = [], [], [], []
+    predictors, targets, sequences = [], [], []
+    reference: list[float] = []
+    ends = [0] * (2 * len(pairs))
+    longest = max(pair.num_tokens for pair in pairs)
+    grids = iter([images.grids[slot] for slot in slots]) if images.grids else None
+    for b, pair in enumerate(pairs):
+        prompt = len(pair.prompt_ids)
+        own_grids = None if grids is None else [next(grids) for _ in pair.image_hashes]
+        row, segment, place = list(pair.prompt_ids), [PROMPT] * prompt, list(range(prompt))
+        axes, after = _prompt_positions(pair.prompt_ids, own_grids, layout)
+        for side, response in ((CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):
+            sequence, start = b + (side - CHOSEN) * len(pairs), len(row)
+            ends[sequence] = b * longest + (start + len(response) if response else prompt) - 1
+            if not response:
+                continue
+            # The last prompt state predicts a response's first token; each later one is predicted by the token before it.
+            predictors += [b * longest + prompt - 1, *range(b * longest + start, b * longest + start + len(response) - 1)]
+            targets += response
+            sequences += [sequence] * len(response)
+            row += response
+            segment += [side] * len(response)
+            place += range(prompt, prompt + len(response))
+            for axis in axes:
+                axis += range(after, after + len(response))
+        if pair.reference is not None:
+            reference += [*pair.reference.chosen, *pair.reference.rejected]
+        padding = longest - len(row)
+        rows.append(row + [layout.pad_token_id] * padding)
+        segments.append(segment + [PAD] * padding)
+        places.append(place + [0] * padding)
+        positions.append([axis + [0] * padding for axis in axes])
+    position_ids = torch.tensor(positions).transpose(0, 1).contiguous()
+    return PairBatch(
+        ids=tuple(p.id for p in pairs),
+        input_ids=torch.tensor(rows),
+        segment_ids=torch.tensor(segments),
+        places=torch.tensor(places),
+        row_lengths=tuple((len(p.prompt_ids), p.num_tokens) for p in pairs),
+        position_ids=position_ids.squeeze(0),
+        predictors=torch.tensor(predictors),
+        targets=torch.tensor(targets),
+        sequences=torch.tensor(sequences),
+        ends=torch.tensor(ends),
+        image_inputs=images.tensors,
+        image_lengths=images.lengths,
+        image_grids=images.grids,
+        image_slots=tuple(slots),
+        margins=torch.tensor([p.margin for p in pairs]),
+        reference_logps=_aligned(reference, pairs),
+    )
+
+
+def _aligned(reference: list[float], pairs: Sequence[EncodedPair]) -> Tensor | None:
+    """The reference's log-probabilities of all response tokens of some pairs, which have them all or none."""
+    if all(pair.reference is None for pair in pairs):
+        return None
+    for pair in pairs:
+        assert pair.reference is not None, f"{pair.id} has no reference log-probs, and others have"
+        found = len(pair.reference.chosen), len(pair.reference.rejected)
+        expected = len(pair.chosen_ids), len(pair.rejected_ids)
+        assert found == expected, f"{pair.id} has {found} reference log-probs for {expected} tokens"
+    return torch.tensor(reference, dtype=torch.float32)
+
+
+def _distinct_images(pairs: Sequence[EncodedPair], *, by_company: bool) -> tuple[list[bytes], list[bool], list[int]]:
+    """The distinct images of some pairs, whether each is alone in its record, and which one stands at each image place.
+
+    `by_company`: an image that is alone is another one than the same beside others; those that are alone come first.
+    """
+    uses = [
+        (digest, len(pair.images) == 1 or not by_company, content)
+        for pair in pairs
+        for content, digest in zip(pair.images, pair.image_hashes, strict=True)
+    ]
+    distinct = {(digest, is_alone): content for digest, is_alone, content in uses}
+    order = sorted(distinct, key=lambda use: not use[1])
+    number = {use: i for i, use in enumerate(order)}
+    slots = [number[digest, is_alone] for digest, is_alone, _ in uses]
+    return [distinct[use] for use in order], [is_alone for _, is_alone in order], slots
+
+
+def _prompt_positions(
+    prompt_ids: Sequence[int], grids: Sequence[Grid] | None, layout: RowLayout
+) -> tuple[list[list[int]], int]:
+    """The positions of a prompt's tokens along each axis, and the one that comes after them.
+
+    With `grids`, one for each image, there are three axes: time, row and column, which are the same for text; an image takes as
+    many positions as its longer side (Wang et al. 2024, https://arxiv.org/abs/2409.12191, section 2.1).
+    """
+    first = layout.first_position
+    if grids is None:
+        return [list(range(first, first + len(prompt_ids)))], first + len(prompt_ids)
+    times: list[int] = []
+    rows: list[int] = []
+    columns: list[int] = []
+    waiting = iter(grids)
+    place, after = 0, first
+    while place < len(prompt_ids):
+        height, width = next(waiting) if prompt_ids[place] == layout.image_token_id else (1, 1)
+        times += [after] * (height * width)
+        rows += [after + row for row in range(height) for _ in range(width)]
+        columns += [after + column for _ in range(height) for column in range(width)]
+        place, after = place + height * width, after + max(height, width)
+    return [times, rows, columns], after
+
+
+def with_mismatched(
+    batch: PairBatch, pairs: Sequence[EncodedPair], others: Sequence[EncodedPair], *, layout: RowLayout
+) -> PairBatch:
+    """The batch of `pairs` with a companion: each prompt followed by the responses to another one (`others`, in the same
+    order), which KTO estimates a KL divergence from. The images are the batch's own, shared with it: its `image_features` serve
+    both."""
+    crossed = [
+        dataclasses.replace(pair, chosen_ids=other.chosen_ids, rejected_ids=other.rejected_ids, reference=None)
+        for pair, other in zip(pairs, others, strict=True)
+    ]
+    images = ImageInputs(batch.image_inputs, batch.image_lengths, batch.image_grids)
+    rows = assemble(crossed, layout=layout, process_images=lambda contents, alone: images)
+    return dataclasses.replace(batch, companion=Companion(rows, torch.arange(len(pairs))))
+
+
+def with_damaged(
+    batch: PairBatch,
+    pairs: Sequence[EncodedPair],
+    *,
+    layout: RowLayout,
+    process_damaged: Callable[[Sequence[bytes], Sequence[bool], Sequence[str]], ImageInputs],
+) -> PairBatch:
+    """The batch of `pairs` with a companion: those pairs that have images, as `[prompt | chosen]` with damaged images, which
+    mDPO prefers the true ones to. `process_damaged` takes what `process_images` does and a seed for each image, made of the
+    pair's id."""
+    rows = [row for row, pair in enumerate(pairs) if pair.images]
+    if not rows:
+        return batch
+    # Every image of every pair is damaged in its own way, so that none is shared.
+    seeds = [[f"{pairs[row].id}/{i}" for i in range(len(pairs[row].images))] for row in rows]
+    damaged = [
+        dataclasses.replace(pairs[row], rejected_ids=[], image_hashes=own, reference=_damaged_reference(pairs[row]))
+        for row, own in zip(rows, seeds, strict=True)
+    ]
+    # In the order of the distinct images: those that are alone first, where that matters.
+    in_order = sorted(seeds, key=lambda own: layout.features_by_company and len(own) > 1)
+    every_seed = [seed for own in in_order for seed in own]
+    companion = assemble(
+        damaged, layout=layout, process_images=lambda contents, alone: process_damaged(contents, alone, every_seed)
+    )
+    return dataclasses.replace(batch, companion=Companion(companion, torch.tensor(rows)))
+
+
+def _damaged_reference(pair: EncodedPair) -> ReferenceLogps | None:
+    """What the reference says of the row with damaged images."""
+    return None if pair.reference is None else ReferenceLogps(pair.reference.damaged, [], [])

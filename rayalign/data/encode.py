@@ -1,0 +1,288 @@
+"""A preference record becomes token ids: chat template, image tokens, responses, truncation; everything a batch needs.
+
+`records` come in, `EncodedPair`s go out to `prepared` (storage) and `batch` (tensors). Image-token agreement is checked here,
+where a record can still be dropped with a reason.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rayalign.data.store import EncodedPair
+from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses
+from rayalign.images.damage import damage_image
+from rayalign.images.fetch import image_hash, open_image
+from rayalign.models.family import Family, ImageInputs, RowLayout
+from rayalign.models.processors import describe_images, load_processor, process_images, tokenizer_of
+from rayalign.models.registry import FAMILIES, find_family, load_config
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Everything the encoding depends on besides the record; `fingerprint` keys the cache of encoded data.
+
+    `model` is a folder or hub id with processor and config. Rows hold the chosen response, both, or either (a pair's both, or
+    the one reply of a labelled record: chosen where it is good, else rejected).
+    """
+
+    model: str
+    responses: Responses
+    max_length: int = 4096
+    truncation_strategy: Literal["delete", "left", "right", "raise"] = "delete"
+    max_pixels: int | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def processor(self) -> Any:
+        return load_processor(self.model, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return tokenizer_of(self.processor)
+
+    @cached_property
+    def model_config(self) -> Any:
+        return load_config(self.model, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def family(self) -> Family:
+        return find_family(self.model_config.model_type)
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """How the rows of this model's batches are laid out. Raises ValueError for a model with images but without an image
+        token."""
+        image_token_id = self.model_config.to_dict().get("image_token_id", self.model_config.to_dict().get("image_token_index"))
+        if image_token_id is None and not self.family.text_only:
+            raise ValueError(
+                f"The model {self.model} (type {self.family.model_type!r}) has no token that stands for an image, so that its "
+                f"images can't be placed. Supported for certain: {', '.join(sorted(FAMILIES))}."
+            )
+        pad = self.tokenizer.pad_token_id
+        return RowLayout(
+            pad_token_id=pad if pad is not None else self.tokenizer.eos_token_id,
+            image_token_id=image_token_id,
+            first_position=self.family.first_position,
+            features_by_company=self.family.features_by_company,
+        )
+
+    def fingerprint(self) -> str:
+        """Hex digest of the processor's files (tokenizer, chat template, image settings), the model's config and the
+        settings."""
+        digest = hashlib.sha256()
+        with tempfile.TemporaryDirectory() as folder:
+            self.processor.save_pretrained(folder)
+            for file in sorted(Path(folder).rglob("*")):
+                if file.is_file():
+                    digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        config = {
+            k: v for k, v in self.model_config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")
+        }
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        settings = {k: v for k, v in dataclasses.asdict(self).items() if k != "model"}
+        settings["chat_template"] = self.family.chat_template
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+class Encoder:
+    """Encodes records for one model; made once per process, since it loads the processor."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self.spec = spec
+        self.processor = spec.processor
+        self.tokenizer = spec.tokenizer
+        self.image_token_id = spec.layout.image_token_id
+        own_template = self.processor.chat_template or self.tokenizer.chat_template
+        self.chat_template = own_template or spec.family.chat_template
+        if self.chat_template is None:
+            raise ValueError(
+                f"The model {spec.model} has no chat template, so its prompts can't be written. It is probably a base model: "
+                "take the instruction-tuned one, or put a chat_template.jinja into its folder."
+            )
+
+    def encode(self, record: PreferenceRecord, images: Sequence[bytes]) -> EncodedPair:
+        """Encodes a record with its images' bytes; raises RecordError where it cannot be trained on."""
+        messages, images = list(record.messages), list(images)
+        limit = self.spec.max_length
+        while True:
+            prompt, responses = self._render(messages, record)
+            prompt_ids = self._prompt_ids(prompt, images)
+            response_ids = {side: self._response_ids(text, side) for side, text in responses.items()}
+            length = len(prompt_ids) + max(map(len, response_ids.values()))
+            if length <= limit:
+                break
+            if self.spec.truncation_strategy == "raise":
+                raise ValueError(
+                    f"Record {record.id} has {length} tokens and --max_length is {limit}. "
+                    "Raise --max_length, lower --max_pixels, or choose another --truncation_strategy."
+                )
+            if self.spec.truncation_strategy == "left" and _drop_oldest_round(messages, images):
+                continue
+            if self.spec.truncation_strategy == "right" and len(prompt_ids) < limit:
+                response_ids = {side: ids[: limit - len(prompt_ids)] for side, ids in response_ids.items()}
+                if response_ids.get("chosen") == response_ids.get("rejected"):
+                    raise RecordError(
+                        "identical answers", f"the answers are the same after the cut to {limit} tokens", field="rejected"
+                    )
+                break
+            raise RecordError("too long", f"{length} tokens, --max_length is {limit}", field="messages")
+        return EncodedPair(
+            id=record.id,
+            prompt_ids=prompt_ids,
+            chosen_ids=response_ids.get("chosen", []),
+            rejected_ids=response_ids.get("rejected", []),
+            images=images,
+            image_hashes=[image_hash(content) for content in images],
+            margin=record.margin or 0.0,
+        )
+
+    def plain_row(self, record: PreferenceRecord, images: Sequence[bytes], side: str) -> dict[str, Tensor]:
+        """A prompt and one of its responses as transformers documents a row: the processor's own output [1, ...] for the
+        prompt, with the response behind it."""
+        prompt, responses = self._render(record.messages, record)
+        processed = self._processed(prompt, images)
+        inputs = {name: torch.as_tensor(value) for name, value in processed.items() if name != "labels"}
+        response = torch.tensor([self._response_ids(responses[side], side)])
+        length = inputs["input_ids"].shape[1]
+        for name, value in inputs.items():
+            if name.endswith("_type_ids"):
+                behind = int(self.spec.family.bidirectional == "prompt")
+                inputs[name] = torch.nn.functional.pad(value, (0, response.shape[1]), value=behind)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], response], dim=1)
+        inputs["attention_mask"] = torch.ones(1, length + response.shape[1], dtype=torch.long)
+        return inputs
+
+    def _render(self, messages: Sequence[Message], record: PreferenceRecord) -> tuple[str, dict[str, str]]:
+        """The prompt's text up to where the model answers, and each response's text as the chat template ends it, by side."""
+        turns = [self._turn(m.role, m.content) for m in messages]
+        prompt = self._apply_template(turns, add_generation_prompt=True)
+        responses = {}
+        eos = self.tokenizer.eos_token
+        for side, answer in _answers(record, self.spec.responses).items():
+            if eos in answer:
+                raise RecordError("end mark in answer", f"an answer holds {eos}, which would end it early", field=side)
+            whole = self._apply_template([*turns, self._turn("assistant", answer)], add_generation_prompt=False)
+            if not whole.startswith(prompt):
+                raise ValueError(
+                    f"The chat template of {self.spec.model} renders a prompt differently once it is answered, so it can't "
+                    f"be told where "
+                    f"the answer begins. Prompt: {prompt[-80:]!r}; with answer: {whole[: len(prompt) + 20][-100:]!r}. "
+                    "Give the processor a template whose generation prompt is a prefix of the answered conversation."
+                )
+            response = whole[len(prompt) :]
+            responses[side] = response if eos in response else response.rstrip() + eos
+        return prompt, responses
+
+    def _turn(self, role: str, content: str) -> dict[str, Any]:
+        """A message as chat templates take it: with parts of text and images, or plain for a language model."""
+        return {"role": role, "content": content if self.spec.family.text_only else _content_parts(content)}
+
+    def _apply_template(self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        rendered: str = self.processor.apply_chat_template(
+            turns, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        return rendered
+
+    def _prompt_ids(self, prompt: str, images: Sequence[bytes]) -> list[int]:
+        family = self.spec.family
+        if images and family.text_only:
+            raise RecordError("images for a text model", f"{self.spec.model} is a language model", field="images")
+        inputs = self._processed(prompt, images)
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        lengths = describe_images(family, self.spec.model_config, inputs).lengths if images else ()
+        return self._agreeing(ids, images, expected=sum(lengths) if family.image_token_counts else None)
+
+    def _processed(self, prompt: str, images: Sequence[bytes]) -> Mapping[str, Any]:
+        """The processor's output for a prompt, as arrays [1, ...]."""
+        prompt = prompt if images else self.spec.family.text_prompt(prompt, self.tokenizer)
+        has_bos = self.tokenizer.bos_token is not None and prompt.startswith(self.tokenizer.bos_token)
+        inputs: Mapping[str, Any]
+        if images:
+            opened = [open_image(content, max_pixels=self.spec.max_pixels) for content in images]
+            inputs = self.processor(text=[prompt], images=[opened], add_special_tokens=not has_bos, return_tensors="np")
+        else:
+            inputs = self.tokenizer([prompt], add_special_tokens=not has_bos, return_tensors="np")
+        return inputs
+
+    def _agreeing(self, ids: list[int], images: Sequence[bytes], *, expected: int | None) -> list[int]:
+        """The prompt's ids, if as many stand for images as the model makes features (None: that can't be told here)."""
+        found = ids.count(self.image_token_id) if self.image_token_id is not None else 0
+        if expected is not None and found != expected:
+            raise RecordError(
+                "image token mismatch",
+                f"{found} image tokens in the prompt, but the model makes {expected} features of the {len(images)} images; "
+                "the processor's settings (patch_size, vision_feature_select_strategy) don't fit the model",
+                field="images",
+            )
+        return ids
+
+    def _response_ids(self, text: str, side: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.image_token_id in ids:
+            raise RecordError("image mark in answer", "an answer holds the image token", field=side)
+        return ids
+
+
+def image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes], Sequence[bool]], ImageInputs]:
+    """The function that turns images' bytes into the model's image inputs, as the encoder saw them; its second argument says of
+    each whether it is alone in its record."""
+
+    def process(contents: Sequence[bytes], alone: Sequence[bool]) -> ImageInputs:
+        opened = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
+        return process_images(spec.processor, spec.family, spec.model_config, opened, alone=alone)
+
+    return process
+
+
+def damaged_image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes], Sequence[bool], Sequence[str]], ImageInputs]:
+    """The same for images of which little is left; each comes with the seed of its damage."""
+
+    def process(contents: Sequence[bytes], alone: Sequence[bool], seeds: Sequence[str]) -> ImageInputs:
+        opened = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
+        damaged = [damage_image(image, seed=seed) for image, seed in zip(opened, seeds, strict=True)]
+        return process_images(spec.processor, spec.family, spec.model_config, damaged, alone=alone)
+
+    return process
+
+
+def _answers(record: PreferenceRecord, responses: Responses) -> dict[str, str]:
+    """The replies that a row holds, by side."""
+    if record.rejected is None or responses == "chosen":
+        is_bad = responses == "either" and record.label is False
+        return {"rejected" if is_bad else "chosen": record.chosen}
+    return {"chosen": record.chosen, "rejected": record.rejected}
+
+
+def _content_parts(text: str) -> list[dict[str, str]]:
+    """`"a <image> b"` as the list of text and image parts that chat templates take."""
+    parts: list[dict[str, str]] = []
+    for i, piece in enumerate(text.split(IMAGE_MARK)):
+        if i:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _drop_oldest_round(messages: list[Message], images: list[bytes]) -> bool:
+    """Takes the oldest question and its reply away, with their images; False when only the last question is left."""
+    start = 1 if messages[0].role == "system" else 0
+    if len(messages) - start < 3:
+        return False
+    dropped = sum(m.content.count(IMAGE_MARK) for m in messages[start : start + 2])
+    del messages[start : start + 2]
+    del images[:dropped]
+    return True

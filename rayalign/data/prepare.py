@@ -1,0 +1,296 @@
+"""Ray Data on the cluster's side: reads, validates and encodes records into the cache.
+
+`prepare` runs once for a data set and model: read -> validate -> encode -> shards on shared storage, on every CPU of the
+cluster. `stream` brings them to the train workers.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import sys
+import time
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import transformers
+
+from rayalign.config.sections import DataConfig
+from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
+from rayalign.formats.parse import parse_row
+from rayalign.formats.records import RecordError, require
+from rayalign.images.fetch import fetch_image
+from rayalign.models.source import ModelSource
+from rayalign.sources.files import Dataset, read_rows, resolve_dataset, spans_of
+from rayalign.sources.rows import Span
+from rayalign.storage import Store
+
+logger = logging.getLogger(__name__)
+
+SPAN_ROWS = 256
+"""Rows that one task reads, encodes and writes as one shard."""
+
+PROGRESS_SECONDS = 5
+CACHE_VERSION = 1
+"""Part of every cache key; raised when the meaning of cached data changes."""
+
+DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
+OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS, ("stopped", pa.string())])
+"""What a task reports: a line of the index for each pair written, or the reason (not null) for each record dropped, or what
+ends the run (`stopped`): Ray Data does not bring an exception's own type and text back."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains and is evaluated on. `held_out` None: a part of `training` is held out."""
+
+    source: ModelSource
+    spec: EncoderSpec
+    training: PreparedData
+    held_out: PreparedData | None
+
+
+@dataclass(frozen=True)
+class PrepareTask:
+    """Rows `span` of one file, of which `rows` (None: all) are wanted."""
+
+    dataset: int
+    file: int
+    span: Span
+    rows: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The data sets of one --dataset or --val_dataset and how their images are found."""
+
+    datasets: tuple[Dataset, ...]
+    image_root: str | None
+    allow_image_urls: bool
+
+
+def prepare(arguments: Sequence[str], spec: EncoderSpec, config: DataConfig, cache: Store) -> PreparedData:
+    """The encoded data set for some --dataset arguments: from the cache, or made now on the cluster.
+
+    Raises ValueError where a data set can't be found, and where more than `max_dropped_fraction` of its rows are unusable.
+    """
+    sources = Sources(tuple(resolve_dataset(a) for a in arguments), config.image_root, config.allow_image_urls)
+    store = cache / cache_key(sources, spec, config)
+    found = PreparedData.find(store)
+    if found is None:
+        found = _prepare_now(sources, spec, config, store)
+    else:
+        logger.info("Data: %d records of %s, encoded before, from %s", found.num_rows, " ".join(arguments), store.location)
+    return found
+
+
+def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
+    """Names an encoded data set by everything it depends on: the files (place, size, time of change), the draw, the images'
+    rules, the processor and model settings."""
+    drawn = any(dataset.sample is not None for dataset in sources.datasets)
+    parts = {
+        "version": CACHE_VERSION,
+        "files": [[(f.location, f.size, f.modified) for f in dataset.files] for dataset in sources.datasets],
+        "draw": [[dataset.sample for dataset in sources.datasets], config.data_seed] if drawn else None,
+        "images": [sources.image_root, sources.allow_image_urls],
+        "encoder": spec.fingerprint(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def table_of_reasons(dropped: Iterable[Mapping[str, Any]], num_rows: int) -> str:
+    """A few lines that say how many records fell for which reason."""
+    reasons = Counter(line["reason"] for line in dropped)
+    lines = [f"  {count:>8}  {reason}" for reason, count in reasons.most_common()]
+    total = sum(reasons.values())
+    share = total / num_rows if num_rows else 0.0
+    return "\n".join([f"{total} of {num_rows} records dropped ({share:.1%}):", *lines])
+
+
+def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store: Store) -> PreparedData:
+    started = time.monotonic()
+    tasks = _cut_into_tasks(sources, config.data_seed)
+    total = sum(task.span.num_rows if task.rows is None else len(task.rows) for task in tasks)
+    attempt = uuid.uuid4().hex[:12]
+    prepare_rows = functools.partial(_prepare_rows, tasks=ray.put(tasks), sources=sources, spec=spec, folder=store / attempt)
+    settle_context()
+    numbers = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
+    outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+    tables: list[pa.Table] = []
+    done, first, told = 0, 0, started
+    for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+        table = cast(pa.Table, batch).cast(OUTCOME_SCHEMA)
+        for words in table["stopped"].drop_null().to_pylist():
+            raise ValueError(words)
+        tables.append(table)
+        done += table.num_rows
+        now = time.monotonic()
+        if len(tables) == 1:  # what came before is mostly the start of the processes
+            first, began = done, now
+        elif now - told > PROGRESS_SECONDS and done > first:
+            told, rate = now, (done - first) / (now - began)
+            logger.info("Data: %d of %d records encoded, %.0f/s, %.0f s to go", done, total, rate, (total - done) / rate)
+    outcome = pa.concat_tables(tables) if tables else OUTCOME_SCHEMA.empty_table()
+    is_dropped = pa.compute.is_valid(outcome["reason"])
+    dropped = [_dropped_line(line, sources) for line in outcome.filter(is_dropped).to_pylist()]
+    dropped.sort(key=lambda line: (line["dataset"], line["file"], line["row"]))
+    if dropped:
+        logger.warning("Data: %s", table_of_reasons(dropped, total))
+    index = outcome.filter(pa.compute.invert(is_dropped)).select(INDEX_SCHEMA.names)
+    if len(dropped) > config.max_dropped_fraction * total or not index.num_rows:
+        raise TooManyDropped(
+            f"{table_of_reasons(dropped, total)}\nThat is more than --max_dropped_fraction {config.max_dropped_fraction:g} "
+            f"allows. "
+            f"First: {_first_dropped(dropped)}. Mend the data, or raise the limit.",
+            dropped,
+        )
+    data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped)
+    seconds = time.monotonic() - started
+    logger.info("Data: %d records encoded in %.1f s (%.0f/s) into %s", data.num_rows, seconds, total / seconds, store.location)
+    return data
+
+
+class TooManyDropped(ValueError):
+    """More records are unusable than allowed; `dropped` lists them."""
+
+    def __init__(self, message: str, dropped: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(message)
+        self.dropped = list(dropped)
+
+
+def _first_dropped(dropped: Sequence[Mapping[str, Any]]) -> str:
+    return "{file}, row {row}: {reason} ({detail})".format(**dropped[0]) if dropped else "the data sets are empty"
+
+
+def _dropped_line(line: Mapping[str, Any], sources: Sources) -> dict[str, Any]:
+    dataset = sources.datasets[line["dataset"]]
+    return {
+        "dataset": dataset.argument,
+        "file": dataset.files[line["file"]].location,
+        "row": line["source_row"],
+        "reason": line["reason"],
+        "field": line["field"],
+        "detail": line["detail"],
+    }
+
+
+def _cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
+    """The work of a preparation; files are scanned side by side, and #N draws are made here."""
+    scan = ray.remote(spans_of)
+    files = [(d, f, file) for d, dataset in enumerate(sources.datasets) for f, file in enumerate(dataset.files)]
+    try:
+        spans: list[list[Span]] = ray.get([scan.remote(file, SPAN_ROWS) for _, _, file in files])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ValueError) else error from None
+    tasks = []
+    for d, dataset in enumerate(sources.datasets):
+        own = [(f, span) for (owner, f, _), of_file in zip(files, spans, strict=True) if owner == d for span in of_file]
+        wanted = _draw(sum(span.num_rows for _, span in own), dataset, seed)
+        passed = 0
+        for f, span in own:
+            inside = wanted[(wanted >= passed) & (wanted < passed + span.num_rows)] if wanted is not None else None
+            rows = None if inside is None else tuple(int(row) for row in inside - passed + span.first_row)
+            if rows is None or rows:
+                tasks.append(PrepareTask(d, f, span, rows))
+            passed += span.num_rows
+    return tasks
+
+
+def _draw(num_rows: int, dataset: Dataset, seed: int) -> Rows | None:
+    if dataset.sample is None:
+        return None
+    if dataset.sample > num_rows:
+        raise ValueError(f"--dataset {dataset.argument}: {dataset.sample} records are asked for, and there are {num_rows}.")
+    name = int.from_bytes(hashlib.sha256(dataset.name.encode()).digest()[:4], "big")
+    return np.sort(np.random.default_rng([seed, name]).choice(num_rows, dataset.sample, replace=False))
+
+
+def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: EncoderSpec, folder: Store) -> pa.Table:
+    """Runs in Ray Data's processes: reads, validates and encodes the rows of one task, and writes them as one shard."""
+    number = batch["item"][0].as_py()
+    task: PrepareTask = _fetch(tasks)[number]
+    dataset = sources.datasets[task.dataset]
+    file = dataset.files[task.file]
+    shard = f"shard_{number:06d}.arrow"
+    pairs: list[EncodedPair] = []
+    outcomes: list[dict[str, Any]] = []
+    for row, content in read_rows(file, task.span, task.rows):
+        outcome: dict[str, Any] = {"dataset": task.dataset, "file": task.file, "source_row": row}
+        try:
+            if isinstance(content, RecordError):
+                raise content
+            pair = _encode_row(content, f"{_file_label(sources, task)}:{row}", Store(file.location).parent, sources, spec)
+        except RecordError as error:
+            outcome |= {"reason": error.reason, "field": error.field, "detail": str(error)}
+        except ValueError as error:
+            return pa.Table.from_pylist([outcome | {"stopped": str(error)}], schema=OUTCOME_SCHEMA)
+        else:
+            outcome |= {"id": pair.id, "shard": shard, "position": len(pairs)}
+            outcome |= {f"{part}_tokens": len(getattr(pair, f"{part}_ids")) for part in ("prompt", "chosen", "rejected")}
+            pairs.append(pair)
+        outcomes.append(outcome)
+    if pairs:
+        write_shard(folder / shard, pairs)
+    return pa.Table.from_pylist(outcomes, schema=OUTCOME_SCHEMA)
+
+
+def _file_label(sources: Sources, task: PrepareTask) -> str:
+    """What a file's records are called after; numbered where several files could have the same name."""
+    name = sources.datasets[task.dataset].files[task.file].name
+    several = sum(len(dataset.files) for dataset in sources.datasets) > 1
+    return f"{task.dataset}.{task.file}/{name}" if several else name
+
+
+def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> EncodedPair:
+    record = parse_row(row, id=row_id)
+    require(record, spec.responses)
+    root = Store.at(sources.image_root) if sources.image_root else None
+    images = [fetch_image(i, folder=folder, image_root=root, allow_urls=sources.allow_image_urls) for i in record.images]
+    return _encoder(spec).encode(record, images)
+
+
+@functools.lru_cache(maxsize=2)
+def _encoder(spec: EncoderSpec) -> Encoder:
+    return Encoder(spec)
+
+
+@functools.lru_cache(maxsize=2)
+def _fetch(tasks: Any) -> list[PrepareTask]:
+    fetched: list[PrepareTask] = ray.get(tasks)
+    return fetched
+
+
+def quiet_logging() -> None:
+    """In a Ray process: rayalign's own lines, and of Ray and other libraries only what goes wrong."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("rayalign").setLevel(logging.INFO)
+    quiet_ray()
+    # It tells of a kernel that could be had for CPUs each time it is imported, which peft does.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    # peft asks transformers for this by a name that is on its way out; drop the line when a peft release uses the new one.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def quiet_ray() -> None:
+    """Leaves of what Ray's libraries log the warnings, in this process."""
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def settle_context() -> None:
+    """Ray Data's settings for the data sets that this process builds next."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True  # the order is planned, timing must not change it
+    context.enable_progress_bars = False  # they flood job logs; stages log a line with rate and time to go

@@ -1,0 +1,210 @@
+"""Which records make optimizer step k: a pure function of (seed, epoch, the prepared records), never of timing.
+
+So a run that is killed and resumed, at any step and on any worker count, trains on what an undisturbed run would have; and
+every worker knows the whole step's counts without asking the others. `prepared` holds the records, `data` streams them in this
+order.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from rayalign.data.store import PairReader, PreparedData, RowLengths, Rows
+
+WINDOW_ROWS = 65_536
+"""Rows are shuffled within windows of this many neighbours (and the windows among each other), so that the reads of a step stay
+in few shards of a data set of any size."""
+
+CHUNK_PAIRS = 64
+"""A look-up fetches whole steps, about this many pairs of one worker at a time."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Counts over a WHOLE optimizer step: every worker, every micro-batch. Losses are divided by them, so that the way a global
+    batch is cut changes nothing. A pair has one response or two."""
+
+    pairs: int
+    responses: int
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the order of a run depends on besides the records. `held_out_ratio` of the rows are never trained on;
+    `with_partners`: a look-up brings each row's partner along, too; `packs_rows`: the model runs over rows without padding."""
+
+    global_batch_size: int
+    batch_size: int
+    num_workers: int
+    num_epochs: float
+    max_steps: int | None
+    seed: int
+    held_out_ratio: float = 0.0
+    with_partners: bool = False
+    max_tokens_per_batch: int | None = None
+    packs_rows: bool = False
+
+
+def totals_of(rows: Rows, lengths: RowLengths) -> StepTotals:
+    """Counts over some rows."""
+    chosen, rejected = lengths.chosen[rows], lengths.rejected[rows]
+    responses = np.count_nonzero(chosen) + np.count_nonzero(rejected)
+    return StepTotals(len(rows), int(responses), int(chosen.sum()), int(rejected.sum()))
+
+
+def partners_in(order: Rows, rows: Rows) -> Rows:
+    """For each of `rows`, the row that comes after it in `order` (after the last, the first): whose responses KTO puts to the
+    row's prompt."""
+    sorter = np.argsort(order)
+    places = sorter[np.searchsorted(order, rows, sorter=sorter)]
+    partners: Rows = order[(places + 1) % len(order)]
+    return partners
+
+
+def hold_out(num_rows: int, *, ratio: float, seed: int) -> tuple[Rows, Rows]:
+    """Splits row numbers into (training, held-out), both ascending; at least one row stays for training."""
+    held = min(round(num_rows * ratio), num_rows - 1)
+    order = np.random.default_rng([seed, 0x5E1EC7]).permutation(num_rows)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def epoch_order(rows: Rows, *, seed: int, epoch: int) -> Rows:
+    """All rows once, in the order of an epoch: windows shuffled, and rows shuffled within each window."""
+    generator = np.random.default_rng([seed, epoch])
+    windows = [rows[start : start + WINDOW_ROWS] for start in range(0, len(rows), WINDOW_ROWS)]
+    return np.concatenate([generator.permutation(windows[i]) for i in generator.permutation(len(windows))])
+
+
+def cut_micro_batches(
+    rows: Rows,
+    lengths: RowLengths,
+    *,
+    batch_size: int,
+    max_tokens: int | None = None,
+    packs_rows: bool = False,
+    rank: int,
+    num_workers: int,
+) -> list[Rows]:
+    """Cuts rows into micro-batches, the same for any number of workers, and returns those of one worker.
+
+    Each has at most `batch_size` rows, and at most `max_tokens` tokens, unless one row alone has more. Rows of a micro-batch
+    are of similar length, so that there is little padding, which counts as tokens; the longest come first. Where the model
+    packs rows there is none: without `max_tokens`, micro-batches are then made to have about as many tokens each, so that
+    workers need not wait for one another.
+    """
+    by_length = rows[np.argsort(-lengths.row_tokens(rows), kind="stable")]
+    if packs_rows and max_tokens is None:
+        cut = _deal(by_length, math.ceil(len(rows) / batch_size))
+    else:
+        cut, start = [], 0
+        while start < len(by_length):
+            tokens = lengths.row_tokens(by_length[start : start + batch_size])
+            places = np.cumsum(tokens if packs_rows else np.full_like(tokens, tokens[0]))
+            size = len(tokens) if max_tokens is None else max(1, int(np.searchsorted(places, max_tokens, side="right")))
+            cut.append(by_length[start : start + size])
+            start += size
+    return [cut[i] for i in _deal(np.arange(len(cut)), num_workers)[rank]]
+
+
+def _deal(items: Rows, hands: int) -> list[Rows]:
+    """Deals items one by one, to and fro, so that the hands come out alike where the items grow smaller."""
+    rounds, places = np.divmod(np.arange(len(items)), max(1, hands))
+    hand = np.where(rounds % 2 == 0, places, hands - 1 - places)
+    return [items[hand == i] for i in range(hands)]
+
+
+def require_partners(num_rows: int, purpose: str) -> None:
+    """Raises ValueError where a row would be its own partner."""
+    if num_rows == 1:
+        raise ValueError(
+            f"There is one record {purpose}, and kto compares each prompt with the responses to another one: add records."
+        )
+
+
+class StepPlan:
+    """The records of every step.
+
+    A step takes `global_batch_size` rows (the last one of an epoch what is left); its micro-batches (`cut_micro_batches`) are
+    dealt to the workers in turn. Raises ValueError where there is nothing to train on.
+    """
+
+    def __init__(self, lengths: RowLengths, settings: PlanSettings) -> None:
+        if lengths.num_rows == 0:
+            raise ValueError("There are no records to train on.")
+        self.lengths = lengths
+        self.settings = settings
+        self.rows, self.held_out = hold_out(lengths.num_rows, ratio=settings.held_out_ratio, seed=settings.seed)
+        if settings.with_partners:
+            require_partners(len(self.rows), "to train on")
+        self.steps_per_epoch = math.ceil(len(self.rows) / settings.global_batch_size)
+        self.num_steps = settings.max_steps or max(1, math.ceil(settings.num_epochs * self.steps_per_epoch))
+        self._order = functools.lru_cache(maxsize=1)(lambda epoch: epoch_order(self.rows, seed=settings.seed, epoch=epoch))
+
+    def rows_of_step(self, step: int) -> Rows:
+        """Row numbers of a step (0-based)."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        size = self.settings.global_batch_size
+        rows: Rows = self._order(epoch)[k * size : (k + 1) * size]
+        return rows
+
+    def totals(self, step: int) -> StepTotals:
+        """Counts over the whole step, on all workers."""
+        return totals_of(self.rows_of_step(step), self.lengths)
+
+    def micro_batches(self, step: int, rank: int) -> list[Rows]:
+        """A worker's micro-batches of a step; a worker may have one less than another, or none."""
+        settings = self.settings
+        rows = self.rows_of_step(step)
+        return cut_micro_batches(
+            rows,
+            self.lengths,
+            batch_size=settings.batch_size,
+            max_tokens=settings.max_tokens_per_batch,
+            packs_rows=settings.packs_rows,
+            rank=rank,
+            num_workers=settings.num_workers,
+        )
+
+    def partners(self, step: int, rows: Rows) -> Rows:
+        """The partner of each of a step's rows: the next one in the order of the epoch, whatever the cut."""
+        return partners_in(self._order(step // self.steps_per_epoch), rows)
+
+    @property
+    def held_out_order(self) -> Rows:
+        """The held-out rows as `partners_in` takes them: with a training row at the end, so that a single one has a partner."""
+        return np.append(self.held_out, self.rows[0])
+
+    @property
+    def steps_per_chunk(self) -> int:
+        """Steps that one look-up fetches."""
+        return math.ceil(CHUNK_PAIRS * self.settings.num_workers / self.settings.global_batch_size)
+
+    def chunks(self, start_step: int) -> list[range]:
+        """The steps from `start_step` to the end, cut into look-ups."""
+        size = self.steps_per_chunk
+        return [range(s, min(s + size, self.num_steps)) for s in range(start_step, self.num_steps, size)]
+
+
+def look_up(chunk: Mapping[str, pa.Array] | pa.Table, *, data: PreparedData, settings: PlanSettings, rank: int) -> pa.Table:
+    """A worker's pairs of the steps `first` to `last` (exclusive) of a one-line table, in the order it trains on them; the
+    pairs of each micro-batch are followed by their partners where the settings want them.
+
+    Runs in Ray Data's processes: plan and open shards are kept between calls.
+    """
+    plan, reader = _open(data, settings)
+    rows = []
+    for step in range(chunk["first"][0].as_py(), chunk["last"][0].as_py()):
+        for batch in plan.micro_batches(step, rank):
+            rows += [batch, plan.partners(step, batch)] if settings.with_partners else [batch]
+    return reader.read(np.concatenate(rows) if rows else [])
+
+
+@functools.lru_cache(maxsize=4)
+def _open(data: PreparedData, settings: PlanSettings) -> tuple[StepPlan, PairReader]:
+    return StepPlan(data.lengths(), settings), data.reader()

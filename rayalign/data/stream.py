@@ -1,0 +1,170 @@
+"""Ray Data on the workers' side: streams a worker's pairs to it in plan order, as batches that are ready to run.
+
+`data` prepared the records. Look-ups run as Ray Data tasks; images are decoded and batches built in a thread of the train
+worker, next to the device that needs them.
+"""
+
+import contextlib
+import functools
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray.data
+
+from rayalign.config.config import Config
+from rayalign.data.batch import CompanionKind, PairBatch, assemble, with_damaged, with_mismatched
+from rayalign.data.encode import EncoderSpec, damaged_image_processing, image_processing
+from rayalign.data.prepare import RunData, settle_context
+from rayalign.data.sampler import PlanSettings, StepPlan, look_up, partners_in
+from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
+from rayalign.models.registry import packs_rows
+
+T = TypeVar("T")
+
+
+def plan_of(config: Config, data: RunData) -> StepPlan:
+    """The order of the run."""
+    settings = PlanSettings(
+        global_batch_size=config.global_batch_size,
+        batch_size=config.optimizer.batch_size,
+        num_workers=config.cluster.num_workers,
+        num_epochs=config.optimizer.num_train_epochs,
+        max_steps=config.optimizer.max_steps,
+        seed=config.data.data_seed,
+        held_out_ratio=0.0 if data.held_out else config.data.dataset_test_ratio,
+        with_partners=config.algorithm.needs.companion == "mismatched",
+        max_tokens_per_batch=config.optimizer.max_tokens_per_batch,
+        packs_rows=packs_rows(data.spec.family, config.model.attn_implementation),
+    )
+    return StepPlan(data.training.lengths(), settings)
+
+
+def look_ups(data: PreparedData, plan: StepPlan, *, rank: int, start_step: int) -> Iterator[pa.Table]:
+    """A worker's pairs from `start_step` to the end of the run, as tables of whole steps or parts of them. Ray Data starts at
+    once and takes its seconds: what the first steps need is looked up here."""
+    find = functools.partial(look_up, data=data, settings=plan.settings, rank=rank)
+    lines = [{"first": steps.start, "last": steps.stop} for steps in plan.chunks(start_step)]
+    others = ahead(_streamed(find, lines[1:]), depth=1) if len(lines) > 1 else ()
+    return itertools.chain((find(pa.Table.from_pylist([line])) for line in lines[:1]), others)
+
+
+def pairs_in_order(
+    tables: Iterator[pa.Table],
+    plan: StepPlan,
+    spec: EncoderSpec,
+    *,
+    rank: int,
+    start_step: int,
+    companion: CompanionKind = "none",
+    pin_memory: bool = False,
+) -> Iterator[tuple[int, PairBatch]]:
+    """A worker's (step, micro-batch) made of its `look_ups` from the same step on, always a few ahead of the training."""
+    make_batch = batch_maker(spec, companion)
+    with_partners = plan.settings.with_partners
+
+    def batches() -> Iterator[tuple[int, PairBatch]]:
+        # Ray Data may cut a look-up's table in two or leave an empty one out: only the order of the pairs counts.
+        pairs: list[EncodedPair] = []
+        for step in range(start_step, plan.num_steps):
+            for rows in plan.micro_batches(step, rank):
+                count = len(rows) * (2 if with_partners else 1)
+                while len(pairs) < count:
+                    pairs += from_batch(next(tables))
+                batch = make_batch(pairs[: len(rows)], pairs[len(rows) : count])
+                del pairs[:count]
+                yield step, batch.pin_memory() if pin_memory else batch
+
+    return ahead(batches(), depth=2)
+
+
+def _streamed(find: Callable[[pa.Table], pa.Table], lines: Sequence[Mapping[str, int]]) -> Iterator[pa.Table]:
+    settle_context()
+    # Look-ups wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
+    # wait for one for ever where the workers hold them all.
+    tables = ray.data.from_items(list(lines), override_num_blocks=len(lines)).map_batches(
+        find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))
+    )
+    yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+
+def held_out_pairs(
+    data: PreparedData,
+    micro_batches: Sequence[Rows],
+    spec: EncoderSpec,
+    *,
+    companion: CompanionKind = "none",
+    order: Rows | None = None,
+) -> Iterator[PairBatch]:
+    """Batches of given rows, a few ahead of their use; `order` has all held-out rows where each needs a partner."""
+    reader, make_batch = data.reader(), batch_maker(spec, companion)
+
+    def batches() -> Iterator[PairBatch]:
+        for rows in micro_batches:
+            partners = from_batch(reader.read(partners_in(order, rows))) if order is not None else ()
+            yield make_batch(from_batch(reader.read(rows)), partners)
+
+    return ahead(batches(), depth=2)
+
+
+def batch_maker(
+    spec: EncoderSpec, companion: CompanionKind = "none"
+) -> Callable[[Sequence[EncodedPair], Sequence[EncodedPair]], PairBatch]:
+    """The function that decodes images and builds tensors, for one model: from pairs, and their partners where the companion
+    is made of these."""
+    layout = spec.layout
+    process_images, process_damaged = image_processing(spec), damaged_image_processing(spec)
+
+    def make_batch(pairs: Sequence[EncodedPair], partners: Sequence[EncodedPair] = ()) -> PairBatch:
+        batch = assemble(pairs, layout=layout, process_images=process_images)
+        match companion:
+            case "none":
+                return batch
+            case "mismatched":
+                return with_mismatched(batch, pairs, partners, layout=layout)
+            case "damaged":
+                return with_damaged(batch, pairs, layout=layout, process_damaged=process_damaged)
+
+    return make_batch
+
+
+def ahead(items: Iterator[T], *, depth: int) -> Iterator[T]:
+    """The same items, made in a thread that starts at once and stays up to `depth` items ahead; its exceptions are raised
+    where the items are taken."""
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                waiting.put(entry, timeout=0.2)
+                return
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put((True, item))
+                if stop.is_set():
+                    return
+            put((False, None))
+        except BaseException as error:  # noqa: BLE001  # raised again where the items are used
+            put((False, error))
+
+    def taken() -> Iterator[T]:
+        while True:
+            more, item = waiting.get()
+            if more:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item
+
+    threading.Thread(target=produce, name="batches-ahead", daemon=True).start()
+    taking = taken()
+    weakref.finalize(taking, stop.set)  # also where nothing was ever taken
+    return taking

@@ -1,0 +1,153 @@
+"""The real model without its weights: modules on the meta device, made from a config, and what a run would train of them."""
+
+import copy
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rayalign.algorithms import Needs
+from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.models.family import Family
+from rayalign.models.parts import Parts, find_parts
+from rayalign.models.registry import find_family, packs_rows
+from rayalign.models.source import ModelSource
+from rayalign.policy.adapters import add_adapters, learning_parts
+from rayalign.policy.loading import attention_kernels
+
+VISION, ALIGNER, EMBEDDINGS, LANGUAGE, HEAD = "vision tower", "aligner", "embeddings", "language model", "output head"
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """Everything that a model's size, and what is trained of it, depend on."""
+
+    config: Any
+    source: ModelSource
+    model: ModelConfig
+    tuner: TunerConfig
+    needs: Needs
+    reference_known: bool = False
+    """Whether the reference's log-probabilities come with the data."""
+
+    @property
+    def family(self) -> Family:
+        return find_family(self.config.model_type)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the arithmetic; `auto` is what it is on a GPU."""
+        dtype: torch.dtype = torch.bfloat16 if self.model.dtype == "auto" else getattr(torch, self.model.dtype)
+        return dtype
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether weights that learn are kept in float32 and rounded where they are used."""
+        return self.tuner.sft_type == "full" and self.dtype != torch.float32
+
+    @property
+    def vision_learns(self) -> bool:
+        """Whether images' features depend on weights that learn."""
+        return not {"vit", "aligner"}.isdisjoint(learning_parts(self.tuner))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the language model."""
+        layers: int = self.config.get_text_config().num_hidden_layers
+        return layers
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether rows are packed, and attention takes a row's prompt and its responses apart."""
+        return packs_rows(self.family, self.model.attn_implementation)
+
+    def with_checkpointing(self, *, on: bool) -> "Blueprint":
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, gradient_checkpointing=on))
+
+    def build(self, *, layers: int | None = None) -> "Skeleton":
+        """The model as `loading` prepares it for training, on the meta device; with fewer `layers` in its language model where
+        they are given. Raises ValueError for flags that do not fit the model."""
+        config = copy.deepcopy(self.config)
+        if layers is not None:
+            _cut(config.get_text_config(), layers)
+        full = self.tuner.sft_type == "full"
+        with torch.device("meta"), warnings.catch_warnings():
+            # peft asks transformers for this by a name that is on its way out.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            # An adapter that training continues from has weights, of which only the shapes are wanted.
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
+            base: Any = self.family.auto_class.from_config(
+                config,
+                dtype=self.dtype,
+                attn_implementation=attention_kernels(self.family, self.model),
+                trust_remote_code=self.model.trust_remote_code,
+            )
+            parts = find_parts(base)
+            sizes = _sizes(base, parts)
+            base.requires_grad_(False)
+            if full:
+                for name, parameter in base.named_parameters():
+                    if parts.of(name) in learning_parts(self.tuner):
+                        parameter.requires_grad_(True)
+                        parameter.data = parameter.data.float()
+                wrapped = base
+            else:
+                wrapped = add_adapters(base, self.source, self.tuner, self.family, needs_reference=self.needs.reference)
+        head = base.get_output_embeddings()
+        if self.needs.head == "value" and head.weight is not base.get_input_embeddings().weight:
+            head.requires_grad_(False)
+        base.eval()
+        base.get_decoder().train()
+        if not self.needs.dropout:
+            for module in wrapped.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        if self.model.gradient_checkpointing:
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return Skeleton(base, wrapped, parts, sizes)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights: `base` as transformers made it, `model` as it is trained, `sizes` the parameters of each part,
+    without adapters."""
+
+    base: Any
+    model: Any
+    parts: Parts
+    sizes: dict[str, int]
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The output head's weight [V, H]."""
+        weight: torch.Tensor = self.base.get_output_embeddings().weight
+        return weight
+
+
+def _sizes(base: Any, parts: Parts) -> dict[str, int]:
+    """Parameters by part; an output head that shares the embeddings' weight counts there."""
+    sizes = dict.fromkeys((VISION, ALIGNER, EMBEDDINGS, LANGUAGE, HEAD), 0)
+    embeddings, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    for name, parameter in base.named_parameters():
+        if parameter is embeddings:
+            part = EMBEDDINGS
+        elif parameter is head:
+            part = HEAD
+        else:
+            part = {"vit": VISION, "aligner": ALIGNER, "llm": LANGUAGE}[parts.of(name)]
+        sizes[part] += parameter.numel()
+    return sizes
+
+
+def _cut(text_config: Any, layers: int) -> None:
+    """Takes the last layers away."""
+    text_config.num_hidden_layers = layers
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = text_config.layer_types[:layers]

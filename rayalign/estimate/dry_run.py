@@ -1,0 +1,155 @@
+"""A micro-batch's forward and backward, rehearsed: rayalign's own order of passes through the real layers, with fake tensors,
+which have shapes and types and no memory. It tells what a real one would hold and compute.
+
+A few layers are run, and the figures carried on to the model's depth: layers are taken to be alike, in pairs at least, since
+some models alternate two kinds of attention.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rayalign.estimate.architecture import Blueprint, Skeleton
+from rayalign.estimate.meter import Meter, tensors_of
+from rayalign.estimate.passes import Pass, passes_of
+from rayalign.ops.attention import unpacked
+from rayalign.ops.logprobs import token_logps
+
+FEW, MORE = 1, 2
+"""Layers of the two models that are run; what their difference costs is what further layers cost."""
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """A micro-batch: its rows, the tokens of each (prompt and both responses), and how many of them are responses'. The rows
+    without a rejected response that mDPO adds for pairs with images have `prompt_and_chosen` tokens, `chosen` of them the
+    response's."""
+
+    rows: int
+    tokens: int
+    responses: int
+    prompt_and_chosen: int = 0
+    chosen: int = 0
+    with_images: bool = False
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes above what is there before the forward: `kept` for the backward when the last forward is done, and `peak`."""
+
+    kept: int
+    peak: int
+
+
+class Rehearsal:
+    """One model and way of training, rehearsed with micro-batches of any shape; its few layers are built once."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self.blueprint = blueprint
+        depth = blueprint.num_layers
+        self._depths = (FEW, MORE) if depth > MORE else (depth, depth)
+        self._mode = FakeTensorMode()
+        self._known: dict[RowShape, Activations] = {}
+        self._skeletons = {layers: blueprint.build(layers=layers) for layers in set(self._depths)}
+        for skeleton in self._skeletons.values():
+            with self._mode:
+                _make_fake(skeleton.model)
+                for parameter in skeleton.trainable:  # they are there from an earlier micro-batch on
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def activations(self, shape: RowShape) -> Activations:
+        """What the step's passes over a micro-batch hold; the weights' gradients are there before."""
+        if shape not in self._known:
+            kept, peak = self._carried_on([self._activations(self._skeletons[layers], shape) for layers in self._depths])
+            self._known[shape] = Activations(round(kept), round(peak))
+        return self._known[shape]
+
+    def flops(self, item: Pass, tokens: int) -> float:
+        """Operations of the language model in one pass over one row that is all prompt, without the output head."""
+        return self._carried_on([(self._flops(self._skeletons[layers], item, tokens),) for layers in self._depths])[0]
+
+    def _carried_on(self, figures: list[tuple[float, ...]]) -> tuple[float, ...]:
+        few, more = figures
+        share = (self.blueprint.num_layers - FEW) / (MORE - FEW) if self._depths[0] != self._depths[1] else 0.0
+        return tuple(a + share * (b - a) for a, b in zip(few, more, strict=True))
+
+    def _activations(self, skeleton: Skeleton, shape: RowShape) -> tuple[float, ...]:
+        _, step = passes_of(self.blueprint.needs, reference_known=self.blueprint.reference_known)
+        with self._mode, Meter(tensors_of(skeleton.model)) as meter:
+            losses = [loss for item in step if (loss := self._run(skeleton, item, shape)) is not None]
+            kept = meter.live
+            total = torch.stack(losses).sum()
+            losses.clear()
+            total.backward()
+        return kept, meter.peak
+
+    def _flops(self, skeleton: Skeleton, item: Pass, tokens: int) -> float:
+        with self._mode, Meter([]) as meter, torch.set_grad_enabled(item.trains):
+            states = self._states(skeleton.base, 1, tokens, prompt=tokens)
+            if item.trains:
+                states.sum().backward()
+        return float(meter.flops)
+
+    def _run(self, skeleton: Skeleton, item: Pass, shape: RowShape) -> Tensor | None:
+        """One pass: a scalar to go backward from, or None where nothing is trained."""
+        tokens, responses = shape.tokens, shape.responses
+        if item.rows == "damaged":
+            if not shape.with_images:
+                return None
+            tokens, responses = shape.prompt_and_chosen, shape.chosen
+        with torch.set_grad_enabled(item.trains):
+            states = self._states(skeleton.base, shape.rows, tokens, prompt=tokens - responses)
+            if self.blueprint.needs.head == "value":
+                ends = states[torch.zeros(2 * shape.rows, dtype=torch.long)]
+                scores: Tensor = nn.functional.linear(ends.float(), torch.empty(1, states.shape[1], requires_grad=True))
+                return scores.sum() if item.trains else None
+            count = shape.rows * responses
+            picked = states[torch.zeros(count, dtype=torch.long)]
+            del states
+            with self._arithmetic():
+                logps = token_logps(picked, skeleton.head, torch.zeros(count, dtype=torch.long))
+            return logps.sum() if item.trains else None
+
+    def _states(self, base: Any, rows: int, tokens: int, *, prompt: int) -> Tensor:
+        """The language model's last states [rows * tokens, H]."""
+        packs = {"row_lengths": ((prompt, tokens),) * rows} if self.blueprint.packs_rows else {}
+        masks: Any = torch.ones(rows, 1, tokens - prompt if packs else tokens, tokens, dtype=torch.bool)
+        kinds = set(getattr(base.get_decoder().config, "layer_types", None) or ())
+        if "sliding_attention" in kinds:
+            masks = {kind: masks.clone() for kind in sorted(kinds)}
+        ids = torch.zeros((1, rows * tokens) if packs else (rows, tokens), dtype=torch.long)
+        embedded: Tensor = base.get_input_embeddings()(ids)
+        if self.blueprint.vision_learns and torch.is_grad_enabled() and not embedded.requires_grad:
+            embedded.requires_grad_()
+        with self._arithmetic():
+            hidden: Tensor = base.get_decoder()(
+                inputs_embeds=embedded,
+                attention_mask=masks,
+                position_ids=ids,
+                use_cache=False,
+                **packs,
+            ).last_hidden_state
+            if packs:
+                hidden = unpacked(hidden, packs["row_lengths"], tokens)
+        return hidden.flatten(0, 1)
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return torch.autocast("cpu", self.blueprint.dtype, enabled=self.blueprint.is_mixed)
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Puts fake tensors of the CPU in the place of meta ones, which no kernel knows: attention on the meta device would be
+    another, with all its weights in memory."""
+    fakes: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+                module._parameters[name] = fakes.setdefault(id(parameter), fake)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -1,0 +1,140 @@
+"""Everything that a plan tells, computed: from a blueprint of the model and the shapes of the data."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+from rayalign.config.config import Config
+from rayalign.config.sections import PlanConfig
+from rayalign.estimate import advice
+from rayalign.estimate.advice import Schedule, Time
+from rayalign.estimate.architecture import Blueprint, Skeleton
+from rayalign.estimate.dry_run import Rehearsal
+from rayalign.estimate.flops import LanguageCosts, PairFlops, Way, language_costs, pair_flops
+from rayalign.estimate.memory import GB, Memory, MicroBatch, memory_of
+from rayalign.estimate.shapes import DataShapes
+from rayalign.estimate.vision import VisionCosts
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a run will need. `name` is what the user called the model, `origin` where its config came from."""
+
+    config: Config
+    plan: PlanConfig
+    blueprint: Blueprint
+    data: DataShapes
+    name: str
+    origin: str
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        return self.blueprint.build()
+
+    @property
+    def num_learning(self) -> int:
+        """Parameters that learn, a value head's included."""
+        head = self.skeleton.head.shape[1] if self.blueprint.needs.head == "value" else 0
+        return sum(p.numel() for p in self.skeleton.trainable) + head
+
+    @cached_property
+    def adapters(self) -> dict[str, int]:
+        """Parameters that LoRA would train by --lora_target_modules DEFAULT and ALL, with the run's rank."""
+        counts = {}
+        for modules in ("DEFAULT", "ALL"):
+            tuner = dataclasses.replace(self.config.tuner, sft_type="lora", lora_target_modules=(modules,))
+            blueprint = dataclasses.replace(self.blueprint, tuner=tuner)
+            counts[modules] = sum(p.numel() for p in blueprint.build().trainable)
+        return counts
+
+    @cached_property
+    def batch(self) -> MicroBatch:
+        rows = self.config.optimizer.rows_at_a_time(int(self.data.rows.max()))
+        return MicroBatch(rows, self.data.longest, self.data.fullest)
+
+    @cached_property
+    def memory(self) -> Memory:
+        return self.memory_of(self.batch)
+
+    @cached_property
+    def memory_otherwise(self) -> Memory:
+        """With gradient checkpointing where the run has none, and without where it has."""
+        return memory_of(self.skeleton, self._other, self._vision, self.batch)
+
+    @property
+    def gpu_bytes(self) -> int:
+        return int(self.plan.gpu_memory_gb * GB)
+
+    @cached_property
+    def gpus_per_worker(self) -> int | None:
+        return advice.gpus_per_worker(self.memory, self.gpu_bytes)
+
+    @cached_property
+    def remedies(self) -> list[tuple[str, Memory]]:
+        """Flags that would make a run fit that does not fit one GPU."""
+        return advice.remedies(self._memory_with, self.config, self.gpu_bytes)
+
+    @cached_property
+    def longest_row(self) -> int:
+        return advice.longest_row(self.memory_of, self.batch, self.gpu_bytes)
+
+    def memory_of(self, batch: MicroBatch) -> Memory:
+        return memory_of(self.skeleton, self._rehearsal, self._vision, batch)
+
+    @cached_property
+    def way(self) -> Way:
+        """How the run does it."""
+        return Way(checkpointing=self.config.model.gradient_checkpointing, reference_known=self.blueprint.reference_known)
+
+    def flops(self, **changed: bool) -> PairFlops:
+        """Operations per pair, with some savings changed."""
+        return pair_flops(self.data, self._costs, self._rehearsal, dataclasses.replace(self.way, **changed))
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return advice.schedule_of(self.config, self.data)
+
+    @cached_property
+    def run_flops(self) -> float:
+        """Of the whole run: its steps, its evaluations, which have no backward, and the reference where it is run before."""
+        pair = self.flops()
+        evaluation = pair.vision + pair.forward + pair.others + pair.head
+        beforehand = self.data.total * self.reference_flops if self.blueprint.reference_known else 0.0
+        return self.schedule.trained * pair.total + self.schedule.evaluated * evaluation + beforehand
+
+    @property
+    def reference_flops(self) -> float:
+        """Per pair, of the reference's log-probabilities when they are computed before the training."""
+        there, known = self.flops(reference_known=False), self.flops(reference_known=True)
+        return there.total - known.total + known.vision
+
+    @cached_property
+    def time(self) -> Time | None:
+        if self.gpus_per_worker is None:
+            return None
+        return advice.time_of(self.config, self.plan, flops=self.run_flops, per_worker=self.gpus_per_worker)
+
+    @cached_property
+    def _vision(self) -> VisionCosts | None:
+        return VisionCosts(self.skeleton, self.blueprint.config) if self.data.has_images.any() else None
+
+    @cached_property
+    def _rehearsal(self) -> Rehearsal:
+        return Rehearsal(self.blueprint)
+
+    @cached_property
+    def _other(self) -> Rehearsal:
+        return Rehearsal(self.blueprint.with_checkpointing(on=not self.blueprint.model.gradient_checkpointing))
+
+    @cached_property
+    def _costs(self) -> LanguageCosts:
+        pair = (self._rehearsal, self._other)
+        recomputing, plain = pair if self.blueprint.model.gradient_checkpointing else pair[::-1]
+        has_head = self.blueprint.needs.head == "language"
+        head = self.skeleton.head
+        return language_costs(plain, recomputing, head_size=head.numel() if has_head else 0, trains_head=head.requires_grad)
+
+    def _memory_with(self, config: Config, rows: int) -> Memory:
+        blueprint = dataclasses.replace(self.blueprint, model=config.model, tuner=config.tuner)
+        batch = dataclasses.replace(self.batch, rows=min(rows, self.batch.rows))
+        return memory_of(blueprint.build(), Rehearsal(blueprint), self._vision, batch)

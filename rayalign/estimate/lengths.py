@@ -1,0 +1,182 @@
+"""Lengths and images of a data set's pairs: from encoded records, or, where a model's tokenizer isn't at hand, from the records
+themselves, by their characters."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from rayalign.config.config import Config
+from rayalign.config.sections import DataConfig
+from rayalign.data.store import PreparedData
+from rayalign.estimate.advice import held_out_of
+from rayalign.estimate.shapes import DataShapes, PairShape
+from rayalign.estimate.vision import ImageLoad, VisionCosts
+from rayalign.formats.parse import parse_row
+from rayalign.formats.records import PreferenceRecord, RecordError, Responses, require
+from rayalign.images.fetch import fetch_image, image_hash, open_image
+from rayalign.models.family import Family
+from rayalign.models.processors import describe_images
+from rayalign.sources.files import Dataset, count_rows, read_rows, resolve_dataset
+from rayalign.storage import Store
+
+LOOKED_AT = 1000
+"""Records of a data set that are looked at; more would not change the figures."""
+CHARACTERS_PER_TOKEN = 4.0
+"""Assumed of Latin text, as is one token for every other character."""
+TOKENS_PER_MESSAGE = 6
+"""Assumed of chat templates: role and marks around a message."""
+
+
+class ImageLook:
+    """Tells an image's load from its bytes; only its size matters, so that each size is processed once.
+
+    `process` is the model's image processing. Raises ValueError where the family's features can't be counted beforehand.
+    """
+
+    def __init__(
+        self,
+        process: Callable[[Image.Image], Mapping[str, Tensor]],
+        family: Family,
+        config: Any,
+        costs: VisionCosts,
+        *,
+        max_pixels: int | None,
+    ) -> None:
+        self._process, self._family, self._config, self._costs = process, family, config, costs
+        self._max_pixels = max_pixels
+        self._known: dict[tuple[int, int], ImageLoad] = {}
+
+    def __call__(self, content: bytes) -> ImageLoad:
+        size = open_image(content, max_pixels=self._max_pixels).size
+        if size not in self._known:
+            inputs = self._process(Image.new("RGB", size))
+            lengths = describe_images(self._family, self._config, inputs).lengths
+            self._known[size] = self._costs.load(inputs, sum(lengths))
+        return self._known[size]
+
+
+def measured(training: PreparedData, held_out: int, *, image_token_id: int | None, look: ImageLook | None) -> DataShapes:
+    """Of encoded records: exact lengths. `held_out` of them are not trained on."""
+    lengths = training.lengths()
+    rows = np.unique(np.append(_spread(lengths.num_rows), lengths.row_tokens(np.arange(lengths.num_rows)).argmax()))
+    table = training.reader().read(rows)
+    pairs = []
+    for row in table.to_pylist():
+        distinct = dict(zip(row["image_hashes"], row["images"], strict=True))
+        image_tokens = row["prompt_ids"].count(image_token_id)
+        loads = tuple(look(content) for content in distinct.values()) if look else ()
+        prompt, chosen, rejected = (len(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected"))
+        pairs.append(PairShape(prompt, chosen, rejected, image_tokens, loads))
+    seen = "" if len(pairs) == lengths.num_rows else f"; {len(pairs)} of them looked at, among these the longest"
+    return DataShapes(tuple(pairs), lengths.num_rows, held_out, held_out, f"encoded with the model's own processor{seen}")
+
+
+def estimated(config: Config, look: ImageLook | None) -> DataShapes:
+    """Of records as they are: lengths of texts by their characters, of images by the processor's rules.
+
+    Raises ValueError where a data set can't be found or holds no usable record.
+    """
+    pairs: list[PairShape] = []
+    total, unusable, too_long = 0, 0, 0
+    for argument in config.data.dataset:
+        dataset = resolve_dataset(argument)
+        counts = [count_rows(file) for file in dataset.files]
+        total += _wanted(dataset, sum(counts))
+        first = 0
+        picked = _spread(sum(counts))
+        for file, count in zip(dataset.files, counts, strict=True):
+            rows = [int(row - first) for row in picked if first <= row < first + count]
+            first += count
+            for _, content in read_rows(file, None, rows):
+                try:
+                    pair = _estimate(content, Store(file.location).parent, config, look)
+                except RecordError:
+                    unusable += 1
+                    continue
+                fitting = _fit(pair, config.data)
+                too_long += fitting is None
+                pairs += [] if fitting is None else [fitting]
+    if not pairs:
+        raise ValueError(
+            f"--dataset {' '.join(config.data.dataset)}: none of the records looked at can be used ({unusable} are unusable, "
+            f"{too_long} longer than --max_length {config.data.max_length})."
+        )
+    seen = len(pairs) + unusable + too_long
+    left_out = [f"{n} of {seen} left out as {why}" for n, why in ((unusable, "unusable"), (too_long, "too long")) if n]
+    origin = (
+        f"estimated, since there is no tokenizer: {CHARACTERS_PER_TOKEN:g} Latin characters or 1 other one a token, "
+        f"{TOKENS_PER_MESSAGE} tokens around a message; image tokens by the processor's rules"
+    )
+    total = max(1, round(total * len(pairs) / seen))
+    origin = "; ".join([origin, *left_out])
+    if not config.data.val_dataset:
+        held_out = held_out_of(config, total=total)
+        return DataShapes(tuple(pairs), total, held_out, held_out, origin)
+    others = [resolve_dataset(argument) for argument in config.data.val_dataset]
+    evaluated = sum(_wanted(dataset, sum(count_rows(file) for file in dataset.files)) for dataset in others)
+    return DataShapes(tuple(pairs), total, 0, evaluated, origin)
+
+
+def estimated_tokens(text: str) -> int:
+    """Tokens of a text, by its characters."""
+    latin = sum(ord(character) < 0x250 for character in text)
+    return round(latin / CHARACTERS_PER_TOKEN + len(text) - latin)
+
+
+def _spread(count: int) -> Any:
+    """At most LOOKED_AT of `count` row numbers, evenly spread."""
+    return (
+        np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(np.int64)) if count else np.empty(0, np.int64)
+    )
+
+
+def _wanted(dataset: Dataset, there: int) -> int:
+    if dataset.sample is not None and dataset.sample > there:
+        raise ValueError(f"--dataset {dataset.argument}: {dataset.sample} records are asked for, and there are {there}.")
+    return dataset.sample or there
+
+
+def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -> PairShape:
+    if isinstance(row, RecordError):
+        raise row
+    record = parse_row(row, id="")
+    require(record, config.algorithm.needs.responses)
+    root = Store.at(config.data.image_root) if config.data.image_root else None
+    contents = [
+        fetch_image(ref, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls) for ref in record.images
+    ]
+    loads = {image_hash(content): look(content) for content in contents} if look else {}
+    if not all(load.features for load in loads.values()):
+        raise ValueError(
+            "How many tokens an image becomes is not known of this kind of model without its processor. Give the model's "
+            "folder, with its tokenizer."
+        )
+    image_tokens = sum(loads[image_hash(content)].features for content in contents) if look else 0
+    text = sum(estimated_tokens(message.content) + TOKENS_PER_MESSAGE for message in record.messages)
+    chosen, rejected = _replies(record, config.algorithm.needs.responses)
+    return PairShape(text + image_tokens, chosen, rejected, image_tokens, tuple(loads.values()))
+
+
+def _replies(record: PreferenceRecord, responses: Responses) -> tuple[int, int]:
+    """Tokens of both replies with their end marks, 0 for one that the row doesn't hold."""
+    chosen = estimated_tokens(record.chosen) + 1
+    if responses == "chosen" or record.rejected is None:
+        return (0, chosen) if responses == "either" and record.label is False else (chosen, 0)
+    return chosen, estimated_tokens(record.rejected) + 1
+
+
+def _fit(pair: PairShape, config: DataConfig) -> PairShape | None:
+    """The pair as --truncation_strategy leaves it; None where it goes."""
+    excess = pair.prompt + max(pair.chosen, pair.rejected) - config.max_length
+    if excess <= 0:
+        return pair
+    text = pair.prompt - pair.image_tokens
+    if config.truncation_strategy == "left" and excess < text:
+        return PairShape(pair.prompt - excess, pair.chosen, pair.rejected, pair.image_tokens, pair.images)
+    if config.truncation_strategy == "right" and pair.prompt < config.max_length:
+        room = config.max_length - pair.prompt
+        return PairShape(pair.prompt, min(pair.chosen, room), min(pair.rejected, room), pair.image_tokens, pair.images)
+    return None

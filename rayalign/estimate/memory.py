@@ -1,0 +1,141 @@
+"""Memory of one worker, by part, for the largest micro-batch of a run."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rayalign.estimate.architecture import Skeleton
+from rayalign.estimate.dry_run import Rehearsal, RowShape
+from rayalign.estimate.shapes import PairShape
+from rayalign.estimate.vision import VisionCosts
+from rayalign.policy.adapters import learning_parts
+
+GB = 2**30
+OVERHEAD_BYTES = 3 * GB // 2
+"""Assumed for the CUDA context, libraries and their workspaces."""
+FRAGMENTATION = 0.05
+"""Assumed share of the tensors' memory that the allocator holds and can't use."""
+
+QUANTISED_BITS = {True: 4 + 8 / 64 + 32 / (64 * 256), False: 4 + 32 / 64}
+"""Bits per weight: four, and a scale for each 64 weights, of 32 bits; with double quantisation of 8, and 32 for 256 scales."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `weights` are those that don't learn; `kept` is for the backward; `working` comes and goes (a layer that runs
+    again, logits of the output head, the reference's forward, the tower's); `images` are pixels and features, and what a tower
+    that learns keeps."""
+
+    weights: int
+    learning: int
+    gradients: int
+    moments: int
+    kept: int
+    working: int
+    images: int
+
+    @property
+    def tensors(self) -> int:
+        return self.weights + self.learning + self.gradients + self.moments + self.kept + self.working + self.images
+
+    @property
+    def overhead(self) -> int:
+        return OVERHEAD_BYTES + round(FRAGMENTATION * self.tensors)
+
+    @property
+    def total(self) -> int:
+        return self.tensors + self.overhead
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What of the data decides on memory: rows at a time, the longest pair, and the one with the largest images."""
+
+    rows: int
+    longest: PairShape
+    fullest: PairShape
+
+    def shape(self) -> RowShape:
+        pair = self.longest
+        return RowShape(
+            rows=self.rows,
+            tokens=pair.prompt + pair.chosen + pair.rejected,
+            responses=pair.chosen + pair.rejected,
+            with_images=bool(self.fullest.images),
+            prompt_and_chosen=pair.prompt + pair.chosen,
+            chosen=pair.chosen,
+        )
+
+    def scaled(self, factor: float) -> "MicroBatch":
+        """The same with a longest row `factor` times as long; its images stay."""
+        pair = self.longest
+        prompt, chosen, rejected = (max(1, round(factor * n)) if n else 0 for n in (pair.prompt, pair.chosen, pair.rejected))
+        return MicroBatch(self.rows, PairShape(prompt, chosen, rejected, pair.image_tokens, pair.images), self.fullest)
+
+
+def memory_of(skeleton: Skeleton, rehearsal: Rehearsal, vision: VisionCosts | None, batch: MicroBatch) -> Memory:
+    """Of a worker that holds the whole model."""
+    blueprint = rehearsal.blueprint
+    learning = _bytes(skeleton.trainable)
+    frozen = _bytes([p for p in skeleton.model.parameters() if not p.requires_grad])
+    working = 0
+    if blueprint.tuner.quant_bits is not None:
+        frozen, working = _quantised(skeleton, frozen, double=blueprint.tuner.bnb_4bit_use_double_quant)
+    if blueprint.tuner.sft_type == "full" and blueprint.needs.reference and blueprint.needs.companion == "mismatched":
+        # KTO's mismatched rows need the model as it was at the start.
+        frozen += sum(skeleton.sizes.values()) * torch.finfo(blueprint.dtype).bits // 8
+    activations = rehearsal.activations(batch.shape())
+    working += activations.peak - activations.kept
+    images = 0
+    if vision is not None:
+        images = _image_bytes(skeleton, vision, batch, rehearsal)
+        # The tower is done before the language model keeps anything.
+        working = max(working, _tower_bytes(vision, batch, rehearsal) - activations.kept)
+    return Memory(
+        weights=frozen,
+        learning=learning,
+        gradients=learning,
+        moments=2 * learning,
+        kept=activations.kept,
+        working=working,
+        images=images,
+    )
+
+
+def _bytes(tensors: list[torch.nn.Parameter]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _quantised(skeleton: Skeleton, frozen: int, *, double: bool) -> tuple[int, int]:
+    """Bytes of the frozen weights with the language model's linears in 4 bits, and of the largest of these when it is used."""
+    modules: dict[str, Any] = dict(skeleton.base.named_modules())
+    names = skeleton.parts.linears(skeleton.base, "llm")
+    weights = [modules[name].weight for name in names]
+    packed = sum(math.ceil(weight.numel() * QUANTISED_BITS[double] / 8) for weight in weights)
+    return frozen - _bytes(weights) + packed, max(weight.numel() * weight.element_size() for weight in weights)
+
+
+def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, rehearsal: Rehearsal) -> int:
+    """Of the pixels and features that a micro-batch brings along, and of what a tower that learns keeps.
+
+    The features lie there once by themselves and once in the rows.
+    """
+    loads = batch.fullest.images
+    size = torch.finfo(rehearsal.blueprint.dtype).bits // 8
+    width = skeleton.head.shape[1]
+    held = sum(load.pixel_bytes + 2 * load.features * width * size for load in loads)
+    learning = learning_parts(rehearsal.blueprint.tuner)
+    if "vit" in learning:
+        per_token = vision.kept_per_patch(full=rehearsal.blueprint.tuner.sft_type == "full")
+        held += sum(load.patches for load in loads) * per_token * size
+    # Damaged images stand beside the true ones.
+    return batch.rows * held * (2 if rehearsal.blueprint.needs.companion == "damaged" else 1)
+
+
+def _tower_bytes(vision: VisionCosts, batch: MicroBatch, rehearsal: Rehearsal) -> int:
+    """What the tower's forward over a micro-batch's images takes while it runs: one layer's tensors, by rule of thumb."""
+    size = torch.finfo(rehearsal.blueprint.dtype).bits // 8
+    patches = batch.rows * sum(load.patches for load in batch.fullest.images)
+    return patches * (4 * vision.hidden + 2 * vision.widest) * size

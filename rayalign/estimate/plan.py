@@ -1,0 +1,115 @@
+"""What a run will need, found out before it: with the real encoder where the model's processor is at hand, else by estimate.
+
+`sizing` does the sums; this module brings model and data, on Ray where records are encoded. Encoded records stay in the cache,
+where the run finds them.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor
+
+from rayalign.config.config import Config
+from rayalign.config.sections import PlanConfig
+from rayalign.estimate.advice import held_out_of, schedule_of
+from rayalign.estimate.architecture import Blueprint
+from rayalign.estimate.catalogue import shipped_config, shipped_configs
+from rayalign.estimate.estimate import Findings
+from rayalign.estimate.lengths import ImageLook, estimated, measured
+from rayalign.estimate.shapes import DataShapes
+from rayalign.estimate.table import plan_text
+from rayalign.estimate.vision import VisionCosts
+from rayalign.models.processors import load_processor, process_images
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import ModelSource, resolve_model
+from rayalign.training import driver
+
+logger = logging.getLogger(__name__)
+
+
+def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bool = False) -> str:
+    """The plan of a run as text; `several_runs`: it is one of a sweep.
+
+    Raises ValueError for what the user can mend: flags, model, data.
+    """
+    if not config.data.dataset:
+        raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
+    config = driver.with_output_dir(_with_folder(config))
+    name = config.model.model_type or config.model.model or config.model.adapter or ""
+    source = resolve_model(config.model, REGISTERED_MODELS)
+    processor, place = _processor_of(source, config), source.base
+    origin = f"config of {source.base}"
+    if processor is None and not Path(source.base).is_dir():
+        shipped = shipped_config(source.base)
+        if shipped is None:
+            raise ValueError(
+                f"{source.base}: neither its config nor its processor could be loaded, and rayalign brings configs along of "
+                f"{', '.join(shipped_configs())} only. Give the model's folder, or make the hub reachable."
+            )
+        place, origin = str(shipped), "config that comes with rayalign; the model's files are not at hand"
+    model_config = AutoConfig.from_pretrained(place, trust_remote_code=config.model.trust_remote_code)
+    blueprint = Blueprint(model_config, source, config.model, config.tuner, config.algorithm.needs)
+    look = _image_look(blueprint, processor, place, config.data.max_pixels)
+    data = _measure(config, blueprint, look) if processor is not None else estimated(config, look)
+    known = config.precomputes_reference(several_epochs=schedule_of(config, data).epochs > 1, several_runs=several_runs)
+    blueprint = dataclasses.replace(blueprint, reference_known=known)
+    return plan_text(Findings(config, plan or PlanConfig(), blueprint, data, name, origin))
+
+
+def _with_folder(config: Config) -> Config:
+    """The same configuration where --model names a folder's config.json."""
+    model = config.model.model
+    if model is None or Path(model).name != "config.json" or not Path(model).expanduser().is_file():
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, model=str(Path(model).expanduser().parent)))
+
+
+def _processor_of(source: ModelSource, config: Config) -> Any | None:
+    """The model's processor; None where its files are not there and can't be fetched."""
+    try:
+        return load_processor(source.base, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError, TypeError) as error:  # what transformers raises for a folder without a tokenizer differs
+        logger.info("No processor of %s (%s): lengths are estimated", source.base, str(error).splitlines()[0])
+        return None
+
+
+def _image_look(blueprint: Blueprint, processor: Any | None, place: str, max_pixels: int | None) -> ImageLook | None:
+    """What tells images' loads; None for a language model."""
+    config, family = blueprint.config, blueprint.family
+    if family.text_only:
+        return None
+
+    def process(image: Image.Image) -> Mapping[str, Tensor]:
+        if processor is not None:
+            return process_images(processor, family, config, [image], alone=[True]).tensors
+        given = [[image]] if family.one_sample_an_image else [image]
+        inputs: Mapping[str, Tensor] = _image_processor(place)(given, return_tensors="pt")
+        return inputs
+
+    return ImageLook(process, family, config, VisionCosts(blueprint.build(), config), max_pixels=max_pixels)
+
+
+@functools.cache
+def _image_processor(place: str) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(place)
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{place}: has no preprocessor_config.json, which decides on how many tokens an image becomes. Put the model's "
+            "beside its config.json."
+        ) from None
+
+
+def _measure(config: Config, blueprint: Blueprint, look: ImageLook | None) -> DataShapes:
+    driver.start_ray(config)
+    data = driver.prepare_run(config)
+    held_out = 0 if data.held_out else held_out_of(config, total=data.training.num_rows)
+    token = None if look is None else blueprint.config.image_token_id
+    shapes = measured(data.training, held_out, image_token_id=token, look=look)
+    return dataclasses.replace(shapes, evaluated=data.held_out.num_rows) if data.held_out else shapes

@@ -1,0 +1,46 @@
+"""From a raw row to a PreferenceRecord: the record format is recognised by the row's columns, one file per format.
+
+`files` finds and reads the rows, `catalogue` knows the registered data sets; `encode` takes the records on.
+"""
+
+from collections.abc import Callable, Mapping, Set
+from typing import Any, NamedTuple
+
+from rayalign.formats import messages, rlaif_v, sharegpt, swift2, trl
+from rayalign.formats.cells import plain
+from rayalign.formats.records import PreferenceRecord, RecordError
+
+
+class Format(NamedTuple):
+    """A record format: the columns it needs, in words; whether a row's columns are its own; and the row's record."""
+
+    name: str
+    needs: str
+    matches: Callable[[Set[str]], bool]
+    parse: Callable[..., PreferenceRecord]
+
+
+FORMATS = (
+    Format("ms-swift 4", messages.NEEDS, messages.matches, messages.parse),
+    Format("ShareGPT", sharegpt.NEEDS, sharegpt.matches, sharegpt.parse),
+    Format("RLAIF-V", rlaif_v.NEEDS, rlaif_v.matches, rlaif_v.parse),
+    Format("TRL", trl.NEEDS, trl.matches, trl.parse),
+    Format("ms-swift 2", swift2.NEEDS, swift2.matches, swift2.parse),
+)
+"""A row may hold the columns of several formats; the first of these that matches reads it."""
+
+UNSUPPORTED_COLUMNS = ("videos", "video", "audios", "audio", "tools", "objects")
+"""Columns that would change what the model sees, so that a row can't be read without them."""
+
+
+def parse_row(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
+    """The record of a raw row; a cell that holds None counts as absent. Raises RecordError where the row can't be used."""
+    cells = {name: value for name, cell in row.items() if (value := plain(cell)) is not None}
+    for column in UNSUPPORTED_COLUMNS:
+        if cells.get(column):
+            raise RecordError("unsupported content", "records hold text and images only", field=column)
+    for format in FORMATS:
+        if format.matches(cells.keys()):
+            return format.parse(cells, id=id)
+    known = "; ".join(f"{format.name} ({format.needs})" for format in FORMATS)
+    raise RecordError("unknown format", f"the row has the columns {', '.join(cells) or '(none)'}; known formats: {known}")

@@ -1,0 +1,233 @@
+"""Locates, fetches, bounds and decodes an image of a record; nothing a record says can reach outside its data set's folder.
+
+`fetch_image` gives the compressed bytes that travel with the record, `open_image` the picture next to the processor.
+"""
+
+import base64
+import binascii
+import errno
+import functools
+import hashlib
+import io
+import math
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pyarrow.fs as pafs
+from PIL import Image
+
+from rayalign.formats.records import RecordError
+from rayalign.images.urls import fetch_url
+from rayalign.storage import Store, is_url
+
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_IMAGE_PIXELS = 64 * 2**20
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+STORE_SCHEMES = ("s3://", "gs://")
+
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF87a", b"GIF89a", b"BM", b"II*\x00", b"MM\x00*")
+"""First bytes of the formats above; they tell base64 text from a path."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image of each EXIF orientation upright."""
+
+
+def fetch_image(ref: str | bytes, *, folder: Store, image_root: Store | None, allow_urls: bool) -> bytes:
+    """The compressed bytes of an image: from a path, URL, data: URI, base64 text, or given as they are.
+
+    Relative paths start from `image_root`, or from `folder`, the data set's own; no path may lead out of both.
+    Raises RecordError for what is wrong with the reference or its target; an OSError of failing storage passes through.
+    """
+    if isinstance(ref, bytes):
+        content = ref
+    elif ref.startswith("data:"):
+        content = _data_uri(ref)
+    elif ref.startswith(("http://", "https://")):
+        if not allow_urls:
+            raise RecordError("image URLs are off", f"{_short(ref)}: pass --allow_image_urls true to fetch it", field="images")
+        content = fetch_url(ref, max_bytes=MAX_IMAGE_BYTES)
+    elif ref.startswith(STORE_SCHEMES):
+        if any(sign in ref for sign in "?#@"):
+            raise RecordError(
+                "image URL refused", f"{_short(ref)}: options and credentials don't belong in a record", field="images"
+            )
+        content = _read_remote(Store(ref), "", ref=ref)
+    elif is_url(ref) and not ref.startswith("file://"):
+        known = ", ".join(("http://", "https://", "file://", *STORE_SCHEMES))
+        raise RecordError("image URL refused", f"{_short(ref)}: known are {known}", field="images")
+    elif _looks_like_base64(ref):
+        content = _decode_base64(ref)
+    else:
+        content = _read_path(ref.removeprefix("file://"), folder=folder, image_root=image_root)
+    if not content:
+        raise RecordError("image unreadable", "the image has no bytes", field="images")
+    if len(content) > MAX_IMAGE_BYTES:
+        raise _too_many_bytes(_short(ref))
+    return content
+
+
+def open_image(content: bytes, *, max_pixels: int | None = None) -> Image.Image:
+    """The picture in RGB, upright, on white where it is transparent, scaled down to at most `max_pixels`.
+
+    Only the first frame of an animation is decoded. Raises RecordError for what can't be decoded or is too large to.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RecordError("image too large", f"{error}", field="images") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of hostile bytes raise whatever they like
+        raise _unreadable(content, error) from error
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        size = f"{image.width} x {image.height} pixels; the limit is {MAX_IMAGE_PIXELS}"
+        raise RecordError("image too large", size, field="images")
+    try:
+        image.load()
+        upright = TURNS.get(image.getexif().get(0x0112, 1))
+        flat = _to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise _unreadable(content, error) from error
+    if upright is not None:
+        flat = flat.transpose(upright)
+    return _shrink(flat, max_pixels=max_pixels)
+
+
+def image_hash(content: bytes) -> str:
+    """32 hex digits that name an image by its bytes."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers, whose range isn't known")
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scaling
+        return Image.fromarray(np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _shrink(image: Image.Image, *, max_pixels: int | None) -> Image.Image:
+    if max_pixels is None or image.width * image.height <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    width = min(max(1, int(image.width * scale)), max_pixels)
+    height = max(1, min(int(image.height * scale), max_pixels // width))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _data_uri(ref: str) -> bytes:
+    header, comma, payload = ref.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise RecordError("image unreadable", f"{_short(ref)}: a data: URI must read data:<type>;base64,<text>", field="images")
+    return _decode_base64(payload)
+
+
+def _looks_like_base64(ref: str) -> bool:
+    if len(ref) <= 64 or "." in ref:
+        return False
+    try:
+        start = base64.b64decode(ref[:24], validate=True)
+    except ValueError:
+        return False
+    return start.startswith(SIGNATURES)
+
+
+def _decode_base64(payload: str) -> bytes:
+    if len(payload) > MAX_IMAGE_BYTES * 4 / 3 + 4:
+        raise _too_many_bytes("base64 text")
+    packed = "".join(payload.split())
+    try:
+        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RecordError("image unreadable", f"broken base64 text: {error}", field="images") from None
+
+
+def _read_path(path: str, *, folder: Store, image_root: Store | None) -> bytes:
+    start = image_root or folder
+    if start.local_path is None and not path.startswith("/"):
+        if ".." in path.split("/"):
+            raise _outside(path, [start])
+        return _read_remote(start, f"/{path}", ref=path)
+    roots = [store for store in (image_root, folder) if store is not None and store.local_path is not None]
+    try:
+        real = Path(os.path.realpath(Path(start.local_path or "/") / path))
+        if not any(real.is_relative_to(os.path.realpath(root.local_path or "/")) for root in roots):
+            raise _outside(path, roots)
+        info = os.stat(real)
+    except RecordError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise RecordError("image missing", f"{_short(path)}: {error.strerror}", field="images") from None
+    except ValueError:
+        raise RecordError("image missing", f"{path[:80]!r} is no path", field="images") from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise RecordError("image missing", f"{_short(path)}: {error.strerror}", field="images") from None
+        raise
+    if not stat.S_ISREG(info.st_mode):
+        raise RecordError("image missing", f"{_short(path)}: not a file", field="images")
+    if info.st_size > MAX_IMAGE_BYTES:
+        raise _too_many_bytes(_short(path))
+    try:
+        return real.read_bytes()
+    except PermissionError as error:
+        raise RecordError("image missing", f"{_short(path)}: {error.strerror}", field="images") from None
+
+
+def _read_remote(store: Store, inner: str, *, ref: str) -> bytes:
+    """An object at or below a remote store; `inner` stays a plain path, so that it can't hold URL options."""
+    try:
+        filesystem, path = _file_system(store)
+        with filesystem.open_input_file(path + inner) as file:
+            if file.size() > MAX_IMAGE_BYTES:
+                raise _too_many_bytes(_short(ref))
+            return bytes(file.read())
+    except RecordError:
+        raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:
+        raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
+    except OSError as error:
+        if any(answer in str(error) for answer in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY")):
+            raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
+        raise
+
+
+@functools.lru_cache(maxsize=16)
+def _file_system(store: Store) -> tuple[pafs.FileSystem, str]:
+    """A store's file system, kept open: connecting anew for every image would cost more than reading it."""
+    return store.resolve()
+
+
+def _outside(path: str, roots: list[Store]) -> RecordError:
+    inside = " or ".join(root.location for root in roots)
+    words = f"{_short(path)} leads out of {inside}; pass --image_root with the folder that holds the images"
+    return RecordError("image outside root", words, field="images")
+
+
+def _unreadable(content: bytes, error: Exception) -> RecordError:
+    return RecordError(
+        "image unreadable", f"{len(content)} bytes, not a whole {', '.join(IMAGE_FORMATS)} image: {error}", field="images"
+    )
+
+
+def _too_many_bytes(name: str) -> RecordError:
+    return RecordError("image too large", f"{name}: more than {MAX_IMAGE_BYTES // 2**20} MiB", field="images")
+
+
+def _short(ref: str | bytes) -> str:
+    return f"{len(ref)} bytes" if isinstance(ref, bytes) else ref if len(ref) <= 80 else f"{ref[:80]}..."

@@ -1,0 +1,1 @@
+"""What is computed with tensors alone: attention, log-probabilities, LoRA linears, the value head."""

@@ -1,0 +1,1 @@
+"""The model under training: how it is loaded, adapted, run over pairs, checked and saved."""

@@ -1,0 +1,285 @@
+"""The model under training and its reference: the pair forward and what is saved. `loading` makes it.
+
+The reference is the same weights seen differently: adapters off, or, where training continues from an SFT adapter, that adapter
+kept frozen beside or below the one that learns. So it costs no second model, and rewards at step 0 are exactly 0. Where all
+weights learn, it is the model at the start, whose log-probabilities come with the batches; only for rows that are known no
+earlier than their step (KTO's mismatched ones) there is a frozen copy.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from rayalign.data.batch import PROMPT, PairBatch
+from rayalign.models.family import Family
+from rayalign.ops.attention import SHARED_PREFIX, attention_mask, block_mask, packed, response_mask, runs_of, unpacked
+from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
+from rayalign.ops.value_head import ValueHead, save_value_head
+from rayalign.policy.adapters import REFERENCE, STACKED, TRAINED, save_stack
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""transformers' names for the kinds of layers."""
+
+
+class Policy:
+    """A VLM under training. `model` is the PEFT-wrapped (LoRA) or plain (full) transformers model; a reward model has a
+    `value_head`, too. `dtype` is the type of the arithmetic, whatever the type of the weights that learn; `start` is a frozen
+    copy as reference."""
+
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        value_head: ValueHead | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        start: "Policy | None" = None,
+    ) -> None:
+        self.model: Any = model
+        self.value_head = value_head
+        self.start = start
+        self.base: Any = self.model.get_base_model() if isinstance(model, PeftModel) else model
+        self.family = family
+        self.image_token_id: int | None = None if family.text_only else self.base.config.image_token_id
+        self._windows = _windows_of(self.base.get_decoder().config)
+        self._softcap: float | None = self.base.config.get_text_config().to_dict().get("final_logit_softcapping")
+        self.vision_learns = _learns_outside_language(self.base)
+        self.device: torch.device = self.base.get_input_embeddings().weight.device
+        self._tuner_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        self.dtype = dtype
+        adapters = self.model.peft_config if isinstance(model, PeftModel) else {}
+        self._reference_adapters = [name for name in (REFERENCE, STACKED) if name in adapters]
+        self._trained_adapters = [*(name for name in (STACKED,) if name in adapters), TRAINED]
+        self._activate(self._trained_adapters)
+        self.base.eval()
+        self.base.get_decoder().train()
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        named = dict(self.model.named_parameters())
+        if self.value_head is not None:
+            named |= {f"v_head.{name}": p for name, p in self.value_head.named_parameters()}
+        return {name: p for name, p in named.items() if p.requires_grad}
+
+    def image_features(self, batch: PairBatch) -> tuple[Tensor, ...]:
+        """Projected features [tokens, H] of each distinct image; no graph is kept where tower and projector are frozen.
+
+        Families whose tower also feeds later layers have these features beside them: [tokens, H + layers x H].
+        """
+        if batch.image_features is not None:
+            return batch.image_features
+        if not batch.image_inputs:
+            return ()
+        # The outer model's method hands some of what the inner one takes on without naming it.
+        taken = inspect.signature(self.base.model.get_image_features).parameters
+        inputs = {name: value for name, value in batch.image_inputs.items() if name in taken}
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.base.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_learns), self._arithmetic():
+            output = self.base.get_image_features(**inputs, return_dict=True)
+            features = _by_image(output.pooler_output, batch.image_lengths)
+            if self.family.deepstack:
+                later = [_by_image(layer, batch.image_lengths) for layer in output.deepstack_features]
+                features = tuple(torch.cat(parts, dim=-1) for parts in zip(features, *later, strict=True))
+        return features
+
+    def logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
+        """Log-probabilities of both responses of each pair, by the weights under training."""
+        return _by_response(self.token_logps(batch, images), batch)
+
+    def token_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> Tensor:
+        """The log-probability of each of the batch's targets [N]."""
+        head = self.base.get_output_embeddings().weight
+        states = self._states(batch, images, batch.predictors).to(head.device)
+        with self._arithmetic():
+            return token_logps(states, head, batch.targets.to(head.device), softcap=self._softcap)
+
+    def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Scores [B] of the chosen and of the rejected responses by the value head, each at the response's last token."""
+        assert self.value_head is not None
+        device = self.value_head.summary.weight.device
+        chosen, rejected = self.value_head(self._states(batch, images, batch.ends).to(device)).chunk(2)
+        return chosen, rejected
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        """Within it, weights that are kept in float32 to learn are rounded to `dtype` where they are used. Adapters see to this
+        themselves."""
+        mixed = not isinstance(self.model, PeftModel) and self.dtype in (torch.bfloat16, torch.float16)
+        # Each weight is used once in a forward: a cache of rounded weights would only take memory.
+        return torch.autocast(self.device.type, self.dtype, enabled=mixed, cache_enabled=False)
+
+    def _states(self, batch: PairBatch, images: tuple[Tensor, ...], positions: Tensor) -> Tensor:
+        """The language model's last hidden states [n, H] at flat positions [n] of the rows."""
+        packs = self._packs(batch)
+        input_ids, position_ids = batch.input_ids, batch.position_ids
+        if packs:
+            input_ids, position_ids = (packed(ids, batch.row_lengths) for ids in (input_ids, position_ids))
+        with self._arithmetic():
+            hidden = self.base.get_decoder()(
+                **self._embedded(input_ids, [images[slot] for slot in batch.image_slots]),
+                **self._masks(batch),
+                position_ids=position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        if packs:
+            hidden = unpacked(hidden, batch.row_lengths, batch.input_ids.shape[1])
+        states: Tensor = hidden.flatten(0, 1)[positions.to(hidden.device)]
+        return states
+
+    def reference_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
+        """The same by the reference policy, without a graph: computed now where the batch does not bring it along."""
+        if batch.reference_logps is not None:
+            return _by_response(batch.reference_logps.to(self.base.get_output_embeddings().weight.device), batch)
+        assert self._tuner_layers or self.start, "the weights of the reference are gone"
+        with torch.no_grad(), self.reference_weights():
+            frozen = self.start or self
+            return frozen.logps(batch, frozen.image_features(batch) if self.vision_learns else images)
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Within it, the model is the reference policy."""
+        # peft's own switches (disable_adapter, set_adapter) also flip requires_grad, which the running step relies on.
+        self._activate(self._reference_adapters)
+        try:
+            yield
+        finally:
+            self._activate(self._trained_adapters)
+
+    def _activate(self, adapters: list[str]) -> None:
+        for layer in self._tuner_layers:
+            layer._active_adapter = adapters
+
+    def save(self, folder: Path, *, safe_serialization: bool = True) -> None:
+        """Writes the result: the adapter, or the full weights, in safetensors, and a value head in the format of choice."""
+        if STACKED in self._trained_adapters:
+            save_stack(self.model, folder)
+        elif isinstance(self.model, PeftModel):
+            self.model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+        else:
+            with _in_type(self.model, self.dtype):
+                self.model.save_pretrained(str(folder))
+        if self.value_head is not None:
+            save_value_head(self.value_head, folder, safe_serialization=safe_serialization)
+
+    def _embedded(self, input_ids: Tensor, images: Sequence[Tensor]) -> dict[str, Any]:
+        """The decoder's inputs: the tokens' embeddings [B, S, H] with the features of each image place where it stands."""
+        embed = self.base.get_input_embeddings()
+        if not images:
+            return {"inputs_embeds": embed(input_ids)}
+        is_image = self._is_image(input_ids)
+        # The image token may lie outside the vocabulary, as in Gemma.
+        embedded = embed(input_ids.masked_fill(is_image, 0))
+        features = torch.cat(list(images)).to(embedded)
+        size = embedded.shape[-1]
+        inputs: dict[str, Any] = {"inputs_embeds": embedded.masked_scatter(is_image[:, :, None], features[:, :size])}
+        if self.family.deepstack:
+            inputs["visual_pos_masks"] = is_image
+            inputs["deepstack_visual_embeds"] = list(features[:, size:].split(size, dim=1))
+        return inputs
+
+    def _is_image(self, input_ids: Tensor) -> Tensor:
+        """True where an image's feature stands."""
+        return torch.eq(input_ids, self.image_token_id)  # type: ignore[arg-type]  # never None where it is called
+
+    def num_places(self, batch: PairBatch) -> int:
+        """Tokens that the language model runs over, padding and the companion included."""
+        own = sum(tokens for _, tokens in batch.row_lengths) if self._packs(batch) else batch.input_ids.numel()
+        return own + (self.num_places(batch.companion.batch) if batch.companion else 0)
+
+    def _packs(self, batch: PairBatch) -> bool:
+        """Whether the language model runs over the batch's rows one after another, without padding: where the kernel is for
+        that, and no row is longer than a sliding window."""
+        length = batch.input_ids.shape[1]
+        return self._kernel == SHARED_PREFIX and all(window is None or length <= window for window in self._windows.values())
+
+    def _masks(self, batch: PairBatch) -> dict[str, Any]:
+        """The decoder's arguments that say who sees whom: a mask, or one for each kind of layer where a model has several."""
+        if self._packs(batch):
+            masks = dict.fromkeys(self._windows, response_mask(batch.segment_ids, batch.row_lengths))
+            return {"attention_mask": self._by_kind(masks), "row_lengths": batch.row_lengths}
+        match self.family.bidirectional:
+            case "none":
+                blocks = None
+            case "image":
+                blocks = runs_of(self._is_image(batch.input_ids))
+            case "prompt":
+                blocks = torch.where(batch.segment_ids == PROMPT, 0, -1)
+        return {"attention_mask": self._by_kind({k: self._mask(batch, window, blocks) for k, window in self._windows.items()})}
+
+    def _by_kind(self, masks: dict[str, Any]) -> Any:
+        """The masks by kind of layer, or the only one where no layer has a window."""
+        return masks if len(masks) > 1 or SLIDING in masks else masks[FULL]
+
+    def _mask(self, batch: PairBatch, window: int | None, blocks: Tensor | None) -> Tensor | BlockMask:
+        kernel = self._kernel
+        if kernel == "flex_attention":
+            return block_mask(batch.segment_ids, batch.places, sliding_window=window, blocks=blocks)
+        allowed = attention_mask(batch.segment_ids, batch.places, sliding_window=window, blocks=blocks)
+        if kernel == "eager":
+            dtype = self.base.dtype
+            return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+        return allowed
+
+    @property
+    def _kernel(self) -> str:
+        """transformers' name for the language model's attention."""
+        name: str = self.base.get_decoder().config._attn_implementation
+        return name
+
+
+def _by_response(logps: Tensor, batch: PairBatch) -> PairLogps:
+    return sum_by_response(logps, batch.sequences.to(logps.device), batch.num_pairs)
+
+
+def _learns_outside_language(base: Any) -> bool:
+    """Whether weights of the vision tower or the projector learn, on which images' features depend."""
+    language = [*base.get_decoder().parameters(), base.get_output_embeddings().weight]
+    inside = {id(parameter) for parameter in language}
+    return any(p.requires_grad and id(p) not in inside for p in base.parameters())
+
+
+def _windows_of(config: Any) -> dict[str, int | None]:
+    """The sliding window (None: no limit) of each kind of layer that a language model has.
+
+    Raises ValueError for layers in which a token doesn't see others by attention with a mask.
+    """
+    settings = config.to_dict()
+    window = settings.get("sliding_window")
+    kinds = set(settings.get("layer_types") or ())
+    if not kinds:
+        return {FULL: window}
+    if odd := sorted(kinds - {FULL, SLIDING}):
+        raise ValueError(
+            f"The language model has layers of type {', '.join(odd)}, in which two responses in one row can't be kept apart. "
+            f"Models whose layers are {FULL} or {SLIDING} can be trained."
+        )
+    return {kind: window if kind == SLIDING else None for kind in sorted(kinds)}
+
+
+def _by_image(features: Any, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Features of all images cut into those of each; without known lengths they come apart already."""
+    if not lengths:
+        return tuple(features)
+    together = torch.cat([part.flatten(0, -2) for part in features])
+    return tuple(together.split(lengths))
+
+
+@contextmanager
+def _in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it, the model's weights have this type; then they are what they were, to the bit."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dtype != dtype]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data

@@ -1,0 +1,116 @@
+"""What the log-probabilities under a reference depend on, as a key: another model, adapter or setting has other numbers.
+
+`reference` holds them under the key's name, and is read where nothing need know how models are run.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.utils.hub import cached_file
+
+from rayalign.config.config import Config
+from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.models.source import ModelSource
+from rayalign.storage import Store
+
+REFERENCE_VERSION = 2
+"""Part of every key; raised when what is stored or its arithmetic changes."""
+
+REFERENCE_NOTE = "reference.json"
+"""The file of a run's folder that says what its reference is."""
+
+HASHED_NAMES = ("config.json", "adapter_config.json")
+HASHED_SUFFIXES = (".safetensors", ".bin", ".index.json", ".py")
+"""Files of a model's or adapter's folder that its outputs depend on: how it is built, weights, code that comes with it."""
+
+
+@dataclass(frozen=True)
+class ReferenceKey:
+    """What the numbers depend on beside the encoded data: `weights` and `adapter` name files with the hash of their content (a
+    model of the hub its revision), `settings` how the model is run."""
+
+    weights: Mapping[str, str]
+    adapter: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @functools.cached_property
+    def folder_name(self) -> str:
+        """The folder beside the encoded data; the same in every process."""
+        parts = [self.weights, self.adapter, self.settings]
+        return "reference_" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def reference_key(
+    source: ModelSource,
+    *,
+    model: ModelConfig,
+    tuner: TunerConfig,
+    dtype: str,
+    device: str,
+    damaged: bool,
+) -> ReferenceKey:
+    """The key of the reference of a run. `dtype` is the type of the arithmetic on devices of the type `device`; `damaged`: the
+    chosen responses are scored with damaged images, too."""
+    is_folder = Path(source.base).is_dir()
+    weights = _content_hashes(Path(source.base)) if is_folder else {source.base: _hub_revision(source.base)}
+    full = tuner.sft_type == "full"
+    quantised = tuner.quant_bits is not None
+    settings = {
+        "version": REFERENCE_VERSION,
+        "transformers": transformers.__version__,  # whose code the model is
+        "dtype": dtype,
+        "device": device,
+        "attn_implementation": model.attn_implementation,
+        "quantisation": [tuner.quant_bits, tuner.bnb_4bit_quant_type, tuner.bnb_4bit_use_double_quant] if quantised else None,
+        # Weights of parts that learn in full are float32, whatever the type of the arithmetic.
+        "frozen": [tuner.freeze_vit, tuner.freeze_aligner, tuner.freeze_llm] if full else None,
+        "damaged": damaged,
+    }
+    return ReferenceKey(weights, _content_hashes(Path(source.adapter)) if source.adapter else {}, settings)
+
+
+def check_reference(config: Config, key: ReferenceKey) -> None:
+    """Notes in the run's folder what its reference is; raises ValueError where it began with another one."""
+    note = Store.at(str(config.run.output_dir)) / REFERENCE_NOTE
+    now = {"weights": dict(key.weights), "adapter": dict(key.adapter)}
+    if note.exists():
+        before = note.read_json()
+        changed = sorted(
+            f"{part} {name}"
+            for part, files in now.items()
+            for name in {*files, *before[part]}
+            if files.get(name) != before[part].get(name)
+        )
+        if changed:
+            raise ValueError(
+                f"The model that the unfinished run in {note.parent.location} started from has changed since "
+                f"({', '.join(changed)}), and with it the reference. Bring it back as it was, or pass --overwrite true to "
+                "start anew."
+            )
+    note.write_json(now)
+
+
+def _hub_revision(model: str) -> str:
+    """The commit of a model of the hub: the name of the cache's folder that its files are in."""
+    return Path(str(cached_file(model, "config.json"))).parent.name
+
+
+def _content_hashes(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.iterdir() if file.name in HASHED_NAMES or file.name.endswith(HASHED_SUFFIXES))
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        return dict(zip([file.name for file in files], threads.map(_content_hash, files), strict=True))
+
+
+def _content_hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,228 @@
+"""Ray Data before the training: the reference's log-probabilities of the records that a run needs, by a pool of actors.
+
+The actors take what the train workers will take, and give it back: no model stands beside the one that is trained. What they
+find is kept with the encoded records (`reference`), for every epoch and for every run that needs the same numbers.
+"""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+
+from rayalign.config.config import Config
+from rayalign.data.batch import PairBatch
+from rayalign.data.prepare import PROGRESS_SECONDS, RunData, quiet_logging, settle_context
+from rayalign.data.reference_store import PART_ROWS, ReferenceLogps, missing_parts, part_name, write_part
+from rayalign.data.sampler import StepPlan, cut_micro_batches
+from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
+from rayalign.data.stream import ahead, batch_maker, plan_of
+from rayalign.models.registry import FAMILIES, packs_rows
+from rayalign.reference.key import ReferenceKey, check_reference, reference_key
+
+if TYPE_CHECKING:
+    from rayalign.policy.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+OUTCOME_SCHEMA = pa.schema([("rows", pa.int64()), ("stopped", pa.string())])
+"""What an actor reports of a part: its rows, or what ends the run."""
+
+
+def with_reference(config: Config, data: RunData, *, several_runs: bool = False) -> RunData:
+    """The data with the reference's log-probabilities beside it, found or computed now, where --precompute_ref_log_probs wants
+    them; without the flag it depends on whether they are needed or will be used again.
+
+    Raises ValueError where the model cannot be loaded, and where an unfinished run began with another one.
+    """
+    plan = plan_of(config, data)
+    if not is_wanted(config, plan, several_runs=several_runs):
+        return data
+    key = key_of(config, data)
+    check_reference(config, key)
+    training = _scored(config, data, data.training, needed_rows(plan), key)
+    held_out = data.held_out
+    if held_out is not None:
+        held_out = _scored(config, data, held_out, np.arange(held_out.num_rows), key)
+    return dataclasses.replace(data, training=training, held_out=held_out)
+
+
+def key_of(config: Config, data: RunData) -> ReferenceKey:
+    """What the reference's log-probabilities of a run depend on."""
+    device = _device_of(config)
+    return reference_key(
+        data.source,
+        model=config.model,
+        tuner=config.tuner,
+        dtype=config.model.dtype_on(device.type),
+        device=device.type,
+        damaged=config.algorithm.needs.companion == "damaged",
+    )
+
+
+def needed_rows(plan: StepPlan) -> Rows:
+    """The rows that a run trains on or holds out."""
+    if plan.num_steps >= plan.steps_per_epoch:
+        return np.arange(plan.lengths.num_rows)
+    return np.concatenate([plan.held_out, *(plan.rows_of_step(step) for step in range(plan.num_steps))])
+
+
+def is_wanted(config: Config, plan: StepPlan, *, several_runs: bool = False) -> bool:
+    """Whether a run, or one of `several_runs` of a sweep, takes the reference's log-probabilities from storage."""
+    return config.precomputes_reference(several_epochs=plan.num_steps > plan.steps_per_epoch, several_runs=several_runs)
+
+
+def _device_of(config: Config) -> torch.device:
+    """Where a train worker of this configuration computes."""
+    return torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
+
+
+def _scored(config: Config, data: RunData, records: PreparedData, rows: Rows, key: ReferenceKey) -> PreparedData:
+    """The records with the log-probabilities of (at least) some rows."""
+    scored = dataclasses.replace(records, reference=key.folder_name)
+    folder = records.folder / key.folder_name
+    missing = missing_parts(folder, rows)
+    place = folder.location
+    if not missing:
+        logger.info("Reference: log-probs of %d records, computed before, from %s", len(rows), place)
+        return scored
+    started = time.monotonic()
+    total = sum(len(_rows_of_part(part, records)) for part in missing)
+    left_out = len(np.unique(rows // PART_ROWS)) - len(missing)
+    if left_out:
+        logger.info("Reference: %d parts were computed before, %d (%d records) are missing", left_out, len(missing), total)
+    _run_pass(config, data, records, missing, key, total=total)
+    seconds = time.monotonic() - started
+    logger.info("Reference: log-probs of %d records in %.1f s (%.1f/s) into %s", total, seconds, total / seconds, place)
+    return scored
+
+
+def _run_pass(config: Config, data: RunData, records: PreparedData, parts: list[int], key: ReferenceKey, *, total: int) -> None:
+    cluster = config.cluster
+    settle_context()
+    outcomes = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        PartScorer,
+        fn_constructor_kwargs={"config": config, "data": data, "records": records, "folder": key.folder_name},
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_workers, len(parts))),
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=cluster.gpus_per_worker or None,
+    )
+    done, first, told = 0, 0, time.monotonic()
+    for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
+        table = cast(pa.Table, batch).cast(OUTCOME_SCHEMA)
+        for words in table["stopped"].drop_null().to_pylist():
+            raise ValueError(words)
+        done += pa.compute.sum(table["rows"]).as_py() or 0
+        now = time.monotonic()
+        if not first:  # what came before is mostly the loading of the model
+            first, began = done, now
+        elif now - told > PROGRESS_SECONDS and first < done < total:
+            told, rate = now, (done - first) / (now - began)
+            logger.info("Reference: %d of %d records, %.1f/s, %.0f s to go", done, total, rate, (total - done) / rate)
+
+
+class PartScorer:
+    """Runs in Ray Data's actors: scores the rows of one part after another and writes each part as one file. The model is
+    loaded with the first, so that what keeps it from loading can be reported."""
+
+    def __init__(self, config: Config, data: RunData, records: PreparedData, folder: str) -> None:
+        quiet_logging()
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+        needs = config.algorithm.needs
+        # The mismatched rows of a pair differ from epoch to epoch; the damaged ones are the same for ever.
+        self._needs = dataclasses.replace(needs, companion="damaged" if needs.companion == "damaged" else "none")
+        self._config = config
+        self._source, self._spec = data.source, data.spec
+        self._records = dataclasses.replace(records, reference=None)
+        self._folder = records.folder / folder
+        self._reader = self._records.reader()
+        self._lengths = records.lengths()
+        self._make_batch = batch_maker(data.spec, self._needs.companion)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        try:
+            outcome: dict[str, Any] = {"rows": self.write(batch["item"][0].as_py()), "stopped": None}
+        except ValueError as error:
+            outcome = {"rows": 0, "stopped": str(error)}
+        return pa.Table.from_pylist([outcome], schema=OUTCOME_SCHEMA)
+
+    def write(self, part: int) -> int:
+        """Scores and writes a part; returns its number of rows."""
+        rows = _rows_of_part(part, self._records)
+        optimizer = self._config.optimizer
+        cut = cut_micro_batches(
+            rows,
+            self._lengths,
+            batch_size=optimizer.batch_size,
+            max_tokens=optimizer.max_tokens_per_batch,
+            packs_rows=packs_rows(self._spec.family, self._config.model.attn_implementation),
+            rank=0,
+            num_workers=1,
+        )
+        found: dict[int, tuple[str, ReferenceLogps]] = {}
+        for some, (pairs, batch) in zip(cut, ahead(self._batches(cut), depth=2), strict=True):
+            found |= zip(some.tolist(), zip(batch.ids, score(self._policy, pairs, batch), strict=True), strict=True)
+        ids, logps = zip(*(found[row] for row in rows.tolist()), strict=True)
+        write_part(self._folder / part_name(part), ids, logps)
+        return len(rows)
+
+    @functools.cached_property
+    def _policy(self) -> "Policy":
+        # The driver loads this module, too; what only the actors need is imported where they run.
+        from rayalign.policy.forward_check import check_forward
+        from rayalign.policy.loading import load_policy
+
+        config = self._config
+        policy = load_policy(
+            self._source,
+            model=dataclasses.replace(config.model, gradient_checkpointing=False),
+            tuner=config.tuner,
+            device=_device_of(config),
+            needs=self._needs,
+            spread_over_gpus=config.cluster.spreads_models,
+        )
+        if policy.family.model_type not in FAMILIES:
+            check_forward(policy, self._spec)
+        return policy
+
+    def _batches(self, cut: Sequence[Rows]) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
+        pin = _device_of(self._config).type == "cuda"
+        for rows in cut:
+            pairs = from_batch(self._reader.read(rows))
+            batch = self._make_batch(pairs, ())
+            yield pairs, batch.pin_memory() if pin else batch
+
+
+def score(policy: "Policy", pairs: Sequence[EncodedPair], batch: PairBatch) -> list[ReferenceLogps]:
+    """The log-probabilities of some pairs' responses, and of the chosen ones in the batch's companion with damaged images,
+    under a policy's reference before its first step."""
+    chosen_rejected = iter(_token_logps(policy, batch, [len(ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]))
+    damaged: list[list[float]] = [[] for _ in pairs]
+    if batch.companion is not None:
+        rows = batch.companion.rows.tolist()
+        of_rows = _token_logps(policy, batch.companion.batch, [len(pairs[row].chosen_ids) for row in rows])
+        for row, logps in zip(rows, of_rows, strict=True):
+            damaged[row] = logps
+    return [ReferenceLogps(next(chosen_rejected), next(chosen_rejected), of_pair) for of_pair in damaged]
+
+
+def _token_logps(policy: "Policy", batch: PairBatch, lengths: list[int]) -> list[list[float]]:
+    """The log-probabilities of the batch's targets, cut into responses of these lengths."""
+    batch = dataclasses.replace(batch, companion=None).to(policy.device)
+    with torch.no_grad(), policy.reference_weights():
+        logps = policy.token_logps(batch, policy.image_features(batch))
+    cut: list[Any] = [part.tolist() for part in logps.float().cpu().split(lengths)]
+    return cut
+
+
+def _rows_of_part(part: int, records: PreparedData) -> Rows:
+    return np.arange(part * PART_ROWS, min((part + 1) * PART_ROWS, records.num_rows))

@@ -1,0 +1,226 @@
+"""What the page of `report` shows of the held-out pairs and single replies: how they were scored, whether length explains it,
+and the extremes."""
+
+import base64
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from PIL import Image, ImageOps
+
+from rayalign.report.charts import Point, Sample, format_number, histogram, is_drawable, scatter
+
+SHOWN_PAIRS = 8
+SHOWN_IMAGES = 3
+SHOWN_CHARACTERS = 5000
+THUMBNAIL_PIXELS = 256
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """A held-out pair as the last evaluation scored it, or a single reply: a side that a record doesn't have is an empty text
+    of 0 tokens whose reward is nan.
+
+    `images` are compressed, as stored. Rewards are log-probs per token where an algorithm has no rewards.
+    """
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    images: tuple[bytes, ...]
+    reward_chosen: float
+    reward_rejected: float
+    tokens_chosen: int
+    tokens_rejected: int
+
+    @property
+    def has_both(self) -> bool:
+        return self.tokens_chosen > 0 and self.tokens_rejected > 0
+
+    @property
+    def margin(self) -> float:
+        return self.reward_chosen - self.reward_rejected
+
+    @property
+    def score(self) -> float:
+        """By how much the policy is right: a pair's margin, a good single reply's reward, a bad one's times -1."""
+        if self.has_both:
+            return self.margin
+        return self.reward_chosen if self.tokens_chosen else -self.reward_rejected
+
+    @property
+    def extra_tokens(self) -> int:
+        """How much longer the chosen response is."""
+        return self.tokens_chosen - self.tokens_rejected
+
+
+def what_they_are(pairs: Sequence[ScoredPair]) -> str:
+    """`pairs`, or `records` where some have one reply only."""
+    return "pairs" if pairs and all(pair.has_both for pair in pairs) else "records"
+
+
+def distributions(pairs: Sequence[ScoredPair], *, score_name: str) -> str:
+    """Histograms of the scores of both sides and of the margins, each over the records that have it."""
+    chosen = Sample("chosen", [pair.reward_chosen for pair in pairs if pair.tokens_chosen], "blue")
+    rejected = Sample("rejected", [pair.reward_rejected for pair in pairs if pair.tokens_rejected], "orange")
+    margins = Sample("margin", [pair.margin for pair in pairs if pair.has_both], "blue")
+    charts = histogram(f"Distribution of {score_name}", [chosen, rejected], x_label=score_name, y_label="responses")
+    charts += histogram("Distribution of margins", [margins], x_label="margin", y_label="pairs")
+    words = f"After the last evaluation, {len(pairs):,} {what_they_are(pairs)}."
+    return section("Held-out scores", words, f'<div class="charts wide">{charts}</div>') if charts else ""
+
+
+def correlation(points: Sequence[Point]) -> float:
+    """Pearson's coefficient of the drawable points; nan where one of the two does not vary."""
+    drawn = [(x, y) for x, y in points if is_drawable(x) and is_drawable(y)]
+    try:
+        return statistics.correlation([x for x, _ in drawn], [y for _, y in drawn])
+    except statistics.StatisticsError:
+        return math.nan
+
+
+def length_bias(pairs: Sequence[ScoredPair]) -> str:
+    """Margins against the difference in length, and accuracy by which response is longer."""
+    known = [pair for pair in pairs if is_drawable(pair.margin)]
+    if not known:
+        return ""
+    points = [(float(pair.extra_tokens), pair.margin) for pair in known]
+    labels = [f"{pair.id}: margin {format_number(pair.margin)}, {pair.extra_tokens:+d} tokens" for pair in known]
+    chart = scatter(
+        "Margin against length",
+        points,
+        labels,
+        x_label="tokens of chosen - tokens of rejected",
+        y_label="margin",
+        sign_names=("prefers chosen", "does not"),
+    )
+    groups = {
+        "longer": [pair.margin for pair in known if pair.extra_tokens > 0],
+        "shorter": [pair.margin for pair in known if pair.extra_tokens < 0],
+        "equally long": [pair.margin for pair in known if pair.extra_tokens == 0],
+    }
+    rows = [
+        (f"chosen is {name}", f"{len(found):,}", format_number(_accuracy(found)), format_number(statistics.fmean(found)))
+        for name, found in groups.items()
+        if found
+    ]
+    r = correlation(points)
+    strength = "cannot be computed: one of the two does not vary" if math.isnan(r) else f"is <b>{r:+.2f}</b>"
+    by_length = (len(groups["longer"]) + len(groups["equally long"]) / 2) / len(known)
+    accuracy = _accuracy([pair.margin for pair in known])
+    words = (
+        f"<p>The correlation of margin and length difference {strength}. Always preferring the longer response would have an "
+        f"accuracy of {format_number(by_length)}; the policy's is {format_number(accuracy)}.</p>"
+    )
+    by_group = table(("", "pairs", "accuracy", "mean margin"), rows)
+    content = f'<div class="charts wide">{chart}<div class="panel">{by_group}{words}</div></div>'
+    return section("Length bias", "Does the policy prefer better responses, or longer ones?", content)
+
+
+def examples(pairs: Sequence[ScoredPair], *, score_name: str) -> str:
+    """The pairs with the lowest and the highest margin, with all they hold; single replies are ranked by their own score."""
+    worst, best = extremes(pairs)
+    if not best:
+        return ""
+    ranked_by, words = "margins", f"Margin is the {score_name} of the chosen response less that of the rejected one."
+    if not any(pair.tokens_rejected for pair in pairs):
+        ranked_by, words = score_name, f"By the {score_name} of the response."
+    elif not all(pair.has_both for pair in pairs):
+        ranked_by = "scores"
+        words = (
+            f"{words} The score of a pair is its margin, that of a single good reply its {score_name}, that of a single bad "
+            f"one its {score_name} times -1."
+        )
+    lists = []
+    for name, found in (("Lowest", worst), ("Highest", best)):
+        cards = "".join(_card(pair, score_name=score_name) for pair in found)
+        lists.append(f"<h3>{escape(f'{name} {ranked_by}')}</h3>{cards}" if cards else "")
+    return section(f"Worst and best {what_they_are(pairs)}", words, "".join(lists))
+
+
+def extremes(pairs: Sequence[ScoredPair]) -> tuple[list[ScoredPair], list[ScoredPair]]:
+    """The worst pairs, worst first, and the best, best first; none is in both, and those without a finite score in neither."""
+    ranked = sorted((pair for pair in pairs if math.isfinite(pair.score)), key=lambda pair: pair.score)
+    num_worst = min(SHOWN_PAIRS, len(ranked) // 2)
+    return ranked[:num_worst], ranked[num_worst:][-SHOWN_PAIRS:][::-1]
+
+
+def thumbnail(content: bytes) -> str | None:
+    """A data: URI of the image, at most 256 px wide and high, as JPEG; None where Pillow cannot read it."""
+    try:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            image.draft("RGB", (2 * THUMBNAIL_PIXELS, 2 * THUMBNAIL_PIXELS))
+            turned = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None
+    turned.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    flat = Image.new("RGB", turned.size, "white")
+    flat.paste(turned, mask=turned)
+    buffer = io.BytesIO()
+    flat.save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def section(title: str, words: str, content: str) -> str:
+    """A part of the page under a heading; `content` is markup, the rest is text."""
+    lead = f'<p class="soft">{escape(words)}</p>' if words else ""
+    return f"<section><h2>{escape(title)}</h2>{lead}{content}</section>"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts; columns that hold only numbers stand to the right."""
+
+    def is_number(text: str) -> bool:
+        return text.lstrip("-").replace(",", "").replace(".", "", 1).isdigit()
+
+    kinds = [' class="number"' if rows and all(is_number(row[k]) for row in rows) else "" for k in range(len(heads))]
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(heads, kinds, strict=True))
+    body = ["".join(f"<td{kind}>{escape(text)}</td>" for text, kind in zip(row, kinds, strict=True)) for row in rows]
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in body)}</tbody></table>"
+
+
+def _card(pair: ScoredPair, *, score_name: str) -> str:
+    sides = (
+        ("chosen", "blue", pair.chosen, pair.reward_chosen, pair.tokens_chosen),
+        ("rejected", "orange", pair.rejected, pair.reward_rejected, pair.tokens_rejected),
+    )
+    score = ""
+    if pair.has_both:
+        colour = "blue" if pair.margin > 0 else "orange"
+        score = f'<span class="score {colour}">margin {"+" if pair.margin > 0 else ""}{format_number(pair.margin)}</span>'
+    answers = "".join(
+        f'<div class="answer {colour}"><h4><b>{name}</b> · {escape(score_name)} {format_number(value)} · {tokens:,} tokens</h4>'
+        f"{_text(words)}</div>"
+        for name, colour, words, value, tokens in sides
+        if tokens
+    )
+    texts = f'<div class="texts"><h4>prompt</h4>{_text(pair.prompt)}<div class="answers">{answers}</div></div>'
+    header = f"<header>{score}<code>{escape(pair.id)}</code></header>"
+    return f'<article class="pair">{header}<div class="content">{_images(pair)}{texts}</div></article>'
+
+
+def _images(pair: ScoredPair) -> str:
+    parts = []
+    for number, content in enumerate(pair.images[:SHOWN_IMAGES], start=1):
+        source = thumbnail(content)
+        alt = f"image {number} of {len(pair.images)}"
+        parts.append(f'<img src="{source}" alt="{alt}">' if source else f'<div class="missing">{alt} cannot be read</div>')
+    if len(pair.images) > SHOWN_IMAGES:
+        parts.append(f'<div class="missing">and {len(pair.images) - SHOWN_IMAGES} more</div>')
+    return f'<div class="images">{"".join(parts)}</div>' if parts else ""
+
+
+def _text(words: str) -> str:
+    rest = len(words) - SHOWN_CHARACTERS
+    more = f' <span class="soft">… and {rest:,} more characters</span>' if rest > 0 else ""
+    return f'<div class="words" dir="auto">{escape(words[:SHOWN_CHARACTERS])}{more}</div>'
+
+
+def _accuracy(margins: Sequence[float]) -> float:
+    """The fraction of pairs whose chosen response has the larger reward."""
+    return sum(margin > 0 for margin in margins) / len(margins)

@@ -1,0 +1,232 @@
+"""A reward model in sequence-classification form: one model with a `score` head, which transformers, ms-swift and vLLM load.
+
+`policy` trains a reward model and saves it as an adapter (or weights) with a value head beside it; here the adapter is merged
+and the head becomes `score.weight` [1, H], the layout of transformers' `...ForSequenceClassification` classes.
+"""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoProcessor
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from rayalign.config.sections import ExportConfig, ModelConfig
+from rayalign.models.registry import REGISTERED_MODELS, find_family
+from rayalign.models.source import ModelSource, resolve_model
+from rayalign.ops.value_head import find_value_head, load_value_head
+from rayalign.storage import Store, is_url
+
+logger = logging.getLogger(__name__)
+
+LABEL = "reward"
+
+
+def run(config: ExportConfig) -> Store:
+    """Writes the reward model of `config.model` in sequence-classification form and returns its folder.
+
+    Raises ValueError where the model has no value head, and where the folder holds anything that must not be overwritten.
+    """
+    if not config.model or not config.output_dir:
+        raise ValueError("Pass --model with the model/ folder of a run of pipelines/rm.py, and --output_dir with a new folder.")
+    output = Store.at(config.output_dir)
+    _check_output(output, Store.at(config.model), overwrite=config.overwrite)
+    with tempfile.TemporaryDirectory() as temporary:
+        source = resolve_model(ModelConfig(model=_local_model(config.model, Path(temporary))), REGISTERED_MODELS)
+        if find_value_head(Path(source.adapter or source.base)) is None:
+            raise ValueError(
+                f"--model {config.model}: has neither value_head.safetensors nor value_head.bin, so it is no reward model. "
+                "Give the model/ folder of a run of pipelines/rm.py."
+            )
+        folder = Path(temporary) / "export"
+        write_sequence_classifier(source, folder, layout=config.layout)
+        output.delete()
+        output.upload(folder)
+    logger.info("The reward model in sequence-classification form is in %s", output.location)
+    return output
+
+
+def write_sequence_classifier(
+    source: ModelSource, folder: Path, *, layout: Literal["transformers", "vllm"] = "transformers", max_shard_size: str = "5GB"
+) -> None:
+    """Writes the merged weights with their head, the config and the processor into a folder."""
+    base: Any = AutoModelForImageTextToText.from_pretrained(source.base, dtype="auto")
+    find_family(base.config.model_type)
+    if source.adapter:
+        base = PeftModel.from_pretrained(base, source.adapter).merge_and_unload()
+    config = base.config
+    head = load_value_head(Path(source.adapter or source.base), config.get_text_config().hidden_size).summary
+    processor = AutoProcessor.from_pretrained(_processor_folder(source))
+    _set_classifier_config(config, bias=head.bias.item())
+    _set_pad_token(config, processor.tokenizer)
+    classifier = _assemble(base, head.weight)
+    if layout == "vllm":
+        _save_for_vllm(classifier, folder, max_shard_size)
+    else:
+        classifier.save_pretrained(folder, max_shard_size=max_shard_size)
+    processor.save_pretrained(folder)
+
+
+def load_sequence_classifier(folder: str | Path, **options: Any) -> Any:
+    """Loads an exported model with transformers; `model(**processor(...)).logits` [B, 1] are the scores, in float32.
+
+    `options` are those of `from_pretrained`. Raises ValueError for weights without a head.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    model_class: Any = sequence_classifier_class(config)
+    model, report = model_class.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{folder}: lacks the weights {', '.join(sorted(report['missing_keys']))}. Give the folder that "
+            "pipelines/export.py wrote with --layout transformers."
+        )
+    bias = config.to_dict().get("score_bias")
+    if bias is not None:
+        model.score.bias = nn.Parameter(model.score.weight.new_full((1,), bias), requires_grad=False)
+    return model
+
+
+class _Scorer(GenericForSequenceClassification):
+    """As in training, the head is float32 and reads float32 states, whatever the type of the other weights."""
+
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"score"}
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[no-untyped-call]  # transformers is typed in parts only
+        self.score.register_forward_pre_hook(lambda module, states: (states[0].float(),))
+
+
+def sequence_classifier_class(config: Any) -> type[PreTrainedModel]:
+    """`LlavaForSequenceClassification` and the like: parts that transformers 5 has and puts together for few models only.
+
+    It can go for a model that AutoModelForSequenceClassification knows by itself.
+    """
+    model_class: Any = MODEL_MAPPING[type(config)]
+    pretrained = next(parent for parent in model_class.__mro__ if PreTrainedModel in parent.__bases__)
+    name = f"{model_class.__name__.removesuffix('Model')}ForSequenceClassification"
+    # transformers translates the names of weights on disk for classes of its own modules only.
+    return type(name, (_Scorer, pretrained), {"__module__": pretrained.__module__})
+
+
+def register_sequence_classifier(config: Any) -> None:
+    """Lets AutoModelForSequenceClassification load models of this config's class, for the life of the process."""
+    # Without exist_ok transformers leaves its own configs' classes unregistered, silently.
+    AutoModelForSequenceClassification.register(type(config), sequence_classifier_class(config), exist_ok=True)
+
+
+def _assemble(base: Any, weight: torch.Tensor) -> Any:
+    """The classifier made of a generating model's parts; it shares their memory."""
+    model_class: Any = sequence_classifier_class(base.config)
+    with torch.device("meta"):
+        classifier = model_class(base.config)
+    classifier.model = base.model
+    classifier.score = nn.Linear(weight.shape[1], 1, bias=False)
+    classifier.score.weight = nn.Parameter(weight.detach().clone())
+    # What transformers renamed on loading it names back on saving; without this it would only know its newest names.
+    classifier._weight_conversions = base._weight_conversions
+    return classifier
+
+
+def _set_classifier_config(config: Any, *, bias: float) -> None:
+    # vLLM builds the head of a model of several parts from the text part's config.
+    for part in (config, config.get_text_config()):
+        part.id2label, part.label2id = {0: LABEL}, {LABEL: 0}
+        part.problem_type = "regression"  # vLLM would pass the score through a sigmoid otherwise
+    if bias != 0:
+        config.score_bias = bias
+        logger.warning(
+            "The value head has a bias of %.9g, which this form has no place for: scores will be lower by it (higher, where it "
+            "is negative), their order stays. load_sequence_classifier adds it from config.json; for vLLM pass "
+            "PoolerConfig(logit_mean=%.9g).",
+            bias,
+            -bias,
+        )
+
+
+def _set_pad_token(config: Any, tokenizer: Any) -> None:
+    """Makes tokenizer and config agree on a padding token that no answer ends with: the score is read at the last token that
+    is no padding, and were the end mark itself the padding, it would be read one token early.
+
+    Where the tokenizer has no such token, there is no padding token: then a batch holds one row.
+    """
+    text_config = config.get_text_config()
+    token = _pad_token(tokenizer, text_config.vocab_size, config.image_token_id)
+    if token is None:
+        logger.warning("The tokenizer has no token that could serve as padding beside its end mark: score rows one at a time.")
+    else:
+        tokenizer.pad_token = token
+    for part in (config, text_config):
+        part.pad_token_id = None if token is None else tokenizer.convert_tokens_to_ids(token)
+
+
+def _pad_token(tokenizer: Any, vocab_size: int, image_token_id: int) -> str | None:
+    special = {id: str(token) for id, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, image_token_id}
+    free = {id: token for id, token in special.items() if id not in taken and id < vocab_size}
+    if tokenizer.pad_token_id in free:
+        return str(tokenizer.pad_token)
+    return next((token for kind in ("pad", "unk", "reserved") for token in free.values() if kind in token.lower()), None)
+
+
+def _save_for_vllm(classifier: Any, folder: Path, max_shard_size: str) -> None:
+    """vLLM puts the head of a model of several parts on its language model, and takes it by that name only (0.33). transformers
+    would rename it on saving, so it goes into a file of its own."""
+    weights = classifier.state_dict()
+    head = {"language_model.score.weight": weights.pop("score.weight")}
+    classifier.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+    save_file(head, folder / "score.safetensors", metadata={"format": "pt"})
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.exists():  # then only the files it names are read
+        shards = json.loads(index.read_text())
+        shards["weight_map"] |= dict.fromkeys(head, "score.safetensors")
+        index.write_text(json.dumps(shards, indent=2) + "\n")
+
+
+def _processor_folder(source: ModelSource) -> str:
+    """A run writes the processor beside its adapter; an adapter from elsewhere may come alone."""
+    if source.adapter and (Path(source.adapter) / "processor_config.json").is_file():
+        return source.adapter
+    return source.base
+
+
+def _local_model(model: str, folder: Path) -> str:
+    """The model's path, after a download where it is remote."""
+    if not is_url(model):
+        return model
+    store = Store.at(model)
+    if not store.is_dir():
+        raise ValueError(f"--model {model}: there is no such folder.")
+    (folder / "model").mkdir()
+    store.download(folder / "model")
+    return str(folder / "model")
+
+
+def _check_output(output: Store, model: Store, *, overwrite: bool) -> None:
+    if f"{model.location}/".startswith(f"{output.location}/"):
+        raise ValueError(f"--output_dir {output.location} holds the model that is exported. Choose another folder.")
+    if not output.list():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"--output_dir {output.location} is not empty. Pass --overwrite true to replace an earlier export, or another "
+            "--output_dir."
+        )
+    if not _is_export(output):
+        raise ValueError(
+            f"--output_dir {output.location} holds something else than an earlier export, which is all that --overwrite true "
+            "replaces. Choose another folder."
+        )
+
+
+def _is_export(folder: Store) -> bool:
+    config = folder / "config.json"
+    return config.exists() and "ForSequenceClassification" in str(config.read_json().get("architectures"))

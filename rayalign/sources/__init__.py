@@ -1,0 +1,1 @@
+"""Where rows come from: files, folders, their containers, and the catalogue of registered data sets."""

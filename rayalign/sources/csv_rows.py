@@ -1,0 +1,91 @@
+"""Rows of CSV files; lists such as images and history stand in their cells as JSON."""
+
+import csv
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rayalign.formats.records import RecordError
+from rayalign.sources.json_rows import parse_json
+from rayalign.sources.lines import Item, raw_lines
+
+JSON_COLUMNS = ("images", "image", "history", "messages", "conversations", "rejected_messages", "rejected_images")
+"""Columns whose cells may be JSON lists or objects; the others are text, whatever they look like."""
+
+
+def items(location: str, *, start: int = 0, end: int | None = None, line: int = 1) -> Iterator[Item]:
+    """The rows below the header as lists of cells, or the csv.Error of one that can't be split."""
+    if not start:
+        header = _header(location)
+        start, line = header.end, header.line + 1
+    yield from _split(location, start=start, end=end, line=line)
+
+
+def parser(location: str) -> Callable[[Item], dict[str, Any] | RecordError]:
+    """The function that names the cells of a row of this file; empty cells count as absent."""
+    header: list[str] = _header(location).raw
+
+    def parse(item: Item) -> dict[str, Any] | RecordError:
+        if isinstance(item.raw, csv.Error):
+            words = f"line {item.line}: {item.raw}; long texts and images are better kept in .jsonl or .parquet files"
+            return RecordError("broken CSV", words)
+        if len(item.raw) > len(header):
+            return RecordError(
+                "broken CSV", f"line {item.line}: {len(item.raw)} cells, but the header names {len(header)} columns"
+            )
+        row: dict[str, Any] = {}
+        for name, cell in zip(header, item.raw, strict=False):
+            try:
+                cell.encode()
+                row[name] = _value(name, cell)
+            except UnicodeEncodeError:
+                return RecordError("not UTF-8", f"line {item.line}: not UTF-8 text", field=name)
+            except ValueError as error:
+                return RecordError("wrong type", f"line {item.line}: {error}", field=name)
+        return row
+
+    return parse
+
+
+def _header(location: str) -> Item:
+    """The column names; `end` and `line` say where the rows begin. Raises ValueError where there are none."""
+    for item in _split(location, start=0, end=None, line=1):
+        if isinstance(item.raw, csv.Error):
+            break
+        return item
+    raise ValueError(f"{location}: expected a first line with the names of the columns.")
+
+
+def _split(location: str, *, start: int, end: int | None, line: int) -> Iterator[Item]:
+    """Rows as the csv module splits them; it takes lines one by one, so that each row's bytes are known."""
+    taken = Item(start, start, line - 1, b"")
+
+    def texts() -> Iterator[str]:
+        nonlocal taken
+        for item in raw_lines(location, start=start, end=end, line=line):
+            taken = item
+            # Bytes that aren't UTF-8 become lone surrogates, which `parse` reports for their row alone.
+            yield (item.raw or b"").decode(errors="surrogateescape") + "\n"
+
+    reader = csv.reader(texts(), strict=True)
+    while True:
+        begin, first_line = taken.end, taken.line + 1
+        try:
+            cells: list[str] | csv.Error | None = next(reader, None)
+        except csv.Error as error:
+            cells = error
+        if cells is None:
+            return
+        if cells:
+            yield Item(begin, taken.end, first_line, cells)
+
+
+def _value(name: str, cell: str) -> Any:
+    if not cell:
+        return None
+    if name in JSON_COLUMNS and cell.startswith(("[", "{")):
+        return parse_json(cell)
+    if name == "margin":
+        return float(cell)
+    if name == "label":
+        return {"true": True, "1": True, "false": False, "0": False}.get(cell.lower(), cell)
+    return cell

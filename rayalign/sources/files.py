@@ -1,0 +1,170 @@
+"""Finds the data files behind a --dataset argument: file, folder, glob or registered name, local or remote.
+
+`rows` reads them; `formats` parses their rows.
+"""
+
+import difflib
+import fnmatch
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from rayalign.sources import rows as raw
+from rayalign.sources.catalogue import CATALOGUE, registered_files
+from rayalign.sources.rows import SUFFIXES, Row, Span
+from rayalign.storage import Store, is_url
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A data file with what tells it from an earlier version: its size in bytes, and its time of change (ns) or commit."""
+
+    location: str
+    size: int
+    modified: str
+
+    @property
+    def name(self) -> str:
+        return Store(self.location).name
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A --dataset argument as given, what errors call it, its files, and how many of its records to draw (None: all)."""
+
+    argument: str
+    name: str
+    files: tuple[SourceFile, ...]
+    sample: int | None
+
+
+def resolve_dataset(argument: str) -> Dataset:
+    """The data set that `NAME_OR_PATH[#N]` names; raises ValueError that says what was looked for where, and what to do."""
+    place, sample = _split_sample(argument)
+    if place in CATALOGUE:
+        hub = tuple(SourceFile(file.location, file.size, file.commit) for file in registered_files(place))
+        return Dataset(argument, place, hub, sample)
+    store = Store.at(place)
+    try:
+        files = _find(store, argument=argument)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"Dataset '{argument}': {error}. Give a path, s3://..., gs://... or file://...") from None
+    return Dataset(argument, store.name, files, sample)
+
+
+def count_rows(file: SourceFile) -> int:
+    """The number of rows of a file, unreadable ones included."""
+    return raw.count_rows(file.location)
+
+
+def spans_of(file: SourceFile, num_rows: int) -> list[Span]:
+    """The file cut into spans of about `num_rows` rows, each of which can be read without the rows before it."""
+    return raw.spans_of(file.location, num_rows)
+
+
+def read_rows(file: SourceFile, span: Span | None = None, rows: Sequence[int] | None = None) -> Iterator[tuple[int, Row]]:
+    """The rows of a span (None: of the file) with the given sorted numbers (None: all).
+
+    Yields the row's number in the file, from 0, and the row, or the RecordError of one that can't be read.
+    """
+    return raw.read_rows(file.location, span, rows)
+
+
+def _split_sample(argument: str) -> tuple[str, int | None]:
+    place, sign, number = argument.rpartition("#")
+    if not sign:
+        place, number = argument, ""
+    elif not is_url(argument) and Store.at(argument).exists():
+        return argument, None
+    elif not re.fullmatch("[1-9][0-9]*", number):
+        raise ValueError(
+            f"Dataset '{argument}': #{number} is no number of records. Write NAME#1000 to draw 1000 of them, or leave it out."
+        )
+    if not place.strip():
+        raise ValueError(
+            f"Dataset '{argument}': there is no name. Give a file, a folder, a glob or one of {', '.join(CATALOGUE)}."
+        )
+    return place, int(number) if number else None
+
+
+def _find(store: Store, *, argument: str) -> tuple[SourceFile, ...]:
+    info = store.info()
+    if info.type == pafs.FileType.Directory:
+        files = _inside(store)
+        if not files:
+            raise ValueError(
+                f"Dataset '{argument}': the folder {store.location} holds no file that ends in {', '.join(SUFFIXES)}."
+            )
+        return files
+    if info.type == pafs.FileType.File:
+        if not store.name.lower().endswith(SUFFIXES):
+            raise ValueError(f"Dataset '{argument}': {store.location} must end in {', '.join(SUFFIXES)}.")
+        return (_source(store, info),)
+    if any(sign in store.location for sign in "*?["):
+        files = _glob(store)
+        if not files:
+            raise ValueError(f"Dataset '{argument}': nothing matches {store.location} and ends in {', '.join(SUFFIXES)}.")
+        return files
+    near = _near_names(store)
+    hint = f" Did you mean {near}?" if near else ""
+    names = ", ".join(CATALOGUE)
+    raise ValueError(
+        f"Dataset '{argument}': there is no file or folder {store.location}, nor a registered name (these are: {names}).{hint}"
+    )
+
+
+def _inside(folder: Store) -> tuple[SourceFile, ...]:
+    """The data files at any depth of a folder, sorted; hidden files and folders are skipped."""
+    inner = [store.location[len(folder.location) :].lstrip("/") for store in folder.list(recursive=True)]
+    visible = [
+        name for name in inner if name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
+    ]
+    found = [(store, store.info()) for store in (folder / name for name in visible)]
+    return tuple(_source(store, info) for store, info in found if info.type == pafs.FileType.File)
+
+
+def _glob(pattern: Store) -> tuple[SourceFile, ...]:
+    """The data files that match a pattern, or lie in a folder that does, sorted; `**` stands for any depth."""
+    parts = pattern.location.split("/")
+    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    base, rest = Store("/".join(parts[:first]) or "/"), parts[first:]
+    found: list[SourceFile] = []
+    for store in base.list(recursive=len(rest) > 1):
+        if _matches(store.location[len(base.location) :].strip("/").split("/"), rest):
+            info = store.info()
+            if info.type == pafs.FileType.Directory:
+                found.extend(_inside(store))
+            elif store.name.lower().endswith(SUFFIXES):
+                found.append(_source(store, info))
+    return tuple(sorted(set(found), key=lambda file: file.location))
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(
+            _matches(parts[i:], pattern[1:])
+            for i in range(len(parts) + 1)
+            if not any(part.startswith(".") for part in parts[:i])
+        )
+    if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _source(store: Store, info: pafs.FileInfo) -> SourceFile:
+    return SourceFile(store.location, int(info.size or 0), str(info.mtime_ns or ""))
+
+
+def _near_names(store: Store) -> str | None:
+    """A registered name, or a path beside the given one, that is spelt almost like it."""
+    registered = difflib.get_close_matches(store.name.lower(), CATALOGUE, n=1)
+    if registered:
+        return registered[0]
+    beside = difflib.get_close_matches(store.name, [sibling.name for sibling in store.parent.list()], n=1)
+    return posixpath.join(store.parent.location, beside[0]) if beside else None

@@ -1,0 +1,80 @@
+"""Rows of parquet files, in small batches of one row group at a time."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayalign.formats.records import RecordError
+from rayalign.storage import Store
+
+BATCH_ROWS = 32
+MAX_READS = 8
+"""A row group can only be read from its start, so it is cut into at most as many spans."""
+
+
+def count_rows(location: str) -> int:
+    with _open(location) as file:
+        return int(file.metadata.num_rows)
+
+
+def cut(location: str, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Spans (first row, number of rows) of about `num_rows`, none of which goes over the border of a row group."""
+    with _open(location) as file:
+        start = 0
+        for group in range(file.num_row_groups):
+            inside = file.metadata.row_group(group).num_rows
+            step = max(num_rows, math.ceil(inside / MAX_READS))
+            for first in range(0, inside, step):
+                yield start + first, min(step, inside - first)
+            start += inside
+
+
+def read(
+    location: str, *, first: int, num_rows: int | None, wanted: set[int] | None
+) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
+    """The rows from `first` on, or the wanted ones of them; row groups that hold none of these are not read."""
+    with _open(location) as file:
+        last = file.metadata.num_rows if num_rows is None else first + num_rows
+        start = 0
+        for group in range(file.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            inside = range(max(start, first), min(end, last))
+            if inside and (wanted is None or not wanted.isdisjoint(inside)):
+                yield from _group_rows(file, group, location=location, start=start, inside=inside, wanted=wanted)
+            start = end
+
+
+def _group_rows(
+    file: pq.ParquetFile, group: int, *, location: str, start: int, inside: range, wanted: set[int] | None
+) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
+    batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group])
+    while start < inside.stop:
+        try:
+            batch = next(batches)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{location}: row group {group} can't be read: {error}") from error
+        for i in range(batch.num_rows):
+            if start + i in inside and (wanted is None or start + i in wanted):
+                yield start + i, _row(batch, i)
+        start += batch.num_rows
+
+
+def _open(location: str) -> pq.ParquetFile:
+    filesystem, path = Store(location).resolve()
+    try:
+        return pq.ParquetFile(filesystem.open_input_file(path))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{location} is not a readable parquet file: {error}") from None
+
+
+def _row(batch: pa.RecordBatch, i: int) -> dict[str, Any] | RecordError:
+    try:
+        row: dict[str, Any] = batch.slice(i, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return RecordError("not UTF-8", str(error))
+    except (ValueError, OverflowError) as error:
+        return RecordError("unreadable row", str(error))
+    return row

@@ -1,0 +1,1 @@
+"""Many runs: the search space, and Ray Tune over it."""

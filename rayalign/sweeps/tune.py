@@ -1,0 +1,156 @@
+"""Ray Tune: a sweep runs the training of `train` many times with different flags, all trials on one prepared data set, with
+one reference."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from rayalign.config.command_line import to_yaml
+from rayalign.config.config import Config
+from rayalign.config.sections import TuneConfig
+from rayalign.data.prepare import quiet_logging
+from rayalign.reference.key import REFERENCE_NOTE
+from rayalign.reference.precompute import with_reference
+from rayalign.storage import Store
+from rayalign.sweeps.search_space import SearchRange, check_search
+from rayalign.training import driver
+from rayalign.training.run_folder import open_run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished sweep: its folder, one line per trial (best first) and the best trial's configuration."""
+
+    output_dir: Store
+    trials: tuple[Mapping[str, Any], ...]
+    best: Config
+
+
+def run(config: Config, sweep: TuneConfig) -> Sweep:
+    """Trains one trial per sampled configuration; writes sweep.json and best.yaml, and continues an unfinished sweep.
+
+    Raises ValueError for search spaces and folders that can't work, RuntimeError where every trial failed.
+    """
+    ranges = check_search(config, sweep)
+    config = driver.with_output_dir(config)
+    folder = Store.at(str(config.run.output_dir))
+    if config.run.overwrite:
+        for name in ("trials", "tune", REFERENCE_NOTE, "sweep.json", "best.yaml"):
+            (folder / name).delete()
+    if (folder / "sweep.json").exists():
+        raise ValueError(
+            f"--output_dir {folder.location} holds a finished sweep. Pass --overwrite true, or another --output_dir."
+        )
+    driver.start_ray(config)
+    config = driver.settle_cluster(config)
+    with_reference(config, driver.prepare_run(config), several_runs=True)
+    outcome = _tuner(config, sweep, ranges, folder).fit()
+    return _finish(config, sweep, ranges, folder, outcome)
+
+
+def _tuner(config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange], folder: Store) -> ray.tune.Tuner:
+    # Any trial may report before its first evaluation.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    trial = ray.tune.with_parameters(run_trial, config=config)
+    # A trial's own process only waits for its workers: no CPU, on the head node, so that it can't take a worker's place.
+    trainable = ray.tune.with_resources(trial, {"CPU": 0, "node:__internal_head__": 0.001})
+    if ray.tune.Tuner.can_restore((folder / "tune").location):
+        logger.info("Continuing the unfinished sweep in %s", folder.location)
+        return ray.tune.Tuner.restore((folder / "tune").location, trainable=trainable, resume_errored=True)
+    return ray.tune.Tuner(
+        trainable,
+        param_space={name: _to_ray(values) for name, values in ranges.items()},
+        tune_config=ray.tune.TuneConfig(
+            metric=sweep.metric,
+            mode=sweep.mode,
+            num_samples=sweep.num_samples if any(values.is_drawn for values in ranges.values()) else 1,
+            max_concurrent_trials=sweep.max_concurrent_trials or _trials_that_fit(config),
+        ),
+        run_config=ray.tune.RunConfig(name="tune", storage_path=folder.location, verbose=1),
+    )
+
+
+def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
+    """One trial, in a process of its own: finds the prepared data in the cache and the reference's log-probabilities beside it
+    and trains; a trial started again resumes."""
+    quiet_logging()
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", driver.POLL_SECONDS)
+    name = ray.tune.get_context().get_trial_id()
+    folder = Store.at(str(config.run.output_dir)) / "trials" / str(name)
+    trial = config.replace(
+        {**sampled, "output_dir": folder.location, "cache_dir": driver.cache_of(config).location, "overwrite": False}
+    )
+    open_run(trial)
+    data = with_reference(trial, driver.prepare_run(trial), several_runs=True)
+    driver.fit(trial, data, callbacks=[TuneReportCallback()])
+
+
+def _to_ray(values: SearchRange) -> Any:
+    match values.kind:
+        case "grid":
+            return ray.tune.grid_search(list(values.values))
+        case "choice":
+            return ray.tune.choice(list(values.values))
+        case "uniform":
+            return ray.tune.uniform(*values.values)
+        case "loguniform":
+            return ray.tune.loguniform(*values.values)
+
+
+def _trials_that_fit(config: Config) -> int:
+    """Trials whose workers fit the cluster side by side, with a CPU to spare; Tune itself doesn't see the workers'
+    resources."""
+    cluster, have = config.cluster, ray.cluster_resources()
+    fits = (have.get("CPU", 1) - 1) // (cluster.num_workers * cluster.cpus_per_worker)
+    if cluster.gpus_per_worker:
+        fits = min(fits, have.get("GPU", 0) // (cluster.num_workers * cluster.gpus_per_worker))
+    return max(1, int(fits))
+
+
+def _finish(
+    config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange], folder: Store, outcome: ray.tune.ResultGrid
+) -> Sweep:
+    lines: list[dict[str, Any]] = []
+    for result in (outcome[i] for i in range(len(outcome))):
+        metrics = result.metrics or {}
+        line: dict[str, Any] = {name: result.config[name] for name in ranges} if result.config else {}
+        lines.append(
+            {
+                **line,
+                sweep.metric: metrics.get(sweep.metric),
+                "trial": metrics.get("trial_id"),
+                "error": _first_line(result.error),
+            }
+        )
+    worked = [line for line in lines if line[sweep.metric] is not None and line["error"] is None]
+    if not worked:
+        raise RuntimeError(f"Every trial of the sweep failed; the first: {lines[0]['error'] if lines else 'there was none'}")
+    worked.sort(key=lambda line: float(line[sweep.metric]), reverse=sweep.mode == "max")
+    trials = [*worked, *(line for line in lines if line not in worked)]
+    best = config.replace({name: worked[0][name] for name in ranges})
+    (folder / "best.yaml").write_bytes(to_yaml(best).encode())
+    (folder / "sweep.json").write_bytes(
+        (json.dumps({"metric": sweep.metric, "mode": sweep.mode, "trials": trials}, indent=2) + "\n").encode()
+    )
+    logger.info("%s\nBest: %s, in %s", _table(trials), {n: worked[0][n] for n in ranges}, (folder / "best.yaml").location)
+    return Sweep(folder, tuple(trials), best)
+
+
+def _first_line(error: Exception | None) -> str | None:
+    return str(error).strip().splitlines()[-1] if error else None
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    names = [name for name in lines[0] if name != "error" or any(line["error"] for line in lines)]
+    rows = [names, *([f"{line[n]:.4g}" if isinstance(line[n], float) else str(line[n]) for n in names] for line in lines)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -1,0 +1,1 @@
+"""One run: driver, workers, the loop, checkpoints, metrics, and the run's folder."""

@@ -1,0 +1,157 @@
+"""Metrics of training: rates, and sums and counts kept on the device, brought together over workers when a line is written."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rayalign.algorithms import StepOutput
+from rayalign.data.batch import PairBatch
+from rayalign.storage import Store
+
+REMOTE_FLUSH_SECONDS = 30
+
+
+class MetricSums:
+    """Running (sum, count) of every metric over micro-batches; `reduce` gives the means over all workers."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._loss: list[Tensor] = []
+
+    def add(self, output: StepOutput) -> None:
+        """Takes a micro-batch in; nothing waits for the device."""
+        self._loss.append(output.loss_share.detach())
+        for name, values in output.pair_metrics.items():
+            known = ~output.missing[name] if name in output.missing else torch.ones_like(values, dtype=torch.bool)
+            self._accumulate(name, values.where(known, 0).sum(), known.sum())
+        for name, (total, count) in output.mean_metrics.items():
+            self._accumulate(name, total, count)
+
+    def reduce(self, *, steps: int) -> dict[str, float]:
+        """Means over everything that all workers added; `loss` is the sum of the loss shares per optimizer step. Every worker
+        calls it; an idle one with nothing added."""
+        local = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+        local["loss"] = (float(torch.stack(self._loss).sum()) if self._loss else 0.0, 0.0)
+        sums: dict[str, tuple[float, float]] = {}
+        for worker in gather(local):
+            for name, (total, count) in worker.items():
+                so_far = sums.get(name, (0.0, 0.0))
+                sums[name] = (so_far[0] + total, so_far[1] + count)
+        loss = sums.pop("loss")[0] / steps
+        return {"loss": loss, **{name: total / count for name, (total, count) in sums.items() if count}}
+
+    def _accumulate(self, name: str, total: Tensor, count: Tensor) -> None:
+        if name in self._sums:
+            so_far = self._sums[name]
+            total, count = so_far[0] + total, so_far[1] + count
+        self._sums[name] = (total, count)
+
+
+class Clock:
+    """Rates since the last line of metrics: pairs and tokens per second, the share of the time spent waiting for data, and the
+    share of padding in what the model runs over; `places_of` tells how many tokens of a batch that is."""
+
+    def __init__(self, tokens_before: float, places_of: Callable[[PairBatch], int]) -> None:
+        self.steps = 0
+        self._places_of = places_of
+        self._pairs = self._tokens = self._places = 0
+        self._total_tokens = tokens_before
+        self._waited = self._skipped = 0.0
+        self._started = self._marked = time.perf_counter()
+
+    def waited_for(self, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+        """The same batches; the time until each arrives counts as waiting."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            self._places += self._places_of(batch)
+            yield batch
+
+    def count(self, *, pairs: int, tokens: int) -> None:
+        """A step is done: pairs of all workers, tokens of this one."""
+        self.steps += 1
+        self._pairs += pairs
+        self._tokens += tokens
+        self._marked = time.perf_counter()
+
+    def skip(self) -> None:
+        """What happened since the last step (evaluation, saving) is no training time."""
+        now = time.perf_counter()
+        self._skipped += now - self._marked
+        self._marked = now
+
+    def reduce(self) -> dict[str, float]:
+        """The rates over all workers, and a fresh start."""
+        seconds = time.perf_counter() - self._started - self._skipped
+        workers = gather((self._tokens, self._waited / seconds, self._places))
+        tokens, places = (sum(worker[i] for worker in workers) for i in (0, 2))
+        self._total_tokens += tokens
+        rates = {
+            "num_tokens": self._total_tokens,
+            "pairs_per_second": self._pairs / seconds,
+            "tokens_per_second": tokens / seconds,
+            "data_wait_fraction": sum(worker[1] for worker in workers) / len(workers),
+            "padding_fraction": 1 - tokens / places,
+        }
+        self.steps = self._pairs = self._tokens = self._places = 0
+        self._waited = self._skipped = 0.0
+        self._started = self._marked = time.perf_counter()
+        return rates
+
+
+def gather(value: Any) -> list[Any]:
+    """Every worker's value, by rank; a small picklable object, and every worker calls it."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class MetricsLog:
+    """The run's metrics.jsonl: one line a logging step.
+
+    On a disk a line is appended at once; an object store, which can't append, gets the whole file from time to time.
+    """
+
+    def __init__(self, store: Store, *, start_step: int) -> None:
+        self._store = store
+        lines = read_metrics(store)
+        self.lines: list[dict[str, float]] = [line for line in lines if line["step"] <= start_step]
+        self._flushed = time.monotonic()
+        self.flush()
+
+    def append(self, line: Mapping[str, float]) -> None:
+        self.lines.append(dict(line))
+        local = self._store.local_path
+        if local is not None:
+            with local.open("a") as file:
+                file.write(json.dumps(self.lines[-1]) + "\n")
+        elif time.monotonic() - self._flushed > REMOTE_FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the whole file."""
+        self._store.write_bytes("".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self._flushed = time.monotonic()
+
+
+def read_metrics(store: Store) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not store.exists():
+        return []
+    lines = []
+    for text in store.read_bytes().decode().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,198 @@
+"""One worker of Ray Train, from loading the model to its last step: `loop` with Ray's streams, reports and checkpoints around
+it."""
+
+import functools
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+
+from rayalign.algorithms import Algorithm
+from rayalign.config.config import Config
+from rayalign.data.prepare import RunData
+from rayalign.data.sampler import cut_micro_batches, require_partners, totals_of
+from rayalign.data.store import PreparedData
+from rayalign.data.stream import held_out_pairs, look_ups, pairs_in_order, plan_of
+from rayalign.models.registry import FAMILIES
+from rayalign.policy.forward_check import check_forward
+from rayalign.policy.loading import load_policy, multiplies_bfloat16
+from rayalign.storage import Store
+from rayalign.training.checkpoint import checkpoint_name, load_checkpoint, newest_checkpoint, write_checkpoint
+from rayalign.training.loop import LoopEvents, Trainer, run_steps, start_alike
+from rayalign.training.metrics import MetricsLog, gather
+
+logger = logging.getLogger(__name__)
+
+
+def train_worker(config: Config, data: RunData) -> dict[str, Any]:
+    """Runs in each train worker; rank 0 writes the model. Returns the final figures and the held-out pairs' scores.
+
+    What no restart could mend (flags that don't fit the model, a loss that is no longer finite) meets all workers alike: it is
+    returned as `stopped`, since Ray would start the group again for what is raised.
+    """
+    try:
+        worker = _Worker(config, data)
+    except ValueError as error:
+        return {"stopped": error}
+    try:
+        return worker.train()
+    except FloatingPointError as error:
+        return {"stopped": error}
+
+
+class _Worker:
+    """What one train worker holds: policy, plan, optimizer, and the figures on the way to the results."""
+
+    def __init__(self, config: Config, data: RunData) -> None:
+        self.config = config
+        self.data = data
+        self.folder = Store.at(str(config.run.output_dir))
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.attempt = gather(uuid.uuid4().hex[:8])[0]
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+        self.device = ray.train.torch.get_device()
+        algorithm: Algorithm = config.algorithm
+        self.plan = plan_of(config, data)
+        if data.held_out and algorithm.needs.companion == "mismatched":
+            require_partners(data.held_out.num_rows, "in --val_dataset")
+        checkpoint = newest_checkpoint(self.folder / "checkpoints")
+        self.start_step = checkpoint.step if checkpoint else 0
+        # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
+        self.look_ups = look_ups(data.training, self.plan, rank=self.rank, start_step=self.start_step)
+        policy = load_policy(
+            data.source,
+            model=config.model,
+            tuner=config.tuner,
+            device=self.device,
+            needs=algorithm.needs,
+            spread_over_gpus=config.cluster.spreads_models,
+            seed=config.optimizer.seed,
+        )
+        if policy.family.model_type not in FAMILIES:
+            check_forward(policy, data.spec)
+        start_alike(policy)
+        self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.plan.num_steps, rank=self.rank)
+        if checkpoint:
+            load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
+        self.pairs: dict[str, dict[str, float]] = {}
+        self.log_file = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
+        self.latest: dict[str, float] = {}
+        for line in self.log_file.lines if self.log_file is not None else []:
+            self.latest |= line
+        self._say("Training %s from step %d to %d", algorithm.name.upper(), self.start_step, self.plan.num_steps)
+        if self.device.type == "cpu" and policy.dtype == torch.float32 and multiplies_bfloat16():
+            self._say("This CPU multiplies in bfloat16: with --dtype bfloat16 a step takes about 0.6 of the time")
+        self._started = time.monotonic()
+
+    def train(self) -> dict[str, Any]:
+        stream = pairs_in_order(
+            self.look_ups,
+            self.plan,
+            self.data.spec,
+            rank=self.rank,
+            start_step=self.start_step,
+            companion=self.trainer.algorithm.needs.companion,
+            pin_memory=self.device.type == "cuda",
+        )
+        events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
+        run_steps(
+            self.trainer,
+            self.plan,
+            stream,
+            self.config.run,
+            events,
+            start_step=self.start_step,
+            tokens_before=self.latest.get("num_tokens", 0),
+        )
+        if not self.pairs:
+            self._evaluate(self.plan.num_steps)
+        if self.rank == 0:
+            self._write_model()
+            assert self.log_file is not None
+            self.log_file.flush()
+        return {
+            "final": self._final_metrics(),
+            "steps": self.plan.num_steps,
+            "training_records": len(self.plan.rows),
+            "held_out_records": len(self._held_out()[1]),
+            "pairs": self.pairs,
+        }
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self.latest |= metrics
+        if self.log_file is not None:
+            self.log_file.append(metrics)
+        step, total = int(metrics["step"]), self.plan.num_steps
+        seconds = (time.monotonic() - self._started) / max(1, step - self.start_step) * (total - step)
+        shown = [
+            f"{name} {metrics[name]:.4g}"
+            for name in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
+            if name in metrics
+        ]
+        rate = f"{metrics['pairs_per_second']:.1f} pairs/s"
+        self._say("Step %d/%d  %s  %s, %.0f s to go", step, total, "  ".join(shown), rate, seconds)
+
+    def _evaluate(self, step: int) -> None:
+        data, rows = self._held_out()
+        if not len(rows):
+            return
+        lengths = data.lengths()
+        mine = cut_micro_batches(
+            rows,
+            lengths,
+            batch_size=self.config.optimizer.batch_size,
+            max_tokens=self.config.optimizer.max_tokens_per_batch,
+            packs_rows=self.plan.settings.packs_rows,
+            rank=self.rank,
+            num_workers=self.world,
+        )
+        companion = self.trainer.algorithm.needs.companion
+        order = None
+        if companion == "mismatched":
+            order = rows if self.data.held_out else self.plan.held_out_order
+        batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order)
+        metrics, pairs = self.trainer.evaluate(batches, totals_of(rows, lengths))
+        self.pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
+        line = {f"eval_{name}": value for name, value in metrics.items()}
+        self.latest |= line
+        if self.log_file is not None:
+            self.log_file.append({"step": step, **line})
+        self._say("Evaluation at step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+
+    def _save(self, step: int) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            checkpoint = None
+            if self.rank == 0:
+                trainer = self.trainer
+                write_checkpoint(Path(temporary), trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler)
+                checkpoint = ray.train.Checkpoint.from_directory(temporary)
+            ray.train.report(
+                {"step": step, **self.latest}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step, self.attempt)
+            )
+
+    def _write_model(self) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            self.trainer.policy.save(Path(temporary), safe_serialization=self.config.run.safe_serialization)
+            self.data.spec.processor.save_pretrained(temporary)
+            (self.folder / "model").upload(Path(temporary))
+
+    def _held_out(self) -> tuple[PreparedData, Any]:
+        if self.data.held_out:
+            return self.data.held_out, np.arange(self.data.held_out.num_rows)
+        return self.data.training, self.plan.held_out
+
+    def _final_metrics(self) -> dict[str, float]:
+        return {name: value for name, value in self.latest.items() if name != "step"}
+
+    def _say(self, message: str, *values: Any) -> None:
+        if self.rank == 0:
+            logger.info(message, *values)

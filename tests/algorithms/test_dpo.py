@@ -1,0 +1,121 @@
+"""The flags of DPO: which losses there are, and which settings go together; and whom AOT compares a pair with."""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from rayalign.algorithms import DPO, Survey
+from rayalign.algorithms.dpo import LossType
+from rayalign.algorithms.dpo_losses import BY_DIVERGENCE, PAIR_LOSSES, RANKED, SFT_LOSS, SMOOTHED, rank_partners
+from rayalign.data.batch import assemble
+from rayalign.data.store import EncodedPair
+from rayalign.models.family import ImageInputs, RowLayout
+
+
+def test_the_flag_names_every_loss_of_the_table_and_sft() -> None:
+    assert get_args(LossType) == (*PAIR_LOSSES, SFT_LOSS)
+    assert {*SMOOTHED, *RANKED, *BY_DIVERGENCE} <= set(get_args(LossType))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss_type": ()}, "--loss_type names no loss: give one of them, such as sigmoid."),
+        (
+            {"loss_type": ("sigmoid", "hinge", "sigmoid")},
+            "--loss_type sigmoid hinge sigmoid: each loss can be named once; give it a larger weight instead.",
+        ),
+        (
+            {"loss_type": ("sigmoid", "hinge"), "loss_weights": (1.0,)},
+            "--loss_weights 1 with --loss_type sigmoid hinge: there must be as many weights as losses.",
+        ),
+        (
+            {"loss_weights": (0.8, 0.25)},
+            "--loss_weights 0.8 0.25 with --loss_type sigmoid: there must be as many weights as losses.",
+        ),
+        (
+            {"loss_type": ("sigmoid", "sft")},
+            "--loss_type sigmoid sft with --rpo_alpha 1: sft and --rpo_alpha both add the chosen responses' likelihood. "
+            "Pass --rpo_alpha 0, or leave sft out.",
+        ),
+        (
+            {"loss_type": ("hinge", "ipo"), "label_smoothing": 0.1},
+            "--label_smoothing 0.1 with --loss_type hinge ipo: smoothing is for aot, aot_unpaired, exo_pair, robust, sigmoid. "
+            "Leave it out, or take one of these.",
+        ),
+        (
+            {"loss_type": ("exo_pair",)},
+            "--loss_type exo_pair needs a --label_smoothing above 0, such as 0.001: it divides by it.",
+        ),
+        (
+            {"discopop_tau": 0.1},
+            "--discopop_tau 0.1 with --loss_type sigmoid: it belongs to the loss discopop.",
+        ),
+        (
+            {"f_alpha_divergence_coef": 0.7, "f_divergence_type": "forward_kl"},
+            "--f_alpha_divergence_coef 0.7 with --f_divergence_type forward_kl: it belongs to alpha_divergence.",
+        ),
+        (
+            {"loss_type": ("robust",), "label_smoothing": 0.5},
+            "--loss_type robust needs a --label_smoothing below 0.5: labels as good as a coin's teach nothing.",
+        ),
+        (
+            {"loss_type": ("sigmoid", "apo_zero", "aot"), "f_divergence_type": "forward_kl"},
+            "--f_divergence_type forward_kl with --loss_type aot apo_zero: this loss is derived for reverse_kl. "
+            "Other divergences go with discopop, exo_pair, hinge, ipo, robust, sft, sigmoid, sigmoid_norm.",
+        ),
+    ],
+)
+def test_losses_that_do_not_go_together_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        DPO(**settings)
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0), "rpo_alpha": 0.0},
+        {"loss_type": ("sigmoid", "hinge"), "loss_weights": ()},
+        {"loss_type": ("exo_pair",), "label_smoothing": 0.001},
+        {"loss_type": ("robust",), "label_smoothing": 0.499},
+        {"loss_type": ("hinge", "sigmoid"), "label_smoothing": 0.1},
+        {"loss_type": ("sft",), "rpo_alpha": 0.0, "f_divergence_type": "js_divergence"},
+    ],
+)
+def test_what_goes_together_is_accepted(settings: dict[str, Any]) -> None:
+    assert DPO(**settings).loss_type == settings["loss_type"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reference", "survey"),
+    [
+        ({}, True, False),
+        ({"reference_free": True}, False, False),
+        ({"loss_type": ("sigmoid", "aot")}, True, True),
+        ({"loss_type": ("aot_unpaired",), "reference_free": True}, False, True),
+    ],
+)
+def test_dpo_asks_for_what_its_losses_use(settings: dict[str, Any], reference: bool, survey: bool) -> None:
+    needs = DPO(**settings).needs
+    assert (needs.reference, needs.survey, needs.responses, needs.companion) == (reference, survey, "both", "none")
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 3), (0, 1), (1, 2), (2, 1)])
+def test_aot_finds_a_pairs_partners_by_rank_among_all_pairs_of_the_step(first: int, count: int) -> None:
+    # Log-probs of chosen and rejected by the policy, then by the reference.
+    whole = torch.tensor(
+        [
+            [-1.0, -2.0, -3.0, -1.0],  # gaps 1 and -2; log-ratios of chosen and rejected 2 and -1
+            [-5.0, -2.0, -1.0, -6.0],  # gaps -3 and 5; log-ratios -4 and 4
+            [-3.0, -9.0, -4.0, -5.0],  # gaps 6 and 1; log-ratios 1 and -4
+        ]
+    )
+    pairs = [EncodedPair(str(i), [5], [6], [7], [], []) for i in range(count)]
+    batch = assemble(pairs, layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
+    found = rank_partners(Survey(whole, first), batch)
+    own = slice(first, first + count)
+    assert found.gap.tolist() == [1.0, -2.0, 5.0][own]  # of the reference's -2, 1, 5: the middle, lowest, highest
+    assert found.chosen.tolist() == [1.0, 2.0, -4.0][own]  # of -4, 1, 2, by the ranks of the rejected -1, 4, -4
+    assert found.rejected.tolist() == [4.0, -4.0, -1.0][own]  # of -4, -1, 4, by the ranks of the chosen 2, -4, 1

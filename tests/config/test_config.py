@@ -1,0 +1,120 @@
+import dataclasses
+import pickle
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import pytest
+
+from rayalign.config import config
+from rayalign.config.config import Config, config_from_mapping, section_types
+from rayalign.config.flags import check_bounds, convert, did_you_mean, flag, flags_of
+from rayalign.config.sections import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Toy"""
+
+    name: ClassVar[str] = "toy"
+
+    beta: float = flag(0.1, "Strength.", above=0)
+    loss_type: tuple[Literal["sigmoid", "hinge", "sft"], ...] = flag(("sigmoid",), "Losses.")
+    loss_weights: tuple[float, ...] = flag((1.0,), "Weights.", at_least=0)
+
+    __post_init__ = check_bounds
+
+
+def test_words_become_values_of_the_flags_type():
+    built = config_from_mapping(
+        Toy, {"beta": "0.5", "batch_size": "4", "learning_rate": "1e-5", "resume": "false", "max_pixels": "none"}
+    )
+    assert built.algorithm == Toy(beta=0.5)
+    assert (built.optimizer.batch_size, built.optimizer.learning_rate) == (4, 1e-5)
+    assert built.run.resume is False
+    assert built.data.max_pixels is None
+
+
+def test_a_single_word_is_a_list_of_one():
+    assert config_from_mapping(Toy, {"dataset": "a.jsonl#10"}).data.dataset == ("a.jsonl#10",)
+
+
+def test_lists_of_choices_and_numbers_may_hold_commas_but_paths_keep_theirs():
+    built = config_from_mapping(Toy, {"loss_type": ["sigmoid,sft"], "loss_weights": "0.8,0.2", "dataset": ["a,b.jsonl"]})
+    assert built.algorithm == Toy(loss_type=("sigmoid", "sft"), loss_weights=(0.8, 0.2))
+    assert built.data.dataset == ("a,b.jsonl",)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"beta": "0"}, "--beta 0.0: must be above 0."),
+        ({"beta": "nan"}, "--beta nan: must be a number."),
+        ({"beta": True}, "--beta True: must be a number."),
+        ({"batch_size": "two"}, "--batch_size two: must be a whole number."),
+        ({"batch_size": 1.5}, "--batch_size 1.5: must be a whole number."),
+        ({"batch_size": 0}, "--batch_size 0: must be at least 1."),
+        ({"max_steps": "x"}, "--max_steps x: must be a whole number or none."),
+        ({"adam_beta1": 1}, "--adam_beta1 1.0: must be at most 0.9999999."),
+        ({"resume": "perhaps"}, "--resume perhaps: must be true or false."),
+        ({"output_dir": 7}, "--output_dir 7: must be text or none."),
+        ({"loss_weights": [1, -1]}, "--loss_weights -1.0: must be at least 0."),
+        ({"loss_type": "sigmiod"}, "--loss_type sigmiod: must be one of sigmoid, hinge, sft. Did you mean sigmoid?"),
+        ({"sft_type": "qqq"}, "--sft_type qqq: must be one of lora, full."),
+        ({"bata": 1}, "Unknown flag --bata. Did you mean --beta?"),
+        ({"bata": 1, "qqqq": 1}, "Unknown flag --bata. Did you mean --beta? Unknown flag --qqqq."),
+    ],
+)
+def test_a_bad_value_is_refused_in_words(values: dict, message: str):
+    with pytest.raises(ValueError) as error:
+        config_from_mapping(Toy, values)
+    assert str(error.value) == message
+
+
+def test_replace_changes_flags_wherever_they_live():
+    before = Config(Toy())
+    after = before.replace({"beta": "0.3", "lora_rank": 16})
+    assert (after.algorithm.beta, after.tuner.lora_rank) == (0.3, 16)
+    assert after.replace({"beta": 0.1, "lora_rank": 8}) == before
+
+
+def test_flat_values_rebuild_the_same_config():
+    built = Config(Toy(beta=0.25, loss_type=("hinge", "sft")))
+    assert config_from_mapping(Toy, built.to_dict()) == built
+    assert pickle.loads(pickle.dumps(built)) == built
+
+
+def test_global_batch_counts_workers_and_accumulation():
+    built = config_from_mapping(Toy, {"batch_size": 2, "gradient_accumulation_steps": 3, "num_workers": 4})
+    assert built.global_batch_size == 24
+
+
+def test_sections_are_listed_in_one_order():
+    assert tuple(type(section) for section in Config(Toy()).sections()) == section_types(Toy)
+
+
+@pytest.mark.parametrize("section", [*section_types(Toy), config.TuneConfig])
+def test_every_flag_has_help_and_a_default_that_it_accepts(section: type):
+    for declared in flags_of(section):
+        assert declared.help.endswith("."), declared.name
+        assert convert(declared, declared.default) == declared.default
+
+
+def test_no_flag_is_declared_twice():
+    names = [declared.name for section in (*section_types(Toy), config.TuneConfig) for declared in flags_of(section)]
+    assert len(names) == len(set(names))
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config(Toy()).optimizer.batch_size = 2
+
+
+def test_hyphens_are_forgiven_in_suggestions():
+    assert did_you_mean("learning-rate", ["learning_rate", "lora_rank"], prefix="--") == " Did you mean --learning_rate?"
+
+
+def test_rows_at_a_time_keep_to_the_pairs_and_to_the_tokens_of_a_batch():
+    by_pairs = OptimizerConfig(batch_size=8)
+    by_tokens = OptimizerConfig(batch_size=8, max_tokens_per_batch=100)
+    assert [by_pairs.rows_at_a_time(longest) for longest in (5, 30, 500)] == [8, 8, 8]
+    assert [by_tokens.rows_at_a_time(longest) for longest in (5, 30, 500)] == [8, 3, 1]

@@ -1,0 +1,345 @@
+import dataclasses
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from rayalign.data.encode import Encoder, EncoderSpec, image_processing
+from rayalign.data.store import EncodedPair
+from rayalign.formats.records import Message, PreferenceRecord, RecordError
+from rayalign.images.fetch import image_hash
+from tests.tiny_families import chat_template
+from tests.tiny_models import noise_image
+
+# Ids of the tiny tokenizer.
+BOS, EOS, IMAGE, NEWLINE = 1, 2, 3, 202
+USER = [281, 29, 224]  # "USER", ":", " "
+ANSWER = [36, 277, 309, 29, 224]  # "A", "SS", "ISTANT", ":", " "
+WHICH_DIGIT = [310, 270, 34]  # "Which", " digit", "?"
+IT_IS_TWO = [44, 87, 271, 305, 17]  # "I", "t", " is", " two", "."
+A_CAT = [68, 299]  # "a", " cat"
+
+TEMPLATE = chat_template("<image>")
+RED, BLUE = noise_image(30, 40, seed=1), noise_image(50, 20, seed=2)
+
+
+def record(
+    *turns: str, chosen: str = "It is two.", rejected: str | None = "a cat", system: str = "", label: bool | None = None
+) -> PreferenceRecord:
+    """`turns` are user, assistant, ..., user."""
+    messages = [Message(role="user" if i % 2 == 0 else "assistant", content=text) for i, text in enumerate(turns)]
+    opening = [Message(role="system", content=system)] if system else []
+    marks = sum(text.count("<image>") for text in turns)
+    return PreferenceRecord(
+        id="r",
+        messages=(*opening, *messages),
+        images=("i.png",) * marks,
+        chosen=chosen,
+        rejected=rejected,
+        label=label,
+    )
+
+
+def encode(folder: Path, given: PreferenceRecord, images: Sequence[bytes] = (), **settings: Any) -> EncodedPair:
+    return Encoder(EncoderSpec(str(folder), **{"responses": "both", **settings})).encode(given, images)
+
+
+@pytest.fixture
+def llava(model_folder: Callable[..., Path]) -> Path:
+    return model_folder("llava")
+
+
+@pytest.fixture
+def variant(llava: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the tiny model's folder with another chat template, or values changed in one of its JSON files."""
+
+    def make(*, template: str = "", file: str = "", **values: Any) -> Path:
+        folder = tmp_path / f"variant_{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(llava, folder)
+        if template:
+            (folder / "chat_template.jinja").write_text(template)
+        if file:
+            (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+        return folder
+
+    return make
+
+
+def text_of(folder: Path, ids: Sequence[int]) -> str:
+    return str(AutoTokenizer.from_pretrained(folder).decode(ids))
+
+
+def test_a_question_about_an_image_becomes_these_ids(llava: Path) -> None:
+    pair = encode(llava, record("<image>Which digit?"), [RED])
+    # 28 x 28 pixels in patches of 7 are 16 image tokens.
+    assert pair.prompt_ids == [BOS, *USER, *[IMAGE] * 16, NEWLINE, *WHICH_DIGIT, NEWLINE, *ANSWER]
+    assert pair.chosen_ids == [*IT_IS_TWO, EOS]
+    assert pair.rejected_ids == [*A_CAT, EOS]
+    assert (pair.id, pair.margin) == ("r", 0.0)
+    assert pair.images == [RED]
+    assert pair.image_hashes == [image_hash(RED)]
+
+
+def test_system_history_and_every_image_stand_in_the_prompt_in_order(llava: Path) -> None:
+    given = record("<image>Which digit?", "It is two.", "<image>and <image>this?", system="describe")
+    pair = encode(llava, given, [RED, BLUE, RED])
+    images = "<image>" * 16 + "\n"
+    assert text_of(llava, pair.prompt_ids) == (
+        f"<s>SYSTEM: describe\nUSER: {images}Which digit?\nASSISTANT: It is two.</s>"
+        f"USER: {images}and {images}this?\nASSISTANT: "
+    )
+    assert pair.images == [RED, BLUE, RED]
+    assert pair.image_hashes == [image_hash(RED), image_hash(BLUE), image_hash(RED)]
+    assert pair.chosen_ids == [*IT_IS_TWO, EOS]
+
+
+def test_the_margin_travels_with_the_pair(llava: Path) -> None:
+    assert encode(llava, record("Which digit?").model_copy(update={"margin": 1.5})).margin == 1.5
+
+
+def test_sft_needs_and_keeps_no_rejected_response(llava: Path) -> None:
+    pair = encode(llava, record("Which digit?", rejected=None), responses="chosen")
+    assert pair.chosen_ids == [*IT_IS_TWO, EOS]
+    assert pair.rejected_ids == []
+
+
+@pytest.mark.parametrize(
+    ("rejected", "label", "chosen_ids", "rejected_ids"),
+    [
+        (None, True, [*IT_IS_TWO, EOS], []),
+        (None, False, [], [*IT_IS_TWO, EOS]),
+        ("a cat", None, [*IT_IS_TWO, EOS], [*A_CAT, EOS]),
+        ("a cat", True, [*IT_IS_TWO, EOS], [*A_CAT, EOS]),
+    ],
+)
+def test_a_labelled_reply_stands_on_the_side_of_its_label_and_a_pair_on_both(
+    llava: Path, rejected: str | None, label: bool | None, chosen_ids: list[int], rejected_ids: list[int]
+) -> None:
+    pair = encode(llava, record("<image>Which digit?", rejected=rejected, label=label), [RED], responses="either")
+    assert (pair.chosen_ids, pair.rejected_ids) == (chosen_ids, rejected_ids)
+    assert pair.prompt_ids == [BOS, *USER, *[IMAGE] * 16, NEWLINE, *WHICH_DIGIT, NEWLINE, *ANSWER]
+
+
+@pytest.mark.parametrize("label", [True, None])
+def test_sft_takes_the_chosen_reply_of_a_pair(llava: Path, label: bool | None) -> None:
+    pair = encode(llava, record("Which digit?", label=label), responses="chosen")
+    assert (pair.chosen_ids, pair.rejected_ids) == ([*IT_IS_TWO, EOS], [])
+
+
+WITHOUT_EOS = TEMPLATE.replace("'</s>' if message['role'] == 'assistant' else ", "")
+WITHOUT_BOS = TEMPLATE.replace("{{ '<s>' if loop.first else '' }}", "")
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, WITHOUT_EOS])
+def test_a_response_ends_with_eos_exactly_once_whatever_the_template_does(variant: Callable[..., Path], template: str) -> None:
+    pair = encode(variant(template=template), record("Which digit?", chosen="It is two.", rejected="a cat"))
+    assert pair.chosen_ids == [*IT_IS_TWO, EOS]
+    assert pair.rejected_ids == [*A_CAT, EOS]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, WITHOUT_BOS])
+def test_a_prompt_begins_with_bos_exactly_once_whoever_adds_it(variant: Callable[..., Path], template: str) -> None:
+    folder = variant(template=template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    pair = encode(folder, record("Which digit?"))
+    assert pair.prompt_ids == [BOS, *USER, *WHICH_DIGIT, NEWLINE, *ANSWER]
+    assert BOS not in [*pair.chosen_ids, *pair.rejected_ids]
+
+
+def test_a_template_that_renders_an_answered_prompt_differently_is_refused(variant: Callable[..., Path]) -> None:
+    folder = variant(template=TEMPLATE.replace("ASSISTANT: {% endif %}", "ASSISTANT: <think>{% endif %}"))
+    with pytest.raises(ValueError) as caught:
+        encode(folder, record("Which digit?"))
+    assert str(caught.value) == (
+        f"The chat template of {folder} renders a prompt differently once it is answered, so it can't be told where "
+        "the answer begins. Prompt: '<s>USER: Which digit?\\nASSISTANT: <think>'; "
+        "with answer: '<s>USER: Which digit?\\nASSISTANT: It is two.</s>'. "
+        "Give the processor a template whose generation prompt is a prefix of the answered conversation."
+    )
+
+
+# Prompt: BOS + 3 + 3 + newline + 5 = 13 ids; the longer response is 6 with EOS.
+LENGTH = 19
+
+
+@pytest.mark.parametrize("strategy", ["delete", "left", "right", "raise"])
+def test_a_record_that_just_fits_is_left_alone(llava: Path, strategy: str) -> None:
+    pair = encode(llava, record("Which digit?"), max_length=LENGTH, truncation_strategy=strategy)
+    assert (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) == (13, 6, 3)
+
+
+@pytest.mark.parametrize(("strategy", "limit"), [("delete", LENGTH - 1), ("left", LENGTH - 1), ("right", 13)])
+def test_a_record_that_is_too_long_and_cannot_be_cut_is_dropped(llava: Path, strategy: str, limit: int) -> None:
+    with pytest.raises(RecordError) as caught:
+        encode(llava, record("Which digit?"), max_length=limit, truncation_strategy=strategy)
+    assert caught.value.reason == "too long"
+    assert str(caught.value) == f"messages: 19 tokens, --max_length is {limit}"
+
+
+def test_raise_stops_the_run_with_what_can_be_done(llava: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        encode(llava, record("Which digit?"), max_length=18, truncation_strategy="raise")
+    assert not isinstance(caught.value, RecordError)
+    assert str(caught.value) == (
+        "Record r has 19 tokens and --max_length is 18. "
+        "Raise --max_length, lower --max_pixels, or choose another --truncation_strategy."
+    )
+
+
+def test_left_drops_the_oldest_rounds_with_their_images_and_keeps_the_system_message(llava: Path) -> None:
+    given = record("<image>one", "two", "<image>three <image>", "four", "<image>five", system="describe")
+    images = [RED, BLUE, noise_image(9, 9), noise_image(8, 8)]
+    whole = encode(llava, given, images)
+    shorter = encode(llava, given, images, max_length=len(whole.prompt_ids) + 5, truncation_strategy="left")
+    mark = "<image>" * 16 + "\n"
+    assert text_of(llava, shorter.prompt_ids) == (
+        f"<s>SYSTEM: describe\nUSER: {mark}three {mark}\nASSISTANT: four</s>USER: {mark}five\nASSISTANT: "
+    )
+    assert shorter.images == images[1:]
+    assert shorter.image_hashes == [image_hash(content) for content in images[1:]]
+    shortest = encode(llava, given, images, max_length=70, truncation_strategy="left")
+    assert text_of(llava, shortest.prompt_ids) == f"<s>SYSTEM: describe\nUSER: {mark}five\nASSISTANT: "
+    assert shortest.images == images[3:]
+    assert shortest.chosen_ids == whole.chosen_ids
+
+
+def test_right_cuts_the_tails_of_the_responses_only(llava: Path) -> None:
+    pair = encode(llava, record("Which digit?"), max_length=15, truncation_strategy="right")
+    assert len(pair.prompt_ids) == 13
+    assert pair.chosen_ids == IT_IS_TWO[:2]
+    assert pair.rejected_ids == A_CAT
+
+
+def test_answers_that_right_makes_identical_are_dropped(llava: Path) -> None:
+    given = record("Which digit?", chosen="It is two.", rejected="It is a cat.")
+    with pytest.raises(RecordError) as caught:
+        encode(llava, given, max_length=16, truncation_strategy="right")
+    assert caught.value.reason == "identical answers"
+    assert str(caught.value) == "rejected: the answers are the same after the cut to 16 tokens"
+    assert encode(llava, given, max_length=16, truncation_strategy="right", responses="chosen").chosen_ids == [44, 87, 271]
+
+
+@pytest.mark.parametrize(("label", "side"), [(True, "chosen"), (False, "rejected")])
+@pytest.mark.parametrize("strategy", ["delete", "left", "right", "raise"])
+def test_a_single_reply_counts_and_is_cut_like_the_side_it_stands_on(
+    llava: Path, strategy: str, label: bool, side: str
+) -> None:
+    given = record("one?", "two", "Which digit?", rejected=None, label=label)
+    whole = encode(llava, given, responses="either")
+    length = whole.num_tokens
+    assert length == len(whole.prompt_ids) + 6
+    assert encode(llava, given, responses="either", max_length=length, truncation_strategy=strategy) == whole
+
+    def cut() -> EncodedPair:
+        return encode(llava, given, responses="either", max_length=length - 1, truncation_strategy=strategy)
+
+    match strategy:
+        case "left":
+            assert cut() == encode(llava, record("Which digit?", rejected=None, label=label), responses="either")
+        case "right":
+            shorter = vars(cut())
+            assert shorter[f"{side}_ids"] == IT_IS_TWO  # the end mark is what goes
+            assert shorter == vars(whole) | {f"{side}_ids": IT_IS_TWO}
+        case _:
+            with pytest.raises(ValueError) as caught:
+                cut()
+            assert str(caught.value).startswith(
+                f"messages: {length} tokens" if strategy == "delete" else f"Record r has {length} tokens"
+            )
+
+
+@pytest.mark.parametrize(("responses", "length"), [("both", LENGTH), ("either", LENGTH), ("chosen", 16)])
+def test_the_longest_reply_that_a_row_holds_counts_for_max_length(llava: Path, responses: str, length: int) -> None:
+    given = record("Which digit?", chosen="a cat", rejected="It is two.")  # 3 and 6 ids; the prompt has 13
+    encode(llava, given, responses=responses, max_length=length)
+    with pytest.raises(RecordError) as caught:
+        encode(llava, given, responses=responses, max_length=length - 1)
+    assert str(caught.value) == f"messages: {length} tokens, --max_length is {length - 1}"
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_an_answer_that_holds_the_end_mark_is_dropped(llava: Path, side: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        encode(llava, record("Which digit?", **{side: "It is </s> two."}))
+    assert caught.value.reason == "end mark in answer"
+    assert str(caught.value) == f"{side}: an answer holds </s>, which would end it early"
+
+
+def test_a_fault_of_a_single_bad_reply_is_told_of_its_side(llava: Path) -> None:
+    with pytest.raises(RecordError) as caught:
+        encode(llava, record("Which digit?", chosen="It is </s> two.", rejected=None, label=False), responses="either")
+    assert str(caught.value) == "rejected: an answer holds </s>, which would end it early"
+
+
+def test_a_processor_whose_patch_size_does_not_fit_the_model_is_found_out(variant: Callable[..., Path]) -> None:
+    folder = variant(file="processor_config.json", patch_size=14)
+    with pytest.raises(RecordError) as caught:
+        encode(folder, record("<image>Which digit?"), [RED])
+    assert caught.value.reason == "image token mismatch"
+    assert str(caught.value) == (
+        "images: 4 image tokens in the prompt, but the model makes 16 features of the 1 images; "
+        "the processor's settings (patch_size, vision_feature_select_strategy) don't fit the model"
+    )
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_the_batch_sees_images_at_the_size_that_the_encoder_counted(model_folder: Callable[..., Path], family: str) -> None:
+    big = noise_image(120, 90)
+    counts = set()
+    for max_pixels in (None, 30 * 30, 3000):
+        spec = EncoderSpec(str(model_folder(family)), responses="both", max_pixels=max_pixels)
+        pair = Encoder(spec).encode(record("<image>Which digit?"), [big])
+        images = image_processing(spec)([big], [True])
+        count = pair.prompt_ids.count(IMAGE)
+        assert images.lengths == (count,)
+        counts.add((count, float(images.tensors["pixel_values"].sum())))
+    assert len(counts) == 3
+
+
+def test_the_fingerprint_depends_on_contents_and_settings_but_not_on_the_folder(
+    llava: Path, variant: Callable[..., Path]
+) -> None:
+    spec = EncoderSpec(str(llava), responses="both")
+    same = [
+        spec,
+        dataclasses.replace(spec, model=str(variant())),
+        dataclasses.replace(spec, model=str(variant(file="config.json", transformers_version="5.99.0", dtype="bfloat16"))),
+    ]
+    assert len({s.fingerprint() for s in same}) == 1
+    more_tokens = variant()
+    tokenizer = AutoTokenizer.from_pretrained(more_tokens)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(more_tokens)
+    folders = [
+        more_tokens,
+        variant(template=TEMPLATE + " "),
+        variant(file="config.json", image_token_index=4),
+        variant(file="processor_config.json", patch_size=14),
+    ]
+    others = [
+        *(dataclasses.replace(spec, model=str(folder)) for folder in folders),
+        dataclasses.replace(spec, max_length=1024),
+        dataclasses.replace(spec, max_pixels=1000),
+        dataclasses.replace(spec, responses="chosen"),
+        dataclasses.replace(spec, responses="either"),
+        dataclasses.replace(spec, truncation_strategy="left"),
+    ]
+    assert len({s.fingerprint() for s in (spec, *others)}) == 1 + len(others)
+
+
+def test_a_spec_pickles_without_its_processor(llava: Path) -> None:
+    spec = EncoderSpec(str(llava), responses="both", max_pixels=500)
+    fingerprint = spec.fingerprint()
+    packed = pickle.dumps(spec)
+    assert len(packed) < 1000
+    assert pickle.loads(packed) == spec
+    assert pickle.loads(packed).fingerprint() == fingerprint

@@ -1,0 +1,489 @@
+"""Images from every kind of reference, and the hostile ones: escapes, bombs, halves, garbage, private addresses."""
+
+import base64
+import contextlib
+import http.server
+import io
+import os
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from rayalign.formats.records import RecordError
+from rayalign.images import fetch as fetching
+from rayalign.images import urls
+from rayalign.images.fetch import fetch_image, image_hash, open_image
+from rayalign.storage import Store
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def two_pixels() -> Image.Image:
+    """2 x 1: red, blue."""
+    image = Image.new("RGB", (2, 1), RED)
+    image.putpixel((1, 0), BLUE)
+    return image
+
+
+PNG = encode(Image.radial_gradient("L").resize((32, 32)))
+PNG_BASE64 = base64.b64encode(PNG).decode()
+
+
+def fetch(ref: str | bytes, folder: Path, *, image_root: Path | None = None, allow_urls: bool = False) -> bytes:
+    root = Store.at(str(image_root)) if image_root else None
+    return fetch_image(ref, folder=Store.at(str(folder)), image_root=root, allow_urls=allow_urls)
+
+
+def failure(ref: str | bytes, folder: Path, **options: Any) -> RecordError:
+    with pytest.raises(RecordError) as caught:
+        fetch(ref, folder, **options)
+    assert caught.value.field == "images"
+    return caught.value
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "a.png").write_bytes(PNG)
+    (tmp_path / "secret.png").write_bytes(PNG)
+    return tmp_path / "data"
+
+
+def test_every_kind_of_reference_gives_the_bytes(folder: Path) -> None:
+    refs: list[str | bytes] = [
+        PNG,
+        "images/a.png",
+        str(folder / "images" / "a.png"),
+        f"file://{folder}/images/a.png",
+        "images/../images/a.png",
+        f"data:image/png;base64,{PNG_BASE64}",
+        PNG_BASE64,
+        PNG_BASE64.rstrip("="),
+    ]
+    assert [fetch(ref, folder) == PNG for ref in refs] == [True] * len(refs)
+
+
+def test_relative_paths_start_from_image_root_and_absolute_ones_may_lie_in_either(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "b.png").write_bytes(b"b")
+    assert fetch("b.png", folder, image_root=root) == b"b"
+    assert fetch(str(root / "b.png"), folder, image_root=root) == b"b"
+    assert fetch(str(folder / "images" / "a.png"), folder, image_root=root) == PNG
+    assert failure("images/a.png", folder, image_root=root).reason == "image missing"
+
+
+def test_links_inside_the_folder_are_followed(folder: Path) -> None:
+    (folder / "link.png").symlink_to("images/a.png")
+    assert fetch("link.png", folder) == PNG
+
+
+def test_a_data_set_folder_that_is_a_link_holds_its_images(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(folder)
+    assert fetch("images/a.png", tmp_path / "alias") == PNG
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "../secret.png",
+        "images/../../secret.png",
+        "{}/secret.png",
+        "file://{}/secret.png",
+        "/etc/passwd",
+        "~/x/../../../../etc/passwd",
+    ],
+)
+def test_a_path_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, ref: str) -> None:
+    error = failure(ref.replace("{}", str(tmp_path)), folder)
+    assert error.reason == "image outside root"
+    assert str(error).endswith(f"leads out of {folder}; pass --image_root with the folder that holds the images")
+
+
+def test_a_path_into_a_sibling_whose_name_starts_alike_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data2").mkdir()
+    (tmp_path / "data2" / "a.png").write_bytes(PNG)
+    assert failure("../data2/a.png", folder).reason == "image outside root"
+
+
+def test_a_deep_chain_of_links_can_not_escape(folder: Path, tmp_path: Path) -> None:
+    deep = folder / "1" / "2" / "3"
+    deep.mkdir(parents=True)
+    (deep / "up").symlink_to("../../..")
+    (deep / "out").symlink_to("up/..")
+    (folder / "innocent.png").symlink_to("1/2/3/out/secret.png")
+    assert failure("innocent.png", folder).reason == "image outside root"
+    assert failure("1/2/3/out/secret.png", folder).reason == "image outside root"
+
+
+def test_a_loop_of_links_is_a_missing_image(folder: Path) -> None:
+    (folder / "loop.png").symlink_to("loop.png")
+    assert failure("loop.png", folder).reason == "image missing"
+
+
+@pytest.mark.parametrize(
+    "ref", ["none.png", "images", "images/a.png/b.png", "", "a\0b.png", "\ud800.png", "x" * 5000, "x/" * 5000]
+)
+def test_what_is_no_file_is_a_missing_image(folder: Path, ref: str) -> None:
+    assert failure(ref, folder).reason == "image missing"
+
+
+def test_a_pipe_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+    assert str(failure("pipe.png", folder)) == "images: pipe.png: not a file"
+
+
+def test_a_missing_image_is_named(folder: Path) -> None:
+    assert str(failure("none.png", folder)) == "images: none.png: No such file or directory"
+
+
+def test_an_image_without_bytes_is_unreadable(folder: Path) -> None:
+    (folder / "empty.png").touch()
+    assert (
+        failure("empty.png", folder).reason
+        == failure(b"", folder).reason
+        == failure("data:;base64,", folder).reason
+        == "image unreadable"
+    )
+
+
+def test_images_of_too_many_bytes_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "MAX_IMAGE_BYTES", len(PNG) - 1)
+    for ref in (PNG, "images/a.png", PNG_BASE64, f"data:image/png;base64,{PNG_BASE64}"):
+        assert failure(ref, folder).reason == "image too large"
+
+
+@pytest.mark.parametrize(
+    "ref", ["data:image/png;base64,%%%", "data:image/png,abc", "data:", "data:image/png;base64,é", PNG_BASE64 + "!"]
+)
+def test_base64_garbage_is_unreadable(folder: Path, ref: str) -> None:
+    assert failure(ref, folder).reason == "image unreadable"
+
+
+def test_base64_of_no_image_is_a_missing_path(folder: Path) -> None:
+    assert failure(base64.b64encode(b"x" * 500).decode(), folder).reason == "image missing"
+
+
+@pytest.mark.parametrize(
+    "ref", ["s3://bucket/a.png?endpoint_override=localhost:9", "gs://key@bucket/a.png", "ftp://host/a.png", "hf://x/a.png"]
+)
+def test_urls_with_options_credentials_or_unknown_schemes_are_refused(folder: Path, ref: str) -> None:
+    assert failure(ref, folder).reason == "image URL refused"
+
+
+@pytest.mark.parametrize("ref", ["../a.png", "x/../../a.png"])
+def test_a_remote_folder_is_not_left(ref: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        fetch_image(ref, folder=Store("s3://bucket/data"), image_root=None, allow_urls=False)
+    assert caught.value.reason == "image outside root"
+
+
+def test_web_urls_are_off_by_default(folder: Path) -> None:
+    assert str(failure("http://host/a.png", folder)) == "images: http://host/a.png: pass --allow_image_urls true to fetch it"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server: Any = self.server
+        server.seen.append((self.headers["Host"], self.path))
+        status, headers, body = server.answers.get(self.path, (404, {}, b""))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """A web server on the loopback address; `answers` maps a path to (status, headers, body), `seen` lists the requests."""
+    server: Any = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    server.answers, server.seen = {"/a.png": (200, {}, PNG)}, []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def public(server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The server under the name example.org, as if it had a public address; other names resolve as the test says."""
+    server.hosts = {"example.org": ["93.184.216.34"]}
+    connect = socket.create_connection
+
+    def resolve(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in server.hosts.get(host, [host])]
+
+    def connect_here(address: tuple[str, int], **options: Any) -> socket.socket:
+        assert address[0] == "93.184.216.34"
+        return connect(server.server_address, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "create_connection", connect_here)
+    return server
+
+
+PRIVATE_HOSTS = [
+    "127.0.0.1",
+    "localhost",
+    "[::1]",
+    "0.0.0.0",
+    "2130706433",
+    "[::ffff:127.0.0.1]",
+    "169.254.169.254",
+    "10.0.0.1",
+    "[fe80::1]",
+    "[64:ff9b::7f00:1]",
+    "224.0.0.1",
+]
+
+
+@pytest.mark.parametrize("host", PRIVATE_HOSTS)
+def test_private_addresses_are_refused_without_a_connection(
+    folder: Path, server: Any, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("a connection was tried"))
+    error = failure(f"http://{host}:{server.server_port}/a.png", folder, allow_urls=True)
+    assert error.reason == "image URL refused"
+    assert str(error).endswith("which is no public address")
+    assert server.seen == []
+
+
+def test_a_name_with_one_private_address_is_refused(folder: Path, public: Any) -> None:
+    public.hosts["example.org"].append("192.168.0.7")
+    error = failure("http://example.org/a.png", folder, allow_urls=True)
+    assert str(error) == "images: example.org is 192.168.0.7, which is no public address"
+    assert public.seen == []
+
+
+def test_an_image_of_a_public_address_is_fetched_from_the_address_that_was_checked(folder: Path, public: Any) -> None:
+    public.answers["/a%20b.png?x=1"] = (200, {"Content-Length": str(len(PNG))}, PNG)
+    assert fetch("http://example.org/a.png", folder, allow_urls=True) == PNG
+    assert fetch("http://example.org:8080/a b.png?x=1", folder, allow_urls=True) == PNG
+    assert public.seen == [("example.org", "/a.png"), ("example.org:8080", "/a%20b.png?x=1")]
+
+
+def test_redirects_are_followed_and_each_is_checked(folder: Path, public: Any) -> None:
+    public.answers["/1"] = (302, {"Location": "/a.png"}, b"")
+    assert fetch("http://example.org/1", folder, allow_urls=True) == PNG
+    for target in (
+        "http://127.0.0.1/x",
+        "http://[::1]/x",
+        "file:///etc/passwd",
+        "http://user@example.org/x",
+        "http://@example.org/",
+    ):
+        public.answers["/2"] = (301, {"Location": target}, b"")
+        assert failure("http://example.org/2", folder, allow_urls=True).reason == "image URL refused"
+    public.answers["/3"] = (307, {"Location": "/3"}, b"")
+    assert (
+        str(failure("http://example.org/3", folder, allow_urls=True)) == "images: http://example.org/3: more than 5 redirects"
+    )
+
+
+def test_answers_without_an_image_say_why(folder: Path, public: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    public.answers["/500"] = (500, {}, b"")
+    public.answers["/cut"] = (200, {"Content-Length": "999"}, b"x")
+    public.answers["/big"] = (200, {}, b"x" * 200_000)
+    monkeypatch.setattr(fetching, "MAX_IMAGE_BYTES", 100_000)
+    found = [failure(f"http://example.org/{path}", folder, allow_urls=True) for path in ("none", "500", "cut", "big")]
+    assert [error.reason for error in found] == ["image missing", "image URL failed", "image URL failed", "image too large"]
+    assert str(found[2]) == "images: http://example.org/cut: cut off after 1 bytes"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http://[",
+        "http://example.org:99999999/",
+        "http://a..b/",
+        "http://example.org/\r\nX: y",
+        "https://u@example.org/",
+    ],
+)
+def test_broken_urls_are_errors_of_their_record(folder: Path, public: Any, url: str) -> None:
+    assert failure(url, folder, allow_urls=True).reason in ("image URL refused", "image URL failed", "image missing")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"HTTP/1.1 200 OK\r\nX: ",
+        b"HTTP/1.0 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3e7\r\n",
+    ],
+)
+def test_a_server_that_drips_is_hung_up_on(folder: Path, monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
+    monkeypatch.setattr(urls, "TOTAL_SECONDS", 0.2)
+    connect = socket.create_connection
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here = {"example.org": "93.184.216.34"}
+        monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, *_, **__: [(2, 1, 6, "", (here.get(host, host), port))])
+        monkeypatch.setattr(socket, "create_connection", lambda _, **options: connect(listener.getsockname(), **options))
+        done = threading.Event()
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1000)
+                connection.sendall(start)
+                for _ in range(200):
+                    connection.sendall(b"x")
+                    if done.wait(0.02):
+                        return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        began = time.monotonic()
+        assert failure("http://example.org/a.png", folder, allow_urls=True).reason == "image URL failed"
+        assert time.monotonic() - began < 2
+        done.set()
+        thread.join()
+
+
+def test_an_image_becomes_rgb() -> None:
+    for image in (two_pixels(), two_pixels().convert("P"), two_pixels().convert("RGBA")):
+        for format in ("PNG", "GIF", "TIFF", "WEBP") if image.mode != "P" else ("PNG", "GIF", "TIFF"):
+            opened = open_image(encode(image, format, **({"lossless": True} if format == "WEBP" else {})))
+            assert (opened.mode, opened.getpixel((0, 0)), opened.getpixel((1, 0))) == ("RGB", RED, BLUE)
+    assert open_image(encode(two_pixels(), "BMP")).getpixel((1, 0)) == BLUE
+    assert open_image(encode(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG")).getpixel((0, 0)) == WHITE
+
+
+def test_transparency_shows_white() -> None:
+    rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    rgba.putpixel((1, 0), (*BLUE, 255))
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([*RED, *BLUE])
+    palette.putpixel((1, 0), 1)
+    for content in (
+        encode(rgba),
+        encode(palette, transparency=0),
+        encode(palette, transparency=b"\0\xff"),
+        encode(palette, "GIF", transparency=0),
+    ):
+        opened = open_image(content)
+        assert (opened.getpixel((0, 0)), opened.getpixel((1, 0))) == (WHITE, BLUE)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    image = Image.new("I;16", (2, 1), 0x8000)
+    assert open_image(encode(image)).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("format", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})]
+)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(format: str, options: dict[str, Any], orientation: int) -> None:
+    upright = Image.new("RGB", (32, 16), "white")
+    upright.paste((0, 0, 0), (0, 0, 8, 8))  # a black corner, top left
+    back = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}.get(orientation, fetching.TURNS.get(orientation))
+    stored = upright.transpose(back) if back is not None else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    opened = open_image(encode(stored, format, exif=exif, **options))
+    assert opened.size == (32, 16)
+    dark = [sum(opened.getpixel(corner)) < 100 for corner in ((2, 2), (29, 2), (2, 13), (29, 13))]  # type: ignore[arg-type]
+    assert dark == [True, False, False, False]
+
+
+def test_only_the_first_frame_of_an_animation_is_seen() -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in (RED, BLUE, WHITE)]
+    for format, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+        opened = open_image(encode(frames[0], format, save_all=True, append_images=frames[1:], **options))
+        assert (opened.size, opened.getpixel((0, 0))) == ((4, 4), RED)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a PNG that claims to be large."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(bytes(1000))
+    chunks = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, data))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 10**9), (10**9, 1), (2**31 - 1, 2**31 - 1), (10_000, 10_000), (fetching.MAX_IMAGE_PIXELS + 1, 1)]
+)
+def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
+    with pytest.raises(RecordError) as caught:
+        open_image(png_header(*size))
+    assert caught.value.reason == "image too large"
+
+
+HALF = encode(Image.effect_noise((64, 64), 50))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 100,
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        HALF[: len(HALF) // 2],
+        HALF[:20],
+        encode(Image.effect_noise((64, 64), 50), "JPEG")[:900],
+        encode(Image.effect_noise((64, 64), 50), "GIF")[:900],
+        encode(Image.effect_noise((64, 64), 50).convert("RGB"), "WEBP")[:900],
+        encode(Image.effect_noise((64, 64), 50), "BMP")[:900],
+        encode(Image.new("F", (4, 4)), "TIFF"),
+        encode(two_pixels(), "PPM"),
+        encode(two_pixels(), "ICO", sizes=[(2, 1)]),
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n",
+    ],
+)
+def test_broken_bytes_and_other_formats_are_unreadable(content: bytes) -> None:
+    with pytest.raises(
+        RecordError, match=f"^images: {len(content)} bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image: "
+    ) as caught:
+        open_image(content)
+    assert caught.value.reason == "image unreadable"
+
+
+def test_every_cut_of_a_png_is_an_error_of_its_record_or_an_image() -> None:
+    for length in range(len(PNG)):
+        with contextlib.suppress(RecordError):
+            open_image(PNG[:length])
+
+
+@pytest.mark.parametrize(
+    ("size", "max_pixels", "shrunk"),
+    [
+        ((100, 50), None, (100, 50)),
+        ((100, 50), 5000, (100, 50)),
+        ((100, 50), 4999, (99, 49)),
+        ((100, 50), 1250, (50, 25)),
+        ((1000, 1), 100, (100, 1)),
+        ((1, 1000), 100, (1, 100)),
+        ((30, 40), 1, (1, 1)),
+    ],
+)
+def test_max_pixels_shrinks_and_keeps_the_shape(size: tuple[int, int], max_pixels: int | None, shrunk: tuple[int, int]) -> None:
+    assert open_image(encode(Image.new("RGB", size)), max_pixels=max_pixels).size == shrunk
+
+
+def test_the_hash_names_the_bytes() -> None:
+    assert image_hash(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
+    assert image_hash(b"abd") != image_hash(b"abc")
