@@ -1,7 +1,7 @@
 """One DPO step of a 7B LLaVA-NeXT on a GPU: pairs per second, the share of the card's peak, and memory, against TRL's step.
 
     python benchmarks/gpu.py                                  # some minutes on a card of 80 GB; --layers 16 for 24 GB
-    python benchmarks/gpu.py --device cpu --shape tiny        # a rehearsal without a GPU, under a minute
+    python benchmarks/gpu.py --device cpu --shape tiny        # a dry_run without a GPU, under a minute
 
 Needs no Ray and nothing from a model hub: weights, token ids and pictures are random. All ways to compute the step share one
 model and one adapter, and their losses and gradients are compared before anything is timed: first in float32, in a model of the
@@ -53,7 +53,7 @@ from rayalign.config.sections import ModelConfig, OptimizerConfig
 from rayalign.data.batch import PairBatch
 from rayalign.data.store import EncodedPair
 from rayalign.estimate.architecture import Blueprint
-from rayalign.estimate.dry_run import Rehearsal
+from rayalign.estimate.dry_run import DryRun
 from rayalign.estimate.flops import Polynomial
 from rayalign.estimate.meter import CPU_FLOPS, Meter, tensors_of
 from rayalign.estimate.passes import Pass
@@ -226,9 +226,9 @@ class Needed:
     def __init__(self, config: Any) -> None:
         source = ModelSource("")
         blueprint = Blueprint(config, source, ModelConfig(gradient_checkpointing=False), TUNER, ALGORITHM.needs)
-        rehearsal = Rehearsal(blueprint)
+        dry_run = DryRun(blueprint)
         skeleton = blueprint.build()
-        self._read, self._train = Polynomial.of(rehearsal, Pass()), Polynomial.of(rehearsal, Pass(trains=True))
+        self._read, self._train = Polynomial.of(dry_run, Pass()), Polynomial.of(dry_run, Pass(trains=True))
         self._head = 2.0 * skeleton.head.numel()
         self._vision = VisionCosts(skeleton, config)
         self._process = image_processing(config)
@@ -460,7 +460,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("There is no GPU here. A rehearsal without one: --device cpu --shape tiny")
+        parser.error("There is no GPU here. A dry_run without one: --device cpu --shape tiny")
     arguments.rounds = arguments.rounds or (2 if arguments.shape == "tiny" else 5)
     arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     arguments.peak_tflops = arguments.peak_tflops or peak_tflops_of(torch.device(arguments.device))

@@ -20,7 +20,7 @@ import rayalign.models
 from rayalign.algorithms import DPO
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.batch import assemble
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.images.fetch import image_hash, open_image
 from rayalign.models.family import ImageInputs, RowLayout
@@ -198,7 +198,7 @@ class Bench:
         """Puts a batch of these pairs on the device, for both sides, and the reference's log-probabilities of it."""
         self.pairs = pairs
         tokens = (sum(len(ids) for ids in side) for side in ([p.chosen_ids for p in pairs], [p.rejected_ids for p in pairs]))
-        self.totals = StepTotals(len(pairs), 2 * len(pairs), *tokens)
+        self.counts = StepCounts(len(pairs), 2 * len(pairs), *tokens)
         layout = RowLayout(pad_token_id=PAD_ID, image_token_id=self.config.image_token_id)
         self.on_host = assemble(pairs, layout=layout, process_images=image_processing(self.config))
         self.trl_batch = {name: value.to(self.device) for name, value in trl_batch(pairs, self.on_host.image_inputs).items()}
@@ -239,7 +239,7 @@ class Bench:
             if self.way.side == "trl":
                 loss: Tensor = self.trainer.compute_loss(self.model, dict(self.trl_batch))
             else:
-                loss = ALGORITHM.step(self.policy, self.batches[self.way.reference], self.totals).loss_share
+                loss = ALGORITHM.loss(self.policy, self.batches[self.way.reference], self.counts).loss
         loss.backward()
         return loss.detach()
 

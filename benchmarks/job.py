@@ -116,7 +116,7 @@ def write_records(folder: Path, *, pairs: int, words: tuple[int, int], seed: int
     vocabulary = sorted(set(SENTENCE.split()))
     halves = vocabulary[::2], vocabulary[1::2]
 
-    def reply(own: int) -> list[dict[str, str]]:
+    def response(own: int) -> list[dict[str, str]]:
         from_own = generator.random(generator.integers(words[0], words[1] + 1)) < CHOSEN_SHARE
         text = " ".join(str(generator.choice(halves[own if is_own else 1 - own])) for is_own in from_own)
         return [{"role": "assistant", "content": text}]
@@ -127,7 +127,7 @@ def write_records(folder: Path, *, pairs: int, words: tuple[int, int], seed: int
         photo = f"photos/{number}.jpg"
         draw_photo(generator).save(folder / photo, quality=85)
         prompt = [{"role": "user", "content": QUESTION}]
-        lines.append(json.dumps({"images": [photo], "prompt": prompt, "chosen": reply(0), "rejected": reply(1)}))
+        lines.append(json.dumps({"images": [photo], "prompt": prompt, "chosen": response(0), "rejected": response(1)}))
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "pairs.jsonl"
 

@@ -6,7 +6,7 @@
 Both run `rayalign.training.loop.run_steps` on the same prepared pairs in the same order, each in a new process, with one
 thread for the model and batches made a few ahead. Runs alternate, bare, Ray, bare, Ray, bare: a Ray run is compared with the
 two bare ones around it, and what bare ones differ by among themselves says how small a cost can be seen. What differs is Ray:
-its processes beside the worker, Ray Data's look-ups instead of plain reads, torch.distributed. Start-up is not in these
+its processes beside the worker, Ray Data's fetches instead of plain reads, torch.distributed. Start-up is not in these
 figures.
 """
 
@@ -41,12 +41,12 @@ from rayalign.algorithms import DPO
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.data.batch import PairBatch
 from rayalign.data.prepare import RunData
-from rayalign.data.sampler import StepPlan
+from rayalign.data.sampler import StepSampler
 from rayalign.data.store import from_batch
-from rayalign.data.stream import ahead, batch_maker, plan_of
+from rayalign.data.stream import ahead, batch_maker, sampler_of
 from rayalign.policy.loading import load_policy
 from rayalign.storage import Store
-from rayalign.training.driver import POLL_SECONDS, fit, prepare_run, settle_cluster, start_ray
+from rayalign.training.driver import POLL_SECONDS, fit, prepare_run, resolve_cluster, start_ray
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import read_metrics
 
@@ -102,7 +102,7 @@ def through_ray(config: Config, data: RunData, *, name: str) -> tuple[Lines, flo
     run = dataclasses.replace(config.run, output_dir=output)
     with own_cluster(config):
         watch = Watch(Path(output) / "metrics.jsonl")
-        fit(settle_cluster(dataclasses.replace(config, run=run)), data)
+        fit(resolve_cluster(dataclasses.replace(config, run=run)), data)
         watch.stop()
     lines = read_metrics(Store.at(output) / "metrics.jsonl")
     return [{**line, "cpu_seconds": watch.of_worker[int(line["step"])]} for line in lines], watch.cores_beside
@@ -175,7 +175,7 @@ def run_bare(config: Config, data: RunData, barrier: threading.Barrier) -> Lines
     os.nice(RAY_NICENESS)
     quiet_libraries()
     torch.set_num_threads(1)
-    plan = plan_of(config, data)
+    plan = sampler_of(config, data)
     policy = load_policy(
         data.source,
         model=config.model,
@@ -196,7 +196,7 @@ def run_bare(config: Config, data: RunData, barrier: threading.Barrier) -> Lines
     return lines
 
 
-def batches(plan: StepPlan, data: RunData) -> Iterator[tuple[int, PairBatch]]:
+def batches(plan: StepSampler, data: RunData) -> Iterator[tuple[int, PairBatch]]:
     reader, make_batch = data.training.reader(), batch_maker(data.spec)
     for step in range(plan.num_steps):
         for rows in plan.micro_batches(step, rank=0):

@@ -45,7 +45,7 @@ def measure(name: str, rounds: int, device: torch.device) -> list[str]:
     stored = replace(side.batch, reference_logps=torch.tensor(flat, device=device))
 
     def step_with_stored() -> Tensor:
-        loss = side.algorithm.step(side.policy, stored, side.totals).loss_share
+        loss = side.algorithm.loss(side.policy, stored, side.counts).loss
         loss.backward()
         return loss.detach()
 

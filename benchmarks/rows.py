@@ -31,7 +31,7 @@ from synthetic import save_model
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import config_from_mapping
-from rayalign.data.stream import plan_of
+from rayalign.data.stream import sampler_of
 from rayalign.training.driver import prepare_run
 
 BATCH_SIZE = 4
@@ -101,7 +101,7 @@ def main() -> None:
             assert data.training.num_rows == arguments.pairs
             encoding.append({"rows": arguments.pairs / taken, "megabytes": photo_bytes / 1e6 / taken})
             sides = {
-                "rayalign": (batch.num_pairs for _, batch in batches(plan_of(config, data), data)),
+                "rayalign": (batch.num_pairs for _, batch in batches(sampler_of(config, data), data)),
                 "trl": trl_batches(model, records),
             }
             for name, numbers in sorted(sides.items(), reverse=number % 2 == 1):

@@ -54,7 +54,7 @@ class Rayalign:
         from rayalign.config.sections import ModelConfig, TunerConfig
         from rayalign.data.batch import assemble
         from rayalign.data.encode import Encoder, EncoderSpec, image_processing
-        from rayalign.data.sampler import StepTotals
+        from rayalign.data.sampler import StepCounts
         from rayalign.formats.records import Message, build_record
         from rayalign.models.source import ModelSource
         from rayalign.policy.loading import load_policy
@@ -74,7 +74,7 @@ class Rayalign:
             record = build_record(id=str(i), messages=question, images=images, chosen=pair.chosen, rejected=pair.rejected)
             self.encoded.append(encoder.encode(record, images))
         self.batch = assemble(self.encoded, layout=spec.layout, process_images=image_processing(spec)).to(job.device)
-        self.totals = StepTotals(
+        self.counts = StepCounts(
             pairs=len(self.encoded),
             responses=2 * len(self.encoded),
             chosen_tokens=sum(len(p.chosen_ids) for p in self.encoded),
@@ -103,7 +103,7 @@ class Rayalign:
         return other
 
     def step(self) -> Tensor:
-        loss = self.algorithm.step(self.policy, self.batch, self.totals).loss_share
+        loss = self.algorithm.loss(self.policy, self.batch, self.counts).loss
         loss.backward()
         return loss.detach()
 

@@ -26,10 +26,10 @@ from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig, OptimizerConfig, PlanConfig, TunerConfig
 from rayalign.data.batch import assemble
 from rayalign.data.encode import Encoder, EncoderSpec, image_processing
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.estimate.architecture import Blueprint
-from rayalign.estimate.estimate import Findings
+from rayalign.estimate.estimate import Estimate
 from rayalign.estimate.lengths import ImageLook
 from rayalign.estimate.meter import CPU_FLOPS, Meter, tensors_of
 from rayalign.estimate.shapes import DataShapes, PairShape
@@ -67,7 +67,7 @@ def encode(spec: EncoderSpec, raw: Sequence[RawPair]) -> list[EncodedPair]:
     return pairs
 
 
-def foretell(spec: EncoderSpec, config: Config, pairs: Sequence[EncodedPair]) -> Findings:
+def foretell(spec: EncoderSpec, config: Config, pairs: Sequence[EncodedPair]) -> Estimate:
     blueprint = Blueprint(spec.model_config, ModelSource(spec.model), config.model, config.tuner, config.algorithm.needs)
     look = ImageLook(
         lambda image: process_images(spec.processor, spec.family, spec.model_config, [image], alone=[True]).tensors,
@@ -85,7 +85,7 @@ def foretell(spec: EncoderSpec, config: Config, pairs: Sequence[EncodedPair]) ->
         )
         for pair in pairs
     )
-    return Findings(config, PlanConfig(), blueprint, DataShapes(shapes, len(shapes), 0, 0, ""), "", "")
+    return Estimate(config, PlanConfig(), blueprint, DataShapes(shapes, len(shapes), 0, 0, ""), "", "")
 
 
 def measure(spec: EncoderSpec, config: Config, pairs: Sequence[EncodedPair]) -> dict[str, float]:
@@ -96,20 +96,20 @@ def measure(spec: EncoderSpec, config: Config, pairs: Sequence[EncodedPair]) -> 
     )
     trainer = Trainer(policy, config.algorithm, config.optimizer, num_steps=2)
     sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    totals = StepTotals(len(pairs), len(sides), sum(sides[::2]), sum(sides[1::2]))
+    counts = StepCounts(len(pairs), len(sides), sum(sides[::2]), sum(sides[1::2]))
     batch = assemble(pairs, layout=spec.layout, process_images=image_processing(spec))
-    trainer.gradients([batch], totals)
+    trainer.gradients([batch], counts)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = resident("VmRSS")
-    trainer.gradients([batch], totals)
+    trainer.gradients([batch], counts)
     by_process = resident("VmHWM") - before
     with Meter([*tensors_of(policy.model), *batch.image_inputs.values()]) as meter:
-        trainer.gradients([batch], totals)
+        trainer.gradients([batch], counts)
     counter = FlopCounterMode(display=False, custom_mapping=CPU_FLOPS)
     with counter:
-        trainer.gradients([batch], totals)
+        trainer.gradients([batch], counts)
     return {"tensors": meter.peak / 2**20, "process": by_process / 2**20, "gflop": counter.get_total_flops() / 1e9}
 
 

@@ -204,38 +204,38 @@ def timed(side: Side) -> dict[str, float]:
 
 
 def serve(name: str, folder: Path, *, threads: int) -> None:
-    """Makes a side and does what lines on stdin say, with a line of JSON in reply to each, until there are no more."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the replies
+    """Makes a side and does what lines on stdin say, with a line of JSON in response to each, until there are no more."""
+    responses = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the responses
     torch.set_num_threads(threads)
 
     def answer(side: Side) -> None:
         for line in sys.stdin:
             request, _, file = line.strip().partition(" ")
-            reply: Any = None
+            response: Any = None
             match request:
                 case "facts":
                     versions = {package: importlib.metadata.version(package) for package in PACKAGES[name]}
                     parameters = sum(p.numel() for p in side.model.parameters())
                     trained = sum(p.numel() for p in adapter(side.model).values())
-                    reply = {"versions": versions, "threads": torch.get_num_threads(), "parameters": parameters - trained}
+                    response = {"versions": versions, "threads": torch.get_num_threads(), "parameters": parameters - trained}
                 case "rows":
-                    reply = side.rows()
+                    response = side.rows()
                 case "draw":
                     draw_adapter(side.model)
                     save_file({n: p.detach().contiguous() for n, p in adapter(side.model).items()}, file)
                 case "load":
                     load_adapter(side.model, file)
                 case "step":
-                    reply = timed(side)
+                    response = timed(side)
                 case "gradients":
                     save_file({n: p.grad.contiguous() for n, p in adapter(side.model).items()}, file)
                 case "memory":
-                    reply = peak_of_steps(side, CPU)
+                    response = peak_of_steps(side, CPU)
                 case _:
                     raise ValueError(f"no such request: {line!r}")
-            replies.write(json.dumps(reply) + "\n")
-            replies.flush()
+            responses.write(json.dumps(response) + "\n")
+            responses.flush()
 
     STARTS[name](folder, answer)
 
@@ -267,7 +267,7 @@ class Process:
         self._process.communicate()  # the end of the requests ends it
 
     def ask(self, request: str) -> Any:
-        """The reply to one request; raises SystemExit where the process has come to an end."""
+        """The response to one request; raises SystemExit where the process has come to an end."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         line = ""

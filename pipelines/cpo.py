@@ -1,4 +1,4 @@
-"""Contrastive preference optimisation: without a reference, held to the chosen replies."""
+"""Contrastive preference optimisation: without a reference, held to the chosen responses."""
 
 import sys
 

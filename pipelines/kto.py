@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: replies that are each labelled good or bad, or pairs."""
+"""Kahneman-Tversky optimisation: responses that are each labelled good or bad, or pairs."""
 
 import sys
 

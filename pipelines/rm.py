@@ -1,4 +1,4 @@
-"""Training of a reward model: a score for each reply, from preference pairs."""
+"""Training of a reward model: a score for each response, from preference pairs."""
 
 import sys
 

@@ -28,7 +28,7 @@ def test_the_packages_modules_are_all_found() -> None:
     ("modules", "absent"),
     [
         ("rayalign.training.loop, rayalign.training.checkpoint", {"ray"}),
-        # Ray Data's look-ups run in processes that start beside the training, and would import for seconds.
+        # Ray Data's fetches run in processes that start beside the training, and would import for seconds.
         ("rayalign.data.sampler, rayalign.data.store", {"ray", "torch", "transformers"}),
     ],
 )

@@ -15,7 +15,7 @@ from rayalign.algorithms import Needs
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.batch import PairBatch, assemble, with_damaged, with_mismatched
 from rayalign.data.encode import Encoder, EncoderSpec, damaged_image_processing, image_processing
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord
 from rayalign.models.registry import find_family
@@ -161,7 +161,7 @@ def _encoder(folder: Path) -> Encoder:
     return Encoder(EncoderSpec(str(folder), responses="both"))
 
 
-def totals_of(pairs: Sequence[EncodedPair]) -> StepTotals:
+def counts_of(pairs: Sequence[EncodedPair]) -> StepCounts:
     """The counts of a step of these pairs."""
     sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    return StepTotals(len(pairs), sum(n > 0 for n in sides), sum(sides[::2]), sum(sides[1::2]))
+    return StepCounts(len(pairs), sum(n > 0 for n in sides), sum(sides[::2]), sum(sides[1::2]))

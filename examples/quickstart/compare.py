@@ -56,7 +56,7 @@ RUNS = {
     "orpo": Run("ORPO", "orpo", ("--beta", 3)),
     "simpo": Run("SimPO", "simpo", ("--beta", 2, "--simpo_gamma", 1, "--cpo_alpha", 0.1)),
     "kto": Run("KTO, on the pairs", "kto", ("--beta", 0.1)),
-    "kto_labelled": Run("KTO, on one labelled reply of each pair", "kto", ("--beta", 0.1), "labelled.jsonl"),
+    "kto_labelled": Run("KTO, on one labelled response of each pair", "kto", ("--beta", 0.1), "labelled.jsonl"),
     "rm": Run("RM, 4 x the steps", "rm", ("--max_steps", 4 * stages.STEPS)),
     "rm_more": Run("RM, 6 x the pairs, 16 x the steps", "rm", MORE_STEPS, "more_pairs.jsonl"),
 }

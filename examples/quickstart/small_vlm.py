@@ -99,7 +99,7 @@ def build_model(processor: Any, seed: int) -> Any:
 
 
 def prompt_ids(processor: Any, question: str) -> Tensor:
-    """Token ids [length] of a question about one picture, up to where the model answers."""
+    """Token ids [length] of a question about one picture, up to where the model responds."""
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     blank = np.zeros((PICTURE_SIDE, PICTURE_SIDE, 3), np.uint8)

@@ -116,7 +116,7 @@ def write_pairs(path: Path, pictures: Pictures, pairs: Pairs) -> None:
 
 
 def write_labelled(path: Path, pictures: Pictures, pairs: Pairs, seed: int) -> None:
-    """Records for KTO: one reply of each pair, drawn by lot, and whether it is the chosen one."""
+    """Records for KTO: one response of each pair, drawn by lot, and whether it is the chosen one."""
     is_chosen = np.random.default_rng(seed).random(len(pairs.picture)) < 0.5
     told = np.where(is_chosen[:, None], pairs.chosen, pairs.rejected)
     rows = zip(pairs.picture, told, is_chosen.tolist(), strict=True)

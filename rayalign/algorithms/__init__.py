@@ -1,6 +1,6 @@
 """The shelf of algorithms: one file each, holding its hyper-parameters and one step."""
 
-from rayalign.algorithms.algorithm import Algorithm, Needs, PolicyForward, StepOutput, Survey, SurveyingAlgorithm
+from rayalign.algorithms.algorithm import Algorithm, AlgorithmWithStatistics, LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.cpo import CPO
 from rayalign.algorithms.dpo import DPO
 from rayalign.algorithms.kto import KTO
@@ -24,10 +24,10 @@ __all__ = [
     "RM",
     "SFT",
     "Algorithm",
+    "AlgorithmWithStatistics",
+    "LossOutput",
     "Needs",
     "PolicyForward",
     "SimPO",
-    "StepOutput",
-    "Survey",
-    "SurveyingAlgorithm",
+    "StepStatistics",
 ]

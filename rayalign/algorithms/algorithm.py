@@ -1,4 +1,4 @@
-"""What an algorithm is: a frozen dataclass of hyper-parameters with one method, the step."""
+"""What an algorithm is: a frozen dataclass of hyper-parameters with one method, the loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from rayalign.data.batch import CompanionKind, PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.formats.records import Responses
 from rayalign.ops.logprobs import PairLogps
 
@@ -25,23 +25,23 @@ class PolicyForward(Protocol):
 
 
 @dataclass(frozen=True)
-class StepOutput:
+class LossOutput:
     """What one micro-batch contributes to an optimizer step.
 
-    `loss_share` [] is differentiable; shares of all micro-batches of all workers add up to the step's loss. `pair_metrics`
+    `loss` [] is differentiable; the losses of all micro-batches of all workers add up to the step's loss. `pair_metrics`
     holds, for each metric, one value per pair [B] (detached), where `missing` [B] does not say that the pair has none;
     `mean_metrics` a (sum [], count []) over whatever the metric is a mean of.
     """
 
-    loss_share: Tensor
+    loss: Tensor
     pair_metrics: Mapping[str, Tensor]
     mean_metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     missing: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What `Algorithm.survey` found, for all pairs of the optimizer step: `whole` [P, K]; this micro-batch's lines start at
+class StepStatistics:
+    """What `Algorithm.statistics` found, for all pairs of the optimizer step: `whole` [P, K]; this micro-batch's lines start at
     `first`."""
 
     whole: Tensor
@@ -56,16 +56,16 @@ class Survey:
 class Needs:
     """What an algorithm asks of the data, the policy and the loop.
 
-    `responses`: which replies of a record its rows hold; `companion`: which other rows its batches bring along; `survey`: the
-    loss of a pair depends on the other pairs of the step, so that these are surveyed first; `dropout`: False where two policies
-    or two responses are compared, which dropout would make differ at step 0.
+    `responses`: which responses of a record its rows hold; `companion`: which other rows its batches bring along; `statistics`:
+    the loss of a pair depends on the other pairs of the step, whose statistics are taken first; `dropout`: False where two
+    policies or two responses are compared, which dropout would make differ at step 0.
     """
 
     responses: Responses = "both"
     companion: CompanionKind = "none"
     head: Literal["language", "value"] = "language"
     reference: bool = False
-    survey: bool = False
+    statistics: bool = False
     dropout: bool = False
 
 
@@ -77,15 +77,17 @@ class Algorithm(Protocol):
     @property
     def needs(self) -> Needs: ...
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
-        """Runs the policy on a micro-batch; losses are divided by `totals`, the counts of the whole optimizer step."""
+    def loss(
+        self, policy: PolicyForward, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None = None
+    ) -> LossOutput:
+        """Runs the policy on a micro-batch; losses are divided by `counts`, the counts of the whole optimizer step."""
         ...
 
 
 @runtime_checkable
-class SurveyingAlgorithm(Algorithm, Protocol):
-    """An algorithm whose `needs.survey` may be true."""
+class AlgorithmWithStatistics(Algorithm, Protocol):
+    """An algorithm whose `needs.statistics` may be true."""
 
-    def survey(self, policy: PolicyForward, batch: PairBatch) -> Tensor:
+    def statistics(self, policy: PolicyForward, batch: PairBatch) -> Tensor:
         """What the rest of the step must know of a micro-batch's pairs, [B, K]; called without a graph."""
         ...

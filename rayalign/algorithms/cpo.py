@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logistic_loss, logp_metrics, negative_log_likelihood, nll_metric, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 
 
 def cpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float) -> Tensor:
@@ -35,13 +35,15 @@ class CPO:
     def __post_init__(self) -> None:
         check_bounds(self)
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
+    def loss(
+        self, policy: PolicyForward, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None = None
+    ) -> LossOutput:
         logps = policy.logps(batch, policy.image_features(batch))
         chosen, rejected = logps.chosen.total, logps.rejected.total
         losses = cpo_loss(chosen, rejected, beta=self.beta, label_smoothing=self.label_smoothing)
         nll = negative_log_likelihood(logps.chosen)
-        return StepOutput(
-            loss_share=losses.sum() / totals.pairs + self.cpo_alpha * nll / totals.chosen_tokens,
+        return LossOutput(
+            loss=losses.sum() / counts.pairs + self.cpo_alpha * nll / counts.chosen_tokens,
             pair_metrics=reward_metrics(self.beta * chosen, self.beta * rejected) | logp_metrics(chosen, rejected),
             mean_metrics=nll_metric(logps.chosen),
         )

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rayalign.algorithms import dpo_losses
-from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.dpo_losses import PAIR_LOSSES, SFT_LOSS, Divergence, LossSettings, PairScores, RankPartners
 from rayalign.algorithms.terms import logp_metrics, negative_log_likelihood, nll_metric, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.ops.logprobs import PairLogps
 
 ALPHA, TAU = 0.5, 0.05
@@ -72,34 +72,36 @@ class DPO:
 
     @property
     def needs(self) -> Needs:
-        return Needs(reference=not self.reference_free, survey=not dpo_losses.RANKED.isdisjoint(self.loss_type))
+        return Needs(reference=not self.reference_free, statistics=not dpo_losses.RANKED.isdisjoint(self.loss_type))
 
-    def survey(self, policy: PolicyForward, batch: PairBatch) -> Tensor:
+    def statistics(self, policy: PolicyForward, batch: PairBatch) -> Tensor:
         """[B, 4]: log-probs of chosen and rejected, by the policy and by the reference."""
         images = policy.image_features(batch)
         logps = dpo_losses.discounted(policy.logps(batch, images), self.ld_alpha)
         return torch.stack([*logps, *self._reference(policy, batch, images, like=logps)], dim=1)
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
+    def loss(
+        self, policy: PolicyForward, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None = None
+    ) -> LossOutput:
         images = policy.image_features(batch)
         logps = policy.logps(batch, images)
         chosen, rejected = discounted = dpo_losses.discounted(logps, self.ld_alpha)
-        if survey is None:
+        if statistics is None:
             reference, partners = self._reference(policy, batch, images, like=discounted), None
         else:
-            reference = survey.of(batch)[:, 2:].unbind(1)
-            partners = dpo_losses.rank_partners(survey, batch)
+            reference = statistics.of(batch)[:, 2:].unbind(1)
+            partners = dpo_losses.rank_partners(statistics, batch)
         scores = self.scores(logps, reference, partners)
         nll = negative_log_likelihood(logps.chosen)
         settings = LossSettings(self.beta, self.label_smoothing, self.discopop_tau)
-        loss_share = self.rpo_alpha * nll / totals.chosen_tokens
+        loss = self.rpo_alpha * nll / counts.chosen_tokens
         for name, weight in zip(self.loss_type, self.loss_weights or (1.0,) * len(self.loss_type), strict=True):
             if name == SFT_LOSS:
-                loss_share = loss_share + weight * nll / totals.chosen_tokens
+                loss = loss + weight * nll / counts.chosen_tokens
             else:
-                loss_share = loss_share + weight * PAIR_LOSSES[name](scores, settings).sum() / totals.pairs
-        return StepOutput(
-            loss_share=loss_share,
+                loss = loss + weight * PAIR_LOSSES[name](scores, settings).sum() / counts.pairs
+        return LossOutput(
+            loss=loss,
             pair_metrics=reward_metrics(self.beta * scores.chosen, self.beta * scores.rejected)
             | logp_metrics(chosen, rejected),
             mean_metrics=nll_metric(logps.chosen),

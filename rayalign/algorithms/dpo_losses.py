@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayalign.algorithms.algorithm import Survey
+from rayalign.algorithms.algorithm import StepStatistics
 from rayalign.algorithms.terms import logistic_loss
 from rayalign.data.batch import PairBatch
 from rayalign.ops.logprobs import PairLogps
@@ -95,7 +95,7 @@ def exo_pair(scores: PairScores, settings: LossSettings) -> Tensor:
 
 
 def nca_pair(scores: PairScores, settings: LossSettings) -> Tensor:
-    """Each reply against noise: https://arxiv.org/abs/2402.05369, the pairwise NCA."""
+    """Each response against noise: https://arxiv.org/abs/2402.05369, the pairwise NCA."""
     chosen, rejected = settings.beta * scores.chosen, settings.beta * scores.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
@@ -108,7 +108,7 @@ def robust(scores: PairScores, settings: LossSettings) -> Tensor:
 
 
 def bco_pair(scores: PairScores, settings: LossSettings) -> Tensor:
-    """Each reply as good or bad by itself: https://arxiv.org/abs/2404.04656, with a reward shift of 0."""
+    """Each response as good or bad by itself: https://arxiv.org/abs/2404.04656, with a reward shift of 0."""
     return -F.logsigmoid(settings.beta * scores.chosen) - F.logsigmoid(-settings.beta * scores.rejected)
 
 
@@ -139,7 +139,7 @@ def aot_unpaired(scores: PairScores, settings: LossSettings) -> Tensor:
 
 
 def apo_zero(scores: PairScores, settings: LossSettings) -> Tensor:
-    """Chosen replies up, rejected ones down: equation 7 of https://arxiv.org/abs/2408.06266."""
+    """Chosen responses up, rejected ones down: equation 7 of https://arxiv.org/abs/2408.06266."""
     return 1 - torch.sigmoid(settings.beta * scores.chosen) + torch.sigmoid(settings.beta * scores.rejected)
 
 
@@ -209,11 +209,11 @@ def discounted(logps: PairLogps, ld_alpha: float | None) -> tuple[Tensor, Tensor
     return chosen, rejected
 
 
-def rank_partners(survey: Survey, batch: PairBatch) -> RankPartners:
-    """The partners of a batch's pairs; `survey.whole` [P, 4]: chosen and rejected log-probs of the policy, then of the
+def rank_partners(statistics: StepStatistics, batch: PairBatch) -> RankPartners:
+    """The partners of a batch's pairs; `statistics.whole` [P, 4]: chosen and rejected log-probs of the policy, then of the
     reference."""
-    whole = survey.whole
-    own = slice(survey.first, survey.first + batch.num_pairs)
+    whole = statistics.whole
+    own = slice(statistics.first, statistics.first + batch.num_pairs)
     gap, reference_gap = whole[:, 0] - whole[:, 1], whole[:, 2] - whole[:, 3]
     chosen, rejected = whole[:, 0] - whole[:, 2], whole[:, 1] - whole[:, 3]
     return RankPartners(

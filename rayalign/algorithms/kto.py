@@ -1,4 +1,4 @@
-"""Kahneman-Tversky Optimization (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306): replies that are each good or bad
+"""Kahneman-Tversky Optimization (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306): responses that are each good or bad
 by themselves; a pair is one of both."""
 
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logp_metrics, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 
 
 def kto_losses(chosen: Tensor, rejected: Tensor, kl: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
-    """[B] each: 1 - sigmoid(beta (r - z)) of desirable and 1 - sigmoid(beta (z - r)) of undesirable replies, with r the
+    """[B] each: 1 - sigmoid(beta (r - z)) of desirable and 1 - sigmoid(beta (z - r)) of undesirable responses, with r the
     log-ratio of policy to reference and z [] the KL estimate: the paper's lambda - v(x, y), with lambda = 1."""
     return 1 - torch.sigmoid(beta * (chosen - kl)), 1 - torch.sigmoid(beta * (kl - rejected))
 
@@ -25,17 +25,17 @@ class KTO:
     """KTO"""
 
     name: ClassVar[str] = "kto"
-    needs: ClassVar[Needs] = Needs(responses="either", companion="mismatched", reference=True, survey=True)
+    needs: ClassVar[Needs] = Needs(responses="either", companion="mismatched", reference=True, statistics=True)
 
     beta: float = flag(0.1, "Strength of the pull to the reference: higher keeps closer to it.", above=0)
-    desirable_weight: float = flag(1.0, "Weight of the good replies' losses.", at_least=0)
-    undesirable_weight: float = flag(1.0, "Weight of the bad replies' losses.", at_least=0)
+    desirable_weight: float = flag(1.0, "Weight of the good responses' losses.", at_least=0)
+    undesirable_weight: float = flag(1.0, "Weight of the bad responses' losses.", at_least=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)
 
-    def survey(self, policy: PolicyForward, batch: PairBatch) -> Tensor:
-        """[B, 2]: sum of the log-ratios of another prompt's replies put to a pair's prompt, and how many they are. The mean
+    def statistics(self, policy: PolicyForward, batch: PairBatch) -> Tensor:
+        """[B, 2]: sum of the log-ratios of another prompt's responses put to a pair's prompt, and how many they are. The mean
         over the step is the KL estimate z of section 4.1, clamped at 0."""
         assert batch.companion is not None
         images = policy.image_features(batch)
@@ -47,21 +47,23 @@ class KTO:
         counts = (logps.chosen.tokens > 0).to(ratios[0]) + (logps.rejected.tokens > 0).to(ratios[0])
         return torch.stack([ratios[0] + ratios[1], counts], dim=1)
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
-        assert survey is not None
+    def loss(
+        self, policy: PolicyForward, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None = None
+    ) -> LossOutput:
+        assert statistics is not None
         images = policy.image_features(batch)
         reference = policy.reference_logps(batch, images)
         logps = policy.logps(batch, images)
         chosen, rejected = logps.chosen.total - reference.chosen.total, logps.rejected.total - reference.rejected.total
-        ratio, count = survey.whole.to(chosen).sum(0)
+        ratio, count = statistics.whole.to(chosen).sum(0)
         kl = (ratio / count).clamp(min=0)
         desirable, undesirable = kto_losses(chosen, rejected, kl, beta=self.beta)
         no_chosen, no_rejected = logps.chosen.tokens == 0, logps.rejected.tokens == 0
         losses = self.desirable_weight * desirable * ~no_chosen + self.undesirable_weight * undesirable * ~no_rejected
         rewards = reward_metrics(self.beta * chosen, self.beta * rejected)
         not_both = no_chosen | no_rejected
-        return StepOutput(
-            loss_share=losses.sum() / totals.responses,
+        return LossOutput(
+            loss=losses.sum() / counts.responses,
             pair_metrics=rewards | logp_metrics(logps.chosen.total, logps.rejected.total),
             mean_metrics={"kl": (kl * batch.num_pairs, torch.tensor(batch.num_pairs))},
             missing={

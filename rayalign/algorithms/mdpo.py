@@ -1,7 +1,7 @@
 """mDPO (Wang et al. 2024, https://arxiv.org/abs/2406.11839): DPO that can't be learnt from the text alone.
 
-Beside the usual preference, the chosen reply must be likelier with its images than with damaged ones, and likelier than under
-the reference.
+Beside the usual preference, the chosen response must be likelier with its images than with damaged ones, and likelier than
+under the reference.
 """
 
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logistic_loss, logp_metrics, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 
 
 def conditional_loss(chosen: Tensor, damaged: Tensor, *, beta: float) -> Tensor:
-    """[b]: -log sigmoid(beta (r - r')), with r and r' the log-ratios of policy to reference of the same reply, given the images
-    and given the damaged ones: the paper's L_CoPO."""
+    """[b]: -log sigmoid(beta (r - r')), with r and r' the log-ratios of policy to reference of the same response, given the
+    images and given the damaged ones: the paper's L_CoPO."""
     return logistic_loss(beta * (chosen - damaged))
 
 
 def anchor_loss(chosen: Tensor, *, beta: float, delta: float) -> Tensor:
-    """[B]: -log sigmoid(beta r - delta): the chosen reply's reward must exceed delta: the paper's L_AncPO."""
+    """[B]: -log sigmoid(beta r - delta): the chosen response's reward must exceed delta: the paper's L_AncPO."""
     return -F.logsigmoid(beta * chosen - delta)
 
 
@@ -38,13 +38,15 @@ class MDPO:
 
     beta: float = flag(0.1, "Strength of the pull to the reference: higher keeps closer to it.", above=0)
     conditional_weight: float = flag(1.0, "Weight of preferring the images to damaged ones.", at_least=0)
-    anchor_weight: float = flag(1.0, "Weight of keeping the chosen replies' rewards above --anchor_delta.", at_least=0)
-    anchor_delta: float = flag(0.0, "Reward that the chosen replies are held above.")
+    anchor_weight: float = flag(1.0, "Weight of keeping the chosen responses' rewards above --anchor_delta.", at_least=0)
+    anchor_delta: float = flag(0.0, "Reward that the chosen responses are held above.")
 
     def __post_init__(self) -> None:
         check_bounds(self)
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
+    def loss(
+        self, policy: PolicyForward, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None = None
+    ) -> LossOutput:
         """Pairs without images have no conditional preference; its sum is divided by all pairs of the step all the same."""
         images = policy.image_features(batch)
         reference = policy.reference_logps(batch, images)
@@ -62,8 +64,8 @@ class MDPO:
             lead = self.beta * (chosen[rows] - damaged).detach()
             count = torch.tensor(len(rows))
             means = {"conditional/margins": (lead.sum(), count), "conditional/accuracies": ((lead > 0).sum(), count)}
-        return StepOutput(
-            loss_share=losses / totals.pairs,
+        return LossOutput(
+            loss=losses / counts.pairs,
             pair_metrics=reward_metrics(self.beta * chosen, self.beta * rejected)
             | logp_metrics(logps.chosen.total, logps.rejected.total),
             mean_metrics=means,

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logistic_loss, logp_metrics, negative_log_likelihood, nll_metric, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -40,14 +40,16 @@ class ORPO:
     def __post_init__(self) -> None:
         check_bounds(self)
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
+    def loss(
+        self, policy: PolicyForward, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None = None
+    ) -> LossOutput:
         logps = policy.logps(batch, policy.image_features(batch))
         chosen, rejected = logps.chosen.average, logps.rejected.average
         log_odds = log_odds_ratio(chosen, rejected)
         ratio_losses = logistic_loss(log_odds)
         nll = negative_log_likelihood(logps.chosen)
-        return StepOutput(
-            loss_share=nll / totals.chosen_tokens + self.beta * ratio_losses.sum() / totals.pairs,
+        return LossOutput(
+            loss=nll / counts.chosen_tokens + self.beta * ratio_losses.sum() / counts.pairs,
             pair_metrics={
                 **reward_metrics(self.beta * chosen, self.beta * rejected),
                 **logp_metrics(chosen, rejected),

@@ -1,16 +1,16 @@
 """Reward model (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155): a linear head on the last response token scores a
-reply."""
+response."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logistic_loss, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 
 
 def reward_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, *, center_rewards_coefficient: float) -> Tensor:
@@ -36,9 +36,11 @@ class RM:
     def __post_init__(self) -> None:
         check_bounds(self)
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
+    def loss(
+        self, policy: PolicyForward, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None = None
+    ) -> LossOutput:
         """Records with a `margin` column demand that much of a lead; the others' margin is 0."""
         chosen, rejected = policy.values(batch, policy.image_features(batch))
         margins = batch.margins.to(chosen)
         losses = reward_loss(chosen, rejected, margins, center_rewards_coefficient=self.center_rewards_coefficient)
-        return StepOutput(loss_share=losses.sum() / totals.pairs, pair_metrics=reward_metrics(chosen, rejected))
+        return LossOutput(loss=losses.sum() / counts.pairs, pair_metrics=reward_metrics(chosen, rejected))

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rayalign.algorithms.algorithm import Needs, PolicyForward, StepOutput, Survey
+from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import negative_log_likelihood, nll_metric
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,13 @@ class SFT:
     name: ClassVar[str] = "sft"
     needs: ClassVar[Needs] = Needs(responses="chosen", dropout=True)
 
-    def step(self, policy: PolicyForward, batch: PairBatch, totals: StepTotals, survey: Survey | None = None) -> StepOutput:
+    def loss(
+        self, policy: PolicyForward, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None = None
+    ) -> LossOutput:
         """Token-mean cross-entropy of the chosen responses, over all response tokens of the optimizer step."""
         chosen = policy.logps(batch, policy.image_features(batch)).chosen
-        return StepOutput(
-            loss_share=negative_log_likelihood(chosen) / totals.chosen_tokens,
+        return LossOutput(
+            loss=negative_log_likelihood(chosen) / counts.chosen_tokens,
             pair_metrics={"logps/chosen": chosen.total.detach()},
             mean_metrics=nll_metric(chosen),
         )

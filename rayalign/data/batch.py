@@ -32,12 +32,13 @@ CompanionKind = Literal["none", "mismatched", "damaged"]
 class PairBatch:
     """B pairs, padded to S tokens.
 
-    `input_ids`, `segment_ids` (PAD, PROMPT, CHOSEN, REJECTED), `places` (of the token among those it can see): [B, S].
+    `input_ids`, `segment_ids` (PAD, PROMPT, CHOSEN, REJECTED), `position_in_sequence` (of the token in the
+    conversation that it belongs to: prompt and one response): [B, S].
     `row_lengths`: of each row the prompt's tokens, and all. `position_ids`: [B, S], or [3, B, S] where images have rows and
     columns (M-RoPE). For the N response tokens of the batch: `predictors` [N] is the flat index into [B * S] of the state that
-    predicts the token, `targets` [N] its id, `sequences` [N] the response it belongs to (chosen of pair b: b; rejected of pair
-    b: B + b). `ends` [2B] is the flat index of each
-    response's last token (of the prompt's, where there is no such response). `image_inputs` is the processor's output for the
+    predicts the token, `targets` [N] its id, `response_ids` [N] the response it belongs to (chosen of pair b: b; rejected of
+    pair b: B + b). `last_token` [2B] is the flat index of each response's last token (of the prompt's, where there is no such
+    response). `image_inputs` is the processor's output for the
     distinct images; `image_lengths` the number of features of each and `image_grids` their grids (`ImageInputs`); `image_slots`
     names the distinct image of each image place, in reading order; `image_features` [tokens, H] of each distinct image, where
     they were made beforehand. `reference_logps` [N], float32: the log-probability of each target under the reference, where it
@@ -47,13 +48,13 @@ class PairBatch:
     ids: tuple[str, ...]
     input_ids: Tensor
     segment_ids: Tensor
-    places: Tensor
+    position_in_sequence: Tensor
     row_lengths: RowLengths
     position_ids: Tensor
     predictors: Tensor
     targets: Tensor
-    sequences: Tensor
-    ends: Tensor
+    response_ids: Tensor
+    last_token: Tensor
     image_inputs: Mapping[str, Tensor]
     image_lengths: tuple[int, ...]
     image_grids: tuple[Grid, ...]
@@ -131,29 +132,29 @@ def assemble(
     """
     contents, alone, slots = _distinct_images(pairs, by_company=layout.features_by_company)
     images = process_images(contents, alone) if contents else ImageInputs()
-    rows, segments, places, positions = [], [], [], []
-    predictors, targets, sequences = [], [], []
+    rows, segments, in_sequence, positions = [], [], [], []
+    predictors, targets, response_ids = [], [], []
     reference: list[float] = []
-    ends = [0] * (2 * len(pairs))
+    last_token = [0] * (2 * len(pairs))
     longest = max(pair.num_tokens for pair in pairs)
     grids = iter([images.grids[slot] for slot in slots]) if images.grids else None
     for b, pair in enumerate(pairs):
         prompt = len(pair.prompt_ids)
         own_grids = None if grids is None else [next(grids) for _ in pair.image_hashes]
-        row, segment, place = list(pair.prompt_ids), [PROMPT] * prompt, list(range(prompt))
+        row, segment, position = list(pair.prompt_ids), [PROMPT] * prompt, list(range(prompt))
         axes, after = _prompt_positions(pair.prompt_ids, own_grids, layout)
         for side, response in ((CHOSEN, pair.chosen_ids), (REJECTED, pair.rejected_ids)):
-            sequence, start = b + (side - CHOSEN) * len(pairs), len(row)
-            ends[sequence] = b * longest + (start + len(response) if response else prompt) - 1
+            response_id, start = b + (side - CHOSEN) * len(pairs), len(row)
+            last_token[response_id] = b * longest + (start + len(response) if response else prompt) - 1
             if not response:
                 continue
             # The last prompt state predicts a response's first token; each later one is predicted by the token before it.
             predictors += [b * longest + prompt - 1, *range(b * longest + start, b * longest + start + len(response) - 1)]
             targets += response
-            sequences += [sequence] * len(response)
+            response_ids += [response_id] * len(response)
             row += response
             segment += [side] * len(response)
-            place += range(prompt, prompt + len(response))
+            position += range(prompt, prompt + len(response))
             for axis in axes:
                 axis += range(after, after + len(response))
         if pair.reference is not None:
@@ -161,20 +162,20 @@ def assemble(
         padding = longest - len(row)
         rows.append(row + [layout.pad_token_id] * padding)
         segments.append(segment + [PAD] * padding)
-        places.append(place + [0] * padding)
+        in_sequence.append(position + [0] * padding)
         positions.append([axis + [0] * padding for axis in axes])
     position_ids = torch.tensor(positions).transpose(0, 1).contiguous()
     return PairBatch(
         ids=tuple(p.id for p in pairs),
         input_ids=torch.tensor(rows),
         segment_ids=torch.tensor(segments),
-        places=torch.tensor(places),
+        position_in_sequence=torch.tensor(in_sequence),
         row_lengths=tuple((len(p.prompt_ids), p.num_tokens) for p in pairs),
         position_ids=position_ids.squeeze(0),
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
-        sequences=torch.tensor(sequences),
-        ends=torch.tensor(ends),
+        response_ids=torch.tensor(response_ids),
+        last_token=torch.tensor(last_token),
         image_inputs=images.tensors,
         image_lengths=images.lengths,
         image_grids=images.grids,

@@ -31,7 +31,7 @@ class EncoderSpec:
     """Everything the encoding depends on besides the record; `fingerprint` keys the cache of encoded data.
 
     `model` is a folder or hub id with processor and config. Rows hold the chosen response, both, or either (a pair's both, or
-    the one reply of a labelled record: chosen where it is good, else rejected).
+    the one response of a labelled record: chosen where it is good, else rejected).
     """
 
     model: str
@@ -135,7 +135,7 @@ class Encoder:
                 response_ids = {side: ids[: limit - len(prompt_ids)] for side, ids in response_ids.items()}
                 if response_ids.get("chosen") == response_ids.get("rejected"):
                     raise RecordError(
-                        "identical answers", f"the answers are the same after the cut to {limit} tokens", field="rejected"
+                        "identical responses", f"the responses are the same after the cut to {limit} tokens", field="rejected"
                     )
                 break
             raise RecordError("too long", f"{length} tokens, --max_length is {limit}", field="messages")
@@ -166,21 +166,21 @@ class Encoder:
         return inputs
 
     def _render(self, messages: Sequence[Message], record: PreferenceRecord) -> tuple[str, dict[str, str]]:
-        """The prompt's text up to where the model answers, and each response's text as the chat template ends it, by side."""
+        """The prompt's text up to where the model responds, and each response's text as the chat template ends it, by side."""
         turns = [self._turn(m.role, m.content) for m in messages]
         prompt = self._apply_template(turns, add_generation_prompt=True)
         responses = {}
         eos = self.tokenizer.eos_token
-        for side, answer in _answers(record, self.spec.responses).items():
-            if eos in answer:
-                raise RecordError("end mark in answer", f"an answer holds {eos}, which would end it early", field=side)
-            whole = self._apply_template([*turns, self._turn("assistant", answer)], add_generation_prompt=False)
+        for side, response in _responses_of(record, self.spec.responses).items():
+            if eos in response:
+                raise RecordError("end mark in response", f"a response holds {eos}, which would end it early", field=side)
+            whole = self._apply_template([*turns, self._turn("assistant", response)], add_generation_prompt=False)
             if not whole.startswith(prompt):
                 raise ValueError(
-                    f"The chat template of {self.spec.model} renders a prompt differently once it is answered, so it can't "
+                    f"The chat template of {self.spec.model} renders a prompt differently once it has a response, so it can't "
                     f"be told where "
-                    f"the answer begins. Prompt: {prompt[-80:]!r}; with answer: {whole[: len(prompt) + 20][-100:]!r}. "
-                    "Give the processor a template whose generation prompt is a prefix of the answered conversation."
+                    f"the response begins. Prompt: {prompt[-80:]!r}; with response: {whole[: len(prompt) + 20][-100:]!r}. "
+                    "Give the processor a template whose generation prompt is a prefix of the conversation with its response."
                 )
             response = whole[len(prompt) :]
             responses[side] = response if eos in response else response.rstrip() + eos
@@ -232,7 +232,7 @@ class Encoder:
     def _response_ids(self, text: str, side: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.image_token_id in ids:
-            raise RecordError("image mark in answer", "an answer holds the image token", field=side)
+            raise RecordError("image mark in response", "a response holds the image token", field=side)
         return ids
 
 
@@ -258,8 +258,8 @@ def damaged_image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes], Se
     return process
 
 
-def _answers(record: PreferenceRecord, responses: Responses) -> dict[str, str]:
-    """The replies that a row holds, by side."""
+def _responses_of(record: PreferenceRecord, responses: Responses) -> dict[str, str]:
+    """The responses that a row holds, by side."""
     if record.rejected is None or responses == "chosen":
         is_bad = responses == "either" and record.label is False
         return {"rejected" if is_bad else "chosen": record.chosen}
@@ -278,7 +278,7 @@ def _content_parts(text: str) -> list[dict[str, str]]:
 
 
 def _drop_oldest_round(messages: list[Message], images: list[bytes]) -> bool:
-    """Takes the oldest question and its reply away, with their images; False when only the last question is left."""
+    """Takes the oldest question and its response away, with their images; False when only the last question is left."""
     start = 1 if messages[0].role == "system" else 0
     if len(messages) - start < 3:
         return False

@@ -122,7 +122,7 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     total = sum(task.span.num_rows if task.rows is None else len(task.rows) for task in tasks)
     attempt = uuid.uuid4().hex[:12]
     prepare_rows = functools.partial(_prepare_rows, tasks=ray.put(tasks), sources=sources, spec=spec, folder=store / attempt)
-    settle_context()
+    configure_ray_data()
     numbers = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
     outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
     tables: list[pa.Table] = []
@@ -289,7 +289,7 @@ def quiet_ray() -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
-def settle_context() -> None:
+def configure_ray_data() -> None:
     """Ray Data's settings for the data sets that this process builds next."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # the order is planned, timing must not change it

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rayalign.storage import Store
 
-PART_ROWS = 64
+SHARD_ROWS = 64
 """Rows of one file, which one task computes."""
 
 SIDES = ("chosen", "rejected", "damaged")
@@ -40,7 +40,7 @@ class ReferenceLogps:
     damaged: list[float]
 
 
-def write_part(store: Store, ids: Sequence[str], rows: Sequence[ReferenceLogps]) -> None:
+def write_reference_shard(store: Store, ids: Sequence[str], rows: Sequence[ReferenceLogps]) -> None:
     """Writes the rows of one part, a record batch for each, so that a row is one small read."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, REFERENCE_SCHEMA) as writer:
@@ -50,15 +50,15 @@ def write_part(store: Store, ids: Sequence[str], rows: Sequence[ReferenceLogps])
     store.write_bytes(sink.getvalue().to_pybytes())
 
 
-def part_name(part: int) -> str:
-    """The file of the rows PART_ROWS * part and on."""
+def shard_name(part: int) -> str:
+    """The file of the rows SHARD_ROWS * part and on."""
     return f"part_{part:06d}.arrow"
 
 
-def missing_parts(folder: Store, rows: NDArray[np.int64]) -> list[int]:
+def missing_shards(folder: Store, rows: NDArray[np.int64]) -> list[int]:
     """The parts that hold some of `rows` and are not there yet."""
     there = {file.name for file in folder.list()}
-    return [part for part in np.unique(rows // PART_ROWS).tolist() if part_name(part) not in there]
+    return [part for part in np.unique(rows // SHARD_ROWS).tolist() if shard_name(part) not in there]
 
 
 class ReferenceReader:
@@ -70,11 +70,11 @@ class ReferenceReader:
 
     def read(self, rows: Sequence[int] | NDArray[np.int64], ids: Sequence[str]) -> pa.Table:
         """The rows with these numbers, in this order, as a table of REFERENCE_SCHEMA; `ids` are the pairs' they must have."""
-        batches = [self._open(int(row) // PART_ROWS).get_batch(int(row) % PART_ROWS) for row in rows]
+        batches = [self._open(int(row) // SHARD_ROWS).get_batch(int(row) % SHARD_ROWS) for row in rows]
         table = pa.Table.from_batches(batches, schema=REFERENCE_SCHEMA)
         stored = table["id"].to_pylist()
         assert stored == list(ids), f"{self._folder.location} holds the log-probs of {stored} where {list(ids)} stand"
         return table
 
     def _open_part(self, part: int) -> Any:
-        return (self._folder / part_name(part)).open_arrow()
+        return (self._folder / shard_name(part)).open_arrow()

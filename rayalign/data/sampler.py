@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from rayalign.data.store import PairReader, PreparedData, RowLengths, Rows
+from rayalign.data.store import PairReader, PreparedData, Rows, TokenCounts
 
 WINDOW_ROWS = 65_536
 """Rows are shuffled within windows of this many neighbours (and the windows among each other), so that the reads of a step stay
 in few shards of a data set of any size."""
 
 CHUNK_PAIRS = 64
-"""A look-up fetches whole steps, about this many pairs of one worker at a time."""
+"""One fetch brings whole steps, about this many pairs of one worker at a time."""
 
 
 @dataclass(frozen=True)
-class StepTotals:
+class StepCounts:
     """Counts over a WHOLE optimizer step: every worker, every micro-batch. Losses are divided by them, so that the way a global
     batch is cut changes nothing. A pair has one response or two."""
 
@@ -35,9 +35,9 @@ class StepTotals:
 
 
 @dataclass(frozen=True)
-class PlanSettings:
+class SamplerSettings:
     """What the order of a run depends on besides the records. `held_out_ratio` of the rows are never trained on;
-    `with_partners`: a look-up brings each row's partner along, too; `packs_rows`: the model runs over rows without padding."""
+    `with_partners`: a fetch brings each row's partner along, too; `packs_rows`: the model runs over rows without padding."""
 
     global_batch_size: int
     batch_size: int
@@ -51,11 +51,11 @@ class PlanSettings:
     packs_rows: bool = False
 
 
-def totals_of(rows: Rows, lengths: RowLengths) -> StepTotals:
+def counts_of(rows: Rows, lengths: TokenCounts) -> StepCounts:
     """Counts over some rows."""
     chosen, rejected = lengths.chosen[rows], lengths.rejected[rows]
     responses = np.count_nonzero(chosen) + np.count_nonzero(rejected)
-    return StepTotals(len(rows), int(responses), int(chosen.sum()), int(rejected.sum()))
+    return StepCounts(len(rows), int(responses), int(chosen.sum()), int(rejected.sum()))
 
 
 def partners_in(order: Rows, rows: Rows) -> Rows:
@@ -83,7 +83,7 @@ def epoch_order(rows: Rows, *, seed: int, epoch: int) -> Rows:
 
 def cut_micro_batches(
     rows: Rows,
-    lengths: RowLengths,
+    lengths: TokenCounts,
     *,
     batch_size: int,
     max_tokens: int | None = None,
@@ -127,14 +127,14 @@ def require_partners(num_rows: int, purpose: str) -> None:
         )
 
 
-class StepPlan:
+class StepSampler:
     """The records of every step.
 
     A step takes `global_batch_size` rows (the last one of an epoch what is left); its micro-batches (`cut_micro_batches`) are
     dealt to the workers in turn. Raises ValueError where there is nothing to train on.
     """
 
-    def __init__(self, lengths: RowLengths, settings: PlanSettings) -> None:
+    def __init__(self, lengths: TokenCounts, settings: SamplerSettings) -> None:
         if lengths.num_rows == 0:
             raise ValueError("There are no records to train on.")
         self.lengths = lengths
@@ -153,9 +153,9 @@ class StepPlan:
         rows: Rows = self._order(epoch)[k * size : (k + 1) * size]
         return rows
 
-    def totals(self, step: int) -> StepTotals:
+    def counts(self, step: int) -> StepCounts:
         """Counts over the whole step, on all workers."""
-        return totals_of(self.rows_of_step(step), self.lengths)
+        return counts_of(self.rows_of_step(step), self.lengths)
 
     def micro_batches(self, step: int, rank: int) -> list[Rows]:
         """A worker's micro-batches of a step; a worker may have one less than another, or none."""
@@ -182,29 +182,31 @@ class StepPlan:
 
     @property
     def steps_per_chunk(self) -> int:
-        """Steps that one look-up fetches."""
+        """Steps that one fetch brings."""
         return math.ceil(CHUNK_PAIRS * self.settings.num_workers / self.settings.global_batch_size)
 
     def chunks(self, start_step: int) -> list[range]:
-        """The steps from `start_step` to the end, cut into look-ups."""
+        """The steps from `start_step` to the end, cut into fetches."""
         size = self.steps_per_chunk
         return [range(s, min(s + size, self.num_steps)) for s in range(start_step, self.num_steps, size)]
 
 
-def look_up(chunk: Mapping[str, pa.Array] | pa.Table, *, data: PreparedData, settings: PlanSettings, rank: int) -> pa.Table:
+def fetch_chunk(
+    chunk: Mapping[str, pa.Array] | pa.Table, *, data: PreparedData, settings: SamplerSettings, rank: int
+) -> pa.Table:
     """A worker's pairs of the steps `first` to `last` (exclusive) of a one-line table, in the order it trains on them; the
     pairs of each micro-batch are followed by their partners where the settings want them.
 
-    Runs in Ray Data's processes: plan and open shards are kept between calls.
+    Runs in Ray Data's processes: sampler and open shards are kept between calls.
     """
-    plan, reader = _open(data, settings)
+    sampler, reader = _open(data, settings)
     rows = []
     for step in range(chunk["first"][0].as_py(), chunk["last"][0].as_py()):
-        for batch in plan.micro_batches(step, rank):
-            rows += [batch, plan.partners(step, batch)] if settings.with_partners else [batch]
+        for batch in sampler.micro_batches(step, rank):
+            rows += [batch, sampler.partners(step, batch)] if settings.with_partners else [batch]
     return reader.read(np.concatenate(rows) if rows else [])
 
 
 @functools.lru_cache(maxsize=4)
-def _open(data: PreparedData, settings: PlanSettings) -> tuple[StepPlan, PairReader]:
-    return StepPlan(data.lengths(), settings), data.reader()
+def _open(data: PreparedData, settings: SamplerSettings) -> tuple[StepSampler, PairReader]:
+    return StepSampler(data.lengths(), settings), data.reader()

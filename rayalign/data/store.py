@@ -30,7 +30,7 @@ ENCODED_SCHEMA = pa.schema(
     ]
 )
 """One encoded pair. Images are the compressed bytes of the source. A response that a row doesn't have is empty: the rejected
-one of SFT's rows, one of the two of a record with a single labelled reply."""
+one of SFT's rows, one of the two of a record with a single labelled response."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ OPEN_SHARDS = 64
 
 
 @dataclass(frozen=True)
-class RowLengths:
+class TokenCounts:
     """Token counts of the prepared rows, each [num_rows]."""
 
     prompt: Rows
@@ -165,10 +165,10 @@ class PreparedData:
         dropped: list[dict[str, Any]] = (self.folder / "dropped.json").read_json()
         return dropped
 
-    def lengths(self) -> RowLengths:
+    def lengths(self) -> TokenCounts:
         index = self.index()
         columns = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
-        return RowLengths(*(index[name].to_numpy().astype(np.int64) for name in columns))
+        return TokenCounts(*(index[name].to_numpy().astype(np.int64) for name in columns))
 
     def reader(self) -> "PairReader":
         return PairReader(self)

@@ -1,6 +1,6 @@
-"""Ray Data on the workers' side: streams a worker's pairs to it in plan order, as batches that are ready to run.
+"""Ray Data on the workers' side: streams a worker's pairs to it in sampler order, as batches that are ready to run.
 
-`data` prepared the records. Look-ups run as Ray Data tasks; images are decoded and batches built in a thread of the train
+`data` prepared the records. Fetches run as Ray Data tasks; images are decoded and batches built in a thread of the train
 worker, next to the device that needs them.
 """
 
@@ -19,17 +19,17 @@ import ray.data
 from rayalign.config.config import Config
 from rayalign.data.batch import CompanionKind, PairBatch, assemble, with_damaged, with_mismatched
 from rayalign.data.encode import EncoderSpec, damaged_image_processing, image_processing
-from rayalign.data.prepare import RunData, settle_context
-from rayalign.data.sampler import PlanSettings, StepPlan, look_up, partners_in
+from rayalign.data.prepare import RunData, configure_ray_data
+from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk, partners_in
 from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
 from rayalign.models.registry import packs_rows
 
 T = TypeVar("T")
 
 
-def plan_of(config: Config, data: RunData) -> StepPlan:
+def sampler_of(config: Config, data: RunData) -> StepSampler:
     """The order of the run."""
-    settings = PlanSettings(
+    settings = SamplerSettings(
         global_batch_size=config.global_batch_size,
         batch_size=config.optimizer.batch_size,
         num_workers=config.cluster.num_workers,
@@ -41,21 +41,21 @@ def plan_of(config: Config, data: RunData) -> StepPlan:
         max_tokens_per_batch=config.optimizer.max_tokens_per_batch,
         packs_rows=packs_rows(data.spec.family, config.model.attn_implementation),
     )
-    return StepPlan(data.training.lengths(), settings)
+    return StepSampler(data.training.lengths(), settings)
 
 
-def look_ups(data: PreparedData, plan: StepPlan, *, rank: int, start_step: int) -> Iterator[pa.Table]:
+def fetch_pairs(data: PreparedData, sampler: StepSampler, *, rank: int, start_step: int) -> Iterator[pa.Table]:
     """A worker's pairs from `start_step` to the end of the run, as tables of whole steps or parts of them. Ray Data starts at
-    once and takes its seconds: what the first steps need is looked up here."""
-    find = functools.partial(look_up, data=data, settings=plan.settings, rank=rank)
-    lines = [{"first": steps.start, "last": steps.stop} for steps in plan.chunks(start_step)]
+    once and takes its seconds: what the first steps need is fetched here."""
+    find = functools.partial(fetch_chunk, data=data, settings=sampler.settings, rank=rank)
+    lines = [{"first": steps.start, "last": steps.stop} for steps in sampler.chunks(start_step)]
     others = ahead(_streamed(find, lines[1:]), depth=1) if len(lines) > 1 else ()
     return itertools.chain((find(pa.Table.from_pylist([line])) for line in lines[:1]), others)
 
 
 def pairs_in_order(
     tables: Iterator[pa.Table],
-    plan: StepPlan,
+    sampler: StepSampler,
     spec: EncoderSpec,
     *,
     rank: int,
@@ -63,15 +63,15 @@ def pairs_in_order(
     companion: CompanionKind = "none",
     pin_memory: bool = False,
 ) -> Iterator[tuple[int, PairBatch]]:
-    """A worker's (step, micro-batch) made of its `look_ups` from the same step on, always a few ahead of the training."""
+    """A worker's (step, micro-batch) made of its `fetch_pairs` from the same step on, always a few ahead of the training."""
     make_batch = batch_maker(spec, companion)
-    with_partners = plan.settings.with_partners
+    with_partners = sampler.settings.with_partners
 
     def batches() -> Iterator[tuple[int, PairBatch]]:
-        # Ray Data may cut a look-up's table in two or leave an empty one out: only the order of the pairs counts.
+        # Ray Data may cut a fetched table in two or leave an empty one out: only the order of the pairs counts.
         pairs: list[EncodedPair] = []
-        for step in range(start_step, plan.num_steps):
-            for rows in plan.micro_batches(step, rank):
+        for step in range(start_step, sampler.num_steps):
+            for rows in sampler.micro_batches(step, rank):
                 count = len(rows) * (2 if with_partners else 1)
                 while len(pairs) < count:
                     pairs += from_batch(next(tables))
@@ -83,8 +83,8 @@ def pairs_in_order(
 
 
 def _streamed(find: Callable[[pa.Table], pa.Table], lines: Sequence[Mapping[str, int]]) -> Iterator[pa.Table]:
-    settle_context()
-    # Look-ups wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
+    configure_ray_data()
+    # Fetches wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
     # wait for one for ever where the workers hold them all.
     tables = ray.data.from_items(list(lines), override_num_blocks=len(lines)).map_batches(
         find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))

@@ -15,7 +15,7 @@ from rayalign.models.family import Family
 from rayalign.models.parts import Parts, find_parts
 from rayalign.models.registry import find_family, packs_rows
 from rayalign.models.source import ModelSource
-from rayalign.policy.adapters import add_adapters, learning_parts
+from rayalign.policy.adapters import add_adapters, trainable_parts
 from rayalign.policy.loading import attention_kernels
 
 VISION, ALIGNER, EMBEDDINGS, LANGUAGE, HEAD = "vision tower", "aligner", "embeddings", "language model", "output head"
@@ -49,9 +49,9 @@ class Blueprint:
         return self.tuner.sft_type == "full" and self.dtype != torch.float32
 
     @property
-    def vision_learns(self) -> bool:
+    def trains_vision(self) -> bool:
         """Whether images' features depend on weights that learn."""
-        return not {"vit", "aligner"}.isdisjoint(learning_parts(self.tuner))
+        return not {"vit", "aligner"}.isdisjoint(trainable_parts(self.tuner))
 
     @property
     def num_layers(self) -> int:
@@ -90,7 +90,7 @@ class Blueprint:
             base.requires_grad_(False)
             if full:
                 for name, parameter in base.named_parameters():
-                    if parts.of(name) in learning_parts(self.tuner):
+                    if parts.of(name) in trainable_parts(self.tuner):
                         parameter.requires_grad_(True)
                         parameter.data = parameter.data.float()
                 wrapped = base

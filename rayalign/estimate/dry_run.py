@@ -1,4 +1,4 @@
-"""A micro-batch's forward and backward, rehearsed: rayalign's own order of passes through the real layers, with fake tensors,
+"""A micro-batch's forward and backward, run dry: rayalign's own order of passes through the real layers, with fake tensors,
 which have shapes and types and no memory. It tells what a real one would hold and compute.
 
 A few layers are run, and the figures carried on to the model's depth: layers are taken to be alike, in pairs at least, since
@@ -45,8 +45,8 @@ class Activations:
     peak: int
 
 
-class Rehearsal:
-    """One model and way of training, rehearsed with micro-batches of any shape; its few layers are built once."""
+class DryRun:
+    """One model and way of training, run dry with micro-batches of any shape; its few layers are built once."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         self.blueprint = blueprint
@@ -123,7 +123,7 @@ class Rehearsal:
             masks = {kind: masks.clone() for kind in sorted(kinds)}
         ids = torch.zeros((1, rows * tokens) if packs else (rows, tokens), dtype=torch.long)
         embedded: Tensor = base.get_input_embeddings()(ids)
-        if self.blueprint.vision_learns and torch.is_grad_enabled() and not embedded.requires_grad:
+        if self.blueprint.trains_vision and torch.is_grad_enabled() and not embedded.requires_grad:
             embedded.requires_grad_()
         with self._arithmetic():
             hidden: Tensor = base.get_decoder()(

@@ -9,7 +9,7 @@ from rayalign.config.sections import PlanConfig
 from rayalign.estimate import advice
 from rayalign.estimate.advice import Schedule, Time
 from rayalign.estimate.architecture import Blueprint, Skeleton
-from rayalign.estimate.dry_run import Rehearsal
+from rayalign.estimate.dry_run import DryRun
 from rayalign.estimate.flops import LanguageCosts, PairFlops, Way, language_costs, pair_flops
 from rayalign.estimate.memory import GB, Memory, MicroBatch, memory_of
 from rayalign.estimate.shapes import DataShapes
@@ -17,7 +17,7 @@ from rayalign.estimate.vision import VisionCosts
 
 
 @dataclass(frozen=True)
-class Findings:
+class Estimate:
     """What a run will need. `name` is what the user called the model, `origin` where its config came from."""
 
     config: Config
@@ -79,7 +79,7 @@ class Findings:
         return advice.longest_row(self.memory_of, self.batch, self.gpu_bytes)
 
     def memory_of(self, batch: MicroBatch) -> Memory:
-        return memory_of(self.skeleton, self._rehearsal, self._vision, batch)
+        return memory_of(self.skeleton, self._dry_run, self._vision, batch)
 
     @cached_property
     def way(self) -> Way:
@@ -88,7 +88,7 @@ class Findings:
 
     def flops(self, **changed: bool) -> PairFlops:
         """Operations per pair, with some savings changed."""
-        return pair_flops(self.data, self._costs, self._rehearsal, dataclasses.replace(self.way, **changed))
+        return pair_flops(self.data, self._costs, self._dry_run, dataclasses.replace(self.way, **changed))
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -119,16 +119,16 @@ class Findings:
         return VisionCosts(self.skeleton, self.blueprint.config) if self.data.has_images.any() else None
 
     @cached_property
-    def _rehearsal(self) -> Rehearsal:
-        return Rehearsal(self.blueprint)
+    def _dry_run(self) -> DryRun:
+        return DryRun(self.blueprint)
 
     @cached_property
-    def _other(self) -> Rehearsal:
-        return Rehearsal(self.blueprint.with_checkpointing(on=not self.blueprint.model.gradient_checkpointing))
+    def _other(self) -> DryRun:
+        return DryRun(self.blueprint.with_checkpointing(on=not self.blueprint.model.gradient_checkpointing))
 
     @cached_property
     def _costs(self) -> LanguageCosts:
-        pair = (self._rehearsal, self._other)
+        pair = (self._dry_run, self._other)
         recomputing, plain = pair if self.blueprint.model.gradient_checkpointing else pair[::-1]
         has_head = self.blueprint.needs.head == "language"
         head = self.skeleton.head
@@ -137,4 +137,4 @@ class Findings:
     def _memory_with(self, config: Config, rows: int) -> Memory:
         blueprint = dataclasses.replace(self.blueprint, model=config.model, tuner=config.tuner)
         batch = dataclasses.replace(self.batch, rows=min(rows, self.batch.rows))
-        return memory_of(blueprint.build(), Rehearsal(blueprint), self._vision, batch)
+        return memory_of(blueprint.build(), DryRun(blueprint), self._vision, batch)

@@ -10,13 +10,13 @@ from functools import cached_property
 
 import numpy as np
 
-from rayalign.estimate.dry_run import Rehearsal
+from rayalign.estimate.dry_run import DryRun
 from rayalign.estimate.passes import Pass, passes_of
 from rayalign.estimate.shapes import DataShapes, Numbers
-from rayalign.policy.adapters import learning_parts
+from rayalign.policy.adapters import trainable_parts
 
 PROBES = (64, 128)
-"""Row lengths whose rehearsals tell the polynomial; the counts are exact, so any two do."""
+"""Row lengths whose dry runs tell the polynomial; the counts are exact, so any two do."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,22 @@ class Polynomial:
         return self.per_token * tokens + self.per_square * squares
 
     @classmethod
-    def of(cls, rehearsal: Rehearsal, item: Pass) -> "Polynomial":
-        """Of a pass, by its rehearsals. (DoRA's norms, which cost the same for any length, are so counted to the tokens.)"""
+    def of(cls, dry_run: DryRun, item: Pass) -> "Polynomial":
+        """Of a pass, by its dry runs. (DoRA's norms, which cost the same for any length, are so counted to the tokens.)"""
         short, long = PROBES
-        first, second = (rehearsal.flops(item, tokens) / tokens for tokens in PROBES)
+        first, second = (dry_run.flops(item, tokens) / tokens for tokens in PROBES)
         per_square = (second - first) / (long - short)
         return cls(first - per_square * short, per_square)
 
 
 @dataclass(frozen=True)
 class LanguageCosts:
-    """The language model's passes over a row, each rehearsed when it is first asked for: a forward only (`read`), and forward
+    """The language model's passes over a row, each run dry when it is first asked for: a forward only (`read`), and forward
     and backward without and with gradient checkpointing. `head_read` and `head_train` are the output head's for each position
     that it scores."""
 
-    plain: Rehearsal
-    recomputing: Rehearsal
+    plain: DryRun
+    recomputing: DryRun
     head_read: float
     head_train: float
 
@@ -78,7 +78,7 @@ class Way:
 @dataclass(frozen=True)
 class PairFlops:
     """Operations per pair, means over the data, of the step's parts: `others` are forwards without a backward (reference,
-    survey)."""
+    statistics)."""
 
     vision: float
     forward: float
@@ -92,21 +92,21 @@ class PairFlops:
         return self.vision + self.forward + self.others + self.head + self.recomputation + self.backward
 
 
-def language_costs(plain: Rehearsal, recomputing: Rehearsal, *, head_size: int, trains_head: bool) -> LanguageCosts:
+def language_costs(plain: DryRun, recomputing: DryRun, *, head_size: int, trains_head: bool) -> LanguageCosts:
     """Of a model whose output head has `head_size` weights, 0 where there is a value head instead. `recomputing` is `plain`
     with gradient checkpointing."""
     # The gradient of the states is formed in the forward; a head that learns makes its logits again in the backward.
     return LanguageCosts(plain, recomputing, 2.0 * head_size, (8.0 if trains_head else 4.0) * head_size)
 
 
-def pair_flops(data: DataShapes, costs: LanguageCosts, rehearsal: Rehearsal, way: Way) -> PairFlops:
+def pair_flops(data: DataShapes, costs: LanguageCosts, dry_run: DryRun, way: Way) -> PairFlops:
     """Of an optimizer step done in some way."""
-    needs = rehearsal.blueprint.needs
-    survey, step = passes_of(needs, reference_known=way.reference_known)
+    needs = dry_run.blueprint.needs
+    statistics, step = passes_of(needs, reference_known=way.reference_known)
     forward = others = head = recomputation = backward = 0.0
-    for item in (*survey, *step):
+    for item in (*statistics, *step):
         for tokens, responses, share in _rows(data, item, shared_prompt=way.shared_prompt):
-            squares = tokens**2 if not rehearsal.blueprint.packs_rows else (tokens - responses) ** 2 + responses * tokens
+            squares = tokens**2 if not dry_run.blueprint.packs_rows else (tokens - responses) ** 2 + responses * tokens
             positions = (responses if way.responses_only else tokens) * share
             head += float(np.mean(positions)) * (costs.head_train if item.trains else costs.head_read)
             read = float(np.mean(costs.read(tokens, squares) * share))
@@ -117,7 +117,7 @@ def pair_flops(data: DataShapes, costs: LanguageCosts, rehearsal: Rehearsal, way
             forward, backward = forward + read, backward + train - read
             if way.checkpointing:
                 recomputation += float(np.mean(costs.train_recomputing(tokens, squares) * share)) - train
-    return PairFlops(_vision(data, rehearsal, way), forward, others, head, recomputation, backward)
+    return PairFlops(_vision(data, dry_run, way), forward, others, head, recomputation, backward)
 
 
 def _rows(data: DataShapes, item: Pass, *, shared_prompt: bool) -> Iterator[tuple[Numbers, Numbers, Numbers]]:
@@ -132,16 +132,16 @@ def _rows(data: DataShapes, item: Pass, *, shared_prompt: bool) -> Iterator[tupl
             yield data.prompt + responses, responses, (responses > 0).astype(float)
 
 
-def _vision(data: DataShapes, rehearsal: Rehearsal, way: Way) -> float:
+def _vision(data: DataShapes, dry_run: DryRun, way: Way) -> float:
     """Tower and aligner: their forwards, and backwards where they learn."""
-    needs, tuner = rehearsal.blueprint.needs, rehearsal.blueprint.tuner
-    learning = learning_parts(tuner)
+    needs, tuner = dry_run.blueprint.needs, dry_run.blueprint.tuner
+    learning = trainable_parts(tuner)
     own = 2.0 if tuner.sft_type == "full" else 1.0  # gradients of inputs, and of weights, too, where all of them learn
     tower_backward = own if "vit" in learning else 0.0
     aligner_backward = own if "aligner" in learning else tower_backward and 1.0
-    again = rehearsal.blueprint.vision_learns and needs.reference and not way.reference_known
-    surveyed = needs.survey and rehearsal.blueprint.vision_learns  # a frozen tower's features are kept for the step
-    forwards = 1 + int(surveyed) + int(needs.companion == "damaged") + int(again) * (1 + int(surveyed))
+    again = dry_run.blueprint.trains_vision and needs.reference and not way.reference_known
+    runs_twice = needs.statistics and dry_run.blueprint.trains_vision  # a frozen tower's features are kept for the step
+    forwards = 1 + int(runs_twice) + int(needs.companion == "damaged") + int(again) * (1 + int(runs_twice))
     if not way.images_once:
         forwards = (2 if data.rejected.any() else 1) * (1 + int(needs.reference and not way.reference_known))
     tower, aligner = float(data.tower_flops.mean()), float(data.aligner_flops.mean())

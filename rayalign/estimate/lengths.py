@@ -156,12 +156,12 @@ def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -
         )
     image_tokens = sum(loads[image_hash(content)].features for content in contents) if look else 0
     text = sum(estimated_tokens(message.content) + TOKENS_PER_MESSAGE for message in record.messages)
-    chosen, rejected = _replies(record, config.algorithm.needs.responses)
+    chosen, rejected = _responses(record, config.algorithm.needs.responses)
     return PairShape(text + image_tokens, chosen, rejected, image_tokens, tuple(loads.values()))
 
 
-def _replies(record: PreferenceRecord, responses: Responses) -> tuple[int, int]:
-    """Tokens of both replies with their end marks, 0 for one that the row doesn't hold."""
+def _responses(record: PreferenceRecord, responses: Responses) -> tuple[int, int]:
+    """Tokens of both responses with their end marks, 0 for one that the row doesn't hold."""
     chosen = estimated_tokens(record.chosen) + 1
     if responses == "chosen" or record.rejected is None:
         return (0, chosen) if responses == "either" and record.label is False else (chosen, 0)

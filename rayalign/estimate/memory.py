@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from rayalign.estimate.architecture import Skeleton
-from rayalign.estimate.dry_run import Rehearsal, RowShape
+from rayalign.estimate.dry_run import DryRun, RowShape
 from rayalign.estimate.shapes import PairShape
 from rayalign.estimate.vision import VisionCosts
-from rayalign.policy.adapters import learning_parts
+from rayalign.policy.adapters import trainable_parts
 
 GB = 2**30
 OVERHEAD_BYTES = 3 * GB // 2
@@ -75,9 +75,9 @@ class MicroBatch:
         return MicroBatch(self.rows, PairShape(prompt, chosen, rejected, pair.image_tokens, pair.images), self.fullest)
 
 
-def memory_of(skeleton: Skeleton, rehearsal: Rehearsal, vision: VisionCosts | None, batch: MicroBatch) -> Memory:
+def memory_of(skeleton: Skeleton, dry_run: DryRun, vision: VisionCosts | None, batch: MicroBatch) -> Memory:
     """Of a worker that holds the whole model."""
-    blueprint = rehearsal.blueprint
+    blueprint = dry_run.blueprint
     learning = _bytes(skeleton.trainable)
     frozen = _bytes([p for p in skeleton.model.parameters() if not p.requires_grad])
     working = 0
@@ -86,13 +86,13 @@ def memory_of(skeleton: Skeleton, rehearsal: Rehearsal, vision: VisionCosts | No
     if blueprint.tuner.sft_type == "full" and blueprint.needs.reference and blueprint.needs.companion == "mismatched":
         # KTO's mismatched rows need the model as it was at the start.
         frozen += sum(skeleton.sizes.values()) * torch.finfo(blueprint.dtype).bits // 8
-    activations = rehearsal.activations(batch.shape())
+    activations = dry_run.activations(batch.shape())
     working += activations.peak - activations.kept
     images = 0
     if vision is not None:
-        images = _image_bytes(skeleton, vision, batch, rehearsal)
+        images = _image_bytes(skeleton, vision, batch, dry_run)
         # The tower is done before the language model keeps anything.
-        working = max(working, _tower_bytes(vision, batch, rehearsal) - activations.kept)
+        working = max(working, _tower_bytes(vision, batch, dry_run) - activations.kept)
     return Memory(
         weights=frozen,
         learning=learning,
@@ -117,25 +117,25 @@ def _quantised(skeleton: Skeleton, frozen: int, *, double: bool) -> tuple[int, i
     return frozen - _bytes(weights) + packed, max(weight.numel() * weight.element_size() for weight in weights)
 
 
-def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, rehearsal: Rehearsal) -> int:
+def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, dry_run: DryRun) -> int:
     """Of the pixels and features that a micro-batch brings along, and of what a tower that learns keeps.
 
     The features lie there once by themselves and once in the rows.
     """
     loads = batch.fullest.images
-    size = torch.finfo(rehearsal.blueprint.dtype).bits // 8
+    size = torch.finfo(dry_run.blueprint.dtype).bits // 8
     width = skeleton.head.shape[1]
     held = sum(load.pixel_bytes + 2 * load.features * width * size for load in loads)
-    learning = learning_parts(rehearsal.blueprint.tuner)
+    learning = trainable_parts(dry_run.blueprint.tuner)
     if "vit" in learning:
-        per_token = vision.kept_per_patch(full=rehearsal.blueprint.tuner.sft_type == "full")
+        per_token = vision.kept_per_patch(full=dry_run.blueprint.tuner.sft_type == "full")
         held += sum(load.patches for load in loads) * per_token * size
     # Damaged images stand beside the true ones.
-    return batch.rows * held * (2 if rehearsal.blueprint.needs.companion == "damaged" else 1)
+    return batch.rows * held * (2 if dry_run.blueprint.needs.companion == "damaged" else 1)
 
 
-def _tower_bytes(vision: VisionCosts, batch: MicroBatch, rehearsal: Rehearsal) -> int:
+def _tower_bytes(vision: VisionCosts, batch: MicroBatch, dry_run: DryRun) -> int:
     """What the tower's forward over a micro-batch's images takes while it runs: one layer's tensors, by rule of thumb."""
-    size = torch.finfo(rehearsal.blueprint.dtype).bits // 8
+    size = torch.finfo(dry_run.blueprint.dtype).bits // 8
     patches = batch.rows * sum(load.patches for load in batch.fullest.images)
     return patches * (4 * vision.hidden + 2 * vision.widest) * size

@@ -19,25 +19,27 @@ class Pass:
 
 
 def passes_of(needs: Needs, *, reference_known: bool) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """The passes of the survey, which precedes the step, and those of the step, in order.
+    """The passes of the step's statistics, which come first, and those of the step, in order.
 
-    A survey of the pairs themselves finds the reference's log-probs for the step, too. Where these come with the data, the
+    Statistics of the pairs themselves find the reference's log-probs for the step, too. Where these come with the data, the
     reference is run on mismatched rows only, which no data hold.
     """
-    surveyed: CompanionKind = "mismatched" if needs.companion == "mismatched" else "none"
-    survey, step = [], [Pass(trains=True)]
-    if needs.survey:
-        survey.append(Pass(surveyed))
+    first_pass: CompanionKind = "mismatched" if needs.companion == "mismatched" else "none"
+    statistics, step = [], [Pass(trains=True)]
+    if needs.statistics:
+        statistics.append(Pass(first_pass))
         if needs.reference:
-            survey.append(Pass(surveyed, reference=True))
-    if needs.reference and not (needs.survey and surveyed == "none"):
+            statistics.append(Pass(first_pass, reference=True))
+    if needs.reference and not (needs.statistics and first_pass == "none"):
         # Those with a companion ask the reference first.
         step.insert(1 if needs.companion == "none" else 0, Pass(reference=True))
     if needs.companion == "damaged":
         step += [Pass("damaged", reference=True)] if needs.reference else []
         step.append(Pass("damaged", trains=True))
-    survey, step = ([item for item in items if not (reference_known and _is_in_the_data(item))] for items in (survey, step))
-    return tuple(survey), tuple(step)
+    statistics, step = (
+        [item for item in items if not (reference_known and _is_in_the_data(item))] for items in (statistics, step)
+    )
+    return tuple(statistics), tuple(step)
 
 
 def _is_in_the_data(item: Pass) -> bool:

@@ -20,7 +20,7 @@ from rayalign.config.sections import PlanConfig
 from rayalign.estimate.advice import held_out_of, schedule_of
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.catalogue import shipped_config, shipped_configs
-from rayalign.estimate.estimate import Findings
+from rayalign.estimate.estimate import Estimate
 from rayalign.estimate.lengths import ImageLook, estimated, measured
 from rayalign.estimate.shapes import DataShapes
 from rayalign.estimate.table import plan_text
@@ -59,7 +59,7 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
     data = _measure(config, blueprint, look) if processor is not None else estimated(config, look)
     known = config.precomputes_reference(several_epochs=schedule_of(config, data).epochs > 1, several_runs=several_runs)
     blueprint = dataclasses.replace(blueprint, reference_known=known)
-    return plan_text(Findings(config, plan or PlanConfig(), blueprint, data, name, origin))
+    return plan_text(Estimate(config, plan or PlanConfig(), blueprint, data, name, origin))
 
 
 def _with_folder(config: Config) -> Config:

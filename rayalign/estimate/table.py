@@ -7,24 +7,24 @@ import numpy as np
 
 from rayalign.estimate.advice import MOST_GPUS
 from rayalign.estimate.architecture import ALIGNER, EMBEDDINGS, HEAD, VISION
-from rayalign.estimate.estimate import Findings
+from rayalign.estimate.estimate import Estimate
 from rayalign.estimate.memory import FRAGMENTATION, GB, OVERHEAD_BYTES, Memory
 from rayalign.estimate.shapes import Numbers
 from rayalign.models.parts import PART_NAMES, Part
-from rayalign.policy.adapters import learning_parts
+from rayalign.policy.adapters import trainable_parts
 
 UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 NO_DIFFERENCE = "1.00 times"
 PART_OF: dict[str, Part] = {VISION: "vit", ALIGNER: "aligner"}
 
 
-def plan_text(found: Findings) -> str:
+def plan_text(found: Estimate) -> str:
     """The whole plan, lines of at most about 110 characters."""
     sections = (_model(found), _data(found), _work(found), _memory(found), _machines(found), _assumptions(found))
     return "\n".join("\n".join(section) + "\n" for section in sections)
 
 
-def _model(found: Findings) -> Iterator[str]:
+def _model(found: Estimate) -> Iterator[str]:
     tuner, skeleton = found.config.tuner, found.skeleton
     yield f"Plan: {found.config.algorithm.name.upper()} of {found.name} ({found.origin})"
     yield ""
@@ -33,7 +33,7 @@ def _model(found: Findings) -> Iterator[str]:
         rows.append([f"  {part}", _millions(count), _learning_of(part, found) if count else "shares the embeddings' weights"])
     total = sum(skeleton.sizes.values())
     rows.append(["  total", _millions(total), ""])
-    where = ", ".join(PART_NAMES[part] for part in learning_parts(tuner))
+    where = ", ".join(PART_NAMES[part] for part in trainable_parts(tuner))
     what = f"all weights of: {where}"
     if tuner.sft_type == "lora":
         what = f"LoRA of rank {tuner.lora_rank} on {' '.join(tuner.lora_target_modules)} of: {where}"
@@ -43,10 +43,10 @@ def _model(found: Findings) -> Iterator[str]:
     yield from _aligned(rows)
 
 
-def _learning_of(part: str, found: Findings) -> str:
+def _learning_of(part: str, found: Estimate) -> str:
     """What becomes of a part's weights."""
     tuner = found.config.tuner
-    if PART_OF.get(part, "llm") not in learning_parts(tuner):
+    if PART_OF.get(part, "llm") not in trainable_parts(tuner):
         return "frozen"
     if part == HEAD and found.blueprint.needs.head == "value":
         return "frozen; a value head learns beside it"
@@ -55,7 +55,7 @@ def _learning_of(part: str, found: Findings) -> str:
     return "frozen" if part in (EMBEDDINGS, HEAD) else "frozen, with adapters"
 
 
-def _data(found: Findings) -> Iterator[str]:
+def _data(found: Estimate) -> Iterator[str]:
     data = found.data
     yield f"Tokens per pair ({data.total:,} pairs, {data.held_out:,} of them held out)"
     yield from textwrap.wrap(data.origin, 110, initial_indent="  ", subsequent_indent="  ")
@@ -73,7 +73,7 @@ def _data(found: Findings) -> Iterator[str]:
     yield f"  distinct images per pair: {images:.2f}"
 
 
-def _work(found: Findings) -> Iterator[str]:
+def _work(found: Estimate) -> Iterator[str]:
     now, way = found.flops(), found.way
     recomputing = " (checkpointing)" if way.checkpointing else ""
     unit, size = _unit_of(now.total)
@@ -81,7 +81,7 @@ def _work(found: Findings) -> Iterator[str]:
     parts = [
         ("vision tower and aligner", now.vision),
         ("language model, forward", now.forward),
-        ("language model, forwards without a backward (reference, survey)", now.others),
+        ("language model, forwards without a backward (reference, statistics)", now.others),
         ("output head", now.head),
         (f"recomputation{recomputing}", now.recomputation),
         ("language model, backward", now.backward),
@@ -113,7 +113,7 @@ def _work(found: Findings) -> Iterator[str]:
         yield f"  before the training, once per pair: the reference, {_number(found.reference_flops / size)}"
 
 
-def _memory(found: Findings) -> Iterator[str]:
+def _memory(found: Estimate) -> Iterator[str]:
     memory, batch = found.memory, found.batch
     shape = batch.shape()
     yield f"Memory per worker in GB, {shape.rows} x the longest row ({shape.tokens:,} tokens)"
@@ -122,7 +122,7 @@ def _memory(found: Findings) -> Iterator[str]:
     yield from _aligned([[f"  total {switch} gradient checkpointing", _gb(found.memory_otherwise.total)]])
 
 
-def _memory_parts(found: Findings, memory: Memory) -> list[tuple[str, int]]:
+def _memory_parts(found: Estimate, memory: Memory) -> list[tuple[str, int]]:
     quantised = ", language model's linears in 4 bits" if found.config.tuner.quant_bits else ""
     return [
         (f"frozen weights ({str(found.blueprint.dtype).removeprefix('torch.')}{quantised})", memory.weights),
@@ -137,7 +137,7 @@ def _memory_parts(found: Findings, memory: Memory) -> list[tuple[str, int]]:
     ]
 
 
-def _machines(found: Findings) -> Iterator[str]:
+def _machines(found: Estimate) -> Iterator[str]:
     size, memory = f"{found.plan.gpu_memory_gb:g} GB", found.memory
     yield f"On GPUs of {size}, {found.plan.gpu_tflops:g} TFLOPS"
     per_worker = found.gpus_per_worker
@@ -170,13 +170,13 @@ def _machines(found: Findings) -> Iterator[str]:
     yield f"  time: {_hours(time.hours)} on {time.gpus} GPU{'s' * (time.gpus > 1)}{turns}{cost}"
 
 
-def _beyond(longest: int, found: Findings) -> str:
+def _beyond(longest: int, found: Estimate) -> str:
     """A warning where a model has no positions for a row that fits."""
     end = found.blueprint.config.get_text_config().max_position_embeddings
     return f"; the model's positions end at {end:,}" if longest > end else ""
 
 
-def _assumptions(found: Findings) -> Iterator[str]:
+def _assumptions(found: Estimate) -> Iterator[str]:
     yield "Assumed"
     yield f"  {found.plan.mfu:.0%} of the GPUs' peak is reached (--mfu), data and checkpoints never wait;"
     lost = f"{FRAGMENTATION:.0%} of the rest lost to fragments"

@@ -150,15 +150,15 @@ def all_images(row: Mapping[str, Any], inline: Images) -> Images:
     return listed or inline
 
 
-def split_reply(messages: Sequence[Message], *, column: str) -> tuple[list[Message], str]:
+def split_response(messages: Sequence[Message], *, column: str) -> tuple[list[Message], str]:
     """A conversation as the messages before its last one, and that last one, which must be the assistant's."""
     if not messages or messages[-1].role != "assistant":
-        raise RecordError("missing field", "the last message must be the assistant's reply", field=column)
+        raise RecordError("missing field", "the last message must be the assistant's response", field=column)
     return list(messages[:-1]), messages[-1].content
 
 
 def label(row: Mapping[str, Any]) -> bool | None:
-    """KTO's verdict: true for a desirable reply."""
+    """KTO's verdict: true for a desirable response."""
     value = row.get("label")
     if value is None or isinstance(value, bool):
         return value
@@ -168,7 +168,7 @@ def label(row: Mapping[str, Any]) -> bool | None:
 
 
 def margin(row: Mapping[str, Any]) -> float | None:
-    """By how much the chosen reply is better."""
+    """By how much the chosen response is better."""
     value = row.get("margin")
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""ms-swift 4: `messages` that end with the chosen reply, and rejected_response or rejected_messages; with `label`, KTO."""
+"""ms-swift 4: `messages` that end with the chosen response, and rejected_response or rejected_messages; with `label`, KTO."""
 
 from collections.abc import Mapping, Set
 from typing import Any
@@ -17,12 +17,12 @@ def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
     messages, inline = cells.conversation(row["messages"], column="messages")
     if messages and messages[0].role != "system":
         messages = cells.system_message(row) + messages
-    prompt, chosen = cells.split_reply(messages, column="messages")
+    prompt, chosen = cells.split_response(messages, column="messages")
     images = cells.all_images(row, inline)
     if "rejected_images" in row and cells.as_images(row["rejected_images"], column="rejected_images") not in ((), images):
         raise RecordError(
             "unsupported content",
-            "the rejected reply has other images than the chosen one",
+            "the rejected response has other images than the chosen one",
             field="rejected_images",
         )
     column = "rejected_messages" if "rejected_messages" in row else "rejected_response"
@@ -39,12 +39,12 @@ def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
 
 
 def _rejected(value: Any, prompt: list[Message], *, column: str) -> str:
-    """The rejected reply: text, its message alone, or the whole conversation, which must agree with `messages` before it."""
+    """The rejected response: text, its message alone, or the whole conversation, which must agree with `messages` before it."""
     if isinstance(value, str):
         return cells.as_text(value, column=column)
     conversation, _ = cells.conversation(value, column=column)
-    before, reply = cells.split_reply(conversation, column=column)
+    before, response = cells.split_response(conversation, column=column)
     without_system = [m for m in prompt if m.role != "system"]
     if before not in ([], prompt, without_system):
-        raise RecordError("prompts differ", "only the last reply may differ from 'messages'", field=column)
-    return reply
+        raise RecordError("prompts differ", "only the last response may differ from 'messages'", field=column)
+    return response

@@ -16,7 +16,7 @@ LARGEST_MARGIN = 1e6
 """Beyond it a single record would drown the step's loss, and near 1e38 make it infinite."""
 
 Responses = Literal["chosen", "both", "either"]
-"""Which replies an algorithm learns from: the chosen one; both of a pair; or either, a pair's both or one that is labelled."""
+"""Which responses an algorithm learns from: the chosen one; both of a pair; or either, a pair's both or a labelled one."""
 
 
 class RecordError(ValueError):
@@ -42,10 +42,11 @@ class Message(pydantic.BaseModel):
 
 
 class PreferenceRecord(pydantic.BaseModel):
-    """A prompt with its images, the chosen reply and, for pairs, the rejected one; always usable once it exists.
+    """A prompt with its images, the chosen response and, for pairs, the rejected one; always usable once it exists.
 
-    `messages` is everything before the trained reply. `images` holds a path, URL, data: URI, base64 or the bytes of each image,
-    in the order of the `<image>` marks. `build_record` is the constructor that reports in the words of the row's own columns.
+    `messages` is everything before the trained response. `images` holds a path, URL, data: URI, base64 or the bytes of each
+    image, in the order of the `<image>` marks. `build_record` is the constructor that reports in the words of the row's own
+    columns.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -62,7 +63,7 @@ class PreferenceRecord(pydantic.BaseModel):
     def _is_usable(self, info: pydantic.ValidationInfo) -> "PreferenceRecord":
         columns: Mapping[str, str] = info.context or {}
         _check_conversation(self.messages, columns)
-        _check_replies(self.chosen, self.rejected, columns)
+        _check_responses(self.chosen, self.rejected, columns)
         _check_marks(self, columns)
         if self.margin is not None and not abs(self.margin) <= LARGEST_MARGIN:
             words = f"{self.margin} is no number between -{LARGEST_MARGIN:g} and {LARGEST_MARGIN:g}"
@@ -117,11 +118,11 @@ def place_marks(messages: Sequence[Message], num_images: int) -> tuple[Message, 
 
 
 def require_pair(record: PreferenceRecord) -> None:
-    """Raises RecordError for a record without a rejected reply, which every algorithm that compares two replies needs."""
+    """Raises RecordError for a record without a rejected response, which every algorithm that compares two responses needs."""
     if record.rejected is None:
         raise RecordError(
             "missing field",
-            "the record has one reply only, and this algorithm compares a chosen with a rejected one; "
+            "the record has one response only, and this algorithm compares a chosen with a rejected one; "
             "add the column, or train with sft (or kto, with a label)",
             field="rejected_response",
         )
@@ -129,11 +130,12 @@ def require_pair(record: PreferenceRecord) -> None:
 
 
 def require_label(record: PreferenceRecord) -> None:
-    """Raises RecordError for a record that says of no reply whether it is good: neither a pair nor a labelled reply."""
+    """Raises RecordError for a record that says of no response whether it is good: neither a pair nor a labelled response."""
     if record.rejected is None and record.label is None:
         raise RecordError(
             "missing field",
-            "the record has one reply and does not say whether it is good; add label (true or false), or a rejected reply",
+            "the record has one response and does not say whether it is good; add label (true or false), or a rejected "
+            "response",
             field="label",
         )
     _check_label_of_pair(record)
@@ -143,15 +145,15 @@ def _check_label_of_pair(record: PreferenceRecord) -> None:
     if record.rejected is not None and record.label is False:
         raise RecordError(
             "contradictory label",
-            "the chosen reply is labelled as bad, although there is a rejected one; remove the label, or keep one reply",
+            "the chosen response is labelled as bad, although there is a rejected one; remove the label, or keep one response",
             field="label",
         )
 
 
 def require_desirable(record: PreferenceRecord) -> None:
-    """Raises RecordError for a reply labelled as bad, which must not be imitated."""
+    """Raises RecordError for a response labelled as bad, which must not be imitated."""
     if record.label is False:
-        raise RecordError("undesirable answer", "the reply is labelled as bad, and sft imitates replies", field="label")
+        raise RecordError("undesirable response", "the response is labelled as bad, and sft imitates responses", field="label")
 
 
 def require(record: PreferenceRecord, responses: Responses) -> None:
@@ -170,12 +172,12 @@ def _check_conversation(messages: Sequence[Message], columns: Mapping[str, str])
     query, history = columns.get("query", "query"), columns.get("history", "messages")
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns:
-        raise RecordError("missing field", "there is no question to answer", field=query)
+        raise RecordError("missing field", "there is no question to respond to", field=query)
     roles = [m.role for m in turns]
     if roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))] or roles[-1] != "user":
         raise RecordError(
             "roles not alternating",
-            f"{', '.join(m.role for m in messages)}: before the trained reply come user and assistant in turn, "
+            f"{', '.join(m.role for m in messages)}: before the trained response come user and assistant in turn, "
             "from user to user, after at most one system message",
             field=history,
         )
@@ -183,31 +185,33 @@ def _check_conversation(messages: Sequence[Message], columns: Mapping[str, str])
         if message.content.strip():
             continue
         if message.role == "assistant":
-            raise RecordError("empty answer", f"the reply of round {number // 2} is empty", field=history)
+            raise RecordError("empty response", f"the response of round {number // 2} is empty", field=history)
         last = number == len(turns)
         raise RecordError("empty query", "the question is empty", field=query if last else history)
 
 
-def _check_replies(chosen: str, rejected: str | None, columns: Mapping[str, str]) -> None:
+def _check_responses(chosen: str, rejected: str | None, columns: Mapping[str, str]) -> None:
     names = columns.get("chosen", "chosen"), columns.get("rejected", "rejected")
-    for name, reply in zip(names, (chosen, rejected), strict=True):
-        if reply is None:
+    for name, response in zip(names, (chosen, rejected), strict=True):
+        if response is None:
             continue
-        if not reply.strip():
-            raise RecordError("empty answer", "the reply is empty", field=name)
-        if IMAGE_MARK in reply:
+        if not response.strip():
+            raise RecordError("empty response", "the response is empty", field=name)
+        if IMAGE_MARK in response:
             raise RecordError(
-                "image mark in answer", f"a reply can't hold an image, but this one holds {IMAGE_MARK}", field=name
+                "image mark in response", f"a response can't hold an image, but this one holds {IMAGE_MARK}", field=name
             )
     if rejected is not None and chosen.strip() == rejected.strip():
-        raise RecordError("identical answers", f"the reply equals {names[0]}, so there is nothing to prefer", field=names[1])
+        raise RecordError(
+            "identical responses", f"the response equals {names[0]}, so there is nothing to prefer", field=names[1]
+        )
 
 
 def _check_marks(record: PreferenceRecord, columns: Mapping[str, str]) -> None:
     for message in record.messages:
         if message.role != "user" and IMAGE_MARK in message.content:
             field = columns.get("system", "system") if message.role == "system" else columns.get("history", "messages")
-            reason = "image mark in system" if message.role == "system" else "image mark in answer"
+            reason = "image mark in system" if message.role == "system" else "image mark in response"
             raise RecordError(reason, f"{IMAGE_MARK} can stand in user messages only", field=field)
     marks, images = sum(m.content.count(IMAGE_MARK) for m in record.messages), len(record.images)
     if marks != images:

@@ -18,16 +18,16 @@ def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
     if messages and messages[0].role != "system":
         messages = cells.system_message(row) + messages
     if "chosen" in row:
-        prompt, chosen = messages, _reply(row["chosen"], column="chosen")
+        prompt, chosen = messages, _response(row["chosen"], column="chosen")
     else:
-        prompt, chosen = cells.split_reply(messages, column="conversations")
+        prompt, chosen = cells.split_response(messages, column="conversations")
     rejected_column = "rejected" if "rejected" in row else "rejected_response"
     return build_record(
         id=id,
         messages=prompt,
         images=cells.all_images(row, inline),
         chosen=chosen,
-        rejected=_reply(row[rejected_column], column=rejected_column) if rejected_column in row else None,
+        rejected=_response(row[rejected_column], column=rejected_column) if rejected_column in row else None,
         margin=cells.margin(row),
         label=cells.label(row),
         columns={
@@ -39,12 +39,14 @@ def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
     )
 
 
-def _reply(value: Any, *, column: str) -> str:
-    """A reply as text, as one message, or as a list of one message."""
+def _response(value: Any, *, column: str) -> str:
+    """A response as text, as one message, or as a list of one message."""
     if isinstance(value, str):
         return cells.as_text(value, column=column)
     messages, _ = cells.conversation(value, column=column)
-    before, reply = cells.split_reply(messages, column=column)
+    before, response = cells.split_response(messages, column=column)
     if before:
-        raise RecordError("wrong type", f"expected one reply, found a conversation of {len(messages)} messages", field=column)
-    return reply
+        raise RecordError(
+            "wrong type", f"expected one response, found a conversation of {len(messages)} messages", field=column
+        )
+    return response

@@ -16,12 +16,12 @@ def matches(columns: Set[str]) -> bool:
 def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
     column = "chosen" if "chosen" in row else "completion"
     given, given_images = _prompt(row)
-    prompt, chosen, inline = _reply(row, column, given)
+    prompt, chosen, inline = _response(row, column, given)
     rejected = None
     if "rejected" in row:
-        rejected_prompt, rejected, rejected_inline = _reply(row, "rejected", given)
+        rejected_prompt, rejected, rejected_inline = _response(row, "rejected", given)
         if rejected_prompt != prompt or rejected_inline not in ((), inline):
-            raise RecordError("prompts differ", f"only the last reply may differ from {column!r}", field="rejected")
+            raise RecordError("prompts differ", f"only the last response may differ from {column!r}", field="rejected")
     source = "prompt" if "prompt" in row else column
     return build_record(
         id=id,
@@ -36,7 +36,7 @@ def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
 
 
 def _prompt(row: Mapping[str, Any]) -> tuple[list[Message], cells.Images]:
-    """The `prompt` cell as messages; nothing where the replies hold it."""
+    """The `prompt` cell as messages; nothing where the responses hold it."""
     value = row.get("prompt", [])
     if isinstance(value, str):
         return [*cells.system_message(row), Message(role="user", content=cells.text(row, "prompt"))], ()
@@ -45,8 +45,8 @@ def _prompt(row: Mapping[str, Any]) -> tuple[list[Message], cells.Images]:
     return [*([] if has_system else cells.system_message(row)), *messages], inline
 
 
-def _reply(row: Mapping[str, Any], column: str, given: list[Message]) -> tuple[list[Message], str, cells.Images]:
-    """The messages before a reply, the reply, and the images inside a conversation that holds its own prompt."""
+def _response(row: Mapping[str, Any], column: str, given: list[Message]) -> tuple[list[Message], str, cells.Images]:
+    """The messages before a response, the response, and the images inside a conversation that holds its own prompt."""
     value = row[column]
     if isinstance(value, str):
         if "prompt" not in row:
@@ -55,11 +55,11 @@ def _reply(row: Mapping[str, Any], column: str, given: list[Message]) -> tuple[l
             )
         return given, cells.text(row, column), ()
     conversation, inline = cells.conversation(value, column=column)
-    before, reply = cells.split_reply(conversation, column=column)
+    before, response = cells.split_response(conversation, column=column)
     if before[: len(given)] == given:
-        return before, reply, inline
+        return before, response, inline
     if (
         isinstance(row.get("prompt"), str) and before
     ):  # the text repeats the conversation's question; of it, only a system message is new
-        return given[:-1] + before, reply, inline
-    return given + before, reply, inline
+        return given[:-1] + before, response, inline
+    return given + before, response, inline

@@ -1,4 +1,4 @@
-"""PaliGemma (https://arxiv.org/abs/2407.07726): the whole prompt sees the whole prompt, only the answer is causal.
+"""PaliGemma (https://arxiv.org/abs/2407.07726): the whole prompt sees the whole prompt, only the response is causal.
 
 Its prompts are an image and a line of text. The processor puts the start mark behind the images and ends the line; it takes no
 prompt without images, for which the same is done here.
@@ -32,7 +32,7 @@ FAMILY = Family(
     image_token_counts=image_token_counts,
     bidirectional="prompt",
     first_position=1,
-    # Images first, then the text of the turns on one line; the answer follows the line's end.
+    # Images first, then the text of the turns on one line; the response follows the line's end.
     chat_template=(
         "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
         "{% endif %}{% endfor %}{% endfor %}"

@@ -22,7 +22,7 @@ SHARED_PREFIX = "shared_prefix"
 
 
 def attention_mask(
-    segment_ids: Tensor, places: Tensor, *, sliding_window: int | None = None, blocks: Tensor | None = None
+    segment_ids: Tensor, position_in_sequence: Tensor, *, sliding_window: int | None = None, blocks: Tensor | None = None
 ) -> Tensor:
     """[B, 1, S, S], True where the query may look at the key: causal, prompt and own response only, at most `sliding_window`
     places back; and within a block of `blocks` [B, S] (-1: none) all of it. The diagonal is always on, so that a row of padding
@@ -32,7 +32,7 @@ def attention_mask(
     causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
     allowed = causal & (key != PAD) & ((key == PROMPT) | (key == query))
     if sliding_window is not None:
-        allowed &= places[:, :, None] - places[:, None, :] < sliding_window
+        allowed &= position_in_sequence[:, :, None] - position_in_sequence[:, None, :] < sliding_window
     if blocks is not None:
         allowed |= (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
     allowed |= torch.eye(length, dtype=torch.bool, device=segment_ids.device)
@@ -42,16 +42,16 @@ def attention_mask(
 def response_mask(segment_ids: Tensor, lengths: RowLengths) -> Tensor:
     """[B, 1, T, S]: the rows of `attention_mask` from each row's first response token on, as many as the longest responses
     have."""
-    places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    columns = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     longest = max(tokens - prompt for prompt, tokens in lengths)
     starts = torch.tensor([prompt for prompt, _ in lengths]).to(segment_ids.device, non_blocking=True)
-    queries = (starts[:, None] + places[:longest]).clamp(max=segment_ids.shape[1] - 1)
+    queries = (starts[:, None] + columns[:longest]).clamp(max=segment_ids.shape[1] - 1)
     own, key = segment_ids.gather(1, queries)[:, :, None], segment_ids[:, None, :]
-    return ((places <= queries[:, :, None]) & ((key == PROMPT) | (key == own)))[:, None]
+    return ((columns <= queries[:, :, None]) & ((key == PROMPT) | (key == own)))[:, None]
 
 
 def block_mask(
-    segment_ids: Tensor, places: Tensor, *, sliding_window: int | None = None, blocks: Tensor | None = None
+    segment_ids: Tensor, position_in_sequence: Tensor, *, sliding_window: int | None = None, blocks: Tensor | None = None
 ) -> BlockMask:
     """What `attention_mask` says, for flex_attention, which leaves out blocks of tokens in which nothing is seen."""
 
@@ -59,7 +59,7 @@ def block_mask(
         of_query, of_key = segment_ids[b, query], segment_ids[b, key]
         seen = (key <= query) & (of_key != PAD) & ((of_key == PROMPT) | (of_key == of_query))
         if sliding_window is not None:
-            seen = seen & (places[b, query] - places[b, key] < sliding_window)
+            seen = seen & (position_in_sequence[b, query] - position_in_sequence[b, key] < sliding_window)
         if blocks is not None:
             seen = seen | ((blocks[b, query] == blocks[b, key]) & (blocks[b, query] >= 0))
         return seen | (query == key)

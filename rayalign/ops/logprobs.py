@@ -33,18 +33,18 @@ class PairLogps:
     rejected: SequenceLogps
 
 
-def sum_by_response(logps: Tensor, sequences: Tensor, num_pairs: int) -> PairLogps:
-    """Token log-probabilities [N] summed by response; `sequences` [N] names each token's (`PairBatch.sequences`), and the
+def sum_by_response(logps: Tensor, response_ids: Tensor, num_pairs: int) -> PairLogps:
+    """Token log-probabilities [N] summed by response; `response_ids` [N] names each token's (`PairBatch.response_ids`), and the
     tokens of a response stand together in reading order."""
     # Not by bincount, for which a GPU stops to find the largest number.
-    tokens = sequences.new_zeros(2 * num_pairs).index_add(0, sequences, torch.ones_like(sequences))
-    place = torch.arange(len(sequences), device=sequences.device)
-    first = place.new_full((2 * num_pairs,), len(sequences)).scatter_reduce(0, sequences, place, "amin")
+    tokens = response_ids.new_zeros(2 * num_pairs).index_add(0, response_ids, torch.ones_like(response_ids))
+    index = torch.arange(len(response_ids), device=response_ids.device)
+    first = index.new_full((2 * num_pairs,), len(response_ids)).scatter_reduce(0, response_ids, index, "amin")
     shorter = torch.minimum(tokens[:num_pairs], tokens[num_pairs:]).repeat(2)
-    is_shared = place - first[sequences] < shorter[sequences]
+    is_shared = index - first[response_ids] < shorter[response_ids]
     nothing = logps.new_zeros(2 * num_pairs)
-    total = nothing.index_add(0, sequences, logps)
-    shared = nothing.index_add(0, sequences, logps * is_shared)
+    total = nothing.index_add(0, response_ids, logps)
+    shared = nothing.index_add(0, response_ids, logps * is_shared)
     sides = (slice(num_pairs), slice(num_pairs, None))
     return PairLogps(*(SequenceLogps(total[side], tokens[side], shared[side]) for side in sides))
 
@@ -75,13 +75,13 @@ class _TokenLogps(torch.autograd.Function):
         chunks = []
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logps, probabilities, slope = _chunk(hidden[part].to(dtype), head, targets[part], softcap)
+            logps, probabilities, softcap_grad = _chunk(hidden[part].to(dtype), head, targets[part], softcap)
             chunks.append(logps)
             if gradient is not None:
                 own = head[targets[part]]
-                if slope is not None:
-                    own *= slope.gather(1, targets[part, None])
-                    probabilities *= slope
+                if softcap_grad is not None:
+                    own *= softcap_grad.gather(1, targets[part, None])
+                    probabilities *= softcap_grad
                 gradient[part] = own.to(dtype).addmm_(probabilities.to(dtype), head, alpha=-1)
         ctx.trains_head = weight.requires_grad
         ctx.save_for_backward(*([gradient] if keep_gradient else []), *([hidden, weight, targets] if ctx.trains_head else []))
@@ -90,27 +90,27 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (upstream,) = outputs
+        (grad_output,) = outputs
         saved = list(ctx.saved_tensors)
-        hidden_gradient = None
+        grad_hidden = None
         if ctx.keep_gradient:
             gradient = saved.pop(0)
-            hidden_gradient = (gradient * upstream[:, None]).to(gradient.dtype)
-        weight_gradient = None
+            grad_hidden = (gradient * grad_output[:, None]).to(gradient.dtype)
+        grad_weight = None
         if ctx.trains_head:
             hidden, weight, targets = saved
-            head, weight_gradient = weight.to(ctx.dtype), torch.zeros_like(weight)
+            head, grad_weight = weight.to(ctx.dtype), torch.zeros_like(weight)
             for start in range(0, len(targets), CHUNK_TOKENS):
                 part = slice(start, start + CHUNK_TOKENS)
                 states = hidden[part].to(ctx.dtype)
-                _, probabilities, slope = _chunk(states, head, targets[part], ctx.softcap)
-                of_logits = probabilities.neg_()
-                of_logits[torch.arange(len(states), device=states.device), targets[part]] += 1
-                if slope is not None:
-                    of_logits *= slope
-                of_logits *= upstream[part, None]
-                weight_gradient += of_logits.to(ctx.dtype).t() @ states
-        return hidden_gradient, weight_gradient, None, None, None
+                _, probabilities, softcap_grad = _chunk(states, head, targets[part], ctx.softcap)
+                grad_logits = probabilities.neg_()
+                grad_logits[torch.arange(len(states), device=states.device), targets[part]] += 1
+                if softcap_grad is not None:
+                    grad_logits *= softcap_grad
+                grad_logits *= grad_output[part, None]
+                grad_weight += grad_logits.to(ctx.dtype).t() @ states
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -120,10 +120,10 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
 def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p(target) [n] of a chunk, all its probabilities [n, V], and with a softcap d(capped logits) / d(logits) [n, V]."""
     logits = hidden @ weight.t()
-    slope = None
+    softcap_grad = None
     if softcap is not None:
         bent = logits.to(_loss_dtype(logits.dtype)).div_(softcap).tanh_()
-        slope = 1 - bent.square()
+        softcap_grad = 1 - bent.square()
         logits = bent.mul_(softcap)
     probabilities = torch.softmax(logits, dim=-1, dtype=_loss_dtype(logits.dtype))
     # The largest probability is at least 1 / V, so that its logarithm is exact enough to tell the normaliser by; to sum the
@@ -131,4 +131,4 @@ def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | Non
     largest, place = logits.max(dim=-1, keepdim=True)
     normaliser = largest.to(probabilities.dtype) - probabilities.gather(1, place).log()
     logps = logits.gather(1, targets[:, None]).to(probabilities.dtype) - normaliser
-    return logps.squeeze(1), probabilities, slope
+    return logps.squeeze(1), probabilities, softcap_grad

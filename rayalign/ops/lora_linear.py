@@ -12,9 +12,9 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 
-class LowRankLinear(lora.Linear):
+class FusedLoraLinear(lora.Linear):
     """peft's LoRA linear, except for the arithmetic: y = W x + b + s B A x (Hu et al. 2021, https://arxiv.org/abs/2106.09685,
-    section 4.1). Adapters add up. What the formula leaves out (dropout, DoRA, autocast, a W that learns) peft computes."""
+    section 4.1). Adapters add up. What the formula leaves out (dropout, DoRA, autocast, a W that needs_grad) peft computes."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., out] of [..., in]."""
@@ -34,11 +34,11 @@ class LowRankLinear(lora.Linear):
         return not drops and name not in self.lora_variant and self.lora_B[name].bias is None
 
 
-def quicken(model: nn.Module) -> None:
+def fuse_lora_linears(model: nn.Module) -> None:
     """Lets the LoRA linears of a model compute in few passes; those that peft puts on quantised layers stay as they are."""
     for module in model.modules():
         if type(module) is lora.Linear and type(module.get_base_layer()) is nn.Linear:
-            module.__class__ = LowRankLinear
+            module.__class__ = FusedLoraLinear
 
 
 class _Product(torch.autograd.Function):
@@ -48,27 +48,27 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], *factors: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         output = nn.functional.linear(rows, weight, bias)
-        narrows = []
+        x_a = []
         for scale, a, b in zip(scales, factors[::2], factors[1::2], strict=True):
-            narrows.append(rows @ a.t())
-            output.addmm_(narrows[-1], b.t(), alpha=scale)
-        ctx.save_for_backward(rows, weight, *narrows, *factors)
+            x_a.append(rows @ a.t())
+            output.addmm_(x_a[-1], b.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, *x_a, *factors)
         ctx.scales, ctx.shape = scales, x.shape
         return output.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, *saved = ctx.saved_tensors
-        narrows, factors = saved[: len(ctx.scales)], saved[len(ctx.scales) :]
-        upstream = outputs[0].flatten(0, -2)
-        of_x = upstream @ weight if ctx.needs_input_grad[0] else None
-        of_factors: list[Tensor | None] = []
-        learns = ctx.needs_input_grad[4:]
-        for i, (scale, narrow) in enumerate(zip(ctx.scales, narrows, strict=True)):
+        x_a, factors = saved[: len(ctx.scales)], saved[len(ctx.scales) :]
+        grad_output = outputs[0].flatten(0, -2)
+        grad_x = grad_output @ weight if ctx.needs_input_grad[0] else None
+        grad_factors: list[Tensor | None] = []
+        needs_grad = ctx.needs_input_grad[4:]
+        for i, (scale, own_x_a) in enumerate(zip(ctx.scales, x_a, strict=True)):
             a, b = factors[2 * i : 2 * i + 2]
-            of_narrow = (upstream @ b).mul_(scale)
-            if of_x is not None:
-                of_x.addmm_(of_narrow, a)
-            of_factors.append(of_narrow.t() @ rows if learns[2 * i] else None)
-            of_factors.append((upstream.t() @ narrow).mul_(scale) if learns[2 * i + 1] else None)
-        return None if of_x is None else of_x.view(ctx.shape), None, None, None, *of_factors
+            grad_x_a = (grad_output @ b).mul_(scale)
+            if grad_x is not None:
+                grad_x.addmm_(grad_x_a, a)
+            grad_factors.append(grad_x_a.t() @ rows if needs_grad[2 * i] else None)
+            grad_factors.append((grad_output.t() @ own_x_a).mul_(scale) if needs_grad[2 * i + 1] else None)
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, None, *grad_factors

@@ -18,7 +18,7 @@ from rayalign.config.sections import TunerConfig
 from rayalign.models.family import Family
 from rayalign.models.parts import PART_NAMES, Part, find_parts
 from rayalign.models.source import ModelSource
-from rayalign.ops.lora_linear import quicken
+from rayalign.ops.lora_linear import fuse_lora_linears
 
 TRAINED, REFERENCE, STACKED = "default", "reference", "stacked"
 
@@ -26,7 +26,7 @@ TOWER_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv", "query", "key", "value
 """What attention calls its q, k and v, or the one that is all three, in transformers' vision towers."""
 
 
-def learning_parts(tuner: TunerConfig) -> tuple[Part, ...]:
+def trainable_parts(tuner: TunerConfig) -> tuple[Part, ...]:
     """The parts of the model that are not frozen."""
     frozen: dict[Part, bool] = {"vit": tuner.freeze_vit, "aligner": tuner.freeze_aligner, "llm": tuner.freeze_llm}
     return tuple(part for part, is_frozen in frozen.items() if not is_frozen)
@@ -51,7 +51,7 @@ def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Fam
     if start is None:
         new = get_peft_model(base, lora, adapter_name=TRAINED)
         _set_magnitudes(new)
-        quicken(new)
+        fuse_lora_linears(new)
         return new
     if tuner.stack_adapter:
         model = PeftModel.from_pretrained(base, start, adapter_name=STACKED, is_trainable=False)
@@ -63,7 +63,7 @@ def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Fam
         if needs_reference:
             model.load_adapter(start, adapter_name=REFERENCE, is_trainable=False)
     _let_learn(model, tuner)
-    quicken(model)
+    fuse_lora_linears(model)
     return model
 
 
@@ -127,7 +127,7 @@ def _matrices(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 def _targets(base: Any, tuner: TunerConfig, family: Family) -> list[str]:
     """The full names of the linears that get an adapter, in all parts that learn."""
     parts, modules = find_parts(base), tuner.lora_target_modules
-    linears = {part: parts.linears(base, part) for part in learning_parts(tuner)}
+    linears = {part: parts.linears(base, part) for part in trainable_parts(tuner)}
     empty = [PART_NAMES[part] for part, names in linears.items() if not names]
     if empty:
         raise ValueError(
@@ -198,7 +198,7 @@ def _check_continuation(model: PeftModel, adapter: str, tuner: TunerConfig, targ
     parts = find_parts(model.get_base_model())
     adapted = {name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     # The language model learns by default, and so not by anyone's wish.
-    wanted = [part for part in learning_parts(tuner) if part != "llm"]
+    wanted = [part for part in trainable_parts(tuner) if part != "llm"]
     bare = [part for part in wanted if not any(parts.of(name) == part for name in adapted)]
     if bare:
         flags = ", ".join(f"--freeze_{part}" for part in bare)
@@ -206,7 +206,7 @@ def _check_continuation(model: PeftModel, adapter: str, tuner: TunerConfig, targ
             f"{flags} false: training continues from the adapter {adapter}, which has no matrices there. Turn the flag on, or "
             "train a new adapter on top of it (--stack_adapter true)."
         )
-    learning = {name for name in adapted if parts.of(name) in learning_parts(tuner)}
+    learning = {name for name in adapted if parts.of(name) in trainable_parts(tuner)}
     if targets is not None and set(targets) != learning:
         raise ValueError(
             f"--lora_target_modules {' '.join(tuner.lora_target_modules)}: training continues from the adapter {adapter}, "
@@ -224,7 +224,7 @@ def _let_learn(model: PeftModel, tuner: TunerConfig) -> None:
     for name, parameter in model.named_parameters():
         in_base = name.removeprefix("base_model.model.")
         trained = re.search(rf"\.lora_\w+\.{TRAINED}\b", name) is not None
-        parameter.requires_grad_(trained and parts.of(in_base) in learning_parts(tuner))
+        parameter.requires_grad_(trained and parts.of(in_base) in trainable_parts(tuner))
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and STACKED in layer.lora_dropout:
             layer.lora_dropout[STACKED] = nn.Identity()

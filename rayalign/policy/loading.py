@@ -19,7 +19,7 @@ from rayalign.models.registry import find_family, load_config, packs_rows
 from rayalign.models.source import ModelSource
 from rayalign.ops.attention import SHARED_PREFIX
 from rayalign.ops.value_head import load_value_head
-from rayalign.policy.adapters import add_adapters, learning_parts, merge_adapter
+from rayalign.policy.adapters import add_adapters, merge_adapter, trainable_parts
 from rayalign.policy.policy import Policy
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 
@@ -126,7 +126,7 @@ def _quantisation(
 
 
 def _let_learn(base: Any, tuner: TunerConfig) -> None:
-    parts, learning = find_parts(base), learning_parts(tuner)
+    parts, learning = find_parts(base), trainable_parts(tuner)
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(parts.of(name) in learning)
 

@@ -51,7 +51,7 @@ class Policy:
         self.image_token_id: int | None = None if family.text_only else self.base.config.image_token_id
         self._windows = _windows_of(self.base.get_decoder().config)
         self._softcap: float | None = self.base.config.get_text_config().to_dict().get("final_logit_softcapping")
-        self.vision_learns = _learns_outside_language(self.base)
+        self.trains_vision = _trains_outside_language(self.base)
         self.device: torch.device = self.base.get_input_embeddings().weight.device
         self._tuner_layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         self.dtype = dtype
@@ -83,7 +83,7 @@ class Policy:
         taken = inspect.signature(self.base.model.get_image_features).parameters
         inputs = {name: value for name, value in batch.image_inputs.items() if name in taken}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.base.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vision_learns), self._arithmetic():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision), self._arithmetic():
             output = self.base.get_image_features(**inputs, return_dict=True)
             features = _by_image(output.pooler_output, batch.image_lengths)
             if self.family.deepstack:
@@ -106,7 +106,7 @@ class Policy:
         """Scores [B] of the chosen and of the rejected responses by the value head, each at the response's last token."""
         assert self.value_head is not None
         device = self.value_head.summary.weight.device
-        chosen, rejected = self.value_head(self._states(batch, images, batch.ends).to(device)).chunk(2)
+        chosen, rejected = self.value_head(self._states(batch, images, batch.last_token).to(device)).chunk(2)
         return chosen, rejected
 
     def _arithmetic(self) -> AbstractContextManager[None]:
@@ -141,7 +141,7 @@ class Policy:
         assert self._tuner_layers or self.start, "the weights of the reference are gone"
         with torch.no_grad(), self.reference_weights():
             frozen = self.start or self
-            return frozen.logps(batch, frozen.image_features(batch) if self.vision_learns else images)
+            return frozen.logps(batch, frozen.image_features(batch) if self.trains_vision else images)
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
@@ -189,10 +189,10 @@ class Policy:
         """True where an image's feature stands."""
         return torch.eq(input_ids, self.image_token_id)  # type: ignore[arg-type]  # never None where it is called
 
-    def num_places(self, batch: PairBatch) -> int:
+    def num_tokens_with_padding(self, batch: PairBatch) -> int:
         """Tokens that the language model runs over, padding and the companion included."""
         own = sum(tokens for _, tokens in batch.row_lengths) if self._packs(batch) else batch.input_ids.numel()
-        return own + (self.num_places(batch.companion.batch) if batch.companion else 0)
+        return own + (self.num_tokens_with_padding(batch.companion.batch) if batch.companion else 0)
 
     def _packs(self, batch: PairBatch) -> bool:
         """Whether the language model runs over the batch's rows one after another, without padding: where the kernel is for
@@ -221,8 +221,8 @@ class Policy:
     def _mask(self, batch: PairBatch, window: int | None, blocks: Tensor | None) -> Tensor | BlockMask:
         kernel = self._kernel
         if kernel == "flex_attention":
-            return block_mask(batch.segment_ids, batch.places, sliding_window=window, blocks=blocks)
-        allowed = attention_mask(batch.segment_ids, batch.places, sliding_window=window, blocks=blocks)
+            return block_mask(batch.segment_ids, batch.position_in_sequence, sliding_window=window, blocks=blocks)
+        allowed = attention_mask(batch.segment_ids, batch.position_in_sequence, sliding_window=window, blocks=blocks)
         if kernel == "eager":
             dtype = self.base.dtype
             return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
@@ -236,10 +236,10 @@ class Policy:
 
 
 def _by_response(logps: Tensor, batch: PairBatch) -> PairLogps:
-    return sum_by_response(logps, batch.sequences.to(logps.device), batch.num_pairs)
+    return sum_by_response(logps, batch.response_ids.to(logps.device), batch.num_pairs)
 
 
-def _learns_outside_language(base: Any) -> bool:
+def _trains_outside_language(base: Any) -> bool:
     """Whether weights of the vision tower or the projector learn, on which images' features depend."""
     language = [*base.get_decoder().parameters(), base.get_output_embeddings().weight]
     inside = {id(parameter) for parameter in language}

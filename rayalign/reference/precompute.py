@@ -18,11 +18,11 @@ import torch
 
 from rayalign.config.config import Config
 from rayalign.data.batch import PairBatch
-from rayalign.data.prepare import PROGRESS_SECONDS, RunData, quiet_logging, settle_context
-from rayalign.data.reference_store import PART_ROWS, ReferenceLogps, missing_parts, part_name, write_part
-from rayalign.data.sampler import StepPlan, cut_micro_batches
+from rayalign.data.prepare import PROGRESS_SECONDS, RunData, configure_ray_data, quiet_logging
+from rayalign.data.reference_store import SHARD_ROWS, ReferenceLogps, missing_shards, shard_name, write_reference_shard
+from rayalign.data.sampler import StepSampler, cut_micro_batches
 from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
-from rayalign.data.stream import ahead, batch_maker, plan_of
+from rayalign.data.stream import ahead, batch_maker, sampler_of
 from rayalign.models.registry import FAMILIES, packs_rows
 from rayalign.reference.key import ReferenceKey, check_reference, reference_key
 
@@ -41,12 +41,12 @@ def with_reference(config: Config, data: RunData, *, several_runs: bool = False)
 
     Raises ValueError where the model cannot be loaded, and where an unfinished run began with another one.
     """
-    plan = plan_of(config, data)
-    if not is_wanted(config, plan, several_runs=several_runs):
+    sampler = sampler_of(config, data)
+    if not is_wanted(config, sampler, several_runs=several_runs):
         return data
     key = key_of(config, data)
     check_reference(config, key)
-    training = _scored(config, data, data.training, needed_rows(plan), key)
+    training = _scored(config, data, data.training, needed_rows(sampler), key)
     held_out = data.held_out
     if held_out is not None:
         held_out = _scored(config, data, held_out, np.arange(held_out.num_rows), key)
@@ -66,16 +66,16 @@ def key_of(config: Config, data: RunData) -> ReferenceKey:
     )
 
 
-def needed_rows(plan: StepPlan) -> Rows:
+def needed_rows(sampler: StepSampler) -> Rows:
     """The rows that a run trains on or holds out."""
-    if plan.num_steps >= plan.steps_per_epoch:
-        return np.arange(plan.lengths.num_rows)
-    return np.concatenate([plan.held_out, *(plan.rows_of_step(step) for step in range(plan.num_steps))])
+    if sampler.num_steps >= sampler.steps_per_epoch:
+        return np.arange(sampler.lengths.num_rows)
+    return np.concatenate([sampler.held_out, *(sampler.rows_of_step(step) for step in range(sampler.num_steps))])
 
 
-def is_wanted(config: Config, plan: StepPlan, *, several_runs: bool = False) -> bool:
+def is_wanted(config: Config, sampler: StepSampler, *, several_runs: bool = False) -> bool:
     """Whether a run, or one of `several_runs` of a sweep, takes the reference's log-probabilities from storage."""
-    return config.precomputes_reference(several_epochs=plan.num_steps > plan.steps_per_epoch, several_runs=several_runs)
+    return config.precomputes_reference(several_epochs=sampler.num_steps > sampler.steps_per_epoch, several_runs=several_runs)
 
 
 def _device_of(config: Config) -> torch.device:
@@ -87,14 +87,14 @@ def _scored(config: Config, data: RunData, records: PreparedData, rows: Rows, ke
     """The records with the log-probabilities of (at least) some rows."""
     scored = dataclasses.replace(records, reference=key.folder_name)
     folder = records.folder / key.folder_name
-    missing = missing_parts(folder, rows)
+    missing = missing_shards(folder, rows)
     place = folder.location
     if not missing:
         logger.info("Reference: log-probs of %d records, computed before, from %s", len(rows), place)
         return scored
     started = time.monotonic()
-    total = sum(len(_rows_of_part(part, records)) for part in missing)
-    left_out = len(np.unique(rows // PART_ROWS)) - len(missing)
+    total = sum(len(_rows_of_shard(part, records)) for part in missing)
+    left_out = len(np.unique(rows // SHARD_ROWS)) - len(missing)
     if left_out:
         logger.info("Reference: %d parts were computed before, %d (%d records) are missing", left_out, len(missing), total)
     _run_pass(config, data, records, missing, key, total=total)
@@ -105,9 +105,9 @@ def _scored(config: Config, data: RunData, records: PreparedData, rows: Rows, ke
 
 def _run_pass(config: Config, data: RunData, records: PreparedData, parts: list[int], key: ReferenceKey, *, total: int) -> None:
     cluster = config.cluster
-    settle_context()
+    configure_ray_data()
     outcomes = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        PartScorer,
+        ShardScorer,
         fn_constructor_kwargs={"config": config, "data": data, "records": records, "folder": key.folder_name},
         batch_size=1,
         batch_format="pyarrow",
@@ -130,7 +130,7 @@ def _run_pass(config: Config, data: RunData, records: PreparedData, parts: list[
             logger.info("Reference: %d of %d records, %.1f/s, %.0f s to go", done, total, rate, (total - done) / rate)
 
 
-class PartScorer:
+class ShardScorer:
     """Runs in Ray Data's actors: scores the rows of one part after another and writes each part as one file. The model is
     loaded with the first, so that what keeps it from loading can be reported."""
 
@@ -157,7 +157,7 @@ class PartScorer:
 
     def write(self, part: int) -> int:
         """Scores and writes a part; returns its number of rows."""
-        rows = _rows_of_part(part, self._records)
+        rows = _rows_of_shard(part, self._records)
         optimizer = self._config.optimizer
         cut = cut_micro_batches(
             rows,
@@ -172,7 +172,7 @@ class PartScorer:
         for some, (pairs, batch) in zip(cut, ahead(self._batches(cut), depth=2), strict=True):
             found |= zip(some.tolist(), zip(batch.ids, score(self._policy, pairs, batch), strict=True), strict=True)
         ids, logps = zip(*(found[row] for row in rows.tolist()), strict=True)
-        write_part(self._folder / part_name(part), ids, logps)
+        write_reference_shard(self._folder / shard_name(part), ids, logps)
         return len(rows)
 
     @functools.cached_property
@@ -224,5 +224,5 @@ def _token_logps(policy: "Policy", batch: PairBatch, lengths: list[int]) -> list
     return cut
 
 
-def _rows_of_part(part: int, records: PreparedData) -> Rows:
-    return np.arange(part * PART_ROWS, min((part + 1) * PART_ROWS, records.num_rows))
+def _rows_of_shard(part: int, records: PreparedData) -> Rows:
+    return np.arange(part * SHARD_ROWS, min((part + 1) * SHARD_ROWS, records.num_rows))

@@ -14,7 +14,7 @@ def curve(metrics: Metrics, name: str) -> list[Point]:
 
 
 def find_problems(metrics: Metrics, *, margins: Sequence[float], length_correlation: float) -> list[str]:
-    """A sentence or two for all that looks unhealthy; `margins` are the held-out pairs', nan for single replies."""
+    """A sentence or two for all that looks unhealthy; `margins` are the held-out pairs', nan for single responses."""
     known = [value for value in margins if math.isfinite(value)]
     found = [
         _not_finite(metrics),

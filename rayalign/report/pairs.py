@@ -1,4 +1,4 @@
-"""What the page of `report` shows of the held-out pairs and single replies: how they were scored, whether length explains it,
+"""What the page of `report` shows of the held-out pairs and single responses: how they were scored, whether length explains it,
 and the extremes."""
 
 import base64
@@ -22,8 +22,8 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A held-out pair as the last evaluation scored it, or a single reply: a side that a record doesn't have is an empty text
-    of 0 tokens whose reward is nan.
+    """A held-out pair as the last evaluation scored it, or a single response: a side that a record doesn't have is an empty
+    text of 0 tokens whose reward is nan.
 
     `images` are compressed, as stored. Rewards are log-probs per token where an algorithm has no rewards.
     """
@@ -48,7 +48,7 @@ class ScoredPair:
 
     @property
     def score(self) -> float:
-        """By how much the policy is right: a pair's margin, a good single reply's reward, a bad one's times -1."""
+        """By how much the policy is right: a pair's margin, a good single response's reward, a bad one's times -1."""
         if self.has_both:
             return self.margin
         return self.reward_chosen if self.tokens_chosen else -self.reward_rejected
@@ -60,7 +60,7 @@ class ScoredPair:
 
 
 def what_they_are(pairs: Sequence[ScoredPair]) -> str:
-    """`pairs`, or `records` where some have one reply only."""
+    """`pairs`, or `records` where some have one response only."""
     return "pairs" if pairs and all(pair.has_both for pair in pairs) else "records"
 
 
@@ -123,7 +123,7 @@ def length_bias(pairs: Sequence[ScoredPair]) -> str:
 
 
 def examples(pairs: Sequence[ScoredPair], *, score_name: str) -> str:
-    """The pairs with the lowest and the highest margin, with all they hold; single replies are ranked by their own score."""
+    """The pairs with the lowest and the highest margin, with all they hold; single responses are ranked by their own score."""
     worst, best = extremes(pairs)
     if not best:
         return ""
@@ -133,7 +133,7 @@ def examples(pairs: Sequence[ScoredPair], *, score_name: str) -> str:
     elif not all(pair.has_both for pair in pairs):
         ranked_by = "scores"
         words = (
-            f"{words} The score of a pair is its margin, that of a single good reply its {score_name}, that of a single bad "
+            f"{words} The score of a pair is its margin, that of a single good response its {score_name}, that of a single bad "
             f"one its {score_name} times -1."
         )
     lists = []

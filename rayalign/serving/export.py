@@ -153,7 +153,7 @@ def _set_classifier_config(config: Any, *, bias: float) -> None:
 
 
 def _set_pad_token(config: Any, tokenizer: Any) -> None:
-    """Makes tokenizer and config agree on a padding token that no answer ends with: the score is read at the last token that
+    """Makes tokenizer and config agree on a padding token that no response ends with: the score is read at the last token that
     is no padding, and were the end mark itself the padding, it would be read one token early.
 
     Where the tokenizer has no such token, there is no padding token: then a batch holds one row.

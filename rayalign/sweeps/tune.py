@@ -51,7 +51,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
             f"--output_dir {folder.location} holds a finished sweep. Pass --overwrite true, or another --output_dir."
         )
     driver.start_ray(config)
-    config = driver.settle_cluster(config)
+    config = driver.resolve_cluster(config)
     with_reference(config, driver.prepare_run(config), several_runs=True)
     outcome = _tuner(config, sweep, ranges, folder).fit()
     return _finish(config, sweep, ranges, folder, outcome)

@@ -53,7 +53,7 @@ def run(config: Config) -> Result:
     config = with_output_dir(config)
     resolve_model(config.model, REGISTERED_MODELS)
     start_ray(config)
-    config = settle_cluster(config)
+    config = resolve_cluster(config)
     folder = open_run(config)
     try:
         data = prepare_run(config)
@@ -77,13 +77,13 @@ def start_ray(config: Config) -> None:
             ray.init(address="auto", logging_level=logging.WARNING)
         except ConnectionError:
             cluster = config.cluster
-            # One more than the workers take: preparation and look-ups must find a place beside them.
+            # One more than the workers take: preparation and fetches must find a place beside them.
             cpus = max(os.cpu_count() or 1, int(cluster.num_workers * cluster.cpus_per_worker) + 1)
             # Ray Train asks the dashboard whether a run that vanished still holds its resources.
             ray.init(num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)
 
 
-def settle_cluster(config: Config) -> Config:
+def resolve_cluster(config: Config) -> Config:
     """The same configuration with the workers' GPUs decided; raises ValueError at once for workers that no node could ever
     hold, or that lack what --quant_bits needs."""
     cluster = config.cluster

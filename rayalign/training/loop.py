@@ -2,7 +2,7 @@
 
 A step runs its micro-batches, sums gradients over workers once, clips, and updates. Nothing hooks into the backward pass, so
 any number of forwards, uneven tails and idle workers are fine. Where the loss of a pair depends on the other pairs of the step
-(KTO's KL estimate, AOT's ranks), all of them are surveyed before the first gradient.
+(KTO's KL estimate, AOT's ranks), the statistics of all of them are taken before the first gradient.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rayalign.algorithms import Algorithm, StepOutput, Survey, SurveyingAlgorithm
+from rayalign.algorithms import Algorithm, AlgorithmWithStatistics, LossOutput, StepStatistics
 from rayalign.config.sections import OptimizerConfig, RunConfig
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepPlan, StepTotals
+from rayalign.data.sampler import StepCounts, StepSampler
 from rayalign.policy.policy import Policy
 from rayalign.training.metrics import Clock, MetricSums, gather
 
@@ -138,14 +138,14 @@ class Trainer:
         """Whether the last step changed no weight, since its gradients overflowed float16."""
         self._parameters = list(policy.trainable.values())
 
-    def gradients(self, micro_batches: Iterable[PairBatch], totals: StepTotals) -> int:
+    def gradients(self, micro_batches: Iterable[PairBatch], counts: StepCounts) -> int:
         """Fills the gradients of a whole step, summed over workers, times the loss scale; returns this worker's tokens."""
-        # A survey runs every micro-batch twice, and a stream gives each once.
-        batches = list(map(self._with_features, micro_batches)) if self.algorithm.needs.survey else micro_batches
+        # Statistics take a pass of their own over every micro-batch, and a stream gives each once.
+        batches = list(map(self._with_features, micro_batches)) if self.algorithm.needs.statistics else micro_batches
         tokens = 0
-        for batch, output in self._outputs(lambda: batches, totals):
+        for batch, output in self._outputs(lambda: batches, counts):
             tokens += batch.num_tokens
-            self.scaler.scale(output.loss_share).backward()
+            self.scaler.scale(output.loss).backward()
             self.window.add(output)
         for parameter in self._parameters:
             if parameter.grad is None:
@@ -153,7 +153,7 @@ class Trainer:
         sum_over_workers(p.grad for p in self._parameters if p.grad is not None)
         return tokens
 
-    def step(self, step: int, micro_batches: Iterable[PairBatch], totals: StepTotals) -> tuple[Tensor, int]:
+    def step(self, step: int, micro_batches: Iterable[PairBatch], counts: StepCounts) -> tuple[Tensor, int]:
         """One optimizer step; returns the gradient norm before clipping [] and the tokens this worker ran.
 
         In float16 a step whose gradients overflow changes no weight: it halves the loss scale, and its norm is not finite.
@@ -161,7 +161,7 @@ class Trainer:
         """
         torch.manual_seed(dropout_seed(self.config.seed, step, self.rank))
         self.optimizer.zero_grad(set_to_none=True)
-        tokens = self.gradients(micro_batches, totals)
+        tokens = self.gradients(micro_batches, counts)
         # The sums are the same on every worker, and so is what follows from them.
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
@@ -182,14 +182,14 @@ class Trainer:
                 f"The gradients of step {step + 1} overflow float16 even where the loss is not scaled up. {REMEDY}"
             )
 
-    def survey(self, batches: Iterable[PairBatch]) -> list[Tensor]:
-        """What this worker contributes to the step's survey, for each of its micro-batches [B, K]."""
-        assert isinstance(self.algorithm, SurveyingAlgorithm)
+    def statistics(self, batches: Iterable[PairBatch]) -> list[Tensor]:
+        """What this worker contributes to the step's statistics, for each of its micro-batches [B, K]."""
+        assert isinstance(self.algorithm, AlgorithmWithStatistics)
         with torch.no_grad():
-            return [self.algorithm.survey(self.policy, batch.to(self.policy.device)).cpu() for batch in batches]
+            return [self.algorithm.statistics(self.policy, batch.to(self.policy.device)).cpu() for batch in batches]
 
     def evaluate(
-        self, batches: Callable[[], Iterable[PairBatch]], totals: StepTotals
+        self, batches: Callable[[], Iterable[PairBatch]], counts: StepCounts
     ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         """Metrics over the held-out pairs of all workers, and each of this worker's pairs' own values by metric.
 
@@ -198,7 +198,7 @@ class Trainer:
         sums = MetricSums()
         pairs: dict[str, dict[str, float]] = {}
         with torch.no_grad(), _dropout_off(self.policy):
-            for batch, output in self._outputs(batches, totals):
+            for batch, output in self._outputs(batches, counts):
                 sums.add(output)
                 for name, values in output.pair_metrics.items():
                     missing = output.missing[name].tolist() if name in output.missing else [False] * batch.num_pairs
@@ -210,33 +210,33 @@ class Trainer:
 
     def _with_features(self, batch: PairBatch) -> PairBatch:
         """The batch with its images' features, which a frozen tower need not make twice."""
-        if not batch.image_inputs or self.policy.vision_learns:
+        if not batch.image_inputs or self.policy.trains_vision:
             return batch
         with torch.no_grad():
             return dataclasses.replace(batch, image_features=self.policy.image_features(batch.to(self.policy.device)))
 
     def _outputs(
-        self, batches: Callable[[], Iterable[PairBatch]], totals: StepTotals
-    ) -> Iterator[tuple[PairBatch, StepOutput]]:
-        """Each micro-batch with what the algorithm makes of it, after the survey if it needs one."""
-        surveyed: Iterable[tuple[PairBatch, Survey | None]]
-        if self.algorithm.needs.survey:
-            surveys = self._surveys(batches)
-            surveyed = zip(batches(), surveys, strict=True)
+        self, batches: Callable[[], Iterable[PairBatch]], counts: StepCounts
+    ) -> Iterator[tuple[PairBatch, LossOutput]]:
+        """Each micro-batch with what the algorithm makes of it, after the step's statistics if it needs them."""
+        paired: Iterable[tuple[PairBatch, StepStatistics | None]]
+        if self.algorithm.needs.statistics:
+            paired = zip(batches(), self._step_statistics(batches), strict=True)
         else:
-            surveyed = ((batch, None) for batch in batches())
-        for batch, survey in surveyed:
-            yield batch, self.algorithm.step(self.policy, batch.to(self.policy.device), totals, survey)
+            paired = ((batch, None) for batch in batches())
+        for batch, statistics in paired:
+            yield batch, self.algorithm.loss(self.policy, batch.to(self.policy.device), counts, statistics)
 
-    def _surveys(self, batches: Callable[[], Iterable[PairBatch]]) -> list[Survey]:
-        """The survey of all workers as each of this worker's micro-batches sees it. Every worker calls it, an idle one too."""
-        mine = self.survey(batches())
+    def _step_statistics(self, batches: Callable[[], Iterable[PairBatch]]) -> list[StepStatistics]:
+        """The statistics of all workers as each of this worker's micro-batches sees them. Every worker calls it, an idle one,
+        too."""
+        mine = self.statistics(batches())
         everyone: list[list[Tensor]] = self.gather(mine)
         lines = [part for worker in everyone for part in worker]
         whole = torch.cat(lines).to(self.policy.device) if lines else torch.empty(0)
         before = sum(len(part) for worker in everyone[: self.rank] for part in worker)
         starts = itertools.accumulate((len(part) for part in mine), initial=before)
-        return [Survey(whole, first) for first, _ in zip(starts, mine, strict=False)]
+        return [StepStatistics(whole, first) for first, _ in zip(starts, mine, strict=False)]
 
 
 def _dropout_off(policy: Policy) -> AbstractContextManager[None]:
@@ -268,7 +268,7 @@ class LoopEvents:
 
 def run_steps(
     trainer: Trainer,
-    plan: StepPlan,
+    sampler: StepSampler,
     stream: Iterator[tuple[int, PairBatch]],
     run: RunConfig,
     events: LoopEvents,
@@ -276,22 +276,22 @@ def run_steps(
     start_step: int,
     tokens_before: float = 0,
 ) -> None:
-    """Trains from `start_step` (steps already done) to the plan's end.
+    """Trains from `start_step` (steps already done) to the sampler's end.
 
-    `stream` yields this worker's (step, micro-batch) in plan order; `tokens_before` is what `num_tokens` counts on from.
+    `stream` yields this worker's (step, micro-batch) in sampler order; `tokens_before` is what `num_tokens` counts on from.
     Raises FloatingPointError when the loss is no longer finite. Steps that float16 skips are counted as `skipped_steps`; they
     have no gradient norm.
     """
-    clock = Clock(tokens_before, trainer.policy.num_places)
+    clock = Clock(tokens_before, trainer.policy.num_tokens_with_padding)
     skipped_steps = 0
-    for step in range(start_step, plan.num_steps):
-        count = len(plan.micro_batches(step, trainer.rank))
-        totals = plan.totals(step)
-        norm, tokens = trainer.step(step, clock.waited_for(_take(stream, step, count)), totals)
-        clock.count(pairs=totals.pairs, tokens=tokens)
+    for step in range(start_step, sampler.num_steps):
+        count = len(sampler.micro_batches(step, trainer.rank))
+        counts = sampler.counts(step)
+        norm, tokens = trainer.step(step, clock.waited_for(_take(stream, step, count)), counts)
+        clock.count(pairs=counts.pairs, tokens=tokens)
         skipped_steps += trainer.skipped
         done = step + 1
-        if done % run.logging_steps == 0 or done == plan.num_steps:
+        if done % run.logging_steps == 0 or done == sampler.num_steps:
             metrics = trainer.window.reduce(steps=clock.steps)
             trainer.window = MetricSums()
             if not math.isfinite(metrics["loss"]):
@@ -302,13 +302,13 @@ def run_steps(
             if not trainer.skipped:
                 metrics["grad_norm"] = float(norm)
             rates = clock.reduce()
-            rate = learning_rate(trainer.config, step, plan.num_steps)
-            epoch = done / plan.steps_per_epoch
+            rate = learning_rate(trainer.config, step, sampler.num_steps)
+            epoch = done / sampler.steps_per_epoch
             events.log({"step": done, "epoch": epoch, **metrics, "learning_rate": rate, **rates})
-        if done % run.eval_steps == 0 or done == plan.num_steps:
+        if done % run.eval_steps == 0 or done == sampler.num_steps:
             events.evaluate(done)
             clock.skip()
-        if done % run.save_steps == 0 or done == plan.num_steps:
+        if done % run.save_steps == 0 or done == sampler.num_steps:
             if not (trainer.skipped or math.isfinite(float(norm))):
                 raise FloatingPointError(
                     f"The gradient norm is {float(norm)} at step {done}, so no checkpoint is written. {REMEDY}"
@@ -320,5 +320,5 @@ def run_steps(
 def _take(stream: Iterator[tuple[int, PairBatch]], step: int, count: int) -> Iterator[PairBatch]:
     for _ in range(count):
         arrived, batch = next(stream)
-        assert arrived == step, f"the stream is at step {arrived}, the plan at {step}"
+        assert arrived == step, f"the stream is at step {arrived}, the sampler at {step}"
         yield batch

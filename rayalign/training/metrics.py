@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayalign.algorithms import StepOutput
+from rayalign.algorithms import LossOutput
 from rayalign.data.batch import PairBatch
 from rayalign.storage import Store
 
@@ -23,9 +23,9 @@ class MetricSums:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._loss: list[Tensor] = []
 
-    def add(self, output: StepOutput) -> None:
+    def add(self, output: LossOutput) -> None:
         """Takes a micro-batch in; nothing waits for the device."""
-        self._loss.append(output.loss_share.detach())
+        self._loss.append(output.loss.detach())
         for name, values in output.pair_metrics.items():
             known = ~output.missing[name] if name in output.missing else torch.ones_like(values, dtype=torch.bool)
             self._accumulate(name, values.where(known, 0).sum(), known.sum())
@@ -54,11 +54,11 @@ class MetricSums:
 
 class Clock:
     """Rates since the last line of metrics: pairs and tokens per second, the share of the time spent waiting for data, and the
-    share of padding in what the model runs over; `places_of` tells how many tokens of a batch that is."""
+    share of padding in what the model runs over; `tokens_with_padding_of` tells how many tokens of a batch that is."""
 
-    def __init__(self, tokens_before: float, places_of: Callable[[PairBatch], int]) -> None:
+    def __init__(self, tokens_before: float, tokens_with_padding_of: Callable[[PairBatch], int]) -> None:
         self.steps = 0
-        self._places_of = places_of
+        self._tokens_with_padding_of = tokens_with_padding_of
         self._pairs = self._tokens = self._places = 0
         self._total_tokens = tokens_before
         self._waited = self._skipped = 0.0
@@ -72,7 +72,7 @@ class Clock:
             self._waited += time.perf_counter() - start
             if batch is None:
                 return
-            self._places += self._places_of(batch)
+            self._places += self._tokens_with_padding_of(batch)
             yield batch
 
     def count(self, *, pairs: int, tokens: int) -> None:

@@ -18,9 +18,9 @@ import torch
 from rayalign.algorithms import Algorithm
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
-from rayalign.data.sampler import cut_micro_batches, require_partners, totals_of
+from rayalign.data.sampler import counts_of, cut_micro_batches, require_partners
 from rayalign.data.store import PreparedData
-from rayalign.data.stream import held_out_pairs, look_ups, pairs_in_order, plan_of
+from rayalign.data.stream import fetch_pairs, held_out_pairs, pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
@@ -49,7 +49,7 @@ def train_worker(config: Config, data: RunData) -> dict[str, Any]:
 
 
 class _Worker:
-    """What one train worker holds: policy, plan, optimizer, and the figures on the way to the results."""
+    """What one train worker holds: policy, sampler, optimizer, and the figures on the way to the results."""
 
     def __init__(self, config: Config, data: RunData) -> None:
         self.config = config
@@ -61,13 +61,13 @@ class _Worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.device = ray.train.torch.get_device()
         algorithm: Algorithm = config.algorithm
-        self.plan = plan_of(config, data)
+        self.sampler = sampler_of(config, data)
         if data.held_out and algorithm.needs.companion == "mismatched":
             require_partners(data.held_out.num_rows, "in --val_dataset")
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         self.start_step = checkpoint.step if checkpoint else 0
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
-        self.look_ups = look_ups(data.training, self.plan, rank=self.rank, start_step=self.start_step)
+        self.fetch_pairs = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
         policy = load_policy(
             data.source,
             model=config.model,
@@ -80,7 +80,7 @@ class _Worker:
         if policy.family.model_type not in FAMILIES:
             check_forward(policy, data.spec)
         start_alike(policy)
-        self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.plan.num_steps, rank=self.rank)
+        self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.sampler.num_steps, rank=self.rank)
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
         self.pairs: dict[str, dict[str, float]] = {}
@@ -88,15 +88,15 @@ class _Worker:
         self.latest: dict[str, float] = {}
         for line in self.log_file.lines if self.log_file is not None else []:
             self.latest |= line
-        self._say("Training %s from step %d to %d", algorithm.name.upper(), self.start_step, self.plan.num_steps)
+        self._say("Training %s from step %d to %d", algorithm.name.upper(), self.start_step, self.sampler.num_steps)
         if self.device.type == "cpu" and policy.dtype == torch.float32 and multiplies_bfloat16():
             self._say("This CPU multiplies in bfloat16: with --dtype bfloat16 a step takes about 0.6 of the time")
         self._started = time.monotonic()
 
     def train(self) -> dict[str, Any]:
         stream = pairs_in_order(
-            self.look_ups,
-            self.plan,
+            self.fetch_pairs,
+            self.sampler,
             self.data.spec,
             rank=self.rank,
             start_step=self.start_step,
@@ -106,7 +106,7 @@ class _Worker:
         events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
         run_steps(
             self.trainer,
-            self.plan,
+            self.sampler,
             stream,
             self.config.run,
             events,
@@ -114,15 +114,15 @@ class _Worker:
             tokens_before=self.latest.get("num_tokens", 0),
         )
         if not self.pairs:
-            self._evaluate(self.plan.num_steps)
+            self._evaluate(self.sampler.num_steps)
         if self.rank == 0:
             self._write_model()
             assert self.log_file is not None
             self.log_file.flush()
         return {
             "final": self._final_metrics(),
-            "steps": self.plan.num_steps,
-            "training_records": len(self.plan.rows),
+            "steps": self.sampler.num_steps,
+            "training_records": len(self.sampler.rows),
             "held_out_records": len(self._held_out()[1]),
             "pairs": self.pairs,
         }
@@ -131,7 +131,7 @@ class _Worker:
         self.latest |= metrics
         if self.log_file is not None:
             self.log_file.append(metrics)
-        step, total = int(metrics["step"]), self.plan.num_steps
+        step, total = int(metrics["step"]), self.sampler.num_steps
         seconds = (time.monotonic() - self._started) / max(1, step - self.start_step) * (total - step)
         shown = [
             f"{name} {metrics[name]:.4g}"
@@ -151,16 +151,16 @@ class _Worker:
             lengths,
             batch_size=self.config.optimizer.batch_size,
             max_tokens=self.config.optimizer.max_tokens_per_batch,
-            packs_rows=self.plan.settings.packs_rows,
+            packs_rows=self.sampler.settings.packs_rows,
             rank=self.rank,
             num_workers=self.world,
         )
         companion = self.trainer.algorithm.needs.companion
         order = None
         if companion == "mismatched":
-            order = rows if self.data.held_out else self.plan.held_out_order
+            order = rows if self.data.held_out else self.sampler.held_out_order
         batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order)
-        metrics, pairs = self.trainer.evaluate(batches, totals_of(rows, lengths))
+        metrics, pairs = self.trainer.evaluate(batches, counts_of(rows, lengths))
         self.pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
         line = {f"eval_{name}": value for name, value in metrics.items()}
         self.latest |= line
@@ -188,7 +188,7 @@ class _Worker:
     def _held_out(self) -> tuple[PreparedData, Any]:
         if self.data.held_out:
             return self.data.held_out, np.arange(self.data.held_out.num_rows)
-        return self.data.training, self.plan.held_out
+        return self.data.training, self.sampler.held_out
 
     def _final_metrics(self) -> dict[str, float]:
         return {name: value for name, value in self.latest.items() if name != "step"}

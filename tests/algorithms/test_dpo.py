@@ -5,7 +5,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from rayalign.algorithms import DPO, Survey
+from rayalign.algorithms import DPO, StepStatistics
 from rayalign.algorithms.dpo import LossType
 from rayalign.algorithms.dpo_losses import BY_DIVERGENCE, PAIR_LOSSES, RANKED, SFT_LOSS, SMOOTHED, rank_partners
 from rayalign.data.batch import assemble
@@ -89,7 +89,7 @@ def test_what_goes_together_is_accepted(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "reference", "survey"),
+    ("settings", "reference", "statistics"),
     [
         ({}, True, False),
         ({"reference_free": True}, False, False),
@@ -97,9 +97,9 @@ def test_what_goes_together_is_accepted(settings: dict[str, Any]) -> None:
         ({"loss_type": ("aot_unpaired",), "reference_free": True}, False, True),
     ],
 )
-def test_dpo_asks_for_what_its_losses_use(settings: dict[str, Any], reference: bool, survey: bool) -> None:
+def test_dpo_asks_for_what_its_losses_use(settings: dict[str, Any], reference: bool, statistics: bool) -> None:
     needs = DPO(**settings).needs
-    assert (needs.reference, needs.survey, needs.responses, needs.companion) == (reference, survey, "both", "none")
+    assert (needs.reference, needs.statistics, needs.responses, needs.companion) == (reference, statistics, "both", "none")
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 3), (0, 1), (1, 2), (2, 1)])
@@ -114,7 +114,7 @@ def test_aot_finds_a_pairs_partners_by_rank_among_all_pairs_of_the_step(first: i
     )
     pairs = [EncodedPair(str(i), [5], [6], [7], [], []) for i in range(count)]
     batch = assemble(pairs, layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
-    found = rank_partners(Survey(whole, first), batch)
+    found = rank_partners(StepStatistics(whole, first), batch)
     own = slice(first, first + count)
     assert found.gap.tolist() == [1.0, -2.0, 5.0][own]  # of the reference's -2, 1, 5: the middle, lowest, highest
     assert found.chosen.tolist() == [1.0, 2.0, -4.0][own]  # of -4, 1, 2, by the ranks of the rejected -1, 4, -4

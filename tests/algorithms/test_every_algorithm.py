@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from rayalign.algorithms import ALGORITHMS, DPO, KTO, MDPO, RM, Algorithm, SurveyingAlgorithm
+from rayalign.algorithms import ALGORITHMS, DPO, KTO, MDPO, RM, Algorithm, AlgorithmWithStatistics
 from rayalign.algorithms.cpo import cpo_loss
 from rayalign.algorithms.dpo_losses import PAIR_LOSSES, RANKED, SMOOTHED, LossSettings
 from rayalign.algorithms.kto import kto_losses
@@ -26,13 +26,13 @@ from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.flags import flags_of
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PAD, PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.models.source import ModelSource
 from rayalign.ops.logprobs import PairLogps, SequenceLogps
 from rayalign.policy.policy import Policy
 from rayalign.training.loop import Trainer
-from tests.tiny_models import REFERRED, encode_pair, in_float64, make_batch, make_policy, noise_image, totals_of, wake_adapters
+from tests.tiny_models import REFERRED, counts_of, encode_pair, in_float64, make_batch, make_policy, noise_image, wake_adapters
 
 # float64 sums of the same terms in another order.
 FLOAT64 = 1e-12
@@ -80,19 +80,19 @@ def pairs_of_a_step(folder: Path) -> list[EncodedPair]:
     return [encode_pair(folder, str(i), *three, images=images) for i, (*three, images) in enumerate(texts)]
 
 
-def gradients_of(policy: Policy, algorithm: Algorithm, workers: Sequence[Sequence[PairBatch]], totals: StepTotals) -> Gradients:
+def gradients_of(policy: Policy, algorithm: Algorithm, workers: Sequence[Sequence[PairBatch]], counts: StepCounts) -> Gradients:
     """The gradients of a step, summed over workers that each have their micro-batches."""
     trainers = [
-        Trainer(policy, algorithm, OptimizerConfig(), num_steps=1, rank=rank, gather=lambda mine: surveys)
+        Trainer(policy, algorithm, OptimizerConfig(), num_steps=1, rank=rank, gather=lambda mine: statistics)
         for rank in range(len(workers))
     ]
     # What the workers would send each other.
-    surveys = [t.survey(b) for t, b in zip(trainers, workers, strict=True)] if algorithm.needs.survey else []
+    statistics = [t.statistics(b) for t, b in zip(trainers, workers, strict=True)] if algorithm.needs.statistics else []
     total: Gradients = {}
     for trainer, batches in zip(trainers, workers, strict=True):
         for parameter in policy.trainable.values():
             parameter.grad = None
-        trainer.gradients(batches, totals)
+        trainer.gradients(batches, counts)
         for name, parameter in policy.trainable.items():
             assert parameter.grad is not None
             total[name] = total.get(name, 0.0) + parameter.grad
@@ -114,10 +114,10 @@ def padded(batch: PairBatch, more: int) -> PairBatch:
         batch,
         input_ids=F.pad(batch.input_ids, (0, more), value=7),
         segment_ids=F.pad(batch.segment_ids, (0, more), value=PAD),
-        places=F.pad(batch.places, (0, more)),
+        places=F.pad(batch.position_in_sequence, (0, more)),
         position_ids=F.pad(batch.position_ids, (0, more)),
         predictors=batch.predictors + more * (batch.predictors // length),
-        ends=batch.ends + more * (batch.ends // length),
+        ends=batch.last_token + more * (batch.last_token // length),
     )
 
 
@@ -125,15 +125,15 @@ def padded(batch: PairBatch, more: int) -> PairBatch:
 def test_the_update_is_the_same_for_any_cut_any_workers_any_order_and_any_padding(folder: Path, name: str) -> None:
     algorithm = VARIANTS[name]
     pairs = pairs_of_a_step(folder)
-    if algorithm.needs.responses == "either":  # a step of pairs, good replies and bad ones
+    if algorithm.needs.responses == "either":  # a step of pairs, good responses and bad ones
         pairs[1] = dataclasses.replace(pairs[1], rejected_ids=[])
         pairs[3] = dataclasses.replace(pairs[3], chosen_ids=[])
-    totals = totals_of(pairs)
+    counts = counts_of(pairs)
     policy = wake_adapters(in_float64(make_policy(folder, tuner=NO_DROPOUT, needs=algorithm.needs)), scale=0.3)
 
     def run(*workers: Sequence[Sequence[int]]) -> Gradients:
         """Each worker has its micro-batches, lists of pair numbers."""
-        return gradients_of(policy, algorithm, [[batch(cut) for cut in cuts] for cuts in workers], totals)
+        return gradients_of(policy, algorithm, [[batch(cut) for cut in cuts] for cuts in workers], counts)
 
     def batch(numbers: Sequence[int]) -> PairBatch:
         partners = [pairs[(i + 1) % len(pairs)] for i in numbers]  # whatever the cut
@@ -144,7 +144,7 @@ def test_the_update_is_the_same_for_any_cut_any_workers_any_order_and_any_paddin
         assert_same(run(micro_batches), whole)
     assert_same(run([[0, 5]], [[1], [2]], [[3, 4]]), whole)
     assert_same(run([[0, 1, 2, 3, 4]], [[5]], []), whole)  # the third worker is idle
-    assert_same(gradients_of(policy, algorithm, [[padded(batch(range(6)), 13)]], totals), whole)
+    assert_same(gradients_of(policy, algorithm, [[padded(batch(range(6)), 13)]], counts), whole)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -156,7 +156,7 @@ def test_loss_shares_and_metrics_add_up_over_micro_batches(folder: Path, name: s
     def metrics(*cut: slice) -> dict[str, float]:
         others = [*pairs[1:], pairs[0]]
         batches = [make_batch(folder, pairs[part], needs=algorithm.needs, partners=others[part]) for part in cut]
-        return Trainer(policy, algorithm, OptimizerConfig(), num_steps=1).evaluate(lambda: batches, totals_of(pairs))[0]
+        return Trainer(policy, algorithm, OptimizerConfig(), num_steps=1).evaluate(lambda: batches, counts_of(pairs))[0]
 
     whole = metrics(slice(0, 6))
     assert metrics(slice(0, 1), slice(1, 6)) == pytest.approx(whole, rel=FLOAT64)
@@ -171,7 +171,7 @@ def test_swapping_chosen_and_rejected_negates_the_margins(folder: Path, name: st
     policy = wake_adapters(in_float64(make_policy(folder, needs=algorithm.needs)))
     trainer = Trainer(policy, algorithm, OptimizerConfig(), num_steps=1)
     (_, one), (_, other) = (
-        trainer.evaluate(lambda some=some: [make_batch(folder, some, needs=algorithm.needs)], totals_of(some))
+        trainer.evaluate(lambda some=some: [make_batch(folder, some, needs=algorithm.needs)], counts_of(some))
         for some in (pairs, swapped)
     )
     for pair_id, metrics in one.items():
@@ -203,7 +203,7 @@ def test_training_starts_with_rewards_of_exactly_zero_and_the_loss_of_indifferen
     pairs = pairs_of_a_step(folder)
     algorithm, loss = AT_START[name]
     trainer = Trainer(policy, algorithm, OptimizerConfig(), num_steps=1)
-    metrics, by_pair = trainer.evaluate(lambda: [make_batch(folder, pairs, needs=algorithm.needs)], totals_of(pairs))
+    metrics, by_pair = trainer.evaluate(lambda: [make_batch(folder, pairs, needs=algorithm.needs)], counts_of(pairs))
     for values in by_pair.values():
         assert [values[f"rewards/{kind}"] for kind in ("chosen", "rejected", "margins")] == [0.0] * 3
     assert metrics["loss"] == pytest.approx(loss, rel=1e-6)  # float32
@@ -316,10 +316,10 @@ def test_twenty_steps_learn_pairs_that_only_the_images_decide(folder: Path, name
     config = OptimizerConfig(learning_rate=1e-2, lr_scheduler_type="constant", warmup_ratio=0)
     trainer = Trainer(policy, algorithm, config, num_steps=20)
     batch = make_batch(folder, pairs, needs=algorithm.needs)
-    before, _ = trainer.evaluate(lambda: [batch], totals_of(pairs))
+    before, _ = trainer.evaluate(lambda: [batch], counts_of(pairs))
     for step in range(20):
-        trainer.step(step, [batch], totals_of(pairs))
-    after, _ = trainer.evaluate(lambda: [batch], totals_of(pairs))
+        trainer.step(step, [batch], counts_of(pairs))
+    after, _ = trainer.evaluate(lambda: [batch], counts_of(pairs))
     assert after["loss"] < before["loss"]
     if algorithm.needs.responses != "chosen":
         assert after["rewards/accuracies"] == 1.0
@@ -358,7 +358,7 @@ def test_every_field_has_help_and_the_class_says_what_it_needs(name: str) -> Non
     assert algorithm.name == name
     needs = algorithm().needs
     assert not (needs.reference and needs.dropout)
-    assert needs.survey <= isinstance(algorithm(), SurveyingAlgorithm)
+    assert needs.statistics <= isinstance(algorithm(), AlgorithmWithStatistics)
 
 
 def test_bounds_are_checked_where_an_algorithm_is_made() -> None:

@@ -12,7 +12,7 @@ from rayalign.models.family import ImageInputs, RowLayout
 PAIR_A = EncodedPair("a", [5, 6], [7, 2], [8], [b"red"], ["hash of red"], margin=0.5)
 PAIR_B = EncodedPair("b", [4], [9], [7, 2], [b"blue", b"red"], ["hash of blue", "hash of red"])
 
-# A single good reply and a single bad one.
+# A single good response and a single bad one.
 GOOD = EncodedPair("good", [4, 5, 6], [7, 2], [], [], [])
 BAD = EncodedPair("bad", [4], [], [8, 9, 2], [b"red"], ["hash of red"])
 
@@ -46,7 +46,7 @@ def test_positions_start_again_for_the_rejected_response() -> None:
 
 def test_each_response_token_is_predicted_by_the_token_before_it_and_the_first_by_the_prompt() -> None:
     batch = batch_of(PAIR_A, PAIR_B)
-    assert list(zip(batch.predictors.tolist(), batch.targets.tolist(), batch.sequences.tolist(), strict=True)) == [
+    assert list(zip(batch.predictors.tolist(), batch.targets.tolist(), batch.response_ids.tolist(), strict=True)) == [
         (1, 7, 0),  # pair a, chosen: 7 after the prompt's 6
         (2, 2, 0),  # 2 after 7
         (1, 8, 2),  # pair a, rejected: 8 after the prompt's 6, not after the chosen 2
@@ -72,11 +72,11 @@ def test_rows_for_sft_hold_no_rejected_tokens() -> None:
     batch = batch_of(*(dataclasses.replace(pair, rejected_ids=[]) for pair in (PAIR_A, PAIR_B)))
     assert batch.input_ids.tolist() == [[5, 6, 7, 2], [4, 9, 0, 0]]
     assert batch.segment_ids.tolist() == [[PROMPT, PROMPT, CHOSEN, CHOSEN], [PROMPT, CHOSEN, PAD, PAD]]
-    assert batch.sequences.tolist() == [0, 0, 1]
+    assert batch.response_ids.tolist() == [0, 0, 1]
     assert batch.predictors.tolist() == [1, 2, 4]
 
 
-def test_a_row_of_a_single_reply_has_no_place_for_the_other_side() -> None:
+def test_a_row_of_a_single_response_has_no_place_for_the_other_side() -> None:
     batch = batch_of(PAIR_A, GOOD, BAD)
     assert batch.input_ids.tolist() == [[5, 6, 7, 2, 8], [4, 5, 6, 7, 2], [4, 8, 9, 2, 0]]
     assert batch.segment_ids.tolist() == [
@@ -85,11 +85,11 @@ def test_a_row_of_a_single_reply_has_no_place_for_the_other_side() -> None:
         [PROMPT, REJECTED, REJECTED, REJECTED, PAD],
     ]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
-    assert list(zip(batch.predictors.tolist(), batch.targets.tolist(), batch.sequences.tolist(), strict=True)) == [
+    assert list(zip(batch.predictors.tolist(), batch.targets.tolist(), batch.response_ids.tolist(), strict=True)) == [
         (1, 7, 0),  # the pair's chosen response
         (2, 2, 0),
         (1, 8, 3),  # the pair's rejected one
-        (7, 7, 1),  # the good reply: chosen of the second row
+        (7, 7, 1),  # the good response: chosen of the second row
         (8, 2, 1),
         (10, 8, 5),  # the bad one: rejected of the third
         (11, 9, 5),
@@ -100,11 +100,11 @@ def test_a_row_of_a_single_reply_has_no_place_for_the_other_side() -> None:
 def test_the_ends_are_the_last_tokens_of_the_responses_or_of_the_prompt_where_there_is_none() -> None:
     batch = batch_of(PAIR_A, GOOD, BAD, PAIR_B)
     # Rows of five tokens: a from 0 on, good from 5, bad from 10, b from 15.
-    assert batch.ends.tolist() == [
+    assert batch.last_token.tolist() == [
         *(3, 9, 10, 16),  # chosen: a's 2, good's 2; bad has none, so its prompt's 4; b's 9
         *(4, 7, 13, 18),  # rejected: a's 8; good has none, so its prompt's 6; bad's 2; b's 2
     ]
-    assert batch.input_ids.flatten()[batch.ends].tolist() == [2, 2, 4, 9, 8, 6, 2, 2]
+    assert batch.input_ids.flatten()[batch.last_token].tolist() == [2, 2, 4, 9, 8, 6, 2, 2]
 
 
 def test_moving_a_batch_keeps_its_contents() -> None:
@@ -155,7 +155,7 @@ def test_mismatched_rows_are_each_prompt_with_the_responses_to_another_one() -> 
     assert rows.ids == batch.ids == ("a", "b", "good")
     assert rows.input_ids.tolist() == [
         [5, 6, 9, 7, 2, 0],  # a's prompt, b's responses
-        [4, 8, 9, 2, 0, 0],  # b's prompt, the bad reply
+        [4, 8, 9, 2, 0, 0],  # b's prompt, the bad response
         [4, 5, 6, 7, 2, 8],  # good's prompt, a's responses
     ]
     assert rows.segment_ids.tolist() == [
@@ -171,7 +171,7 @@ def test_mismatched_rows_are_each_prompt_with_the_responses_to_another_one() -> 
 def test_mismatched_rows_look_at_the_images_of_their_prompt_in_the_batch() -> None:
     batch = mismatched_batch([PAIR_A, GOOD, PAIR_B], [PAIR_B, BAD, BAD])
     assert batch.companion is not None
-    # a: red; good: none; b: blue, red. The bad reply's picture is not looked at: its own prompt isn't there.
+    # a: red; good: none; b: blue, red. The bad response's picture is not looked at: its own prompt isn't there.
     assert batch.companion.batch.image_slots == batch.image_slots == (0, 1, 0)
     assert batch.companion.batch.image_inputs is batch.image_inputs
     moved = batch.to(torch.device("meta"))

@@ -118,7 +118,7 @@ def test_sft_needs_and_keeps_no_rejected_response(llava: Path) -> None:
         ("a cat", True, [*IT_IS_TWO, EOS], [*A_CAT, EOS]),
     ],
 )
-def test_a_labelled_reply_stands_on_the_side_of_its_label_and_a_pair_on_both(
+def test_a_labelled_response_stands_on_the_side_of_its_label_and_a_pair_on_both(
     llava: Path, rejected: str | None, label: bool | None, chosen_ids: list[int], rejected_ids: list[int]
 ) -> None:
     pair = encode(llava, record("<image>Which digit?", rejected=rejected, label=label), [RED], responses="either")
@@ -127,7 +127,7 @@ def test_a_labelled_reply_stands_on_the_side_of_its_label_and_a_pair_on_both(
 
 
 @pytest.mark.parametrize("label", [True, None])
-def test_sft_takes_the_chosen_reply_of_a_pair(llava: Path, label: bool | None) -> None:
+def test_sft_takes_the_chosen_response_of_a_pair(llava: Path, label: bool | None) -> None:
     pair = encode(llava, record("Which digit?", label=label), responses="chosen")
     assert (pair.chosen_ids, pair.rejected_ids) == ([*IT_IS_TWO, EOS], [])
 
@@ -160,10 +160,10 @@ def test_a_template_that_renders_an_answered_prompt_differently_is_refused(varia
     with pytest.raises(ValueError) as caught:
         encode(folder, record("Which digit?"))
     assert str(caught.value) == (
-        f"The chat template of {folder} renders a prompt differently once it is answered, so it can't be told where "
-        "the answer begins. Prompt: '<s>USER: Which digit?\\nASSISTANT: <think>'; "
-        "with answer: '<s>USER: Which digit?\\nASSISTANT: It is two.</s>'. "
-        "Give the processor a template whose generation prompt is a prefix of the answered conversation."
+        f"The chat template of {folder} renders a prompt differently once it has a response, so it can't be told where "
+        "the response begins. Prompt: '<s>USER: Which digit?\\nASSISTANT: <think>'; "
+        "with response: '<s>USER: Which digit?\\nASSISTANT: It is two.</s>'. "
+        "Give the processor a template whose generation prompt is a prefix of the conversation with its response."
     )
 
 
@@ -223,14 +223,14 @@ def test_answers_that_right_makes_identical_are_dropped(llava: Path) -> None:
     given = record("Which digit?", chosen="It is two.", rejected="It is a cat.")
     with pytest.raises(RecordError) as caught:
         encode(llava, given, max_length=16, truncation_strategy="right")
-    assert caught.value.reason == "identical answers"
-    assert str(caught.value) == "rejected: the answers are the same after the cut to 16 tokens"
+    assert caught.value.reason == "identical responses"
+    assert str(caught.value) == "rejected: the responses are the same after the cut to 16 tokens"
     assert encode(llava, given, max_length=16, truncation_strategy="right", responses="chosen").chosen_ids == [44, 87, 271]
 
 
 @pytest.mark.parametrize(("label", "side"), [(True, "chosen"), (False, "rejected")])
 @pytest.mark.parametrize("strategy", ["delete", "left", "right", "raise"])
-def test_a_single_reply_counts_and_is_cut_like_the_side_it_stands_on(
+def test_a_single_response_counts_and_is_cut_like_the_side_it_stands_on(
     llava: Path, strategy: str, label: bool, side: str
 ) -> None:
     given = record("one?", "two", "Which digit?", rejected=None, label=label)
@@ -258,7 +258,7 @@ def test_a_single_reply_counts_and_is_cut_like_the_side_it_stands_on(
 
 
 @pytest.mark.parametrize(("responses", "length"), [("both", LENGTH), ("either", LENGTH), ("chosen", 16)])
-def test_the_longest_reply_that_a_row_holds_counts_for_max_length(llava: Path, responses: str, length: int) -> None:
+def test_the_longest_response_that_a_row_holds_counts_for_max_length(llava: Path, responses: str, length: int) -> None:
     given = record("Which digit?", chosen="a cat", rejected="It is two.")  # 3 and 6 ids; the prompt has 13
     encode(llava, given, responses=responses, max_length=length)
     with pytest.raises(RecordError) as caught:
@@ -270,14 +270,14 @@ def test_the_longest_reply_that_a_row_holds_counts_for_max_length(llava: Path, r
 def test_an_answer_that_holds_the_end_mark_is_dropped(llava: Path, side: str) -> None:
     with pytest.raises(RecordError) as caught:
         encode(llava, record("Which digit?", **{side: "It is </s> two."}))
-    assert caught.value.reason == "end mark in answer"
-    assert str(caught.value) == f"{side}: an answer holds </s>, which would end it early"
+    assert caught.value.reason == "end mark in response"
+    assert str(caught.value) == f"{side}: a response holds </s>, which would end it early"
 
 
-def test_a_fault_of_a_single_bad_reply_is_told_of_its_side(llava: Path) -> None:
+def test_a_fault_of_a_single_bad_response_is_told_of_its_side(llava: Path) -> None:
     with pytest.raises(RecordError) as caught:
         encode(llava, record("Which digit?", chosen="It is </s> two.", rejected=None, label=False), responses="either")
-    assert str(caught.value) == "rejected: an answer holds </s>, which would end it early"
+    assert str(caught.value) == "rejected: a response holds </s>, which would end it early"
 
 
 def test_a_processor_whose_patch_size_does_not_fit_the_model_is_found_out(variant: Callable[..., Path]) -> None:

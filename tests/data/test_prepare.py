@@ -1,4 +1,4 @@
-"""From a raw row to an encoded pair: what each algorithm makes of pairs and of labelled replies (Ray's part: integration)."""
+"""From a raw row to an encoded pair: what each algorithm makes of pairs and of labelled responses (Ray's part: integration)."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +16,8 @@ from rayalign.storage import Store
 IT_IS_TWO = [44, 87, 271, 305, 17, 2]  # "I", "t", " is", " two", ".", end
 A_CAT = [68, 299, 2]  # "a", " cat", end
 QUESTION = {"query": "Which digit?"}
-REPLY = QUESTION | {"response": "It is two."}
-PAIR = REPLY | {"rejected_response": "a cat"}
+RESPONSE = QUESTION | {"response": "It is two."}
+PAIR = RESPONSE | {"rejected_response": "a cat"}
 
 
 @pytest.fixture
@@ -38,18 +38,18 @@ Encode = Callable[[str, Mapping[str, Any]], EncodedPair]
 @pytest.mark.parametrize(
     ("row", "chosen_ids", "rejected_ids"),
     [
-        (REPLY | {"label": True}, IT_IS_TWO, []),
-        (REPLY | {"label": 1}, IT_IS_TWO, []),
-        (REPLY | {"label": False}, [], IT_IS_TWO),
-        (REPLY | {"label": 0}, [], IT_IS_TWO),
-        (REPLY | {"label": 0, "rejected_response": None}, [], IT_IS_TWO),  # an empty cell counts as absent
+        (RESPONSE | {"label": True}, IT_IS_TWO, []),
+        (RESPONSE | {"label": 1}, IT_IS_TWO, []),
+        (RESPONSE | {"label": False}, [], IT_IS_TWO),
+        (RESPONSE | {"label": 0}, [], IT_IS_TWO),
+        (RESPONSE | {"label": 0, "rejected_response": None}, [], IT_IS_TWO),  # an empty cell counts as absent
         (PAIR, IT_IS_TWO, A_CAT),
         (PAIR | {"label": None}, IT_IS_TWO, A_CAT),
         (PAIR | {"label": True}, IT_IS_TWO, A_CAT),
         ({"prompt": "Which digit?", "completion": "It is two.", "label": False}, [], IT_IS_TWO),
     ],
 )
-def test_kto_takes_pairs_and_labelled_replies(
+def test_kto_takes_pairs_and_labelled_responses(
     encode_row: Encode, row: Mapping[str, Any], chosen_ids: list[int], rejected_ids: list[int]
 ) -> None:
     pair = encode_row("kto", row)
@@ -60,21 +60,22 @@ def test_kto_takes_pairs_and_labelled_replies(
     ("row", "reason", "words"),
     [
         (
-            REPLY,
+            RESPONSE,
             "missing field",
-            "label: the record has one reply and does not say whether it is good; add label (true or false), or a rejected "
-            "reply",
+            "label: the record has one response and does not say whether it is good; add label (true or false), or a rejected "
+            "response",
         ),
         (
             PAIR | {"label": False},
             "contradictory label",
-            "label: the chosen reply is labelled as bad, although there is a rejected one; remove the label, or keep one reply",
+            "label: the chosen response is labelled as bad, although there is a rejected one; remove the label, or keep one "
+            "response",
         ),
-        (REPLY | {"label": "true"}, "wrong type", "label: expected true or false, found 'true'"),
-        (REPLY | {"label": -1}, "wrong type", "label: expected true or false, found -1"),
+        (RESPONSE | {"label": "true"}, "wrong type", "label: expected true or false, found 'true'"),
+        (RESPONSE | {"label": -1}, "wrong type", "label: expected true or false, found -1"),
     ],
 )
-def test_kto_drops_what_does_not_say_which_reply_is_good(
+def test_kto_drops_what_does_not_say_which_response_is_good(
     encode_row: Encode, row: Mapping[str, Any], reason: str, words: str
 ) -> None:
     with pytest.raises(RecordError) as caught:
@@ -83,13 +84,13 @@ def test_kto_drops_what_does_not_say_which_reply_is_good(
 
 
 def test_sft_drops_what_is_labelled_as_bad_and_imitates_the_rest(encode_row: Encode) -> None:
-    for row in (REPLY, REPLY | {"label": True}, PAIR):
+    for row in (RESPONSE, RESPONSE | {"label": True}, PAIR):
         assert (encode_row("sft", row).chosen_ids, encode_row("sft", row).rejected_ids) == (IT_IS_TWO, [])
     with pytest.raises(RecordError) as caught:
-        encode_row("sft", REPLY | {"label": False})
+        encode_row("sft", RESPONSE | {"label": False})
     assert (caught.value.reason, str(caught.value)) == (
-        "undesirable answer",
-        "label: the reply is labelled as bad, and sft imitates replies",
+        "undesirable response",
+        "label: the response is labelled as bad, and sft imitates responses",
     )
 
 
@@ -98,13 +99,13 @@ COMPARING = [name for name, algorithm in ALGORITHMS.items() if algorithm().needs
 
 @pytest.mark.parametrize("algorithm", COMPARING)
 @pytest.mark.parametrize("label", [None, True, False])
-def test_what_compares_two_replies_drops_single_ones(encode_row: Encode, algorithm: str, label: bool | None) -> None:
+def test_what_compares_two_responses_drops_single_ones(encode_row: Encode, algorithm: str, label: bool | None) -> None:
     assert encode_row(algorithm, PAIR).rejected_ids == A_CAT
     with pytest.raises(RecordError) as caught:
-        encode_row(algorithm, REPLY | {"label": label})
+        encode_row(algorithm, RESPONSE | {"label": label})
     assert (caught.value.reason, caught.value.field) == ("missing field", "rejected_response")
     assert str(caught.value) == (
-        "rejected_response: the record has one reply only, and this algorithm compares a chosen with a rejected one; "
+        "rejected_response: the record has one response only, and this algorithm compares a chosen with a rejected one; "
         "add the column, or train with sft (or kto, with a label)"
     )
 

@@ -8,36 +8,36 @@ import pytest
 
 from rayalign.data import sampler as plan_module
 from rayalign.data.sampler import (
-    PlanSettings,
-    StepPlan,
-    StepTotals,
+    SamplerSettings,
+    StepCounts,
+    StepSampler,
+    counts_of,
     cut_micro_batches,
     epoch_order,
+    fetch_chunk,
     hold_out,
-    look_up,
     partners_in,
-    totals_of,
 )
-from rayalign.data.store import EncodedPair, PreparedData, RowLengths
+from rayalign.data.store import EncodedPair, PreparedData, TokenCounts
 
 NUM_ROWS = 43
 STEPS_4_TO_6 = pa.table({"first": [4], "last": [7]})
-SETTINGS = PlanSettings(global_batch_size=8, batch_size=2, num_workers=1, num_epochs=2, max_steps=None, seed=7)
+SETTINGS = SamplerSettings(global_batch_size=8, batch_size=2, num_workers=1, num_epochs=2, max_steps=None, seed=7)
 
 
-def lengths_of(num_rows: int) -> RowLengths:
+def lengths_of(num_rows: int) -> TokenCounts:
     generator = np.random.default_rng(0)
     prompt, chosen, rejected = (generator.integers(1, high, num_rows) for high in (50, 20, 30))
-    return RowLengths(prompt, chosen, rejected)
+    return TokenCounts(prompt, chosen, rejected)
 
 
-def plan_of(num_rows: int = NUM_ROWS, **changes: object) -> StepPlan:
-    return StepPlan(lengths_of(num_rows), PlanSettings(**{**vars(SETTINGS), **changes}))
+def sampler_of(num_rows: int = NUM_ROWS, **changes: object) -> StepSampler:
+    return StepSampler(lengths_of(num_rows), SamplerSettings(**{**vars(SETTINGS), **changes}))
 
 
 @pytest.fixture
 def data(prepare_pairs: Callable[[Sequence[EncodedPair]], PreparedData]) -> PreparedData:
-    """Prepared rows of the lengths that the plans here are made for."""
+    """Prepared rows of the lengths that the samplers here are made for."""
     lengths = lengths_of(NUM_ROWS)
     return prepare_pairs(
         [
@@ -47,27 +47,27 @@ def data(prepare_pairs: Callable[[Sequence[EncodedPair]], PreparedData]) -> Prep
     )
 
 
-def rows_of_workers(plan: StepPlan, step: int) -> list[int]:
-    workers = range(plan.settings.num_workers)
-    return [int(row) for rank in workers for batch in plan.micro_batches(step, rank) for row in batch]
+def rows_of_workers(sampler: StepSampler, step: int) -> list[int]:
+    workers = range(sampler.settings.num_workers)
+    return [int(row) for rank in workers for batch in sampler.micro_batches(step, rank) for row in batch]
 
 
 def test_an_epoch_takes_every_row_exactly_once() -> None:
-    plan = plan_of()
-    assert plan.steps_per_epoch == 6
+    sampler = sampler_of()
+    assert sampler.steps_per_epoch == 6
     for epoch in (0, 1):
         steps = range(epoch * 6, epoch * 6 + 6)
-        assert sorted(np.concatenate([plan.rows_of_step(step) for step in steps])) == list(range(NUM_ROWS))
+        assert sorted(np.concatenate([sampler.rows_of_step(step) for step in steps])) == list(range(NUM_ROWS))
 
 
 def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
-    plan = plan_of()
-    assert [len(plan.rows_of_step(step)) for step in range(7)] == [8, 8, 8, 8, 8, 3, 8]
-    assert plan.totals(5).pairs == 3
+    sampler = sampler_of()
+    assert [len(sampler.rows_of_step(step)) for step in range(7)] == [8, 8, 8, 8, 8, 3, 8]
+    assert sampler.counts(5).pairs == 3
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
-    first, again = plan_of(), plan_of(num_workers=4, batch_size=1)
+    first, again = sampler_of(), sampler_of(num_workers=4, batch_size=1)
     again.rows_of_step(11)  # asking for another epoch first changes nothing
     for step in range(12):
         assert np.array_equal(first.rows_of_step(step), again.rows_of_step(step))
@@ -87,34 +87,34 @@ def test_the_order_is_the_same_today_as_when_a_run_was_started() -> None:
 def test_workers_and_micro_batches_share_out_exactly_the_rows_of_the_step(
     num_workers: int, batch_size: int, packs_rows: bool
 ) -> None:
-    plan = plan_of(num_workers=num_workers, batch_size=batch_size, packs_rows=packs_rows)
-    for step in range(plan.num_steps):
-        assert sorted(rows_of_workers(plan, step)) == sorted(plan_of().rows_of_step(step).tolist())
-        batches = [batch for rank in range(num_workers) for batch in plan.micro_batches(step, rank)]
+    sampler = sampler_of(num_workers=num_workers, batch_size=batch_size, packs_rows=packs_rows)
+    for step in range(sampler.num_steps):
+        assert sorted(rows_of_workers(sampler, step)) == sorted(sampler_of().rows_of_step(step).tolist())
+        batches = [batch for rank in range(num_workers) for batch in sampler.micro_batches(step, rank)]
         assert max(map(len, batches)) <= batch_size
-        assert len(batches) == math.ceil(len(plan.rows_of_step(step)) / batch_size)
+        assert len(batches) == math.ceil(len(sampler.rows_of_step(step)) / batch_size)
 
 
 @pytest.mark.parametrize("packs_rows", [False, True])
 def test_the_cut_into_micro_batches_is_the_same_for_any_number_of_workers(packs_rows: bool) -> None:
     def batches(num_workers: int, step: int) -> set[tuple[int, ...]]:
-        plan = plan_of(num_workers=num_workers, packs_rows=packs_rows)
-        return {tuple(batch.tolist()) for rank in range(num_workers) for batch in plan.micro_batches(step, rank)}
+        sampler = sampler_of(num_workers=num_workers, packs_rows=packs_rows)
+        return {tuple(batch.tolist()) for rank in range(num_workers) for batch in sampler.micro_batches(step, rank)}
 
     for step in range(6):
         assert batches(1, step) == batches(2, step) == batches(4, step)
 
 
 def test_micro_batches_hold_rows_of_similar_length_longest_first() -> None:
-    plan = plan_of()
+    sampler = sampler_of()
     for step in range(6):
-        in_order = [plan.lengths.row_tokens(batch) for batch in plan.micro_batches(step, 0)]
+        in_order = [sampler.lengths.row_tokens(batch) for batch in sampler.micro_batches(step, 0)]
         tokens = np.concatenate(in_order)
         assert (np.diff(tokens) <= 0).all()
 
 
 def test_micro_batches_without_padding_have_about_as_many_tokens_each() -> None:
-    lengths = RowLengths(np.arange(1, 9), np.ones(8, dtype=int), np.zeros(8, dtype=int))  # rows of 2 to 9 tokens
+    lengths = TokenCounts(np.arange(1, 9), np.ones(8, dtype=int), np.zeros(8, dtype=int))  # rows of 2 to 9 tokens
     cut = [
         cut_micro_batches(np.arange(8), lengths, batch_size=4, packs_rows=True, rank=rank, num_workers=2)[0] for rank in (0, 1)
     ]
@@ -123,7 +123,7 @@ def test_micro_batches_without_padding_have_about_as_many_tokens_each() -> None:
 
 def test_micro_batches_are_dealt_to_and_fro() -> None:
     """The longest rows are not always the first worker's."""
-    lengths = RowLengths(np.arange(9, 0, -1), np.zeros(9, dtype=int), np.zeros(9, dtype=int))
+    lengths = TokenCounts(np.arange(9, 0, -1), np.zeros(9, dtype=int), np.zeros(9, dtype=int))
     cut = [
         [batch.tolist() for batch in cut_micro_batches(np.arange(9), lengths, batch_size=2, rank=rank, num_workers=2)]
         for rank in (0, 1)
@@ -132,17 +132,19 @@ def test_micro_batches_are_dealt_to_and_fro() -> None:
 
 
 def test_a_worker_is_idle_where_a_step_has_fewer_micro_batches_than_workers() -> None:
-    plan = plan_of(num_workers=4)
-    last = [plan.micro_batches(5, rank) for rank in range(4)]  # three rows: a micro-batch of two and one of one
+    sampler = sampler_of(num_workers=4)
+    last = [sampler.micro_batches(5, rank) for rank in range(4)]  # three rows: a micro-batch of two and one of one
     assert [[len(batch) for batch in batches] for batches in last] == [[2], [1], [], []]
 
 
 def test_totals_are_the_sums_over_the_whole_step() -> None:
-    plan = plan_of(num_workers=2)
+    sampler = sampler_of(num_workers=2)
     for step in range(6):
-        rows = rows_of_workers(plan, step)
-        chosen, rejected = (sum(int(tokens[row]) for row in rows) for tokens in (plan.lengths.chosen, plan.lengths.rejected))
-        assert plan.totals(step) == StepTotals(len(rows), 2 * len(rows), chosen, rejected)
+        rows = rows_of_workers(sampler, step)
+        chosen, rejected = (
+            sum(int(tokens[row]) for row in rows) for tokens in (sampler.lengths.chosen, sampler.lengths.rejected)
+        )
+        assert sampler.counts(step) == StepCounts(len(rows), 2 * len(rows), chosen, rejected)
 
 
 @pytest.mark.parametrize(
@@ -152,17 +154,17 @@ def test_totals_are_the_sums_over_the_whole_step() -> None:
 def test_the_number_of_steps_follows_epochs_unless_max_steps_is_given(
     num_epochs: float, max_steps: int | None, num_steps: int
 ) -> None:
-    assert plan_of(num_epochs=num_epochs, max_steps=max_steps).num_steps == num_steps
+    assert sampler_of(num_epochs=num_epochs, max_steps=max_steps).num_steps == num_steps
 
 
 def test_held_out_rows_are_never_trained_on_and_always_the_same() -> None:
-    plan = plan_of(held_out_ratio=0.2)
-    trained = {int(row) for step in range(plan.num_steps) for row in plan.rows_of_step(step)}
-    assert len(plan.held_out) == 9
-    assert trained.isdisjoint(plan.held_out.tolist())
-    assert trained | set(plan.held_out.tolist()) == set(range(NUM_ROWS))
-    assert np.array_equal(plan.held_out, plan_of(held_out_ratio=0.2, num_workers=4).held_out)
-    assert not np.array_equal(plan.held_out, plan_of(held_out_ratio=0.2, seed=8).held_out)
+    sampler = sampler_of(held_out_ratio=0.2)
+    trained = {int(row) for step in range(sampler.num_steps) for row in sampler.rows_of_step(step)}
+    assert len(sampler.held_out) == 9
+    assert trained.isdisjoint(sampler.held_out.tolist())
+    assert trained | set(sampler.held_out.tolist()) == set(range(NUM_ROWS))
+    assert np.array_equal(sampler.held_out, sampler_of(held_out_ratio=0.2, num_workers=4).held_out)
+    assert not np.array_equal(sampler.held_out, sampler_of(held_out_ratio=0.2, seed=8).held_out)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])
@@ -174,7 +176,7 @@ def test_holding_out_leaves_at_least_one_row_to_train_on(num_rows: int) -> None:
 
 def test_no_records_are_an_error() -> None:
     with pytest.raises(ValueError) as caught:
-        plan_of(num_rows=0)
+        sampler_of(num_rows=0)
     assert str(caught.value) == "There are no records to train on."
 
 
@@ -194,31 +196,31 @@ def test_chunks_cover_the_steps_from_the_start_to_the_end(
     monkeypatch: pytest.MonkeyPatch, chunk_pairs: int, start_step: int
 ) -> None:
     monkeypatch.setattr(plan_module, "CHUNK_PAIRS", chunk_pairs)
-    plan = plan_of()
-    chunks = plan.chunks(start_step)
+    sampler = sampler_of()
+    chunks = sampler.chunks(start_step)
     assert [step for chunk in chunks for step in chunk] == list(range(start_step, 12))
     assert {len(chunk) for chunk in chunks[:-1]} <= {math.ceil(chunk_pairs / 8)}
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_a_look_up_returns_a_workers_pairs_in_the_order_it_trains_on_them(data: PreparedData, num_workers: int) -> None:
-    plan = plan_of(num_workers=num_workers)
+def test_a_fetch_returns_a_workers_pairs_in_the_order_it_trains_on_them(data: PreparedData, num_workers: int) -> None:
+    sampler = sampler_of(num_workers=num_workers)
     for rank in range(num_workers):
-        table = look_up(STEPS_4_TO_6, data=data, settings=plan.settings, rank=rank)
-        expected = [str(row) for step in (4, 5, 6) for batch in plan.micro_batches(step, rank) for row in batch]
+        table = fetch_chunk(STEPS_4_TO_6, data=data, settings=sampler.settings, rank=rank)
+        expected = [str(row) for step in (4, 5, 6) for batch in sampler.micro_batches(step, rank) for row in batch]
         assert table["id"].to_pylist() == expected
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_a_look_up_brings_the_partners_after_each_micro_batch(data: PreparedData, num_workers: int) -> None:
-    plan = plan_of(num_workers=num_workers, with_partners=True)
+def test_a_fetch_brings_the_partners_after_each_micro_batch(data: PreparedData, num_workers: int) -> None:
+    sampler = sampler_of(num_workers=num_workers, with_partners=True)
     for rank in range(num_workers):
-        table = look_up(STEPS_4_TO_6, data=data, settings=plan.settings, rank=rank)
+        table = fetch_chunk(STEPS_4_TO_6, data=data, settings=sampler.settings, rank=rank)
         expected = []
         for step in (4, 5, 6):
-            for batch in plan.micro_batches(step, rank):
+            for batch in sampler.micro_batches(step, rank):
                 expected += [str(row) for row in batch]
-                expected += [str(plan.partners(step, np.array([row]))[0]) for row in batch]
+                expected += [str(sampler.partners(step, np.array([row]))[0]) for row in batch]
         assert table["id"].to_pylist() == expected
 
 
@@ -230,15 +232,15 @@ def test_a_partner_is_the_next_row_of_the_order_and_the_lasts_is_the_first() -> 
 
 
 def test_partners_depend_on_the_order_of_the_epoch_and_on_no_cut() -> None:
-    plan = plan_of(with_partners=True)
-    for step in range(plan.num_steps):
-        rows = plan.rows_of_step(step)
+    sampler = sampler_of(with_partners=True)
+    for step in range(sampler.num_steps):
+        rows = sampler.rows_of_step(step)
         epoch = range(6) if step < 6 else range(6, 12)
-        order = np.concatenate([plan.rows_of_step(k) for k in epoch]).tolist()
+        order = np.concatenate([sampler.rows_of_step(k) for k in epoch]).tolist()
         expected = {row: order[(order.index(row) + 1) % NUM_ROWS] for row in rows.tolist()}
-        assert dict(zip(rows.tolist(), plan.partners(step, rows).tolist(), strict=True)) == expected
+        assert dict(zip(rows.tolist(), sampler.partners(step, rows).tolist(), strict=True)) == expected
         for num_workers, batch_size in ((1, 1), (2, 2), (4, 3)):
-            other = plan_of(with_partners=True, num_workers=num_workers, batch_size=batch_size)
+            other = sampler_of(with_partners=True, num_workers=num_workers, batch_size=batch_size)
             found = {
                 int(row): int(partner)
                 for rank in range(num_workers)
@@ -250,42 +252,42 @@ def test_partners_depend_on_the_order_of_the_epoch_and_on_no_cut() -> None:
 
 @pytest.mark.parametrize(("num_rows", "held_out_ratio"), [(2, 0.0), (3, 0.0), (3, 0.33), (43, 0.2)])
 def test_no_row_is_its_own_partner_and_none_is_held_out(num_rows: int, held_out_ratio: float) -> None:
-    plan = plan_of(num_rows, held_out_ratio=held_out_ratio, with_partners=True)
-    for step in range(plan.num_steps):
-        rows = plan.rows_of_step(step)
-        partners = plan.partners(step, rows)
+    sampler = sampler_of(num_rows, held_out_ratio=held_out_ratio, with_partners=True)
+    for step in range(sampler.num_steps):
+        rows = sampler.rows_of_step(step)
+        partners = sampler.partners(step, rows)
         assert (partners != rows).all()
-        assert set(partners) <= set(plan.rows)
+        assert set(partners) <= set(sampler.rows)
 
 
 @pytest.mark.parametrize(("num_rows", "held_out_ratio"), [(1, 0.0), (2, 0.5)])
 def test_one_record_alone_has_no_partner(num_rows: int, held_out_ratio: float) -> None:
     with pytest.raises(ValueError) as caught:
-        plan_of(num_rows, held_out_ratio=held_out_ratio, with_partners=True)
+        sampler_of(num_rows, held_out_ratio=held_out_ratio, with_partners=True)
     assert str(caught.value) == (
         "There is one record to train on, and kto compares each prompt with the responses to another one: add records."
     )
-    plan_of(num_rows, held_out_ratio=held_out_ratio)
+    sampler_of(num_rows, held_out_ratio=held_out_ratio)
 
 
-def test_a_reply_that_a_record_does_not_have_counts_in_no_total() -> None:
-    lengths = RowLengths(prompt=np.array([9, 9, 9]), chosen=np.array([4, 0, 5]), rejected=np.array([3, 2, 0]))
-    # Row 0 is a pair, row 1 a single bad reply, row 2 a single good one.
-    assert totals_of(np.array([0, 1, 2]), lengths) == StepTotals(pairs=3, responses=4, chosen_tokens=9, rejected_tokens=5)
-    assert totals_of(np.array([2]), lengths) == StepTotals(pairs=1, responses=1, chosen_tokens=5, rejected_tokens=0)
+def test_a_response_that_a_record_does_not_have_counts_in_no_total() -> None:
+    lengths = TokenCounts(prompt=np.array([9, 9, 9]), chosen=np.array([4, 0, 5]), rejected=np.array([3, 2, 0]))
+    # Row 0 is a pair, row 1 a single bad response, row 2 a single good one.
+    assert counts_of(np.array([0, 1, 2]), lengths) == StepCounts(pairs=3, responses=4, chosen_tokens=9, rejected_tokens=5)
+    assert counts_of(np.array([2]), lengths) == StepCounts(pairs=1, responses=1, chosen_tokens=5, rejected_tokens=0)
 
 
 def test_a_single_held_out_record_finds_its_partner_among_the_training_records() -> None:
-    plan = plan_of(held_out_ratio=1 / NUM_ROWS)
-    assert len(plan.held_out) == 1
-    (partner,) = partners_in(plan.held_out_order, plan.held_out)
-    assert partner in plan.rows.tolist()
-    several = plan_of(held_out_ratio=0.2)
+    sampler = sampler_of(held_out_ratio=1 / NUM_ROWS)
+    assert len(sampler.held_out) == 1
+    (partner,) = partners_in(sampler.held_out_order, sampler.held_out)
+    assert partner in sampler.rows.tolist()
+    several = sampler_of(held_out_ratio=0.2)
     assert set(several.held_out.tolist()) > set(partners_in(several.held_out_order, several.held_out).tolist()[:-1])
 
 
 def test_a_batch_holds_no_more_tokens_than_allowed_unless_one_row_alone_does() -> None:
-    lengths = RowLengths(*(np.array(side) for side in ([2, 7, 1, 3, 1, 9, 1], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0])))
+    lengths = TokenCounts(*(np.array(side) for side in ([2, 7, 1, 3, 1, 9, 1], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0])))
     # Tokens of the rows: 4, 9, 3, 4, 2, 10, 1. Longest first, each batch is as wide as its first row.
     cut = [
         batch.tolist() for batch in cut_micro_batches(np.arange(7), lengths, batch_size=3, max_tokens=9, rank=0, num_workers=1)
@@ -295,7 +297,7 @@ def test_a_batch_holds_no_more_tokens_than_allowed_unless_one_row_alone_does() -
 
 
 def test_tokens_that_are_limited_are_counted_without_padding_where_there_is_none() -> None:
-    lengths = RowLengths(np.array([8, 2, 2, 1, 1]), np.zeros(5, dtype=int), np.zeros(5, dtype=int))
+    lengths = TokenCounts(np.array([8, 2, 2, 1, 1]), np.zeros(5, dtype=int), np.zeros(5, dtype=int))
     limits: dict[str, Any] = {"batch_size": 4, "max_tokens": 11, "rank": 0, "num_workers": 1}
     rows = np.arange(5)
     assert [batch.tolist() for batch in cut_micro_batches(rows, lengths, **limits)] == [[0], [1, 2, 3, 4]]
@@ -303,8 +305,8 @@ def test_tokens_that_are_limited_are_counted_without_padding_where_there_is_none
 
 
 def test_a_limit_on_tokens_changes_the_cut_of_a_step_and_not_its_rows() -> None:
-    plans = plan_of(32), plan_of(32, batch_size=4, max_tokens_per_batch=1)
-    for step in range(plans[0].num_steps):
-        assert plans[0].rows_of_step(step).tolist() == plans[1].rows_of_step(step).tolist()
-        batches = plans[1].micro_batches(step, 0)
-        assert [len(batch) for batch in batches] == [1] * len(plans[1].rows_of_step(step))
+    samplers = sampler_of(32), sampler_of(32, batch_size=4, max_tokens_per_batch=1)
+    for step in range(samplers[0].num_steps):
+        assert samplers[0].rows_of_step(step).tolist() == samplers[1].rows_of_step(step).tolist()
+        batches = samplers[1].micro_batches(step, 0)
+        assert [len(batch) for batch in batches] == [1] * len(samplers[1].rows_of_step(step))

@@ -62,7 +62,7 @@ def test_rows_can_be_looked_up_in_any_order(data: PreparedData, rows: list[int])
     assert [pair.id for pair in from_batch(table)] == [IN_SOURCE_ORDER[row] for row in rows]
 
 
-def test_a_look_up_works_with_fewer_open_shards_than_there_are(data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetch_works_with_fewer_open_shards_than_there_are(data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rayalign.data.store, "OPEN_SHARDS", 1)
     rows = [0, 1, 0, 4, 2]
     assert [pair.id for pair in from_batch(data.reader().read(rows))] == [IN_SOURCE_ORDER[row] for row in rows]

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from rayalign.data.batch import PairBatch
 from rayalign.data.encode import EncoderSpec
-from rayalign.data.sampler import PlanSettings, StepPlan, look_up
+from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk
 from rayalign.data.store import EncodedPair, PreparedData, from_batch
 from rayalign.data.stream import ahead, batch_maker, held_out_pairs
 from tests.tiny_models import encode_pair, make_policy, noise_image
 
-REPLIES = ("two", "a cat", "yes", "no", "The digit is two.", "A cat sits on the mat.", "the mat")
+RESPONSES = ("two", "a cat", "yes", "no", "The digit is two.", "A cat sits on the mat.", "the mat")
 RED, BLUE = noise_image(40, 30, seed=1), noise_image(20, 60, seed=2)
 IMAGES = ((RED,), (), (BLUE, RED), (RED,), (), (BLUE,), ())
 
@@ -37,8 +37,8 @@ def spec(folder: Path) -> EncoderSpec:
 
 @pytest.fixture
 def pairs(folder: Path) -> list[EncodedPair]:
-    """Seven records, of which the second is a single good reply and the fourth a single bad one."""
-    made = [encode_pair(folder, str(i), f"Which {i}?", REPLIES[i], REPLIES[i - 1], images=IMAGES[i]) for i in range(7)]
+    """Seven records, of which the second is a single good response and the fourth a single bad one."""
+    made = [encode_pair(folder, str(i), f"Which {i}?", RESPONSES[i], RESPONSES[i - 1], images=IMAGES[i]) for i in range(7)]
     made[1] = dataclasses.replace(made[1], rejected_ids=[])
     made[3] = dataclasses.replace(made[3], chosen_ids=[])
     return made
@@ -54,17 +54,17 @@ def contents(batch: PairBatch) -> dict[str, Any]:
 
 
 def as_in_training(
-    data: PreparedData, plan: StepPlan, spec: EncoderSpec, *, rank: int, companion: Companion
+    data: PreparedData, sampler: StepSampler, spec: EncoderSpec, *, rank: int, companion: Companion
 ) -> Iterator[PairBatch]:
-    """What a train worker makes of its look-ups, as `pairs_in_order` does without Ray."""
+    """What a train worker makes of its fetches, as `pairs_in_order` does without Ray."""
     make_batch = batch_maker(spec, companion)
-    for step in range(plan.num_steps):
+    for step in range(sampler.num_steps):
         chunk = pa.table({"first": [step], "last": [step + 1]})
-        found = from_batch(look_up(chunk, data=data, settings=plan.settings, rank=rank))
-        for rows in plan.micro_batches(step, rank):
+        found = from_batch(fetch_chunk(chunk, data=data, settings=sampler.settings, rank=rank))
+        for rows in sampler.micro_batches(step, rank):
             own, partners = found[: len(rows)], []
             del found[: len(rows)]
-            if plan.settings.with_partners:
+            if sampler.settings.with_partners:
                 partners = found[: len(rows)]
                 del found[: len(rows)]
             yield make_batch(own, partners)
@@ -79,7 +79,7 @@ def test_held_out_batches_are_what_training_would_make_of_the_same_rows(
     companion: Companion,
 ) -> None:
     data = prepare_pairs(pairs)
-    settings = PlanSettings(
+    settings = SamplerSettings(
         global_batch_size=4,
         batch_size=2,
         num_workers=2,
@@ -88,14 +88,14 @@ def test_held_out_batches_are_what_training_would_make_of_the_same_rows(
         seed=3,
         with_partners=companion == "mismatched",
     )
-    plan = StepPlan(data.lengths(), settings)
-    order = np.concatenate([plan.rows_of_step(step) for step in range(plan.num_steps)])
+    sampler = StepSampler(data.lengths(), settings)
+    order = np.concatenate([sampler.rows_of_step(step) for step in range(sampler.num_steps)])
     seen = []
     for rank in range(2):
-        rows = [batch for step in range(plan.num_steps) for batch in plan.micro_batches(step, rank)]
+        rows = [batch for step in range(sampler.num_steps) for batch in sampler.micro_batches(step, rank)]
         held_out = held_out_pairs(data, rows, spec, companion=companion, order=order if companion == "mismatched" else None)
         ours = [contents(batch) for batch in held_out]
-        assert ours == [contents(batch) for batch in as_in_training(data, plan, spec, rank=rank, companion=companion)]
+        assert ours == [contents(batch) for batch in as_in_training(data, sampler, spec, rank=rank, companion=companion)]
         seen += [pair_id for batch in ours for pair_id in batch["ids"]]
     assert sorted(seen) == [pair.id for pair in pairs]
 
@@ -105,16 +105,16 @@ def test_a_held_out_pairs_partner_is_the_next_held_out_row_whatever_the_cut(
 ) -> None:
     data = prepare_pairs(pairs)
     order = np.array([0, 2, 3, 6])
-    replies = {}
+    responses = {}
     for cut in ([[0, 2, 3, 6]], [[6], [3, 0], [2]]):
         for batch in held_out_pairs(data, [np.array(rows) for rows in cut], spec, companion="mismatched", order=order):
             assert batch.companion is not None
             rows = batch.companion.batch
             for b, pair_id in enumerate(batch.ids):
                 sides = [rows.targets[rows.sequences == b + side * batch.num_pairs].tolist() for side in (0, 1)]
-                replies.setdefault(pair_id, []).append(sides)
+                responses.setdefault(pair_id, []).append(sides)
     partners = {"0": pairs[2], "2": pairs[3], "3": pairs[6], "6": pairs[0]}
-    assert replies == {pair_id: [[partner.chosen_ids, partner.rejected_ids]] * 2 for pair_id, partner in partners.items()}
+    assert responses == {pair_id: [[partner.chosen_ids, partner.rejected_ids]] * 2 for pair_id, partner in partners.items()}
 
 
 def test_only_the_images_of_the_batchs_own_prompts_are_processed(spec: EncoderSpec, pairs: list[EncodedPair]) -> None:

@@ -15,7 +15,7 @@ from rayalign.config.sections import ModelConfig, OptimizerConfig, PlanConfig, T
 from rayalign.data.encode import EncoderSpec
 from rayalign.data.store import EncodedPair
 from rayalign.estimate.architecture import Blueprint
-from rayalign.estimate.estimate import Findings
+from rayalign.estimate.estimate import Estimate
 from rayalign.estimate.lengths import ImageLook
 from rayalign.estimate.meter import CPU_FLOPS, Meter, tensors_of
 from rayalign.estimate.shapes import DataShapes, PairShape
@@ -23,7 +23,7 @@ from rayalign.estimate.vision import VisionCosts
 from rayalign.models.processors import process_images
 from rayalign.models.source import ModelSource
 from rayalign.training.loop import Trainer
-from tests.tiny_models import encode_pair, make_batch, make_policy, noise_image, totals_of
+from tests.tiny_models import counts_of, encode_pair, make_batch, make_policy, noise_image
 
 TEXT = {
     "hidden_size": 256,
@@ -52,7 +52,7 @@ def pairs_with(folder: Path, num_images: int) -> list[EncodedPair]:
     ]
 
 
-def foretold(folder: Path, config: Config, pairs: list[EncodedPair]) -> Findings:
+def foretold(folder: Path, config: Config, pairs: list[EncodedPair]) -> Estimate:
     """What is told of a run whose data are these pairs."""
     spec = EncoderSpec(str(folder), responses="both")
     needs = config.algorithm.needs
@@ -74,7 +74,7 @@ def foretold(folder: Path, config: Config, pairs: list[EncodedPair]) -> Findings
         )
         for pair in pairs
     )
-    return Findings(config, PlanConfig(), blueprint, DataShapes(shapes, len(shapes), 0, 0, ""), "tiny", "")
+    return Estimate(config, PlanConfig(), blueprint, DataShapes(shapes, len(shapes), 0, 0, ""), "tiny", "")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_memory_and_operations_of_a_step_are_foretold(
     config = Config(ALGORITHMS[algorithm](), model=model, tuner=tuner, optimizer=OptimizerConfig(batch_size=2))
     needs = config.algorithm.needs
     pairs = pairs_with(folder, num_images)
-    batch, totals = make_batch(folder, pairs, needs=needs), totals_of(pairs)
+    batch, totals = make_batch(folder, pairs, needs=needs), counts_of(pairs)
     policy = make_policy(folder, model=model, tuner=tuner, needs=needs)
     trainer = Trainer(policy, config.algorithm, config.optimizer, num_steps=4)
     trainer.gradients([batch], totals)  # from here on gradients are there

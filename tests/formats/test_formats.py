@@ -116,7 +116,7 @@ SAME_PAIR: dict[str, dict[str, Any]] = {
         "rejected": {"from": "gpt", "value": "A dog."},
         "images": ["cat.png"],
     },
-    "ShareGPT, replies as text": {
+    "ShareGPT, responses as text": {
         "system": "Be brief.",
         "conversations": [{"from": "human", "value": "What is this?"}],
         "chosen": "A cat.",
@@ -179,7 +179,7 @@ def test_a_record_without_images_is_legal() -> None:
         {"prompt": "a", "completion": "b"},
     ],
 )
-def test_a_kto_row_has_one_reply_and_a_label(row: dict[str, Any], label: Any) -> None:
+def test_a_kto_row_has_one_response_and_a_label(row: dict[str, Any], label: Any) -> None:
     record = parse({**row, "label": label})
     assert (record.chosen, record.rejected, record.label) == ("b", None, True)
 
@@ -234,9 +234,9 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"query": "a", "response": "b", "videos": ["x.mp4"]}, "unsupported content", "videos: records hold text and images only"),
     ({"messages": "a"}, "wrong type", "messages: expected a list of messages, found str 'a'"),
-    ({"messages": [USER]}, "missing field", "messages: the last message must be the assistant's reply"),
-    ({"messages": []}, "missing field", "messages: the last message must be the assistant's reply"),
-    ({"messages": [CHOSEN]}, "missing field", "messages: there is no question to answer"),
+    ({"messages": [USER]}, "missing field", "messages: the last message must be the assistant's response"),
+    ({"messages": []}, "missing field", "messages: the last message must be the assistant's response"),
+    ({"messages": [CHOSEN]}, "missing field", "messages: there is no question to respond to"),
     (
         {"messages": [{"role": "tool", "content": "x"}, CHOSEN]},
         "unknown role",
@@ -261,17 +261,17 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [USER, CHOSEN], "rejected_response": "x", "images": ["a.png"], "rejected_images": ["b.png"]},
         "unsupported content",
-        "rejected_images: the rejected reply has other images than the chosen one",
+        "rejected_images: the rejected response has other images than the chosen one",
     ),
     (
         {"messages": [USER, CHOSEN], "rejected_messages": [{"role": "user", "content": "Other?"}, REJECTED]},
         "prompts differ",
-        "rejected_messages: only the last reply may differ from 'messages'",
+        "rejected_messages: only the last response may differ from 'messages'",
     ),
     (
         {"messages": [USER, CHOSEN], "rejected_response": "A cat. "},
-        "identical answers",
-        "rejected_response: the reply equals messages, so there is nothing to prefer",
+        "identical responses",
+        "rejected_response: the response equals messages, so there is nothing to prefer",
     ),
     (
         {"chosen": "The sky is blue.", "rejected": "The sky is green."},
@@ -281,7 +281,7 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     (
         {"chosen": [USER, CHOSEN], "rejected": [{"role": "user", "content": "Other?"}, REJECTED]},
         "prompts differ",
-        "rejected: only the last reply may differ from 'chosen'",
+        "rejected: only the last response may differ from 'chosen'",
     ),
     (
         {"prompt": [MARKED_USER], "chosen": [CHOSEN], "rejected": [REJECTED]},
@@ -294,12 +294,12 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
             "chosen": [{"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}],
         },
         "wrong type",
-        "chosen: expected one reply, found a conversation of 3 messages",
+        "chosen: expected one response, found a conversation of 3 messages",
     ),
     (
         {"question": "a", "chosen": "b", "rejected": "b"},
-        "identical answers",
-        "rejected: the reply equals chosen, so there is nothing to prefer",
+        "identical responses",
+        "rejected: the response equals chosen, so there is nothing to prefer",
     ),
     (
         {"instruction": "a", "output": "b"},

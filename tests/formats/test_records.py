@@ -75,37 +75,37 @@ def test_an_image_alone_is_a_question() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason", "words"),
     [
-        ({"messages": []}, "missing field", "query: there is no question to answer"),
-        ({"messages": [Message(role="system", content="x")]}, "missing field", "query: there is no question to answer"),
+        ({"messages": []}, "missing field", "query: there is no question to respond to"),
+        ({"messages": [Message(role="system", content="x")]}, "missing field", "query: there is no question to respond to"),
         ({"messages": [Message(role="user", content=" \n")]}, "empty query", "query: the question is empty"),
         (
             {"messages": [QUESTION, QUESTION]},
             "roles not alternating",
-            "messages: user, user: before the trained reply come user and assistant in turn, from user to user, "
+            "messages: user, user: before the trained response come user and assistant in turn, from user to user, "
             "after at most one system message",
         ),
         (
             {"messages": [QUESTION, Message(role="assistant", content="A.")]},
             "roles not alternating",
-            "messages: user, assistant: before the trained reply come user and assistant in turn, from user to user, "
+            "messages: user, assistant: before the trained response come user and assistant in turn, from user to user, "
             "after at most one system message",
         ),
         (
             {"messages": [QUESTION, Message(role="assistant", content=" "), QUESTION]},
-            "empty answer",
-            "messages: the reply of round 1 is empty",
+            "empty response",
+            "messages: the response of round 1 is empty",
         ),
-        ({"chosen": " \t"}, "empty answer", "chosen: the reply is empty"),
-        ({"rejected": ""}, "empty answer", "rejected: the reply is empty"),
+        ({"chosen": " \t"}, "empty response", "chosen: the response is empty"),
+        ({"rejected": ""}, "empty response", "rejected: the response is empty"),
         (
             {"chosen": "A dog.", "rejected": " A dog.\n"},
-            "identical answers",
-            "rejected: the reply equals chosen, so there is nothing to prefer",
+            "identical responses",
+            "rejected: the response equals chosen, so there is nothing to prefer",
         ),
         (
             {"rejected": "See <image>"},
-            "image mark in answer",
-            "rejected: a reply can't hold an image, but this one holds <image>",
+            "image mark in response",
+            "rejected: a response can't hold an image, but this one holds <image>",
         ),
         (
             {"messages": [Message(role="system", content="<image>"), QUESTION]},
@@ -114,7 +114,7 @@ def test_an_image_alone_is_a_question() -> None:
         ),
         (
             {"messages": [QUESTION, Message(role="assistant", content="<image>"), QUESTION]},
-            "image mark in answer",
+            "image mark in response",
             "messages: <image> can stand in user messages only",
         ),
         (
@@ -137,7 +137,7 @@ def test_a_broken_invariant_is_a_record_error_that_names_the_field(changes: dict
 
 
 def test_errors_use_the_rows_own_column_names() -> None:
-    with pytest.raises(RecordError, match=r"^rejected_response: the reply equals response, so there is nothing to prefer$"):
+    with pytest.raises(RecordError, match=r"^rejected_response: the response equals response, so there is nothing to prefer$"):
         build(rejected="A cat.", columns={"chosen": "response", "rejected": "rejected_response"})
 
 
@@ -147,13 +147,13 @@ def test_a_pair_is_required_only_on_demand() -> None:
         require_pair(build(rejected=None))
     assert (caught.value.reason, caught.value.field) == ("missing field", "rejected_response")
     assert str(caught.value) == (
-        "rejected_response: the record has one reply only, and this algorithm compares a chosen with a rejected one; "
+        "rejected_response: the record has one response only, and this algorithm compares a chosen with a rejected one; "
         "add the column, or train with sft (or kto, with a label)"
     )
 
 
 @pytest.mark.parametrize(("rejected", "label"), [("A dog.", None), ("A dog.", True), (None, True), (None, False)])
-def test_a_pair_and_a_labelled_reply_both_say_what_is_good(rejected: str | None, label: bool | None) -> None:
+def test_a_pair_and_a_labelled_response_both_say_what_is_good(rejected: str | None, label: bool | None) -> None:
     require_label(build(rejected=rejected, label=label))
 
 
@@ -164,14 +164,15 @@ def test_a_pair_and_a_labelled_reply_both_say_what_is_good(rejected: str | None,
             None,
             None,
             "missing field",
-            "label: the record has one reply and does not say whether it is good; add label (true or false), or a rejected "
-            "reply",
+            "label: the record has one response and does not say whether it is good; add label (true or false), or a rejected "
+            "response",
         ),
         (
             "A dog.",
             False,
             "contradictory label",
-            "label: the chosen reply is labelled as bad, although there is a rejected one; remove the label, or keep one reply",
+            "label: the chosen response is labelled as bad, although there is a rejected one; remove the label, or keep one "
+            "response",
         ),
     ],
 )
@@ -183,17 +184,17 @@ def test_a_record_that_does_not_say_what_is_good_is_refused(
     assert (caught.value.reason, caught.value.field, str(caught.value)) == (reason, "label", words)
 
 
-def test_a_pair_whose_chosen_reply_is_labelled_as_bad_is_refused_by_what_compares_too() -> None:
+def test_a_pair_whose_chosen_response_is_labelled_as_bad_is_refused_by_what_compares_too() -> None:
     require_pair(build(rejected="A dog.", label=True))
-    with pytest.raises(RecordError, match="the chosen reply is labelled as bad"):
+    with pytest.raises(RecordError, match="the chosen response is labelled as bad"):
         require_pair(build(rejected="A dog.", label=False))
 
 
 @pytest.mark.parametrize("rejected", ["A dog.", None])
-def test_only_a_reply_labelled_as_bad_is_not_imitated(rejected: str | None) -> None:
+def test_only_a_response_labelled_as_bad_is_not_imitated(rejected: str | None) -> None:
     for label in (None, True):
         require_desirable(build(rejected=rejected, label=label))
     with pytest.raises(RecordError) as caught:
         require_desirable(build(rejected=rejected, label=False))
-    assert (caught.value.reason, caught.value.field) == ("undesirable answer", "label")
-    assert str(caught.value) == "label: the reply is labelled as bad, and sft imitates replies"
+    assert (caught.value.reason, caught.value.field) == ("undesirable response", "label")
+    assert str(caught.value) == "label: the response is labelled as bad, and sft imitates responses"

@@ -28,7 +28,7 @@ from rayalign.policy.loading import load_policy
 from rayalign.policy.policy import Policy
 from rayalign.training.loop import Trainer
 from rayalign.training.metrics import MetricSums
-from tests.tiny_models import REFERRED, make_batch, noise_image, totals_of, wake_adapters
+from tests.tiny_models import REFERRED, counts_of, make_batch, noise_image, wake_adapters
 
 pytestmark = pytest.mark.gpu
 
@@ -109,7 +109,7 @@ def loss_and_gradient(policy: Policy, totals: tuple[Tensor, Tensor]) -> tuple[Te
 
 
 def dpo_step(policy: Policy, batch: PairBatch, pairs: Sequence[EncodedPair]) -> tuple[Tensor, Tensor]:
-    loss = DPO(rpo_alpha=0.0).step(policy, batch, totals_of(pairs)).loss_share
+    loss = DPO(rpo_alpha=0.0).loss(policy, batch, counts_of(pairs)).loss
     gradients = torch.autograd.grad(loss, list(policy.trainable.values()))
     return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -166,7 +166,7 @@ def test_training_with_the_fused_optimizer_lowers_the_loss(
     batch = make_batch(folder, pairs)
     losses = []
     for step in range(12):
-        norm, tokens = trainer.step(step, [batch], totals_of(pairs))
+        norm, tokens = trainer.step(step, [batch], counts_of(pairs))
         losses.append(trainer.window.reduce(steps=1)["loss"])
         trainer.window = MetricSums()
         assert tokens == batch.num_tokens

@@ -15,7 +15,7 @@ from rayalign.algorithms import ALGORITHMS
 from rayalign.config.config import config_from_mapping
 from rayalign.config.sections import OptimizerConfig
 from rayalign.data.encode import EncoderSpec
-from rayalign.data.sampler import cut_micro_batches, hold_out, totals_of
+from rayalign.data.sampler import counts_of, cut_micro_batches, hold_out
 from rayalign.data.store import PreparedData
 from rayalign.data.stream import held_out_pairs
 from rayalign.models.source import ModelSource
@@ -45,7 +45,7 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def labelled_records(good_records: Path) -> Path:
-    """The good records for KTO: a third stays pairs, the others keep one reply, labelled."""
+    """The good records for KTO: a third stays pairs, the others keep one response, labelled."""
     lines = []
     for i, text in enumerate(good_records.read_text().splitlines()):
         row = json.loads(text)
@@ -117,7 +117,7 @@ def test_the_model_on_disk_scores_the_held_out_pairs_as_the_run_did(runs: Mappin
     _, rows = hold_out(lengths.num_rows, ratio=config.data.dataset_test_ratio, seed=config.data.data_seed)
     batches = cut_micro_batches(rows, lengths, batch_size=5, rank=0, num_workers=1)
     trainer = Trainer(policy, config.algorithm, OptimizerConfig(), num_steps=1)
-    metrics, _ = trainer.evaluate(lambda: held_out_pairs(data, batches, spec), totals_of(rows, lengths))
+    metrics, _ = trainer.evaluate(lambda: held_out_pairs(data, batches, spec), counts_of(rows, lengths))
     expected = {metric: summary[f"eval_{metric}"] for metric in metrics}
     assert set(expected) == METRICS[name] | {"loss"}
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)  # float32, in other micro-batches
@@ -134,7 +134,7 @@ def test_a_reward_model_leaves_its_head_beside_the_adapter(runs: Mapping[str, Pa
     assert not (runs["cpo"] / "model" / "value_head.safetensors").exists()
 
 
-def test_kto_trains_on_pairs_and_on_labelled_replies_alike(runs: Mapping[str, Path]) -> None:
+def test_kto_trains_on_pairs_and_on_labelled_responses_alike(runs: Mapping[str, Path]) -> None:
     summary = json.loads((runs["kto"] / "summary.json").read_text())
     assert summary["training_records"] + summary["held_out_records"] == 60
     assert {"eval_rewards/chosen", "eval_rewards/rejected", "eval_kl"} <= set(summary)

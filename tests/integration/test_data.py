@@ -1,4 +1,4 @@
-"""Ray Data for real: mixed sources into one prepared data set, and its streams in plan order."""
+"""Ray Data for real: mixed sources into one prepared data set, and its streams in sampler order."""
 
 import io
 import json
@@ -16,9 +16,9 @@ from PIL import Image
 from rayalign.config.sections import DataConfig
 from rayalign.data.encode import EncoderSpec
 from rayalign.data.prepare import prepare
-from rayalign.data.sampler import PlanSettings, StepPlan
+from rayalign.data.sampler import SamplerSettings, StepSampler
 from rayalign.data.store import PreparedData
-from rayalign.data.stream import look_ups, pairs_in_order
+from rayalign.data.stream import fetch_pairs, pairs_in_order
 from rayalign.storage import Store
 from tests.cluster import Cluster
 from tests.tiny_data import write_rows
@@ -116,15 +116,15 @@ def test_an_error_for_the_user_arrives_without_rays_layers(sources: Path, spec: 
 def test_workers_stream_exactly_their_part_of_the_plan_from_any_step(
     sources: Path, spec: EncoderSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayalign.data.sampler.CHUNK_PAIRS", 4)  # all but the first look-up come through Ray Data
+    monkeypatch.setattr("rayalign.data.sampler.CHUNK_PAIRS", 4)  # all but the first fetch come through Ray Data
     data = prepare_all(sources, spec, tmp_path)
-    settings = PlanSettings(global_batch_size=8, batch_size=2, num_workers=2, num_epochs=3, max_steps=None, seed=3)
-    plan = StepPlan(data.lengths(), settings)
+    settings = SamplerSettings(global_batch_size=8, batch_size=2, num_workers=2, num_epochs=3, max_steps=None, seed=3)
+    sampler = StepSampler(data.lengths(), settings)
     ids = np.array(data.index()["id"].to_pylist())
-    for rank, start in ((0, 0), (1, 0), (1, plan.num_steps - 4)):
+    for rank, start in ((0, 0), (1, 0), (1, sampler.num_steps - 4)):
         expected = [
-            (step, tuple(ids[rows])) for step in range(start, plan.num_steps) for rows in plan.micro_batches(step, rank)
+            (step, tuple(ids[rows])) for step in range(start, sampler.num_steps) for rows in sampler.micro_batches(step, rank)
         ]
-        tables = look_ups(data, plan, rank=rank, start_step=start)
-        stream = pairs_in_order(tables, plan, spec, rank=rank, start_step=start)
+        tables = fetch_pairs(data, sampler, rank=rank, start_step=start)
+        stream = pairs_in_order(tables, sampler, spec, rank=rank, start_step=start)
         assert [(step, batch.ids) for step, batch in stream] == expected

@@ -137,7 +137,7 @@ def test_too_many_bad_records_end_the_run_with_a_table(cluster_of_four_cpus: Clu
     words = ("--model", model, "--dataset", path, "--output_dir", tmp_path / "run")
     output = cluster_of_four_cpus.run("pipelines/dpo.py", *words, code=2)
     assert "2 of 10 records dropped (20.0%):" in output
-    assert "1  identical answers" in output
+    assert "1  identical responses" in output
     assert "1  image missing" in output
     assert "--max_dropped_fraction 0.05" in output
     assert "Traceback" not in output

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from rayalign.data.reference_store import PART_ROWS
+from rayalign.data.reference_store import SHARD_ROWS
 from tests.cluster import Cluster
 
 NUM_RECORDS = 60
@@ -33,7 +33,7 @@ def test_full_fine_tuning_computes_its_reference_once_and_finds_it_again(
     assert f"Reference: log-probs of {NUM_RECORDS} records in " in first
     (folder,) = (tmp_path / ".rayalign_cache").glob("*/*/reference_*")
     parts = {part: part.stat().st_mtime_ns for part in folder.iterdir()}
-    assert len(parts) == -(-NUM_RECORDS // PART_ROWS)
+    assert len(parts) == -(-NUM_RECORDS // SHARD_ROWS)
     assert f"Reference: log-probs of {NUM_RECORDS} records, computed before, from {folder}" in run("second")
     assert {part: part.stat().st_mtime_ns for part in folder.iterdir()} == parts
 

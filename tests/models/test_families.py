@@ -29,13 +29,13 @@ from rayalign.policy.policy import Policy
 from tests.tiny_families import MISTRAL, TINY_FAMILIES, TINY_TEXT_MODELS, VISION, TinyFamily
 from tests.tiny_models import (
     FAMILIES,
+    counts_of,
     encode_pair,
     in_float64,
     make_batch,
     make_policy,
     noise_image,
     save_model,
-    totals_of,
     wake_adapters,
 )
 
@@ -260,9 +260,9 @@ def test_damaged_images_run_beside_the_true_ones(model_folder: Callable[..., Pat
     policy = wake_adapters(make_policy(folder, needs=MDPO().needs))
     pairs = pairs_of(folder, "a mixed batch")
     batch = make_batch(folder, pairs, needs=MDPO().needs)
-    output = MDPO().step(policy, batch, totals_of(pairs))
-    output.loss_share.backward()
-    assert torch.isfinite(output.loss_share)
+    output = MDPO().loss(policy, batch, counts_of(pairs))
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
     assert batch.companion is not None
     damaged = batch.companion.batch
     true, false = policy.logps(batch, policy.image_features(batch)), policy.logps(damaged, policy.image_features(damaged))
@@ -315,8 +315,8 @@ def test_the_vision_tower_runs_once_for_each_distinct_image_and_never_backward(
     tower.register_forward_hook(count("tower"))
     next(m for m in tower.modules() if isinstance(m, nn.Linear | nn.Conv2d)).register_full_backward_hook(count("backward"))
     policy.base.get_decoder().layers[0].mlp.register_forward_pre_hook(count("layer"))
-    output = DPO().step(policy, batch, totals_of(pairs))
-    output.loss_share.backward()
+    output = DPO().loss(policy, batch, counts_of(pairs))
+    output.loss.backward()
     # Layers run for the policy and the reference; checkpointing runs the policy's again in the backward pass.
     assert runs == {"tower": 1, "backward": 0, "layer": 3 if checkpointing else 2}
     if policy.family.features_by_company:  # WIDE alone, then WIDE and the others beside others

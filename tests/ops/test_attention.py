@@ -146,7 +146,7 @@ def test_the_language_model_runs_over_no_padding(
     decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
     policy.logps(batch, ())
     assert seen == [(2, longest) if padded else (1, tokens)]
-    assert policy.num_places(batch) == (2 * longest if padded else tokens)
+    assert policy.num_tokens_with_padding(batch) == (2 * longest if padded else tokens)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # compiled, it has no float64 on CPUs

@@ -165,7 +165,7 @@ def summed_one_by_one(logps: Tensor, sequences: Tensor, num_pairs: int) -> list[
     [
         [(2, 1)],
         [(1, 3), (2, 2)],
-        [(2, 0), (0, 3)],  # a single good reply, a single bad one
+        [(2, 0), (0, 3)],  # a single good response, a single bad one
         [(0, 1), (3, 1), (4, 0), (1, 5)],
         [(3, 0), (2, 0)],  # SFT
         [(0, 2)],

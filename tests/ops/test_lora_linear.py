@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
-from rayalign.ops.lora_linear import LowRankLinear, quicken
+from rayalign.ops.lora_linear import FusedLoraLinear, fuse_lora_linears
 
 # Two products and a sum of float64 in another order.
 FLOAT64 = 1e-13
@@ -24,7 +24,7 @@ def adapted(*, bias: bool = True, dtype: torch.dtype = torch.float64, quick: boo
         for parameter in model.parameters():
             parameter.normal_()
     if quick:
-        quicken(model)
+        fuse_lora_linears(model)
     return model
 
 
@@ -130,7 +130,7 @@ def test_active_adapters_add_up_as_in_peft() -> None:
         layer._active_adapter = ["frozen", "default"]
         assert not layer.lora_A["frozen"].weight.requires_grad
         if quick:
-            quicken(model)
+            fuse_lora_linears(model)
         found.append(outputs(model, x))
     assert len(found[0]) == 4
     for ours, theirs in zip(*found, strict=True):
@@ -150,7 +150,7 @@ def test_layers_of_other_kinds_keep_their_class() -> None:
         LoraConfig(r=2, target_modules=["0", "1"]),
     )
     convolution = type(model.base_model.model[1])
-    quicken(model)
-    assert type(layer_of(model)) is LowRankLinear
+    fuse_lora_linears(model)
+    assert type(layer_of(model)) is FusedLoraLinear
     assert isinstance(layer_of(model), PeftLinear)
     assert type(model.base_model.model[1]) is convolution

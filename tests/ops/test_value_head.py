@@ -23,7 +23,7 @@ from rayalign.models.source import ModelSource
 from rayalign.ops.value_head import ValueHead, load_value_head, save_value_head
 from rayalign.policy.policy import Policy
 from rayalign.training.loop import Trainer
-from tests.tiny_models import FAMILIES, encode_pair, in_float64, make_batch, make_policy, noise_image, totals_of, wake_adapters
+from tests.tiny_models import FAMILIES, counts_of, encode_pair, in_float64, make_batch, make_policy, noise_image, wake_adapters
 
 # float64 sums of the same few hundred terms in another order, through two layers and back.
 FLOAT64 = 1e-10
@@ -110,9 +110,9 @@ def test_a_score_read_elsewhere_is_told_from_that_of_the_last_token(folder: Path
     policy = in_float64(reward_model(folder))
     batch = make_batch(folder, pairs)
     if fault == "a token too early":
-        ends = batch.ends - 1
+        ends = batch.last_token - 1
     elif fault == "the other response":
-        ends = batch.ends.roll(len(pairs))
+        ends = batch.last_token.roll(len(pairs))
     else:
         row = torch.arange(len(pairs)) * batch.input_ids.shape[1]
         ends = (row + torch.tensor([len(p.prompt_ids) - 1 for p in pairs])).repeat(2)
@@ -154,7 +154,7 @@ def test_training_continues_from_the_head_beside_the_adapter(folder: Path, tmp_p
     assert torch.equal(start, policy.value_head.summary.weight)
     pairs = pairs_of(folder)
     trainer = Trainer(continued, RM(), OptimizerConfig(learning_rate=1e-3, warmup_ratio=0), num_steps=2)
-    trainer.step(0, [make_batch(folder, pairs)], totals_of(pairs))
+    trainer.step(0, [make_batch(folder, pairs)], counts_of(pairs))
     moved = continued.value_head.summary.weight - start
     # AdamW's first step moves each weight by the learning rate, and by the decay of 1e-3 * 0.1 of weights near 0.1.
     assert 5e-4 < moved.abs().max() < 1.1e-3
@@ -216,7 +216,7 @@ def test_a_head_from_elsewhere_keeps_its_bias_and_its_bias_does_not_learn(folder
     policy = make_policy(source, needs=NEEDS)
     # One float32 addition to numbers below 8.
     torch.testing.assert_close(torch.cat(scores(policy, batch)), without + 0.75, atol=1e-6, rtol=0)
-    Trainer(policy, RM(), OptimizerConfig(warmup_ratio=0), num_steps=2).step(0, [batch], totals_of(pairs))
+    Trainer(policy, RM(), OptimizerConfig(warmup_ratio=0), num_steps=2).step(0, [batch], counts_of(pairs))
     policy.save(tmp_path)
     assert load_file(tmp_path / "value_head.safetensors")["v_head.summary.bias"].tolist() == [0.75]
 

@@ -20,8 +20,8 @@ order, and some intermediate results are about a hundred times the final one."""
 
 
 @dataclass(frozen=True)
-class Reply:
-    """Log-probs [n] of a reply's tokens, by the policy and by the reference."""
+class Response:
+    """Log-probs [n] of a response's tokens, by the policy and by the reference."""
 
     policy: NDArray[Any]
     reference: Array
@@ -29,13 +29,13 @@ class Reply:
 
 @dataclass(frozen=True)
 class Pair:
-    """What a formula sees of a pair. KTO's may lack one of the replies; `damaged`: the chosen reply given damaged images;
-    `strangers`: replies to another prompt, put to this one."""
+    """What a formula sees of a pair. KTO's may lack one of the responses; `damaged`: the chosen response given damaged images;
+    `strangers`: responses to another prompt, put to this one."""
 
-    chosen: Reply | None = None
-    rejected: Reply | None = None
-    damaged: Reply | None = None
-    strangers: tuple[Reply, ...] = ()
+    chosen: Response | None = None
+    rejected: Response | None = None
+    damaged: Response | None = None
+    strangers: tuple[Response, ...] = ()
 
 
 Formula = Callable[[Sequence[Pair], Mapping[str, Any]], Number]
@@ -70,9 +70,9 @@ def bradley_terry(lead: Number, wrong: float = 0.0) -> Number:
     return -(1 - wrong) * log_sigmoid(lead) - wrong * log_sigmoid(-lead)
 
 
-def log_ratio(reply: Reply) -> Number:
+def log_ratio(response: Response) -> Number:
     """log pi(y|x) / pi_ref(y|x)."""
-    return np.sum(reply.policy) - np.sum(reply.reference)
+    return np.sum(response.policy) - np.sum(response.reference)
 
 
 def mean(numbers: Sequence[Number]) -> Number:
@@ -113,12 +113,12 @@ def divergence_slope(ratio: Number, flags: Mapping[str, Any]) -> Number:
 
 
 def length_desensitised(pair: Pair, alpha: float) -> Pair:
-    """https://arxiv.org/abs/2409.06411: of either reply, what goes beyond the other one's length counts alpha."""
+    """https://arxiv.org/abs/2409.06411: of either response, what goes beyond the other one's length counts alpha."""
     shorter = min(len(pair.chosen.policy), len(pair.rejected.policy))
 
-    def weighted(reply: Reply) -> Reply:
-        weights = np.where(np.arange(len(reply.policy)) < shorter, 1.0, alpha)
-        return Reply(reply.policy * weights, reply.reference * weights)
+    def weighted(response: Response) -> Response:
+        weights = np.where(np.arange(len(response.policy)) < shorter, 1.0, alpha)
+        return Response(response.policy * weights, response.reference * weights)
 
     return Pair(weighted(pair.chosen), weighted(pair.rejected))
 
@@ -167,7 +167,7 @@ def dpo(pairs: Sequence[Pair], flags: Mapping[str, Any]) -> Number:
     names, beta, wrong = flags["loss_type"], flags["beta"], flags["label_smoothing"]
     likelihood = cross_entropy(pairs)
     if flags["reference_free"]:
-        pairs = [Pair(*(Reply(r.policy, np.zeros(len(r.reference))) for r in (p.chosen, p.rejected))) for p in pairs]
+        pairs = [Pair(*(Response(r.policy, np.zeros(len(r.reference))) for r in (p.chosen, p.rejected))) for p in pairs]
     if flags["ld_alpha"] is not None:
         pairs = [length_desensitised(pair, flags["ld_alpha"]) for pair in pairs]
 
@@ -182,7 +182,7 @@ def dpo(pairs: Sequence[Pair], flags: Mapping[str, Any]) -> Number:
                 ours = quantiles([np.sum(p.chosen.policy) - np.sum(p.rejected.policy) for p in pairs])
                 theirs = quantiles([np.sum(p.chosen.reference) - np.sum(p.rejected.reference) for p in pairs])
                 return mean([bradley_terry(beta * (a - b), wrong) for a, b in zip(ours, theirs, strict=True)])
-            case "aot_unpaired":  # 2406.05882, unpaired: log-ratios of chosen replies should exceed those of rejected ones
+            case "aot_unpaired":  # 2406.05882, unpaired: log-ratios of chosen responses should exceed those of rejected ones
                 good = quantiles([log_ratio(p.chosen) for p in pairs])
                 bad = quantiles([log_ratio(p.rejected) for p in pairs])
                 return mean([bradley_terry(beta * (a - b), wrong) for a, b in zip(good, bad, strict=True)])
@@ -217,7 +217,7 @@ def simpo(pairs: Sequence[Pair], flags: Mapping[str, Any]) -> Number:
     """Equation 6 of https://arxiv.org/abs/2405.14734, and CPO's likelihood term."""
     losses = []
     for pair in pairs:
-        rewards = [flags["beta"] / len(reply.policy) * np.sum(reply.policy) for reply in (pair.chosen, pair.rejected)]
+        rewards = [flags["beta"] / len(response.policy) * np.sum(response.policy) for response in (pair.chosen, pair.rejected)]
         losses.append(-log_sigmoid(rewards[0] - rewards[1] - flags["simpo_gamma"]))
     return mean(losses) + flags["cpo_alpha"] * cross_entropy(pairs)
 
@@ -225,8 +225,8 @@ def simpo(pairs: Sequence[Pair], flags: Mapping[str, Any]) -> Number:
 def orpo(pairs: Sequence[Pair], flags: Mapping[str, Any]) -> Number:
     """Equations 3 to 7 of https://arxiv.org/abs/2403.07691, with lambda = beta."""
 
-    def log_odds(reply: Reply) -> Number:
-        probability = np.exp(np.mean(reply.policy))
+    def log_odds(response: Response) -> Number:
+        probability = np.exp(np.mean(response.policy))
         return np.log(probability / (1 - probability))
 
     penalties = [-log_sigmoid(log_odds(pair.chosen) - log_odds(pair.rejected)) for pair in pairs]
@@ -235,11 +235,11 @@ def orpo(pairs: Sequence[Pair], flags: Mapping[str, Any]) -> Number:
 
 def kl_estimate(pairs: Sequence[Pair]) -> float:
     """z of section 4.1 of https://arxiv.org/abs/2402.01306, which no gradient flows through: a real number."""
-    return max(0.0, float(np.real(mean([log_ratio(reply) for pair in pairs for reply in pair.strangers]))))
+    return max(0.0, float(np.real(mean([log_ratio(response) for pair in pairs for response in pair.strangers]))))
 
 
 def kto(pairs: Sequence[Pair], flags: Mapping[str, Any]) -> Number:
-    """Section 4.1 of https://arxiv.org/abs/2402.01306: the mean of lambda - v over all replies of the step."""
+    """Section 4.1 of https://arxiv.org/abs/2402.01306: the mean of lambda - v over all responses of the step."""
     z, beta = kl_estimate(pairs), flags["beta"]
     losses = []
     for pair in pairs:
@@ -261,7 +261,7 @@ FORMULAS: Mapping[str, Formula] = {
     "orpo": orpo,
     "kto": kto,
 }
-"""All but the reward model's, whose replies have values and no log-probs."""
+"""All but the reward model's, whose responses have values and no log-probs."""
 
 
 def rm(values: Sequence[tuple[Number, Number]], margins: Sequence[float], flags: Mapping[str, Any]) -> Number:
@@ -276,8 +276,8 @@ def rm(values: Sequence[tuple[Number, Number]], margins: Sequence[float], flags:
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt of `prompt` tokens, its chosen and its rejected reply one after the other: the states of all tokens [n, HIDDEN],
-    by the policy and by the reference."""
+    """A prompt of `prompt` tokens, its chosen and its rejected response one after the other: the states of all tokens
+    [n, HIDDEN], by the policy and by the reference."""
 
     name: str
     prompt: int
@@ -287,20 +287,20 @@ class Row:
     reference_states: Array
 
     def predicted_at(self) -> tuple[list[int], list[int]]:
-        """Places of the states that predict the tokens of either reply: the prompt's end, then each token but the last."""
+        """Places of the states that predict the tokens of either response: the prompt's end, then each token but the last."""
         end = self.prompt + len(self.chosen)
         chosen = [self.prompt - 1, *range(self.prompt, end - 1)] if self.chosen else []
         rejected = [self.prompt - 1, *range(end, end + len(self.rejected) - 1)] if self.rejected else []
         return chosen, rejected
 
     def last_tokens(self) -> tuple[int, int]:
-        """Places of either reply's last token."""
+        """Places of either response's last token."""
         return self.prompt + len(self.chosen) - 1, self.prompt + len(self.chosen) + len(self.rejected) - 1
 
 
 @dataclass(frozen=True)
 class PairRows:
-    """The rows of one pair: its own; with damaged images; with another pair's replies."""
+    """The rows of one pair: its own; with damaged images; with another pair's responses."""
 
     own: Row
     damaged: Row | None = None
@@ -345,46 +345,46 @@ def moved(step: Sequence[PairRows], by: Mapping[str, Array]) -> list[PairRows]:
 
 
 def pairs_of(step: Sequence[PairRows], head: Array) -> list[Pair]:
-    """The log-probs of a step's replies."""
+    """The log-probs of a step's responses."""
 
-    def replies(row: Row | None) -> list[Reply | None]:
+    def responses(row: Row | None) -> list[Response | None]:
         if row is None:
             return [None, None]
         return [
-            Reply(*(token_logps(states[places], tokens, head) for states in (row.states, row.reference_states)))
+            Response(*(token_logps(states[places], tokens, head) for states in (row.states, row.reference_states)))
             if tokens
             else None
             for places, tokens in zip(row.predicted_at(), (row.chosen, row.rejected), strict=True)
         ]
 
     return [
-        Pair(*replies(pair.own), replies(pair.damaged)[0], tuple(r for r in replies(pair.strange) if r is not None))
+        Pair(*responses(pair.own), responses(pair.damaged)[0], tuple(r for r in responses(pair.strange) if r is not None))
         for pair in step
     ]
 
 
-def replies_of(pairs: Sequence[Pair]) -> list[Reply]:
+def responses_of(pairs: Sequence[Pair]) -> list[Response]:
     """All there are, in a fixed order."""
     return [r for p in pairs for r in (p.chosen, p.rejected, p.damaged, *p.strangers) if r is not None]
 
 
 def with_logps(pairs: Sequence[Pair], logps: NDArray[Any]) -> list[Pair]:
-    """The same pairs with other log-probs by the policy: of all tokens, in the order of `replies_of`."""
+    """The same pairs with other log-probs by the policy: of all tokens, in the order of `responses_of`."""
     at = 0
 
-    def renewed(reply: Reply | None) -> Reply | None:
+    def renewed(response: Response | None) -> Response | None:
         nonlocal at
-        if reply is None:
+        if response is None:
             return None
-        at += len(reply.policy)
-        return replace(reply, policy=logps[at - len(reply.policy) : at])
+        at += len(response.policy)
+        return replace(response, policy=logps[at - len(response.policy) : at])
 
     return [Pair(*map(renewed, (p.chosen, p.rejected, p.damaged)), tuple(map(renewed, p.strangers))) for p in pairs]
 
 
 def slopes_by_logps(formula: Formula, pairs: Sequence[Pair], flags: Mapping[str, Any]) -> Array:
-    """d loss / d log-prob of each token, in the order of `replies_of`."""
-    logps = np.concatenate([reply.policy for reply in replies_of(pairs)])
+    """d loss / d log-prob of each token, in the order of `responses_of`."""
+    logps = np.concatenate([response.policy for response in responses_of(pairs)])
     return slopes(lambda moved: formula(with_logps(pairs, moved), flags), logps)
 
 
@@ -393,7 +393,7 @@ def expected_of_logps(formula: Formula, step: Sequence[PairRows], head: Array, f
     pairs = pairs_of(step, head)
     by_token = iter(slopes_by_logps(formula, pairs, flags))
     gradients = {row.name: np.zeros_like(row.states) for row in rows_of(step)}
-    # In the order of `replies_of`: rows in the order of `rows_of`, and of each row the chosen reply first.
+    # In the order of `responses_of`: rows in the order of `rows_of`, and of each row the chosen response first.
     for row in rows_of(step):
         for places, tokens in zip(row.predicted_at(), (row.chosen, row.rejected), strict=True):
             for place, slope in zip(places, token_slopes(row.states[places], tokens, head), strict=True):
@@ -408,7 +408,7 @@ def value_rows(step: Sequence[PairRows]) -> list[tuple[Row, int]]:
 
 
 def loss_of_values(step: Sequence[PairRows], value_head: Array, flags: Mapping[str, Any]) -> float:
-    """A step of the reward model: `value_head` [HIDDEN] scores the state of a reply's last token."""
+    """A step of the reward model: `value_head` [HIDDEN] scores the state of a response's last token."""
     values = [row.states[place] @ value_head for row, place in value_rows(step)]
     return float(np.real(rm_of_flat(np.array(values), step, flags)))
 

@@ -35,7 +35,7 @@ from tests.parity.trl_models import (
     relative_distance,
     trl_step,
 )
-from tests.tiny_models import FAMILIES, make_batch, save_tiny_model, totals_of
+from tests.tiny_models import FAMILIES, counts_of, make_batch, save_tiny_model
 
 pytestmark = [
     # TRL and peft still use the older of transformers' two names.
@@ -89,7 +89,7 @@ def test_loss_and_every_gradient_are_trls(
     give_adapter(trainer.model, draw_adapter(policy, seed=1))
     encoded = encode(folder, pairs)
 
-    step = our_step(policy, DPO(beta=BETA, rpo_alpha=0), [[make_batch(folder, encoded)]], totals_of(encoded))
+    step = our_step(policy, DPO(beta=BETA, rpo_alpha=0), [[make_batch(folder, encoded)]], counts_of(encoded))
     expected = trl_step(trainer, [collate(trainer, pairs)])
 
     assert abs(expected[0] - math.log(2)) > 0.01  # the adapter makes a difference
@@ -106,7 +106,7 @@ def test_loss_and_gradients_with_the_nll_term_are_trls_with_its_sft_loss_added(
     give_adapter(trainer.model, draw_adapter(policy, seed=2))
     encoded = encode(folder, ALL_KINDS)
 
-    step = our_step(policy, DPO(beta=BETA, rpo_alpha=0.3), [[make_batch(folder, encoded)]], totals_of(encoded))
+    step = our_step(policy, DPO(beta=BETA, rpo_alpha=0.3), [[make_batch(folder, encoded)]], counts_of(encoded))
     expected = trl_step(trainer, [collate(trainer, ALL_KINDS)])
 
     assert step[0] == pytest.approx(expected[0], abs=TOLERANCE)
@@ -120,7 +120,7 @@ def test_rewards_and_logps_are_trls(llava_next: Path, tmp_path: Path) -> None:
     give_adapter(trainer.model, draw_adapter(policy, seed=1))
     encoded = encode(llava_next, ALL_KINDS)
 
-    metrics = DPO(beta=BETA).step(policy, make_batch(llava_next, encoded), totals_of(encoded)).pair_metrics
+    metrics = DPO(beta=BETA).loss(policy, make_batch(llava_next, encoded), counts_of(encoded)).pair_metrics
     trl_step(trainer, [collate(trainer, ALL_KINDS)])
 
     for name, values in metrics.items():
@@ -147,7 +147,7 @@ def five_steps(folder: Path, output: Path, faults: dict[str, float]) -> tuple[Tr
     for step in range(5):
         # Every second step in two micro-batches, against TRL's one: the update does not depend on the cut.
         cut = [encoded[:2], encoded[2:]] if step % 2 else [encoded]
-        norm, _ = ours.step(step, [make_batch(folder, pairs) for pairs in cut], totals_of(encoded))
+        norm, _ = ours.step(step, [make_batch(folder, pairs) for pairs in cut], counts_of(encoded))
         norms.append(norm.item())
         losses.append(ours.window.reduce(steps=1)["loss"])
         ours.window = MetricSums()
@@ -176,7 +176,7 @@ def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter_as_i
     adapter = tmp_path / "sft"
     sft.save(adapter)
     encoded = encode(llava_next, ALL_KINDS)
-    batch, totals = make_batch(llava_next, encoded), totals_of(encoded)
+    batch, counts = make_batch(llava_next, encoded), counts_of(encoded)
     policy = make_policy(llava_next, adapter=adapter)
     trainer = make_trl(llava_next, tmp_path, ALL_KINDS, adapter=adapter)
     trl_batch = collate(trainer, ALL_KINDS)
@@ -184,14 +184,14 @@ def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter_as_i
     assert "ref" in trainer.model.peft_config
 
     # Policy and reference are both the SFT model: every reward is 0.
-    loss, _ = our_step(policy, DPO(beta=BETA, rpo_alpha=0), [[batch]], totals)
+    loss, _ = our_step(policy, DPO(beta=BETA, rpo_alpha=0), [[batch]], counts)
     expected_loss, _ = trl_step(trainer, [trl_batch])
     assert loss == pytest.approx(math.log(2), abs=1e-7)
     assert expected_loss == pytest.approx(math.log(2), abs=1e-7)
 
     # The policy moves on, the reference stays.
     give_adapter(trainer.model, draw_adapter(policy, seed=4))
-    loss, gradients = our_step(policy, DPO(beta=BETA, rpo_alpha=0), [[batch]], totals)
+    loss, gradients = our_step(policy, DPO(beta=BETA, rpo_alpha=0), [[batch]], counts)
     expected_loss, expected = trl_step(trainer, [trl_batch])
     assert loss == pytest.approx(expected_loss, abs=TOLERANCE)
     assert relative_distance(gradients, expected) < TOLERANCE
@@ -199,7 +199,7 @@ def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter_as_i
     # With the adapter off as the reference it would be another loss.
     plain = make_policy(llava_next)
     give_adapter(plain.model, adapter_of(policy.model))
-    other_loss, _ = our_step(plain, DPO(beta=BETA, rpo_alpha=0), [[batch]], totals)
+    other_loss, _ = our_step(plain, DPO(beta=BETA, rpo_alpha=0), [[batch]], counts)
     assert abs(other_loss - expected_loss) > 0.01
 
 
@@ -213,11 +213,11 @@ def test_nll_is_the_mean_over_all_tokens_of_a_step_where_trl_averages_the_means_
     trainer = make_trl(llava_next, tmp_path, ONE_IMAGE, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0])
     give_adapter(trainer.model, draw_adapter(policy, seed=2))
     encoded = encode(llava_next, ONE_IMAGE)
-    algorithm, totals = DPO(beta=BETA, rpo_alpha=1.0), totals_of(encoded)
+    algorithm, counts = DPO(beta=BETA, rpo_alpha=1.0), counts_of(encoded)
     assert len(encoded[0].chosen_ids) != len(encoded[1].chosen_ids)
 
-    whole, _ = our_step(policy, algorithm, [[make_batch(llava_next, encoded)]], totals)
-    cut, _ = our_step(policy, algorithm, [[make_batch(llava_next, [pair]) for pair in encoded]], totals)
+    whole, _ = our_step(policy, algorithm, [[make_batch(llava_next, encoded)]], counts)
+    cut, _ = our_step(policy, algorithm, [[make_batch(llava_next, [pair]) for pair in encoded]], counts)
     trl_whole, _ = trl_step(trainer, [collate(trainer, ONE_IMAGE)])
     trl_cut, _ = trl_step(trainer, [collate(trainer, [pair]) for pair in ONE_IMAGE])
 
@@ -225,7 +225,7 @@ def test_nll_is_the_mean_over_all_tokens_of_a_step_where_trl_averages_the_means_
     assert cut == pytest.approx(whole, abs=TOLERANCE)
     assert abs(trl_cut - trl_whole) > 0.01
     # TRL's figure for the cut step is the mean of what we call two steps of one pair.
-    steps = [our_step(policy, algorithm, [[make_batch(llava_next, [pair])]], totals_of([pair]))[0] for pair in encoded]
+    steps = [our_step(policy, algorithm, [[make_batch(llava_next, [pair])]], counts_of([pair]))[0] for pair in encoded]
     assert trl_cut == pytest.approx(sum(steps) / 2, abs=TOLERANCE)
 
 
@@ -234,15 +234,15 @@ def test_label_smoothing_is_cdpos_where_trl_ignores_it(llava_next: Path, tmp_pat
     trainer = make_trl(llava_next, tmp_path, ONE_IMAGE, label_smoothing=0.2)
     give_adapter(trainer.model, draw_adapter(policy, seed=1))
     encoded = encode(llava_next, ONE_IMAGE)
-    batch, totals = make_batch(llava_next, encoded), totals_of(encoded)
+    batch, counts = make_batch(llava_next, encoded), counts_of(encoded)
 
-    loss, _ = our_step(policy, DPO(beta=BETA, rpo_alpha=0, label_smoothing=0.2), [[batch]], totals)
-    plain, _ = our_step(policy, DPO(beta=BETA, rpo_alpha=0), [[batch]], totals)
+    loss, _ = our_step(policy, DPO(beta=BETA, rpo_alpha=0, label_smoothing=0.2), [[batch]], counts)
+    plain, _ = our_step(policy, DPO(beta=BETA, rpo_alpha=0), [[batch]], counts)
     trl_loss, _ = trl_step(trainer, [collate(trainer, ONE_IMAGE)])
 
     assert trl_loss == pytest.approx(plain, abs=TOLERANCE)
     # -log sigmoid(-m) = m - log sigmoid(m), so smoothing e adds e times the mean margin.
-    margins = DPO(beta=BETA).step(policy, batch, totals).pair_metrics["rewards/margins"]
+    margins = DPO(beta=BETA).loss(policy, batch, counts).pair_metrics["rewards/margins"]
     assert loss == pytest.approx(plain + 0.2 * margins.mean().item(), abs=TOLERANCE)
     assert abs(loss - trl_loss) > 0.01
 
@@ -266,7 +266,7 @@ def test_a_fault_is_a_thousand_times_the_tolerance(llava_next: Path, tmp_path: P
     encoded = encode(llava_next, faulty)
     algorithm = DPO(beta=0.2 if fault == "another beta" else BETA, rpo_alpha=0)
 
-    loss, gradients = our_step(policy, algorithm, [[make_batch(llava_next, encoded)]], totals_of(encoded))
+    loss, gradients = our_step(policy, algorithm, [[make_batch(llava_next, encoded)]], counts_of(encoded))
     expected_loss, expected = trl_step(trainer, [collate(trainer, ONE_IMAGE)])
 
     assert abs(loss - expected_loss) > 1000 * TOLERANCE

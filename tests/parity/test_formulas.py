@@ -19,7 +19,7 @@ from rayalign.algorithms.dpo_losses import Divergence
 from rayalign.config.flags import flags_of
 from rayalign.config.sections import OptimizerConfig
 from rayalign.data.batch import PAD, PairBatch, assemble, with_damaged, with_mismatched
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
@@ -73,7 +73,7 @@ class Case:
 
 
 def sides_of(*kinds: str) -> tuple[EncodedPair, ...]:
-    """PAIRS with both replies, or only one of them."""
+    """PAIRS with both responses, or only one of them."""
     kept = {"both": {}, "good": {"rejected_ids": []}, "bad": {"chosen_ids": []}}
     return tuple(dataclasses.replace(pair, **kept[kind]) for pair, kind in zip(PAIRS, kinds, strict=True))
 
@@ -141,8 +141,8 @@ CASES: dict[str, Case] = {
     "kto, mixed rows": Case(
         KTO(beta=0.4, desirable_weight=1.3, undesirable_weight=0.6), sides_of("both", "good", "bad", "both", "good")
     ),
-    "kto, good replies only": Case(KTO(), sides_of("good", "good", "good", "good", "good"), seed=2),
-    "kto, one bad reply": Case(KTO(undesirable_weight=2.0), sides_of("good", "good", "bad", "good", "good"), seed=2),
+    "kto, good responses only": Case(KTO(), sides_of("good", "good", "good", "good", "good"), seed=2),
+    "kto, one bad response": Case(KTO(undesirable_weight=2.0), sides_of("good", "good", "bad", "good", "good"), seed=2),
     "kto, negative KL": Case(KTO(beta=0.4), seed=45),
     "kto, mixed rows and negative KL": Case(KTO(), sides_of("bad", "both", "good", "bad", "both"), seed=5),
 }
@@ -230,12 +230,12 @@ class GivenStates:
         return self._logps(batch, self.reference)
 
     def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        chosen, rejected = self.value_head(self._table(batch, self.states)[batch.ends]).chunk(2)
+        chosen, rejected = self.value_head(self._table(batch, self.states)[batch.last_token]).chunk(2)
         return chosen, rejected
 
     def _logps(self, batch: PairBatch, states: dict[str, Any]) -> PairLogps:
         logps = token_logps(self._table(batch, states)[batch.predictors], self.head, batch.targets)
-        return sum_by_response(logps, batch.sequences, batch.num_pairs)
+        return sum_by_response(logps, batch.response_ids, batch.num_pairs)
 
     def _table(self, batch: PairBatch, states: dict[str, Any]) -> Tensor:
         """[B * S, HIDDEN]."""
@@ -274,16 +274,16 @@ def run(name: str, cut: str, algorithm: Algorithm | None = None) -> Found:
                 )
 
     sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    totals = StepTotals(len(pairs), len(sides) - sides.count(0), sum(sides[::2]), sum(sides[1::2]))
+    counts = StepCounts(len(pairs), len(sides) - sides.count(0), sum(sides[::2]), sum(sides[1::2]))
     workers = [[batch_of(numbers) for numbers in batches] for batches in CUTS[cut]]
     trainers = [
-        Trainer(policy, algorithm, OptimizerConfig(), num_steps=1, rank=rank, gather=lambda mine: surveys)
+        Trainer(policy, algorithm, OptimizerConfig(), num_steps=1, rank=rank, gather=lambda mine: statistics)
         for rank in range(len(workers))
     ]
     # What the workers would send each other.
-    surveys = [t.survey(b) for t, b in zip(trainers, workers, strict=True)] if algorithm.needs.survey else []
+    statistics = [t.statistics(b) for t, b in zip(trainers, workers, strict=True)] if algorithm.needs.statistics else []
     for trainer, batches in zip(trainers, workers, strict=True):
-        trainer.gradients(batches, totals)  # adds to what the others left
+        trainer.gradients(batches, counts)  # adds to what the others left
     metrics = [trainer.window.reduce(steps=1) for trainer in trainers]
     gradients = {key: parameter.grad.numpy() for key, parameter in policy.trainable.items() if parameter.grad is not None}
     return Found(sum(m["loss"] for m in metrics), gradients, metrics)
@@ -366,7 +366,7 @@ def test_the_complex_step_gives_the_gradient_of_dpo_derived_by_hand() -> None:
     step, head, _ = step_of(name)
     pairs, by_hand = formulas.pairs_of(step, head), []
     for pair in pairs:
-        ratios = [float(reply.policy.sum() - reply.reference.sum()) for reply in (pair.chosen, pair.rejected)]
+        ratios = [float(response.policy.sum() - response.reference.sum()) for response in (pair.chosen, pair.rejected)]
         weight = beta / (1 + np.exp(beta * (ratios[0] - ratios[1]))) / len(pairs)
         by_hand += [-weight] * len(pair.chosen.policy) + [weight] * len(pair.rejected.policy)
     by_complex_step = formulas.slopes_by_logps(formulas.dpo, pairs, vars(CASES[name].algorithm))
@@ -425,10 +425,10 @@ KTO_CASES = [name for name, case in CASES.items() if isinstance(case.algorithm, 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("name", KTO_CASES)
-def test_the_kl_metric_is_the_mean_over_all_mismatched_replies_of_the_step_but_no_less_than_zero(name: str, cut: str) -> None:
+def test_the_kl_metric_is_the_mean_over_all_mismatched_responses_of_the_step_but_no_less_than_zero(name: str, cut: str) -> None:
     step, head, _ = step_of(name)
-    strangers = [reply for pair in formulas.pairs_of(step, head) for reply in pair.strangers]
-    mean = np.mean([reply.policy.sum() - reply.reference.sum() for reply in strangers])
+    strangers = [response for pair in formulas.pairs_of(step, head) for response in pair.strangers]
+    mean = np.mean([response.policy.sum() - response.reference.sum() for response in strangers])
     assert abs(mean) > 0.01
     assert (mean < 0) == ("negative KL" in name)
     kls = [metrics["kl"] for metrics in run(name, cut).metrics if "kl" in metrics]

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayalign.algorithms import CPO, DPO, KTO, MDPO, ORPO, Algorithm, SimPO, Survey, SurveyingAlgorithm
+from rayalign.algorithms import CPO, DPO, KTO, MDPO, ORPO, Algorithm, AlgorithmWithStatistics, SimPO, StepStatistics
 from rayalign.algorithms.dpo import LossType
 from rayalign.algorithms.dpo_losses import BY_DIVERGENCE
 from rayalign.algorithms.orpo import log1mexp
 from rayalign.data.batch import PairBatch, assemble
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.ops.logprobs import PairLogps, SequenceLogps, sum_by_response, token_logps
 from tests.parity import formulas
 from tests.parity.conftest import RecordDifference
-from tests.parity.formulas import EXACT, Pair, Reply
+from tests.parity.formulas import EXACT, Pair, Response
 
 CHOSEN_TOKENS, REJECTED_TOKENS = 4, 8
 """Powers of two, so that averages are exact."""
@@ -55,7 +55,7 @@ def given_logps(chosen: float, rejected: float, dtype: torch.dtype = torch.float
 
 
 ONE = EncodedPair("one", [1], [2] * CHOSEN_TOKENS, [3] * REJECTED_TOKENS, [], [])
-TOTALS = StepTotals(pairs=1, responses=2, chosen_tokens=CHOSEN_TOKENS, rejected_tokens=REJECTED_TOKENS)
+TOTALS = StepCounts(pairs=1, responses=2, chosen_tokens=CHOSEN_TOKENS, rejected_tokens=REJECTED_TOKENS)
 
 
 def batch_of_one() -> PairBatch:
@@ -63,14 +63,14 @@ def batch_of_one() -> PairBatch:
 
 
 def loss_and_slopes(
-    algorithm: Algorithm, own: PairLogps, reference: PairLogps, survey: Survey | None = None
+    algorithm: Algorithm, own: PairLogps, reference: PairLogps, statistics: StepStatistics | None = None
 ) -> tuple[float, list[float]]:
     """A step of one pair, and its derivatives by the summed log-probs of chosen and rejected."""
     policy, batch = GivenLogps(own, reference), batch_of_one()
-    if survey is None and algorithm.needs.survey:
-        assert isinstance(algorithm, SurveyingAlgorithm)
-        survey = Survey(algorithm.survey(policy, batch).detach(), 0)
-    loss = algorithm.step(policy, batch, TOTALS, survey).loss_share
+    if statistics is None and algorithm.needs.statistics:
+        assert isinstance(algorithm, AlgorithmWithStatistics)
+        statistics = StepStatistics(algorithm.statistics(policy, batch).detach(), 0)
+    loss = algorithm.loss(policy, batch, TOTALS, statistics).loss
     leaves = [own.chosen.total, own.rejected.total]
     slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return loss.item(), [slope.item() for slope in slopes]
@@ -109,15 +109,15 @@ SIZES = {  # (policy, reference) of the chosen, then of the rejected response
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_loss_of_a_pair_is_the_papers_for_log_probs_of_every_size(name: str, size: str) -> None:
     algorithm, (chosen, rejected) = ALGORITHMS[name], SIZES[size]
-    survey = Survey(torch.tensor([[2 * KL, 2.0]], dtype=torch.float64), 0) if algorithm.name == "kto" else None
+    statistics = StepStatistics(torch.tensor([[2 * KL, 2.0]], dtype=torch.float64), 0) if algorithm.name == "kto" else None
     own, reference = (given_logps(chosen[i], rejected[i]) for i in (0, 1))
-    loss, slopes = loss_and_slopes(algorithm, own, reference, survey)
+    loss, slopes = loss_and_slopes(algorithm, own, reference, statistics)
 
-    def reply(totals: tuple[float, float], tokens: int) -> Reply:
-        return Reply(*(np.full(tokens, total / tokens) for total in totals))
+    def response(totals: tuple[float, float], tokens: int) -> Response:
+        return Response(*(np.full(tokens, total / tokens) for total in totals))
 
-    stranger = Reply(np.array([KL]), np.zeros(1))
-    pairs = [Pair(reply(chosen, CHOSEN_TOKENS), reply(rejected, REJECTED_TOKENS), strangers=(stranger,))]
+    stranger = Response(np.array([KL]), np.zeros(1))
+    pairs = [Pair(response(chosen, CHOSEN_TOKENS), response(rejected, REJECTED_TOKENS), strangers=(stranger,))]
     formula, flags = formulas.FORMULAS[algorithm.name], vars(algorithm)
     by_token = formulas.slopes_by_logps(formula, pairs, flags)
     # The tokens of a response have the same slope, since a sum doesn't care which of them moves.
@@ -144,9 +144,9 @@ DIVERGENT = {
 @pytest.mark.parametrize("name", [*ALGORITHMS, *DIVERGENT])
 def test_no_pair_is_so_far_off_that_its_loss_overflows_in_float32(name: str, size: str) -> None:
     algorithm, (chosen, rejected) = {**ALGORITHMS, **DIVERGENT}[name], SIZES[size]
-    survey = Survey(torch.tensor([[2 * KL, 2.0]]), 0) if algorithm.name == "kto" else None
+    statistics = StepStatistics(torch.tensor([[2 * KL, 2.0]]), 0) if algorithm.name == "kto" else None
     own, reference = (given_logps(chosen[i], rejected[i], torch.float32) for i in (0, 1))
-    loss, slopes = loss_and_slopes(algorithm, own, reference, survey)
+    loss, slopes = loss_and_slopes(algorithm, own, reference, statistics)
     assert np.isfinite([loss, *slopes]).all()
 
 
@@ -190,7 +190,7 @@ def test_log1mexp_and_its_slope_are_right_to_the_last_digits(x: float, dtype: to
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("rejected", EDGES)
 @pytest.mark.parametrize("chosen", EDGES)
-def test_orpo_is_finite_and_right_for_replies_from_certain_to_hopeless(
+def test_orpo_is_finite_and_right_for_responses_from_certain_to_hopeless(
     chosen: float, rejected: float, dtype: torch.dtype, record_difference: RecordDifference
 ) -> None:
     own = given_logps(CHOSEN_TOKENS * chosen, REJECTED_TOKENS * rejected, dtype)
@@ -222,7 +222,7 @@ def test_orpo_is_finite_and_right_for_replies_from_certain_to_hopeless(
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("certain", ["chosen", "rejected", "both"])
-def test_orpo_does_not_pull_at_the_states_of_a_certain_reply_and_none_of_its_gradients_is_nan(
+def test_orpo_does_not_pull_at_the_states_of_a_certain_response_and_none_of_its_gradients_is_nan(
     certain: str, dtype: torch.dtype
 ) -> None:
     # The head is the identity: a state is its logits. A lead of 1000 is a probability of exactly 1 in either type.
@@ -231,7 +231,7 @@ def test_orpo_does_not_pull_at_the_states_of_a_certain_reply_and_none_of_its_gra
     states = torch.tensor(rows, dtype=dtype, requires_grad=True)
     logps = sum_by_response(token_logps(states, torch.eye(3, dtype=dtype), torch.tensor([0, 0])), torch.tensor([0, 1]), 1)
     policy = GivenLogps(logps, logps)
-    loss = ORPO().step(policy, batch_of_one(), StepTotals(1, 2, 1, 1)).loss_share
+    loss = ORPO().loss(policy, batch_of_one(), StepCounts(1, 2, 1, 1)).loss
     loss.backward()
     assert loss.isfinite()
     assert states.grad is not None

@@ -25,7 +25,7 @@ from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
 from tests.parity.conftest import RecordDifference
 from tests.parity.trl_models import TRL, Step, bare, differences, gradients_of, our_step
-from tests.tiny_models import totals_of
+from tests.tiny_models import counts_of
 
 EXACT = 1e-12
 """Both sides compute in float64 in another order of operations, relative to the loss and to the gradient's largest entry."""
@@ -143,14 +143,14 @@ class BigramPolicy:
     def logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
         states = self.model.states[batch.input_ids.flatten()[batch.predictors]]
         logps = token_logps(states, self.model.head, batch.targets)
-        return sum_by_response(logps, batch.sequences, batch.num_pairs)
+        return sum_by_response(logps, batch.response_ids, batch.num_pairs)
 
     def reference_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
         with torch.no_grad():
             return BigramPolicy(self.reference, self.reference).logps(batch, images)
 
     def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        chosen, rejected = (self.model.states[batch.input_ids.flatten()[batch.ends]] @ self.model.score).chunk(2)
+        chosen, rejected = (self.model.states[batch.input_ids.flatten()[batch.last_token]] @ self.model.score).chunk(2)
         return chosen, rejected
 
 
@@ -177,7 +177,7 @@ def ours(
         return batch
 
     workers = [[batch_of(numbers) for numbers in batches] for batches in cut]
-    return our_step(policy, algorithm, workers, totals_of([pairs[i] for batches in cut for part in batches for i in part]))
+    return our_step(policy, algorithm, workers, counts_of([pairs[i] for batches in cut for part in batches for i in part]))
 
 
 # --- TRL's side
@@ -274,8 +274,8 @@ def trl_orpo(algorithm: ORPO, *, nll_of_prompts: bool) -> Step:
     return with_gradients(MODEL, lambda: trainer.get_batch_loss_metrics(MODEL, batch)[0])
 
 
-def labelled_replies(pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
-    """Each reply by itself with its label, and the mismatched rows: each prompt with the replies of the pair before it."""
+def labelled_responses(pairs: Sequence[EncodedPair]) -> dict[str, Tensor]:
+    """Each response by itself with its label, and the mismatched rows: each prompt with the responses of the pair before it."""
     good, bad = [p for p in pairs if p.chosen_ids], [p for p in pairs if p.rejected_ids]
     batch = plain_rows([p.prompt_ids for p in good + bad], [p.chosen_ids for p in good] + [p.rejected_ids for p in bad])
     crossed = [
@@ -304,7 +304,7 @@ def trl_kto(algorithm: KTO, *, pairs: Sequence[EncodedPair] = PAIRS, policy: Big
         desirable_weight=algorithm.desirable_weight,
         undesirable_weight=algorithm.undesirable_weight,
     )
-    step = with_gradients(policy.model, lambda: trainer.compute_loss(policy.model, labelled_replies(pairs)))
+    step = with_gradients(policy.model, lambda: trainer.compute_loss(policy.model, labelled_responses(pairs)))
     (kl,) = trainer._metrics["train"]["kl"]
     return step, kl
 
@@ -431,7 +431,7 @@ ONLY_GOOD = [dataclasses.replace(p, rejected_ids=[]) for p in PAIRS]
 @pytest.mark.parametrize("is_clamped", [False, True])
 @pytest.mark.parametrize("algorithm", [KTO(beta=0.5), KTO(desirable_weight=0.7, undesirable_weight=1.5)], ids=str)
 @pytest.mark.parametrize(
-    "pairs", [PAIRS, SINGLE_REPLIES, SOME_PAIRS, ONLY_GOOD], ids=["pairs", "single replies", "both", "good ones only"]
+    "pairs", [PAIRS, SINGLE_REPLIES, SOME_PAIRS, ONLY_GOOD], ids=["pairs", "single responses", "both", "good ones only"]
 )
 def test_loss_and_gradients_of_kto_are_trls(
     pairs: list[EncodedPair],

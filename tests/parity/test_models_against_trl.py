@@ -55,7 +55,7 @@ from tests.parity.trl_models import (
     trl_settings,
     trl_step,
 )
-from tests.tiny_models import FAMILIES, make_batch, save_tiny_model, totals_of
+from tests.tiny_models import FAMILIES, counts_of, make_batch, save_tiny_model
 
 pytestmark = [
     # TRL and peft still use the older of transformers' two names.
@@ -83,13 +83,13 @@ def llava_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(
     folder: Path, policy: Policy, algorithm: Algorithm, pairs: Sequence[EncodedPair], cut: Sequence[Sequence[Sequence[int]]]
 ) -> Step:
-    """A step of ours; mismatched rows have the replies of the pair before, as TRL's collator makes them."""
+    """A step of ours; mismatched rows have the responses of the pair before, as TRL's collator makes them."""
 
     def batch_of(numbers: Sequence[int]) -> Any:
         partners = [pairs[i - 1] for i in numbers]
         return make_batch(folder, [pairs[i] for i in numbers], needs=algorithm.needs, partners=partners)
 
-    return our_step(policy, algorithm, [[batch_of(numbers) for numbers in batches] for batches in cut], totals_of(pairs))
+    return our_step(policy, algorithm, [[batch_of(numbers) for numbers in batches] for batches in cut], counts_of(pairs))
 
 
 def assert_same(step: Step, expected: Step) -> dict[str, float]:
@@ -135,9 +135,9 @@ def test_loss_and_every_gradient_of_dpos_family_are_trls(
 # --- KTO
 
 
-def make_kto(folder: Path, output: Path, replies: Sequence[dict[str, Any]], algorithm: KTO) -> KTOTrainer:
+def make_kto(folder: Path, output: Path, responses: Sequence[dict[str, Any]], algorithm: KTO) -> KTOTrainer:
     model = plain_model(folder)
-    settings = trl_settings(output, batch_size=len(replies)) | {
+    settings = trl_settings(output, batch_size=len(responses)) | {
         "beta": algorithm.beta,
         "desirable_weight": algorithm.desirable_weight,
         "undesirable_weight": algorithm.undesirable_weight,
@@ -146,7 +146,7 @@ def make_kto(folder: Path, output: Path, replies: Sequence[dict[str, Any]], algo
     return KTOTrainer(
         model=model,
         args=KTOConfig(**settings),
-        train_dataset=Examples(replies),
+        train_dataset=Examples(responses),
         processing_class=AutoProcessor.from_pretrained(folder),
         peft_config=lora_of(model, folder),
     )
@@ -157,7 +157,7 @@ def labelled(pair: Pair, side: str) -> dict[str, Any]:
     return {"images": images_of(pair), "prompt": trl_prompt(pair), "completion": completion, "label": side == "chosen"}
 
 
-@pytest.mark.parametrize("kind", ["pairs", "single replies"])
+@pytest.mark.parametrize("kind", ["pairs", "single responses"])
 def test_loss_kl_and_every_gradient_of_kto_are_trls(
     folder: Path, tmp_path: Path, kind: str, record_difference: RecordDifference
 ) -> None:
@@ -165,25 +165,25 @@ def test_loss_kl_and_every_gradient_of_kto_are_trls(
     encoded = encode(folder, ALL_KINDS)
     if kind == "pairs":
         # TRL puts to each example's prompt the completion of the example before, to the first one's the last. With the good
-        # replies first and the bad ones after them, each prompt gets in all both replies of the pair before.
-        replies = [labelled(pair, side) for side in ("chosen", "rejected") for pair in ALL_KINDS]
+        # responses first and the bad ones after them, each prompt gets in all both responses of the pair before.
+        responses = [labelled(pair, side) for side in ("chosen", "rejected") for pair in ALL_KINDS]
     else:
         sides = ["chosen", "rejected", "rejected", "chosen", "rejected"]
-        replies = [labelled(pair, side) for pair, side in zip(ALL_KINDS, sides, strict=True)]
+        responses = [labelled(pair, side) for pair, side in zip(ALL_KINDS, sides, strict=True)]
         encoded = [
             dataclasses.replace(pair, **{"rejected_ids" if side == "chosen" else "chosen_ids": []})
             for pair, side in zip(encoded, sides, strict=True)
         ]
-    trainer = make_kto(folder, tmp_path, replies, algorithm)
+    trainer = make_kto(folder, tmp_path, responses, algorithm)
     policy = make_policy(folder, needs=algorithm.needs)
     give_adapter(trainer.model, draw_adapter(policy, seed=4))
 
-    expected = trl_step(trainer, [trainer.data_collator([dict(reply) for reply in replies])])
+    expected = trl_step(trainer, [trainer.data_collator([dict(response) for response in responses])])
 
     (kl,) = trainer._metrics["train"]["kl"]
     assert kl > 0.1
     batch = make_batch(folder, encoded, needs=algorithm.needs, partners=[encoded[-1], *encoded[:-1]])
-    metrics, _ = Trainer(policy, algorithm, OptimizerConfig(), num_steps=1).evaluate(lambda: [batch], totals_of(encoded))
+    metrics, _ = Trainer(policy, algorithm, OptimizerConfig(), num_steps=1).evaluate(lambda: [batch], counts_of(encoded))
     # A mean of differences of log-probs of order 100.
     assert metrics["kl"] == pytest.approx(kl, abs=100 * TOLERANCE)
     for cut in CUTS.values():

@@ -26,7 +26,7 @@ from rayalign.algorithms import DPO, Algorithm, Needs
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PairBatch
 from rayalign.data.encode import Encoder, EncoderSpec
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import Message, build_record
 from rayalign.models.source import ModelSource
@@ -137,19 +137,19 @@ def adapter_of(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if f".{TRAINED}." in name}
 
 
-def our_step(policy: Any, algorithm: Algorithm, workers: Sequence[Sequence[PairBatch]], totals: StepTotals) -> Step:
+def our_step(policy: Any, algorithm: Algorithm, workers: Sequence[Sequence[PairBatch]], counts: StepCounts) -> Step:
     """One optimizer step up to the update, cut into these workers' micro-batches."""
     trainers = [
-        Trainer(policy, algorithm, OptimizerConfig(), num_steps=1, rank=rank, gather=lambda mine: surveys)
+        Trainer(policy, algorithm, OptimizerConfig(), num_steps=1, rank=rank, gather=lambda mine: statistics)
         for rank in range(len(workers))
     ]
     # What the workers would send each other.
-    surveys = [t.survey(b) for t, b in zip(trainers, workers, strict=True)] if algorithm.needs.survey else []
+    statistics = [t.statistics(b) for t, b in zip(trainers, workers, strict=True)] if algorithm.needs.statistics else []
     loss, total = 0.0, {name: torch.zeros_like(parameter) for name, parameter in policy.trainable.items()}
     for trainer, batches in zip(trainers, workers, strict=True):
         for parameter in policy.trainable.values():
             parameter.grad = None
-        trainer.gradients(batches, totals)
+        trainer.gradients(batches, counts)
         loss += trainer.window.reduce(steps=1)["loss"]
         for name, parameter in policy.trainable.items():
             assert parameter.grad is not None

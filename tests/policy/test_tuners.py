@@ -28,7 +28,7 @@ from rayalign.policy.tuner_checks import check_tuner
 from rayalign.training.loop import Trainer
 from rayalign.training.metrics import MetricSums
 from tests.tiny_families import TINY_FAMILIES
-from tests.tiny_models import REFERRED, encode_pair, in_float64, make_batch, make_policy, noise_image, totals_of, wake_adapters
+from tests.tiny_models import REFERRED, counts_of, encode_pair, in_float64, make_batch, make_policy, noise_image, wake_adapters
 
 # float64 sums of the same few hundred terms in another order, through two towers and back.
 FLOAT64 = 1e-10
@@ -69,7 +69,7 @@ def steps(policy: Policy, algorithm: Algorithm, folder: Path, *, count: int = 3,
     trainer = Trainer(policy, algorithm, settings, num_steps=count)
     losses = []
     for step in range(count):
-        trainer.step(step, [make_batch(folder, pairs, needs=algorithm.needs)], totals_of(pairs))
+        trainer.step(step, [make_batch(folder, pairs, needs=algorithm.needs)], counts_of(pairs))
         assert not trainer.skipped
         losses.append(trainer.window.reduce(steps=1)["loss"])
         trainer.window = MetricSums()

@@ -21,19 +21,19 @@ from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, T
 from rayalign.data.batch import PairBatch
 from rayalign.data.encode import EncoderSpec
 from rayalign.data.prepare import RunData, Sources, cache_key
-from rayalign.data.reference_store import PART_ROWS, ReferenceLogps, missing_parts, part_name, write_part
-from rayalign.data.sampler import PlanSettings, StepPlan, look_up
+from rayalign.data.reference_store import SHARD_ROWS, ReferenceLogps, missing_shards, shard_name, write_reference_shard
+from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk
 from rayalign.data.store import EncodedPair, PreparedData, from_batch
-from rayalign.data.stream import batch_maker, plan_of
+from rayalign.data.stream import batch_maker, sampler_of
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy
 from rayalign.reference.key import ReferenceKey, check_reference, reference_key
-from rayalign.reference.precompute import PartScorer, is_wanted, needed_rows
+from rayalign.reference.precompute import ShardScorer, is_wanted, needed_rows
 from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store
 from rayalign.training.loop import Trainer
 from tests.tiny_data import write_rows
-from tests.tiny_models import encode_pair, make_batch, make_policy, noise_image, totals_of, wake_adapters
+from tests.tiny_models import counts_of, encode_pair, make_batch, make_policy, noise_image, wake_adapters
 
 # float32 sums of about ten terms, whose rows stand in batches of another size and order.
 ROUNDING = {"atol": 1e-4, "rtol": 1e-5}
@@ -51,7 +51,7 @@ TEXTS = (
 
 
 def pairs_of(folder: Path, algorithm: Algorithm) -> list[EncodedPair]:
-    """Five pairs of different lengths with 0 to 2 images; for KTO two of them with a single reply."""
+    """Five pairs of different lengths with 0 to 2 images; for KTO two of them with a single response."""
     red, blue = noise_image(40, 30, seed=1), noise_image(20, 60, seed=2)
     images = ((red,), (), (blue, red), (red,), ())
     pairs = [
@@ -68,9 +68,9 @@ def config_of(algorithm: Algorithm, **flags: Any) -> Config:
     return config_from_mapping(type(algorithm), values)
 
 
-def scorer_of(source: ModelSource, algorithm: Algorithm, records: PreparedData, **flags: Any) -> PartScorer:
+def scorer_of(source: ModelSource, algorithm: Algorithm, records: PreparedData, **flags: Any) -> ShardScorer:
     data = RunData(source, EncoderSpec(source.base, responses=algorithm.needs.responses), records, None)
-    return PartScorer(config_of(algorithm, **flags), data, records, REFERENCE)
+    return ShardScorer(config_of(algorithm, **flags), data, records, REFERENCE)
 
 
 def scored(
@@ -79,7 +79,7 @@ def scored(
     """Prepared pairs with the reference's log-probs, as the pass leaves them."""
     records = prepare(pairs)
     scorer = scorer_of(source, algorithm, records, **flags)
-    for part in missing_parts(records.folder / REFERENCE, np.arange(records.num_rows)):
+    for part in missing_shards(records.folder / REFERENCE, np.arange(records.num_rows)):
         scorer.write(part)
     return dataclasses.replace(records, reference=REFERENCE)
 
@@ -154,14 +154,14 @@ def test_full_fine_tuning_starts_with_rewards_of_zero_and_keeps_the_start_as_its
     def batches() -> list[PairBatch]:
         return [batch_of(records, rows, folder, algorithm) for rows in ([0, 1, 2], [3, 4])]
 
-    metrics, by_pair = trainer.evaluate(batches, totals_of(pairs))
+    metrics, by_pair = trainer.evaluate(batches, counts_of(pairs))
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
     rewards = [
         value for values in by_pair.values() for key, value in values.items() if key in ("rewards/chosen", "rewards/rejected")
     ]
     assert max(map(abs, rewards)) < ROUNDING["atol"]
     for step in range(2):
-        trainer.step(step, batches(), totals_of(pairs))
+        trainer.step(step, batches(), counts_of(pairs))
     fresh = make_policy(folder)
     with torch.no_grad():
         for batch in batches():
@@ -173,7 +173,7 @@ def test_full_fine_tuning_starts_with_rewards_of_zero_and_keeps_the_start_as_its
                 torch.testing.assert_close(found.chosen.total, expected.chosen.total, **ROUNDING)
                 torch.testing.assert_close(found.rejected.total, expected.rejected.total, **ROUNDING)
                 assert (trained.chosen.total - expected.chosen.total).abs().max() > 0.1
-    after, _ = trainer.evaluate(batches, totals_of(pairs))
+    after, _ = trainer.evaluate(batches, counts_of(pairs))
     assert after["loss"] < metrics["loss"]
 
 
@@ -202,14 +202,14 @@ def test_full_fine_tuning_without_stored_log_probs_is_our_mistake(model_folder: 
 
 
 def test_numbers_stay_with_their_rows_across_parts_and_in_any_order(prepare_pairs: Prepare, model_folder: Any) -> None:
-    pairs = many_pairs(2 * PART_ROWS + 5)
+    pairs = many_pairs(2 * SHARD_ROWS + 5)
     records = dataclasses.replace(prepare_pairs(pairs), reference=REFERENCE)
     write_all(records, pairs)
-    settings = PlanSettings(8, 2, 2, num_epochs=2, max_steps=None, seed=3, held_out_ratio=0.1)
-    plan = StepPlan(records.lengths(), settings)
-    chunk = pa.table({"first": [0], "last": [plan.num_steps]})
-    found = [pair for rank in (0, 1) for pair in from_batch(look_up(chunk, data=records, settings=settings, rank=rank))]
-    assert len(found) == 2 * len(plan.rows)
+    settings = SamplerSettings(8, 2, 2, num_epochs=2, max_steps=None, seed=3, held_out_ratio=0.1)
+    sampler = StepSampler(records.lengths(), settings)
+    chunk = pa.table({"first": [0], "last": [sampler.num_steps]})
+    found = [pair for rank in (0, 1) for pair in from_batch(fetch_chunk(chunk, data=records, settings=settings, rank=rank))]
+    assert len(found) == 2 * len(sampler.rows)
     by_id = {pair.id: pair for pair in pairs}
     assert [pair.reference for pair in found] == [logps_like(by_id[pair.id]) for pair in found]
     assert from_batch(records.reader().read([])) == []
@@ -218,7 +218,7 @@ def test_numbers_stay_with_their_rows_across_parts_and_in_any_order(prepare_pair
 def test_log_probs_of_another_row_are_refused(prepare_pairs: Prepare) -> None:
     pairs = many_pairs(3)
     records = dataclasses.replace(prepare_pairs(pairs), reference=REFERENCE)
-    write_part(records.folder / REFERENCE / part_name(0), ["0", "2", "1"], [logps_like(pair) for pair in pairs])
+    write_reference_shard(records.folder / REFERENCE / shard_name(0), ["0", "2", "1"], [logps_like(pair) for pair in pairs])
     assert records.reader().read([0])["reference_chosen"].to_pylist() == [[0.0, -0.5]]
     with pytest.raises(AssertionError, match="holds the log-probs of \\['2'\\] where \\['1'\\] stand"):
         records.reader().read([1])
@@ -267,18 +267,18 @@ def test_a_pass_that_was_cut_short_goes_on_with_the_missing_parts(
     prepare_pairs: Prepare, model_folder: Callable[..., Path]
 ) -> None:
     folder = model_folder("llava")
-    texts = (f"{i}?" for i in range(2 * PART_ROWS + 1))
+    texts = (f"{i}?" for i in range(2 * SHARD_ROWS + 1))
     pairs = [encode_pair(folder, question, question, "yes", "a cat") for question in texts]
     records = prepare_pairs(pairs)
     store, every = records.folder / REFERENCE, np.arange(len(pairs))
-    assert missing_parts(store, every) == [0, 1, 2]
+    assert missing_shards(store, every) == [0, 1, 2]
     scorer = scorer_of(ModelSource(str(folder)), DPO(), records, batch_size=32)
-    assert scorer(pa.table({"item": [1]})).to_pylist() == [{"rows": PART_ROWS, "stopped": None}]
-    (store / f".{part_name(2)}.1.partial").write_bytes(b"what a kill leaves behind")
-    assert missing_parts(store, every) == [0, 2]
-    assert missing_parts(store, np.array([PART_ROWS])) == []  # a run that needs these rows only
+    assert scorer(pa.table({"item": [1]})).to_pylist() == [{"rows": SHARD_ROWS, "stopped": None}]
+    (store / f".{shard_name(2)}.1.partial").write_bytes(b"what a kill leaves behind")
+    assert missing_shards(store, every) == [0, 2]
+    assert missing_shards(store, np.array([SHARD_ROWS])) == []  # a run that needs these rows only
     assert scorer(pa.table({"item": [2]})).to_pylist() == [{"rows": 1, "stopped": None}]
-    assert missing_parts(store, every) == [0]
+    assert missing_shards(store, every) == [0]
 
 
 def test_what_keeps_the_model_from_loading_ends_the_run_in_words(
@@ -304,13 +304,13 @@ def test_what_keeps_the_model_from_loading_ends_the_run_in_words(
 )
 def test_rows_that_a_run_never_sees_are_not_needed(prepare_pairs: Prepare, flags: dict[str, Any], rows: range | None) -> None:
     records = prepare_pairs(many_pairs(40))
-    settings = PlanSettings(4, 2, 1, **{"num_epochs": 1, "max_steps": None, **flags}, seed=1, held_out_ratio=0.1)
-    plan = StepPlan(records.lengths(), settings)
-    needed = sorted(needed_rows(plan).tolist())
+    settings = SamplerSettings(4, 2, 1, **{"num_epochs": 1, "max_steps": None, **flags}, seed=1, held_out_ratio=0.1)
+    sampler = StepSampler(records.lengths(), settings)
+    needed = sorted(needed_rows(sampler).tolist())
     if rows is not None:
         assert needed == list(rows)
     else:
-        assert needed == sorted([*plan.held_out, *plan.rows_of_step(0), *plan.rows_of_step(1)])
+        assert needed == sorted([*sampler.held_out, *sampler.rows_of_step(0), *sampler.rows_of_step(1)])
         assert len(needed) == 4 + 8
 
 
@@ -340,9 +340,9 @@ def test_log_probs_are_stored_where_they_are_needed_or_used_again(
     records = prepare_pairs(many_pairs(40))
     model = str(model_folder("llava"))
     config = config_from_mapping(algorithm, {"gradient_accumulation_steps": 8, "dataset_test_ratio": 0, **flags})
-    plan = plan_of(config, RunData(ModelSource(model), EncoderSpec(model, "both"), records, None))
-    assert plan.steps_per_epoch == 5
-    assert is_wanted(config, plan, several_runs=several_runs) is wanted
+    sampler = sampler_of(config, RunData(ModelSource(model), EncoderSpec(model, "both"), records, None))
+    assert sampler.steps_per_epoch == 5
+    assert is_wanted(config, sampler, several_runs=several_runs) is wanted
 
 
 def many_pairs(count: int) -> list[EncodedPair]:
@@ -357,10 +357,10 @@ def logps_like(pair: EncodedPair) -> ReferenceLogps:
 
 
 def write_all(records: PreparedData, pairs: Sequence[EncodedPair]) -> None:
-    for start in range(0, len(pairs), PART_ROWS):
-        some = pairs[start : start + PART_ROWS]
-        write_part(
-            records.folder / REFERENCE / part_name(start // PART_ROWS), [p.id for p in some], [logps_like(p) for p in some]
+    for start in range(0, len(pairs), SHARD_ROWS):
+        some = pairs[start : start + SHARD_ROWS]
+        write_reference_shard(
+            records.folder / REFERENCE / shard_name(start // SHARD_ROWS), [p.id for p in some], [logps_like(p) for p in some]
         )
 
 

@@ -281,7 +281,7 @@ def histogram_of(page: str, title: str) -> str:
     return next((Page(figure).text for figure in figures if f"<b>{title}</b>" in figure), "")
 
 
-def test_a_pair_counts_by_its_margin_a_good_reply_by_its_reward_and_a_bad_one_by_minus_its_reward() -> None:
+def test_a_pair_counts_by_its_margin_a_good_response_by_its_reward_and_a_bad_one_by_minus_its_reward() -> None:
     records = [
         pair(1, reward_chosen=2.0, reward_rejected=0.5),  # 1.5
         good(2, 3.0),
@@ -296,7 +296,7 @@ def test_a_pair_counts_by_its_margin_a_good_reply_by_its_reward_and_a_bad_one_by
     assert [(p.id, p.score) for p in best] == [("pair-2", 3.0), ("pair-5", 2.5), ("pair-1", 1.5)]
 
 
-def test_a_single_reply_is_shown_without_the_side_that_it_does_not_have() -> None:
+def test_a_single_response_is_shown_without_the_side_that_it_does_not_have() -> None:
     text = Page(render(pairs=[good(1, 3.0), bad(2, 1.0), pair(3, reward_chosen=2.0)])).text
     for words in ("chosen · reward 3 · 11 tokensgood answer 1", "rejected · reward 1 · 12 tokenspoor answer 2"):
         assert words in text
@@ -308,7 +308,7 @@ def test_a_single_reply_is_shown_without_the_side_that_it_does_not_have() -> Non
         assert words in text
     assert (
         "Margin is the reward of the chosen response less that of the rejected one. The score of a pair is its margin, that of "
-        "a single good reply its reward, that of a single bad one its reward times -1."
+        "a single good response its reward, that of a single bad one its reward times -1."
     ) in text
 
 
@@ -321,9 +321,9 @@ def test_histograms_hold_the_sides_that_there_are_and_miss_none() -> None:
     assert "not finite" not in page
 
 
-@pytest.mark.parametrize(("reply", "side", "other"), [(good, "chosen", "rejected"), (bad, "rejected", "chosen")])
-def test_single_replies_of_one_kind_have_a_histogram_of_their_side_alone(reply: Any, side: str, other: str) -> None:
-    page = render(pairs=[reply(k, k / 10) for k in range(30)])
+@pytest.mark.parametrize(("response", "side", "other"), [(good, "chosen", "rejected"), (bad, "rejected", "chosen")])
+def test_single_responses_of_one_kind_have_a_histogram_of_their_side_alone(response: Any, side: str, other: str) -> None:
+    page = render(pairs=[response(k, k / 10) for k in range(30)])
     scores = histogram_of(page, "Distribution of reward")
     assert f"{side}, mean 1.45" in scores
     assert other not in scores
@@ -343,7 +343,7 @@ def test_length_is_judged_by_pairs_alone() -> None:
     assert "chosen is equally long" not in text
 
 
-def test_healthy_single_replies_give_no_warning() -> None:
+def test_healthy_single_responses_give_no_warning() -> None:
     records = [good(k, 1.0 + k, tokens_chosen=10 + k) for k in range(15)] + [bad(k, -1.0 - k) for k in range(15, 30)]
     metrics = [
         {"step": 5, "loss": 0.5, "eval_loss": 0.5, "eval_logps/chosen": -80.0, "eval_rewards/chosen": 0.0, "grad_norm": 1.0},

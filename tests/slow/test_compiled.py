@@ -9,12 +9,12 @@ from rayalign.algorithms import DPO
 from rayalign.config.sections import ModelConfig, TunerConfig
 from tests.tiny_models import (
     REFERRED,
+    counts_of,
     encode_pair,
     make_batch,
     make_policy,
     noise_image,
     save_tiny_model,
-    totals_of,
     wake_adapters,
 )
 
@@ -37,7 +37,7 @@ def test_compiled_layers_give_the_same_loss_and_gradients_for_rows_of_any_length
         )
         losses = []
         for some in (pairs[:1], pairs[1:], pairs):
-            loss = DPO().step(policy, make_batch(folder, some), totals_of(some)).loss_share
+            loss = DPO().loss(policy, make_batch(folder, some), counts_of(some)).loss
             loss.backward()
             losses.append(loss.detach())
         found.append((torch.stack(losses), [parameter.grad for parameter in policy.trainable.values()]))

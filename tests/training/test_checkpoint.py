@@ -13,7 +13,7 @@ from torch import Tensor
 from rayalign.algorithms import DPO
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepTotals
+from rayalign.data.sampler import StepCounts
 from rayalign.storage import Store
 from rayalign.training.checkpoint import (
     Checkpoint,
@@ -53,7 +53,7 @@ def batch(folder: Path) -> PairBatch:
 
 def take_steps(trainer: Trainer, batch: PairBatch, steps: range) -> None:
     for step in steps:
-        trainer.step(step, [batch], StepTotals(2, 4, 4, 5))
+        trainer.step(step, [batch], StepCounts(2, 4, 4, 5))
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -15,15 +15,15 @@ from torch import Tensor
 from rayalign.algorithms import DPO, KTO, RM, SFT, Algorithm
 from rayalign.config.sections import ModelConfig, OptimizerConfig, RunConfig, TunerConfig
 from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import PlanSettings, StepPlan
-from rayalign.data.store import EncodedPair, RowLengths
+from rayalign.data.sampler import SamplerSettings, StepSampler
+from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy
 from rayalign.storage import Store
 from rayalign.training import loop
 from rayalign.training.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
 from rayalign.training.loop import LoopEvents, Trainer, learning_rate, make_optimizer, run_steps, start_alike, sum_over_workers
-from tests.tiny_models import encode_pair, in_float64, make_batch, make_policy, totals_of, wake_adapters
+from tests.tiny_models import counts_of, encode_pair, in_float64, make_batch, make_policy, wake_adapters
 
 SHORT = ("two", "a cat", "yes", "no", "The digit is two.", "A cat sits on the mat.", "the mat")
 
@@ -34,7 +34,7 @@ def folder(model_folder: Callable[..., Path]) -> Path:
 
 
 def pairs_of(folder: Path, algorithm: Algorithm | None = None) -> list[EncodedPair]:
-    """Seven pairs, of which an algorithm that takes single replies gets three as such."""
+    """Seven pairs, of which an algorithm that takes single responses gets three as such."""
     pairs = [encode_pair(folder, str(i), f"Which {i}?", SHORT[i], SHORT[i - 1]) for i in range(7)]
     if algorithm is not None and algorithm.needs.responses == "either":
         for i in (1, 4):
@@ -43,19 +43,21 @@ def pairs_of(folder: Path, algorithm: Algorithm | None = None) -> list[EncodedPa
     return pairs
 
 
-def plan_of(pairs: list[EncodedPair], *, num_workers: int = 1, max_steps: int = 6, batch_size: int = 2) -> StepPlan:
+def sampler_of(pairs: list[EncodedPair], *, num_workers: int = 1, max_steps: int = 6, batch_size: int = 2) -> StepSampler:
     counts = ([len(vars(p)[f"{part}_ids"]) for p in pairs] for part in ("prompt", "chosen", "rejected"))
-    settings = PlanSettings(
+    settings = SamplerSettings(
         global_batch_size=4, batch_size=batch_size, num_workers=num_workers, num_epochs=1, max_steps=max_steps, seed=0
     )
-    return StepPlan(RowLengths(*(np.array(c) for c in counts)), settings)
+    return StepSampler(TokenCounts(*(np.array(c) for c in counts)), settings)
 
 
-def stream_of(folder: Path, plan: StepPlan, start: int, algorithm: Algorithm, rank: int = 0) -> Iterator[tuple[int, PairBatch]]:
+def stream_of(
+    folder: Path, sampler: StepSampler, start: int, algorithm: Algorithm, rank: int = 0
+) -> Iterator[tuple[int, PairBatch]]:
     pairs = pairs_of(folder, algorithm)
-    for step in range(start, plan.num_steps):
-        for rows in plan.micro_batches(step, rank):
-            partners = [pairs[row] for row in plan.partners(step, rows)]
+    for step in range(start, sampler.num_steps):
+        for rows in sampler.micro_batches(step, rank):
+            partners = [pairs[row] for row in sampler.partners(step, rows)]
             yield step, make_batch(folder, [pairs[row] for row in rows], needs=algorithm.needs, partners=partners)
 
 
@@ -115,13 +117,13 @@ def test_weight_decay_spares_biases_and_norms(folder: Path) -> None:
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(folder: Path) -> None:
-    plan = plan_of(pairs_of(folder))
+    sampler = sampler_of(pairs_of(folder))
     norms, after = [], []
     for max_norm in (0.0, 0.01):
         trainer = trainer_of(folder, DPO(), max_grad_norm=max_norm)
         wake_adapters(trainer.policy)
-        batches = [batch for step, batch in stream_of(folder, plan, 0, DPO()) if step == 0]
-        norm, tokens = trainer.step(0, batches, plan.totals(0))
+        batches = [batch for step, batch in stream_of(folder, sampler, 0, DPO()) if step == 0]
+        norm, tokens = trainer.step(0, batches, sampler.counts(0))
         assert tokens == sum(batch.num_tokens for batch in batches)
         gradients = torch.cat([p.grad.flatten() for p in trainer.policy.trainable.values() if p.grad is not None])
         norms.append(float(norm))
@@ -141,16 +143,16 @@ def test_a_run_that_is_no_longer_finite_stops_before_it_saves(
     trainer = trainer_of(folder, SFT())
     with torch.no_grad():
         next(iter(trainer.policy.trainable.values())).fill_(math.nan)
-    plan = plan_of(pairs_of(folder))
+    sampler = sampler_of(pairs_of(folder))
     run = RunConfig(logging_steps=logging_steps, save_steps=save_steps)
     with pytest.raises(FloatingPointError) as caught:
-        run_steps(trainer, plan, stream_of(folder, plan, 0, SFT()), run, events(), start_step=0)
+        run_steps(trainer, sampler, stream_of(folder, sampler, 0, SFT()), run, events(), start_step=0)
     assert str(caught.value) == f"{words} Lower --learning_rate, or use --dtype float32 or bfloat16."
 
 
 @pytest.mark.parametrize("algorithm", [SFT(), DPO(), KTO(), RM()], ids=lambda a: a.name)
 def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path, tmp_path: Path, algorithm: Algorithm) -> None:
-    plan = plan_of(pairs_of(folder, algorithm))
+    sampler = sampler_of(pairs_of(folder, algorithm))
     run = RunConfig(logging_steps=1, save_steps=3)
     lines: dict[str, list[Any]] = {"undisturbed": [], "resumed": []}
     undisturbed = trainer_of(folder, algorithm)
@@ -159,13 +161,13 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path,
         if step == 3:
             write_checkpoint(tmp_path, undisturbed.policy, undisturbed.optimizer, step=step)
 
-    stream = stream_of(folder, plan, 0, algorithm)
-    run_steps(undisturbed, plan, stream, run, events(log=lines["undisturbed"].append, save=save), start_step=0)
+    stream = stream_of(folder, sampler, 0, algorithm)
+    run_steps(undisturbed, sampler, stream, run, events(log=lines["undisturbed"].append, save=save), start_step=0)
     torch.manual_seed(1234)  # whatever the process did before it resumed
     resumed = trainer_of(folder, algorithm, seed=7)
     load_checkpoint(Checkpoint(Store(str(tmp_path)), 3), resumed.policy, resumed.optimizer)
-    stream = stream_of(folder, plan, 3, algorithm)
-    run_steps(resumed, plan, stream, run, events(log=lines["resumed"].append), start_step=3)
+    stream = stream_of(folder, sampler, 3, algorithm)
+    run_steps(resumed, sampler, stream, run, events(log=lines["resumed"].append), start_step=3)
     assert equal(weights_of(resumed.policy), weights_of(undisturbed.policy))
     timing = {"pairs_per_second", "tokens_per_second", "data_wait_fraction", "padding_fraction", "num_tokens"}
     expected, again = ([{k: v for k, v in line.items() if k not in timing} for line in lines[run]] for run in lines)
@@ -192,24 +194,24 @@ def test_a_step_that_overflows_float16_changes_no_weight_and_halves_the_scale(fo
     trainer = trainer_of(folder, DPO(), dtype="float16")
     set_loss_scale(trainer, TOO_LARGE)
     before = weights_of(trainer.policy)
-    plan = plan_of(pairs_of(folder))
-    batches = [batch for step, batch in stream_of(folder, plan, 0, DPO()) if step == 0]
-    norm, _ = trainer.step(0, batches, plan.totals(0))
+    sampler = sampler_of(pairs_of(folder))
+    batches = [batch for step, batch in stream_of(folder, sampler, 0, DPO()) if step == 0]
+    norm, _ = trainer.step(0, batches, sampler.counts(0))
     assert trainer.skipped
     assert not math.isfinite(float(norm))
     assert equal(weights_of(trainer.policy), before)
     assert not trainer.optimizer.state
     assert trainer.scaler.get_scale() == TOO_LARGE / 2
     set_loss_scale(trainer, 2.0**10)
-    norm, _ = trainer.step(0, batches, plan.totals(0))
+    norm, _ = trainer.step(0, batches, sampler.counts(0))
     assert not trainer.skipped
     assert not equal(weights_of(trainer.policy), before)
-    exact, _ = trainer_of(folder, DPO()).step(0, batches, plan.totals(0))
+    exact, _ = trainer_of(folder, DPO()).step(0, batches, sampler.counts(0))
     assert float(norm) == pytest.approx(float(exact), rel=1e-2)  # of the loss, not of the scaled one; float16 has 11 bits
 
 
 def test_steps_that_float16_skips_are_counted_and_do_not_stop_the_run(folder: Path) -> None:
-    plan = plan_of(pairs_of(folder), max_steps=5)
+    sampler = sampler_of(pairs_of(folder), max_steps=5)
     lines: list[Any] = []
     saved: list[int] = []
     trainer = trainer_of(folder, DPO(), num_steps=5, dtype="float16")
@@ -221,7 +223,7 @@ def test_steps_that_float16_skips_are_counted_and_do_not_stop_the_run(folder: Pa
             set_loss_scale(trainer, 2.0**10)
 
     run = RunConfig(logging_steps=2, save_steps=3)
-    run_steps(trainer, plan, stream_of(folder, plan, 0, DPO()), run, events(log=log, save=saved.append), start_step=0)
+    run_steps(trainer, sampler, stream_of(folder, sampler, 0, DPO()), run, events(log=log, save=saved.append), start_step=0)
     assert [(line["step"], line["skipped_steps"], "grad_norm" in line) for line in lines] == [
         (2, 2, False),
         (4, 2, False),
@@ -236,9 +238,9 @@ def test_gradients_too_large_for_float16_at_any_scale_stop_the_run(folder: Path)
     set_loss_scale(trainer, 1.0)
     with torch.no_grad():
         next(iter(trainer.policy.trainable.values())).fill_(math.inf)
-    plan = plan_of(pairs_of(folder))
+    sampler = sampler_of(pairs_of(folder))
     with pytest.raises(FloatingPointError) as caught:
-        run_steps(trainer, plan, stream_of(folder, plan, 0, SFT()), RunConfig(), events(), start_step=0)
+        run_steps(trainer, sampler, stream_of(folder, sampler, 0, SFT()), RunConfig(), events(), start_step=0)
     assert str(caught.value) == (
         "The gradients of step 1 overflow float16 even where the loss is not scaled up. "
         "Lower --learning_rate, or use --dtype float32 or bfloat16."
@@ -246,7 +248,7 @@ def test_gradients_too_large_for_float16_at_any_scale_stop_the_run(folder: Path)
 
 
 def test_a_float16_run_resumes_with_its_loss_scale(folder: Path, tmp_path: Path) -> None:
-    plan = plan_of(pairs_of(folder), max_steps=8)
+    sampler = sampler_of(pairs_of(folder), max_steps=8)
     run = RunConfig(logging_steps=1, save_steps=4)
     undisturbed = trainer_of(folder, DPO(), num_steps=8, dtype="float16")
     set_loss_scale(undisturbed, 2.0**17, growth_interval=1)  # doubles after every step until one overflows
@@ -256,13 +258,13 @@ def test_a_float16_run_resumes_with_its_loss_scale(folder: Path, tmp_path: Path)
         if step == 4:
             write_checkpoint(tmp_path, undisturbed.policy, undisturbed.optimizer, step=step, scaler=undisturbed.scaler)
 
-    stream = stream_of(folder, plan, 0, DPO())
+    stream = stream_of(folder, sampler, 0, DPO())
     calls = events(log=lambda line: skipped.append(line["skipped_steps"]), save=save)
-    run_steps(undisturbed, plan, stream, run, calls, start_step=0)
+    run_steps(undisturbed, sampler, stream, run, calls, start_step=0)
     resumed = trainer_of(folder, DPO(), num_steps=8, seed=7, dtype="float16")
     checkpoint = Checkpoint(Store(str(tmp_path)), 4)
     load_checkpoint(checkpoint, resumed.policy, resumed.optimizer, scaler=resumed.scaler)
-    run_steps(resumed, plan, stream_of(folder, plan, 4, DPO()), run, events(), start_step=4)
+    run_steps(resumed, sampler, stream_of(folder, sampler, 4, DPO()), run, events(), start_step=4)
     assert equal(weights_of(resumed.policy), weights_of(undisturbed.policy))
     assert resumed.scaler.state_dict() == undisturbed.scaler.state_dict()
     assert set(skipped[:4]) == set(skipped[4:]) == {0, 1}
@@ -282,20 +284,20 @@ def test_nothing_that_learns_is_refused(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", [SFT(), DPO()], ids=lambda a: a.name)
 def test_evaluating_leaves_the_training_as_it_was(folder: Path, algorithm: Algorithm) -> None:
-    plan = plan_of(pairs_of(folder), max_steps=3)
+    sampler = sampler_of(pairs_of(folder), max_steps=3)
     ended, evaluations = [], []
     for eval_steps in (1, 100):
         trainer = trainer_of(folder, algorithm, num_steps=3)
-        held_out = [batch for _, batch in stream_of(folder, plan, 0, algorithm)][:2]
+        held_out = [batch for _, batch in stream_of(folder, sampler, 0, algorithm)][:2]
 
         def evaluate(step: int, trainer: Trainer = trainer, held_out: list[PairBatch] = held_out) -> None:
             torch.manual_seed(step)
-            evaluations.append(trainer.evaluate(lambda: held_out, plan.totals(0)))
-            again = trainer.evaluate(lambda: held_out, plan.totals(0))
+            evaluations.append(trainer.evaluate(lambda: held_out, sampler.counts(0)))
+            again = trainer.evaluate(lambda: held_out, sampler.counts(0))
             assert again == evaluations[-1]  # no dropout, or its masks would differ
 
-        stream = stream_of(folder, plan, 0, algorithm)
-        run_steps(trainer, plan, stream, RunConfig(eval_steps=eval_steps), events(evaluate=evaluate), start_step=0)
+        stream = stream_of(folder, sampler, 0, algorithm)
+        run_steps(trainer, sampler, stream, RunConfig(eval_steps=eval_steps), events(evaluate=evaluate), start_step=0)
         assert trainer.policy.base.get_decoder().training
         ended.append(weights_of(trainer.policy))
     assert equal(*ended)
@@ -307,11 +309,11 @@ def test_evaluating_leaves_the_training_as_it_was(folder: Path, algorithm: Algor
     assert metrics["logps/chosen"] == pytest.approx(mean)
 
 
-def test_an_evaluation_gives_a_single_reply_the_values_of_its_own_side(folder: Path) -> None:
+def test_an_evaluation_gives_a_single_response_the_values_of_its_own_side(folder: Path) -> None:
     pairs = pairs_of(folder, KTO())
     trainer = trainer_of(folder, KTO())
     batches = [make_batch(folder, pairs[start : start + 3], needs=KTO().needs) for start in (0, 3)]
-    metrics, by_pair = trainer.evaluate(lambda: batches, totals_of(pairs[:6]))
+    metrics, by_pair = trainer.evaluate(lambda: batches, counts_of(pairs[:6]))
     both = {f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")}
     keys = {pair_id: set(values) for pair_id, values in by_pair.items()}
     whole = both | {"rewards/margins", "rewards/accuracies"}
@@ -323,31 +325,31 @@ def test_an_evaluation_gives_a_single_reply_the_values_of_its_own_side(folder: P
 
 
 def test_lines_evaluations_and_checkpoints_come_at_their_steps_and_at_the_end(folder: Path) -> None:
-    plan = plan_of(pairs_of(folder), max_steps=5)
+    sampler = sampler_of(pairs_of(folder), max_steps=5)
     seen: dict[str, list[Any]] = {"log": [], "evaluate": [], "save": []}
     trainer = trainer_of(folder, SFT(), num_steps=5)
     run = RunConfig(logging_steps=2, eval_steps=3, save_steps=4)
     calls = events(**{name: calls.append for name, calls in seen.items()})
-    run_steps(trainer, plan, stream_of(folder, plan, 0, SFT()), run, calls, start_step=0, tokens_before=1000)
+    run_steps(trainer, sampler, stream_of(folder, sampler, 0, SFT()), run, calls, start_step=0, tokens_before=1000)
     assert [line["step"] for line in seen["log"]] == [2, 4, 5]
     assert (seen["evaluate"], seen["save"]) == ([3, 5], [4, 5])
     assert [line["epoch"] for line in seen["log"]] == [1.0, 2.0, 2.5]  # seven pairs are two steps of four
-    tokens = sum(batch.num_tokens for _, batch in stream_of(folder, plan, 0, SFT()))
+    tokens = sum(batch.num_tokens for _, batch in stream_of(folder, sampler, 0, SFT()))
     assert seen["log"][-1]["num_tokens"] == 1000 + tokens
 
 
 def test_a_stream_out_of_step_with_the_plan_is_our_own_mistake(folder: Path) -> None:
-    plan = plan_of(pairs_of(folder))
+    sampler = sampler_of(pairs_of(folder))
     trainer = trainer_of(folder, SFT())
-    with pytest.raises(AssertionError, match="the stream is at step 1, the plan at 0"):
-        run_steps(trainer, plan, stream_of(folder, plan, 1, SFT()), RunConfig(), events(), start_step=0)
+    with pytest.raises(AssertionError, match="the stream is at step 1, the sampler at 0"):
+        run_steps(trainer, sampler, stream_of(folder, sampler, 1, SFT()), RunConfig(), events(), start_step=0)
 
 
 def test_the_largest_seed_that_python_users_pass_is_accepted(folder: Path) -> None:
-    plan = plan_of(pairs_of(folder))
+    sampler = sampler_of(pairs_of(folder))
     trainer = trainer_of(folder, SFT(), seed=0)
     seeded = Trainer(trainer.policy, SFT(), OptimizerConfig(seed=2**32 - 1), num_steps=6, rank=3)
-    seeded.step(5, [batch for step, batch in stream_of(folder, plan, 0, SFT()) if step == 0], plan.totals(0))
+    seeded.step(5, [batch for step, batch in stream_of(folder, sampler, 0, SFT()) if step == 0], sampler.counts(0))
 
 
 def one_of_two_workers(rank: int, folder: str, out: str) -> None:
@@ -391,12 +393,12 @@ def float16_steps(rank: int, folder: Path) -> dict[str, Tensor]:
     second do not."""
     trainer = trainer_of(folder, DPO(), seed=rank, dtype="float16")
     start_alike(trainer.policy)
-    plan = plan_of(pairs_of(folder), max_steps=1)
-    batches = [batch for _, batch in stream_of(folder, plan, 0, DPO())] if rank == 0 else []
+    sampler = sampler_of(pairs_of(folder), max_steps=1)
+    batches = [batch for _, batch in stream_of(folder, sampler, 0, DPO())] if rank == 0 else []
     results = {}
     for step, scale in enumerate((TOO_LARGE, 2.0**10)):
         set_loss_scale(trainer, scale)
-        trainer.step(step, batches, plan.totals(0))
+        trainer.step(step, batches, sampler.counts(0))
         values = {"skipped": torch.tensor(trainer.skipped), "scale": torch.tensor(trainer.scaler.get_scale())}
         results |= {f"{step} {name}": value for name, value in (values | weights_of(trainer.policy)).items()}
     return results
@@ -417,11 +419,11 @@ def evaluate_and_step(
     start_alike(policy)
     started = weights_of(policy)
     batch_size = 4 // num_workers
-    plan = plan_of(pairs_of(folder, algorithm), num_workers=num_workers, max_steps=1, batch_size=batch_size)
+    sampler = sampler_of(pairs_of(folder, algorithm), num_workers=num_workers, max_steps=1, batch_size=batch_size)
     trainer = Trainer(policy, algorithm, OptimizerConfig(learning_rate=1e-2), num_steps=1, rank=rank)
-    batches = [batch for other in ranks for _, batch in stream_of(folder, plan, 0, algorithm, rank=other)]
-    held_out, by_pair = trainer.evaluate(lambda: iter(batches), plan.totals(0))
-    norm, _ = trainer.step(0, iter(batches), plan.totals(0))
+    batches = [batch for other in ranks for _, batch in stream_of(folder, sampler, 0, algorithm, rank=other)]
+    held_out, by_pair = trainer.evaluate(lambda: iter(batches), sampler.counts(0))
+    norm, _ = trainer.step(0, iter(batches), sampler.counts(0))
     metrics = {
         **{f"eval_{name}": value for name, value in held_out.items()},
         **trainer.window.reduce(steps=1),

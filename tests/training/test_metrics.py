@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayalign.algorithms import StepOutput
+from rayalign.algorithms import LossOutput
 from rayalign.data.batch import assemble
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import ImageInputs, RowLayout
@@ -11,9 +11,9 @@ from rayalign.storage import Store
 from rayalign.training.metrics import Clock, MetricsLog, MetricSums, read_metrics
 
 
-def output(loss: float, rewards: list[float], nll: float, tokens: int) -> StepOutput:
-    return StepOutput(
-        loss_share=torch.tensor(loss, requires_grad=True),
+def output(loss: float, rewards: list[float], nll: float, tokens: int) -> LossOutput:
+    return LossOutput(
+        loss=torch.tensor(loss, requires_grad=True),
         pair_metrics={"rewards/chosen": torch.tensor(rewards)},
         mean_metrics={"nll_loss": (torch.tensor(nll), torch.tensor(tokens))},
     )
@@ -44,9 +44,9 @@ def test_a_metric_that_counts_nothing_is_left_out() -> None:
     assert sums.reduce(steps=1) == {"loss": 1.0, "rewards/chosen": 2.0}
 
 
-def with_missing(values: list[float], missing: list[bool]) -> StepOutput:
-    return StepOutput(
-        loss_share=torch.tensor(0.5),
+def with_missing(values: list[float], missing: list[bool]) -> LossOutput:
+    return LossOutput(
+        loss=torch.tensor(0.5),
         pair_metrics={"rewards/chosen": torch.tensor(values), "logps/chosen": torch.tensor(values)},
         missing={"rewards/chosen": torch.tensor(missing)},
     )
