@@ -112,7 +112,17 @@ def test_moving_a_batch_keeps_its_contents() -> None:
     moved = batch.to(torch.device("cpu"))
     assert moved.ids == batch.ids
     assert moved.image_slots == batch.image_slots
-    for name in ("input_ids", "segment_ids", "places", "position_ids", "predictors", "targets", "sequences", "ends", "margins"):
+    for name in (
+        "input_ids",
+        "segment_ids",
+        "position_in_sequence",
+        "position_ids",
+        "predictors",
+        "targets",
+        "response_ids",
+        "last_token",
+        "margins",
+    ):
         assert torch.equal(vars(moved)[name], vars(batch)[name]), name
     assert torch.equal(moved.image_inputs["pixel_values"], batch.image_inputs["pixel_values"])
 

@@ -111,7 +111,7 @@ def test_a_held_out_pairs_partner_is_the_next_held_out_row_whatever_the_cut(
             assert batch.companion is not None
             rows = batch.companion.batch
             for b, pair_id in enumerate(batch.ids):
-                sides = [rows.targets[rows.sequences == b + side * batch.num_pairs].tolist() for side in (0, 1)]
+                sides = [rows.targets[rows.response_ids == b + side * batch.num_pairs].tolist() for side in (0, 1)]
                 responses.setdefault(pair_id, []).append(sides)
     partners = {"0": pairs[2], "2": pairs[3], "3": pairs[6], "6": pairs[0]}
     assert responses == {pair_id: [[partner.chosen_ids, partner.rejected_ids]] * 2 for pair_id, partner in partners.items()}
