@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from measuring import in_turn, installed, parser_of, peak_memory, ratios, seconds_of, set_up, show, spread, table
 from safetensors.torch import load_file, save_file
-from sides import Job, Row, Side, adapter_of, draw_adapter
+from sides import LORA_RANK, Case, Job, Row, Side, adapter_of, batch_facts, draw_adapter
 from torch import Tensor
 
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 6e-2}
@@ -201,6 +201,21 @@ def measure_time(sides: Mapping[str, Local | Remote], *, rounds: int, pairs: int
         "step_cpu_seconds": {name: spread(cpu[name]) for name in sides},
         "times_as_fast": {name: ratios(wall[rival], wall[name]) for name in ours},
         "times_as_fast_in_cpu_seconds": {name: ratios(cpu[rival], cpu[name]) for name in ours},
+    }
+
+
+def report_of(case: Case, job: Job, sides: Mapping[str, Local | Remote], *, rounds: int) -> dict[str, Any]:
+    """What was compared, that it is the same, and how long it takes."""
+    ours = sides["rayalign"]
+    return {
+        "algorithm": job.algorithm,
+        "model": {**asdict(case.shape), "parameters": ours.facts()["parameters"]},
+        "lora": {"rank": LORA_RANK, "target_modules": "ALL"},
+        "gradient_checkpointing": job.gradient_checkpointing,
+        "dtype": job.dtype,
+        "batch": batch_facts(ours.rows(), job.image_token),
+        "agreement": compare(sides, job.dtype),
+        "time": measure_time(sides, rounds=rounds, pairs=len(job.pairs)),
     }
 
 

@@ -16,13 +16,12 @@ import contextlib
 import gc
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from comparing import Local, answer_requests, compare, measure_memory, measure_time, step_parser, table_of
+from comparing import Local, answer_requests, measure_memory, report_of, step_parser, table_of
 from measuring import DTYPES, RESULTS, machine_facts, set_up, write_json
-from sides import LORA_RANK, AlgorithmName, Case, Job, Rayalign, batch_facts, make_side, sides_of
+from sides import AlgorithmName, Case, Job, Rayalign, make_side, sides_of
 from synthetic import LONG, MEDIUM, RESPONSES, SHORT, TINY, TINY_RESPONSES
 
 CASES = {
@@ -40,33 +39,19 @@ DEFAULT_CASES: dict[AlgorithmName, tuple[str, ...]] = {
 }
 
 
-def measure_steps(job: Job, *, rounds: int) -> dict[str, Any]:
+def measure_steps(case: Case, job: Job, *, rounds: int) -> dict[str, Any]:
     ours = Rayalign(job)
     sides = {"trl": Local(make_side("trl", job), job), "rayalign": Local(ours, job)}
     if job.algorithm == "dpo":
         sides["rayalign-stored"] = Local(ours.with_stored_reference(), job)
-    return {
-        "parameters": sides["rayalign"].facts()["parameters"],
-        "batch": batch_facts(ours.rows(), job.image_token),
-        "agreement": compare(sides, job.dtype),
-        "time": measure_time(sides, rounds=rounds, pairs=len(job.pairs)),
-    }
+    return report_of(case, job, sides, rounds=rounds)
 
 
 def run_case(name: str, algorithm: AlgorithmName, arguments: argparse.Namespace) -> dict[str, Any]:
-    case = CASES[name]
     settings = {"dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads}
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
-        job = case.job(Path(temporary), algorithm=algorithm, **settings)
-        report = {
-            "case": name,
-            "algorithm": algorithm,
-            "model": asdict(case.shape),
-            "lora": {"rank": LORA_RANK, "target_modules": "ALL"},
-            "gradient_checkpointing": case.gradient_checkpointing,
-            "dtype": arguments.dtype,
-            **measure_steps(job, rounds=arguments.rounds),
-        }
+        job = CASES[name].job(Path(temporary), algorithm=algorithm, **settings)
+        report = {"case": name, **measure_steps(CASES[name], job, rounds=arguments.rounds)}
         gc.collect()
         if arguments.memory:
             report["memory"] = measure_memory(__file__, sides_of(algorithm), job)

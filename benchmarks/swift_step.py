@@ -15,13 +15,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from comparing import Remote, answer_requests, compare, measure_memory, measure_time, step_parser, table_of
+from comparing import Remote, answer_requests, measure_memory, report_of, step_parser, table_of
 from measuring import machine_facts, set_up, write_json
-from sides import BETA, LORA_ALPHA, LORA_RANK, Case, Job, Rayalign, Row, Side, batch_facts
+from sides import BETA, LORA_ALPHA, LORA_RANK, Case, Job, Rayalign, Row, Side
 from synthetic import MEDIUM, SHORT, SHORT_RESPONSES, TINY, TINY_RESPONSES
 from torch import Tensor
 
@@ -125,7 +124,7 @@ STARTS = {"ms-swift": start_ms_swift, "rayalign": start_rayalign}
 
 
 def check_same_setting(sides: Mapping[str, Remote]) -> dict[str, Any]:
-    """The facts of both sides; raises SystemExit where threads, weights, torch or any row's tokens differ."""
+    """The versions of both sides' packages; raises SystemExit where threads, weights, torch or any row's tokens differ."""
     facts = {name: side.facts() for name, side in sides.items()}
     theirs, ours = facts.values()
     for fact in ("threads", "parameters"):
@@ -136,7 +135,7 @@ def check_same_setting(sides: Mapping[str, Remote]) -> dict[str, Any]:
     for other, mine in zip(*(side.rows() for side in sides.values()), strict=True):
         if mine != other:
             raise SystemExit(f"The two sides do not encode pairs alike.\nrayalign: {mine}\nms-swift: {other}")
-    return facts
+    return {name: of_side["versions"] for name, of_side in facts.items()}
 
 
 def run_case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -147,19 +146,8 @@ def run_case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         (job.model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
         with ExitStack() as stack:
             sides = {side: stack.enter_context(Remote(__file__, side, job, python=pythons[side])) for side in STARTS}
-            facts = check_same_setting(sides)
-            report = {
-                "case": name,
-                "algorithm": job.algorithm,
-                "model": {**asdict(case.shape), "parameters": facts["rayalign"]["parameters"]},
-                "versions": {side: fact["versions"] for side, fact in facts.items()},
-                "lora": {"rank": LORA_RANK, "target_modules": "ALL"},
-                "gradient_checkpointing": False,
-                "dtype": job.dtype,
-                "batch": batch_facts(sides["rayalign"].rows(), job.image_token),
-                "agreement": compare(sides, job.dtype),
-                "time": measure_time(sides, rounds=arguments.rounds, pairs=len(job.pairs)),
-            }
+            versions = check_same_setting(sides)
+            report = {"case": name, "versions": versions, **report_of(case, job, sides, rounds=arguments.rounds)}
         if arguments.memory:
             report["memory"] = measure_memory(__file__, tuple(STARTS), job, pythons=pythons)
     return report
