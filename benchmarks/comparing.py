@@ -170,7 +170,8 @@ def compare(sides: Mapping[str, Local | Remote], dtype: str) -> dict[str, dict[s
         if set(expected) != set(found):
             raise SystemExit(f"{rival} and {name} train other weights: {sorted(set(expected) ^ set(found))[:3]}")
         loss_difference = abs(losses[name] - losses[rival]) / max(1.0, abs(losses[rival]))
-        gradient_difference = max((found[n] - expected[n]).abs().max().item() for n in expected) / largest
+        # torch's max hands a NaN on, Python's loses it.
+        gradient_difference = torch.stack([(found[n] - expected[n]).abs().max() for n in expected]).max().item() / largest
         report[name] = {
             "loss": losses[name],
             "loss_difference": loss_difference,
