@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -65,7 +66,7 @@ def table_of(report: Mapping[str, Any]) -> str:
         ["other processes of Ray, cores", "-", show(report["cores_beside"]), "-", "-"],
     ]
     header = ["", "bare loop", "one Ray worker", "Ray costs", "bare runs differ by"]
-    return table({title: lambda cells, i=i: cells[i] for i, title in enumerate(header)}, lines)
+    return table({title: itemgetter(i) for i, title in enumerate(header)}, lines)
 
 
 def show_percent(values: Mapping[str, float]) -> str:
