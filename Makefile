@@ -62,7 +62,7 @@ check: setup ## format, lint, types and import rules of the whole tree
 
 # SWIFT_PYTHON: the Python of an environment that has ms-swift (benchmarks/swift_step.py says how to make one).
 bench: setup ## measure the ratios of benchmarks/README.md on this machine (about two hours)
-	@for name in step peak reference sizing job workers overhead rows; do $(BIN)/python benchmarks/$$name.py; done
+	@for name in step peak reference estimate job workers overhead rows; do $(BIN)/python benchmarks/$$name.py; done
 	$(if $(SWIFT_PYTHON),$(BIN)/python benchmarks/swift_step.py --swift_python $(SWIFT_PYTHON))
 
 gpu: setup ## on a machine with an NVIDIA GPU: the tests that need one, and a 7B model's step there

@@ -1,7 +1,7 @@
 """One DPO step of a 7B LLaVA-NeXT on a GPU: pairs per second, the share of the card's peak, and memory, against TRL's step.
 
     python benchmarks/gpu.py                                  # some minutes on a card of 80 GB; --layers 16 for 24 GB
-    python benchmarks/gpu.py --device cpu --shape tiny        # a dry_run without a GPU, under a minute
+    python benchmarks/gpu.py --device cpu --shape tiny        # a rehearsal without a GPU, under a minute
 
 Needs no Ray and nothing from a model hub: weights, token ids and pictures are random. All ways to compute the step share one
 model and one adapter, and their losses and gradients are compared before anything is timed: first in float32, in a model of the
@@ -11,47 +11,39 @@ gradients.
 
 import argparse
 import contextlib
-import datetime
 import functools
 import gc
-import importlib.metadata
-import importlib.util
 import json
-import os
-import platform
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar, get_args, get_type_hints
 
-import numpy as np
 import torch
-from gpu_model import (
-    ALGORITHM,
-    IMAGES,
-    SHAPES,
-    TUNER,
-    Bench,
-    Way,
-    adapter_of,
-    draw_pairs,
-    image_processing,
-    make_config,
-    make_model,
+from gpu_model import ALGORITHM, IMAGES, RESPONSES_OF, TUNER, Bench, Way, make_config, make_model
+from measuring import (
+    DTYPES,
+    in_turn,
+    machine_facts,
+    parser_of,
+    peak_memory,
+    ratios,
+    seconds_of,
+    set_up,
+    show,
+    spread,
+    table,
+    write_json,
 )
-from machine import PACKAGES, RESULTS, markdown_table, show, spread, write_json
+from sides import Encoded, adapter_of, batch_facts
+from synthetic import RawPair, draw_pairs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.utils import logging as transformers_logging
 
-import rayalign.models
 from rayalign.config.sections import ModelConfig, OptimizerConfig
-from rayalign.data.batch import PairBatch
-from rayalign.data.store import EncodedPair
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.dry_run import DryRun
 from rayalign.estimate.flops import Polynomial
@@ -79,20 +71,12 @@ PEAK_TFLOPS = {
 """Dense bfloat16 with float32 sums, in the makers' data sheets; the first name that the device's name contains counts."""
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a way may be from the one it is compared with: its loss, absolutely, and its gradient (all adapters' as one
-    vector), by the length of the difference over the length of the gradient."""
-
-    loss: float
-    gradient: float
-
-
-TOLERANCES = {torch.float32: Tolerance(1e-4, 1e-3), torch.bfloat16: Tolerance(0.1, 0.15)}
-"""float32: sums in another order, of log-probabilities of order 1,000. bfloat16 has three digits, each layer rounds anew, and a
-loss holds the log-probabilities of several hundred tokens: at 32 layers two right ways are up to 0.02 apart in loss and 0.05 in
-gradient, so only gross mistakes would be seen. That is why the same code is held to the float32 tolerances first."""
-
+TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.1, 0.15)}
+"""How far a way may be from the one it is compared with: its loss, absolutely, and its gradient (all adapters' as one vector),
+by the length of the difference over the length of the gradient. float32: sums in another order, of log-probabilities of order
+1,000. bfloat16 has three digits, each layer rounds anew, and a loss holds the log-probabilities of several hundred tokens: at
+32 layers two right ways are up to 0.02 apart in loss and 0.05 in gradient, so only gross mistakes would be seen. That is why
+the same code is held to the float32 tolerances first."""
 
 T = TypeVar("T")
 
@@ -115,7 +99,7 @@ def release_memory() -> None:
 def compare(bench: Bench, ways: Sequence[Way]) -> tuple[list[Way], list[dict[str, Any]]]:
     """The ways that fit into memory, and how far each is from the first of them; raises SystemExit where one computes something
     else."""
-    tolerance = TOLERANCES[bench.dtype]
+    loss_tolerance, gradient_tolerance = TOLERANCES[bench.dtype]
     adapter = adapter_of(bench.model)
     expected: dict[str, Tensor] = {}
     fitting, report = [], []
@@ -139,7 +123,7 @@ def compare(bench: Bench, ways: Sequence[Way]) -> tuple[list[Way], list[dict[str
         }
         report.append({**asdict(way), **found})
         # Written so that a NaN is no agreement.
-        agrees = found["loss_difference"] <= tolerance.loss and found["gradient_distance"] <= tolerance.gradient
+        agrees = found["loss_difference"] <= loss_tolerance and found["gradient_distance"] <= gradient_tolerance
         if not agrees or len(distances) != len(adapter):
             raise SystemExit(
                 "The ways do not compute the same step, so their speed can't be compared; the first one is the measure of the "
@@ -151,39 +135,27 @@ def compare(bench: Bench, ways: Sequence[Way]) -> tuple[list[Way], list[dict[str
     return fitting, report
 
 
-def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
-    """Wall time until the device has done it, too."""
-    gc.collect()
-    synchronize(device)
-    start = time.perf_counter()
-    action()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def time_ways(bench: Bench, ways: Sequence[Way], *, rounds: int) -> dict[Way, list[float]]:
-    """Seconds of a step, in turn: each round begins with another way. The first round is for warming up. A way that the others
-    leave no room for is not among them."""
-    seconds: dict[Way, list[float]] = {way: [] for way in ways}
-    for number in range(rounds + 1):
-        for way in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:
-            if way not in seconds:
-                continue
-            bench.enter(way)
-            bench.model.zero_grad()
-            step = functools.partial(seconds_of, bench.step, bench.device)
-            # Once more where the first time failed on memory that was free, but in pieces.
-            taken = if_it_fits(step) or if_it_fits(step)
-            if taken is None:
-                del seconds[way]
-            elif number:
-                seconds[way].append(taken)
-    return seconds
+    """Seconds of a step, in turn, after a round for warming up. A way that the others leave no room for is not among them."""
+    lost: set[Way] = set()
+
+    def take_turn(way: Way) -> float:
+        if way in lost:
+            return 0.0
+        bench.enter(way)
+        bench.model.zero_grad()
+        gc.collect()
+        step = functools.partial(seconds_of, bench.step, bench.device)
+        # Once more where the first time failed on memory that was free, but in pieces.
+        taken = if_it_fits(step) or if_it_fits(step)
+        if taken is None:
+            lost.add(way)
+            return 0.0
+        return taken.wall
+
+    turns = {str(number): functools.partial(take_turn, way) for number, way in enumerate(ways)}
+    seconds = in_turn(turns, rounds=rounds + 1)
+    return {way: of_way[1:] for way, of_way in zip(ways, seconds.values(), strict=True) if way not in lost}
 
 
 def peak_of(bench: Bench, way: Way) -> dict[str, float]:
@@ -192,10 +164,7 @@ def peak_of(bench: Bench, way: Way) -> dict[str, float]:
     bench.model.zero_grad()
     release_memory()
     if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        bench.step()
-        whole = torch.cuda.max_memory_allocated()
+        before, whole = peak_memory(bench.step, bench.device)
     else:
         there = [*tensors_of(bench.model), *(t for b in bench.batches.values() for t in b.image_inputs.values())]
         before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in there}.values())
@@ -231,19 +200,18 @@ class Needed:
         self._read, self._train = Polynomial.of(dry_run, Pass()), Polynomial.of(dry_run, Pass(trains=True))
         self._head = 2.0 * skeleton.head.numel()
         self._vision = VisionCosts(skeleton, config)
-        self._process = image_processing(config)
 
-    def __call__(self, pairs: Sequence[EncodedPair], *, reference: bool) -> float:
+    def __call__(self, encoded: Encoded, *, reference: bool) -> float:
         """Of one step; with the reference's forward in it or not."""
-        return sum(self._of_pair(pair, reference=reference) for pair in pairs)
+        return sum(self._of_pair(pair, encoded, reference=reference) for pair in encoded.pairs)
 
-    def _of_pair(self, pair: EncodedPair, *, reference: bool) -> float:
+    def _of_pair(self, pair: Any, encoded: Encoded, *, reference: bool) -> float:
         prompt, responses = len(pair.prompt_ids), [len(pair.chosen_ids), len(pair.rejected_ids)]
         seen = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in responses)
         # A forward's two products of attention have four in the backward; fused kernels' recomputation is none that is needed.
         train = self._train.per_token * pair.num_tokens + 3 * self._read.per_square * seen + 2 * self._head * sum(responses)
         read = self._read.per_token * pair.num_tokens + self._read.per_square * seen + self._head * sum(responses)
-        images = self._process(pair.images, [True] * len(pair.images))
+        images = encoded.process_images(pair.images, [True] * len(pair.images))
         load = self._vision.load(images.tensors, sum(images.lengths))
         return train + reference * read + load.tower_flops + load.aligner_flops
 
@@ -260,8 +228,8 @@ def time_parts(bench: Bench, *, rounds: int) -> dict[str, dict[str, float]]:
     # A rate that leaves the weights what they are.
     optimizer = make_optimizer(policy, OptimizerConfig(learning_rate=1e-12))
     learning = list(policy.trainable.values())
-    process = image_processing(bench.config)
-    contents = [content for pair in bench.pairs for content in pair.images]
+    pairs = len(bench.encoded.pairs)
+    contents = [content for pair in bench.encoded.pairs for content in pair.images]
 
     def forward() -> None:
         with torch.no_grad():
@@ -277,38 +245,34 @@ def time_parts(bench: Bench, *, rounds: int) -> dict[str, dict[str, float]]:
             forward()
 
     actions: dict[str, tuple[Callable[[], Any], int]] = {
-        "image processing, a pair": (lambda: process(contents, [True] * len(contents)), len(bench.pairs)),
-        "forward, a pair: adapters off": (forward_without_adapters, len(bench.pairs)),
-        "forward, a pair: adapters on": (forward, len(bench.pairs)),
-        "forward, a pair: adapters on, peft's arithmetic": (forward_by_peft, len(bench.pairs)),
+        "image processing, a pair": (lambda: bench.encoded.process_images(contents, [True] * len(contents)), pairs),
+        "forward, a pair: adapters off": (forward_without_adapters, pairs),
+        "forward, a pair: adapters on": (forward, pairs),
+        "forward, a pair: adapters on, peft's arithmetic": (forward_by_peft, pairs),
         "clipping of gradients": (lambda: nn.utils.clip_grad_norm_(learning, 1.0), 1),
         "optimizer's update": (optimizer.step, 1),
     }
     if device.type == "cuda":
-        pinned = bench.on_host.pin_memory()
+        pinned = bench.encoded.batch.pin_memory()
         actions |= {
-            "pinning of a batch": (bench.on_host.pin_memory, 1),
-            "copy of a batch": (lambda: bench.on_host.to(device), 1),
+            "pinning of a batch": (bench.encoded.batch.pin_memory, 1),
+            "copy of a batch": (lambda: bench.encoded.batch.to(device), 1),
             "copy of a pinned batch": (lambda: pinned.to(device), 1),
         }
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(rounds + 1):
-        for name, (action, share) in actions.items():
-            taken = seconds_of(action, device) / share
-            if number:
-                seconds[name].append(taken)
+
+    def take_turn(action: Callable[[], Any], share: int) -> float:
+        gc.collect()
+        return seconds_of(action, device).wall / share
+
+    turns = {name: functools.partial(take_turn, *action) for name, action in actions.items()}
+    seconds = {name: values[1:] for name, values in in_turn(turns, rounds=rounds + 1).items()}
     if device.type == "cuda":
-        seconds["copy of a pinned batch, until the host goes on"] = [host_seconds(pinned, device) for _ in range(rounds)]
+        begun = []
+        for _ in range(rounds):
+            begun.append(seconds_of(lambda: pinned.to(device)).wall)
+            torch.cuda.synchronize()
+        seconds["copy of a pinned batch, until the host goes on"] = begun
     return {name: spread([1e3 * value for value in values]) for name, values in seconds.items()}
-
-
-def host_seconds(pinned: PairBatch, device: torch.device) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    pinned.to(device)
-    taken = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return taken
 
 
 def ways_of(arguments: argparse.Namespace, dtype: torch.dtype) -> list[Way]:
@@ -326,77 +290,55 @@ def ways_of(arguments: argparse.Namespace, dtype: torch.dtype) -> list[Way]:
     return found
 
 
+def pairs_of(case: str, config: Any, arguments: argparse.Namespace) -> list[RawPair]:
+    tile, responses = config.vision_config.image_size, RESPONSES_OF[arguments.shape]
+    height, width = (round(tile * side) for side in IMAGES[case])
+    return draw_pairs((height, width), [responses[i % len(responses)] for i in range(arguments.batch_size)])
+
+
 def compare_exactly(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The comparison in float32, of the first case's batch and a model with few layers."""
-    device, shape = torch.device(arguments.device), SHAPES[arguments.shape]
-    config = make_config(shape, EXACT_LAYERS)
-    bench = Bench(make_model(config, device=device, dtype=torch.float32), config, torch.float32, device, folder)
-    bench.take(draw_pairs(config, IMAGES[arguments.case[0]], shape.response_tokens, pairs=arguments.batch_size))
+    config = make_config(arguments.shape, EXACT_LAYERS)
+    bench = Bench(make_model(config, device=torch.device(arguments.device), dtype=torch.float32), config, folder)
+    bench.take(pairs_of(arguments.case[0], config, arguments))
     return compare(bench, ways_of(arguments, torch.float32))[1]
 
 
 def run_case(name: str, bench: Bench, needed: Needed, arguments: argparse.Namespace) -> dict[str, Any]:
-    responses = SHAPES[arguments.shape].response_tokens
-    pairs = draw_pairs(bench.config, IMAGES[name], responses, pairs=arguments.batch_size)
-    bench.take(pairs)
+    bench.take(pairs_of(name, bench.config, arguments))
+    pairs = arguments.batch_size
     fitting, agreement = compare(bench, ways_of(arguments, bench.dtype))
     seconds = time_ways(bench, fitting, rounds=arguments.rounds)
-    ways = list(seconds)
-    lost = [asdict(way) for way in ways_of(arguments, bench.dtype) if way not in seconds]
     peak = arguments.peak_tflops
     measured = []
-    for way in ways:
-        useful = needed(pairs, reference=way.reference == "computed")
+    for way, taken in seconds.items():
+        useful = needed(bench.encoded, reference=way.reference == "computed")
         done = done_flops(bench, way)
-        rivals = [seconds[other] for other in ways if other.side == "trl" and other.checkpointing == way.checkpointing]
-        fastest = min(rivals, key=lambda values: float(np.median(values)), default=None)
-        ratios = [a / b for a, b in zip(fastest or (), seconds[way], strict=False)]
+        rivals = [
+            of_other for other, of_other in seconds.items() if (other.side, other.checkpointing) == ("trl", way.checkpointing)
+        ]
+        fastest = min(rivals, key=median, default=None)
         measured.append(
             {
                 **asdict(way),
                 "way": way.name,
-                "pairs_per_second": spread([len(pairs) / value for value in seconds[way]]),
-                "step_seconds": spread(seconds[way]),
-                "times_as_fast_as_trl": spread(ratios) if ratios else None,
-                "needed_tflop_per_pair": useful / len(pairs) / 1e12,
+                "pairs_per_second": spread([pairs / value for value in taken]),
+                "step_seconds": spread(taken),
+                "times_as_fast_as_trl": ratios(fastest, taken) if fastest else None,
+                "needed_tflop_per_pair": useful / pairs / 1e12,
                 "done_of_needed": None if done is None else done / useful,
-                "mfu": spread([useful / value / (peak * 1e12) for value in seconds[way]]) if peak else None,
+                "mfu": spread([useful / value / (peak * 1e12) for value in taken]) if peak else None,
                 **peak_of(bench, way),
             }
         )
-    image_token = bench.config.image_token_id
     return {
         "case": name,
-        "batch": {
-            "pairs": len(pairs),
-            "prompt_tokens": [len(p.prompt_ids) for p in pairs],
-            "image_tokens": [p.prompt_ids.count(image_token) for p in pairs],
-            "chosen_tokens": [len(p.chosen_ids) for p in pairs],
-            "rejected_tokens": [len(p.rejected_ids) for p in pairs],
-        },
+        "batch": batch_facts(bench.encoded.rows(), bench.config.image_token_id),
         "agreement": agreement,
         "ways": measured,
-        "out_of_memory": lost,
+        "out_of_memory": [asdict(way) for way in ways_of(arguments, bench.dtype) if way not in seconds],
         "milliseconds": time_parts(bench, rounds=arguments.rounds),
     }
-
-
-def facts_of(device: torch.device, threads: int) -> dict[str, Any]:
-    """What a reader must know to compare figures, of packages only those that are installed."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    facts: dict[str, Any] = {
-        "device": device.type,
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {"rayalign": rayalign.__version__, **versions},
-        "date": datetime.date.today().isoformat(),
-    }
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-        facts |= {"gpu": torch.cuda.get_device_name(), "gpu_memory_gib": round(memory, 1), "cuda": torch.version.cuda}
-    return facts
 
 
 def peak_tflops_of(device: torch.device) -> float | None:
@@ -406,43 +348,41 @@ def peak_tflops_of(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def table_of(cases: Sequence[dict[str, Any]]) -> str:
-    header = ["case", "way", "attention", "checkpointing", "pairs/s", "times as fast as TRL", "MFU", "needed, TFLOP/pair"]
-    header += ["done / needed", "peak above model, GiB", "peak, GiB"]
-    rows = []
+def tables_of(cases: Sequence[dict[str, Any]]) -> str:
+    """The ways, and what surrounds the step."""
+
+    def figure(name: str) -> Callable[[tuple[str, dict[str, Any]]], str]:
+        return lambda line: f"{line[1][name]:.3g}" if line[1].get(name) is not None else "-"
+
+    def spread_of(name: str) -> Callable[[tuple[str, dict[str, Any]]], str]:
+        return lambda line: show(line[1].get(name))
+
+    columns: dict[str, Callable[[tuple[str, dict[str, Any]]], str]] = {
+        "case": lambda line: line[0],
+        "way": lambda line: line[1]["way"],
+        "attention": lambda line: line[1]["attention"],
+        "checkpointing": lambda line: "yes" if line[1]["checkpointing"] else "no",
+        "pairs/s": lambda line: show(line[1]["pairs_per_second"]) if "pairs_per_second" in line[1] else "out of memory",
+        "times as fast as TRL": spread_of("times_as_fast_as_trl"),
+        "MFU": spread_of("mfu"),
+        "needed, TFLOP/pair": figure("needed_tflop_per_pair"),
+        "done / needed": figure("done_of_needed"),
+        "peak above model, GiB": figure("above_model_gib"),
+        "peak, GiB": figure("whole_gib"),
+    }
+    lines = []
     for case in cases:
-        for found in case["ways"]:
-            rows.append(
-                [
-                    case["case"],
-                    found["way"],
-                    found["attention"],
-                    "yes" if found["checkpointing"] else "no",
-                    show(found["pairs_per_second"]),
-                    show(found["times_as_fast_as_trl"]) if found["times_as_fast_as_trl"] else "-",
-                    show(found["mfu"]) if found["mfu"] else "-",
-                    f"{found['needed_tflop_per_pair']:.3g}",
-                    f"{found['done_of_needed']:.3g}" if found["done_of_needed"] else "-",
-                    f"{found['above_model_gib']:.3g}",
-                    f"{found['whole_gib']:.3g}",
-                ]
-            )
-        for lost in case["out_of_memory"]:
-            way = Way(**lost)
-            words = ["yes" if way.checkpointing else "no", "out of memory", *["-"] * 6]
-            rows.append([case["case"], way.name, way.attention, *words])
-    return markdown_table(header, rows)
-
-
-def table_of_parts(cases: Sequence[dict[str, Any]]) -> str:
-    names = dict.fromkeys(name for case in cases for name in case["milliseconds"])
-    rows = [[name, *(show(case["milliseconds"][name]) for case in cases)] for name in names]
-    return markdown_table(["milliseconds", *(case["case"] for case in cases)], rows)
+        lost = [{**way, "way": Way(**way).name} for way in case["out_of_memory"]]
+        lines += [(case["case"], way) for way in [*case["ways"], *lost]]
+    parts = dict.fromkeys(name for case in cases for name in case["milliseconds"])
+    of_parts: dict[str, Callable[[str], str]] = {"milliseconds": lambda name: name}
+    of_parts |= {case["case"]: lambda name, case=case: show(case["milliseconds"].get(name)) for case in cases}
+    return f"{table(columns, lines)}\n\n{table(of_parts, [*parts])}"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser = parser_of(__doc__, output="gpu.json", threads=1)
+    parser.add_argument("--shape", choices=RESPONSES_OF, default="7b")
     parser.add_argument("--layers", type=int, help="layers of the language model, where the card is too small for all of them")
     parser.add_argument("--case", nargs="+", choices=IMAGES, default=["small", "photo"], help="how large pictures are")
     parser.add_argument("--batch_size", type=int, default=2, help="pairs of the step")
@@ -451,16 +391,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trl", action=argparse.BooleanOptionalAction, default=True, help="measure TRL's step as well")
     parser.add_argument("--trl_attn_implementation", default="sdpa", help="such as flash_attention_2, where that is installed")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], help="of the frozen weights (default: bfloat16; on cpu float32)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16; on cpu float32)")
     parser.add_argument("--peak_tflops", type=float, help="dense bfloat16 peak of the device; known for some by their names")
     parser.add_argument("--rounds", type=int, help="timed steps of each way (default 5; tiny: 2)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("There is no GPU here. A dry_run without one: --device cpu --shape tiny")
+        parser.error("There is no GPU here. A rehearsal without one: --device cpu --shape tiny")
     arguments.rounds = arguments.rounds or (2 if arguments.shape == "tiny" else 5)
     arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     arguments.peak_tflops = arguments.peak_tflops or peak_tflops_of(torch.device(arguments.device))
@@ -469,16 +405,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # TRL and peft still use the older of transformers' two names.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments.threads)
     torch.backends.cudnn.allow_tf32 = False  # the tower's first layer would round to three digits in the float32 comparison
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    config = make_config(SHAPES[arguments.shape], arguments.layers)
+    dtype = DTYPES[arguments.dtype]
+    config = make_config(arguments.shape, arguments.layers)
     report: dict[str, Any] = {
-        "machine": facts_of(device, arguments.threads),
+        "machine": machine_facts(threads=arguments.threads, device=arguments.device),
         "model": {"shape": arguments.shape, "layers": config.text_config.num_hidden_layers, "dtype": arguments.dtype},
         "lora": {"rank": TUNER.lora_rank, "target_modules": "ALL"},
         "peak_tflops": arguments.peak_tflops,
@@ -488,7 +420,8 @@ def main() -> None:
         if dtype != torch.float32:
             report["agreement_in_float32"] = compare_exactly(arguments, Path(temporary))
         release_memory()
-        bench = Bench(make_model(config, device=device, dtype=dtype), config, dtype, device, Path(temporary))
+        model = make_model(config, device=torch.device(arguments.device), dtype=dtype)
+        bench = Bench(model, config, Path(temporary))
         gc.collect()
         gc.freeze()  # collections between timed steps then look through what steps leave behind, not through all modules
         report["model"]["parameters"] = sum(p.numel() for p in bench.model.parameters())
@@ -496,9 +429,7 @@ def main() -> None:
         for name in arguments.case:
             report["cases"].append(run_case(name, bench, needed, arguments))
             write_json(arguments.output, report)
-    print(table_of(report["cases"]))
-    print()
-    print(table_of_parts(report["cases"]))
+    print(tables_of(report["cases"]))
 
 
 if __name__ == "__main__":

@@ -19,41 +19,22 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
-from machine import RESULTS, machine_facts, markdown_table, show, spread, write_json
-from PIL import Image
+from measuring import machine_facts, parser_of, ratios, show, spread, table, write_json
 from safetensors import safe_open
-from synthetic import QUESTION, SENTENCE, Shape, save_model
+from sides import BETA, LANGUAGE_LINEARS, LORA_ALPHA, LORA_RANK
+from synthetic import RECORDS_CASES, RecordsCase, save_model, write_records
 
 ROOT = Path(__file__).parents[1]
-PHOTO_SIZE = (640, 480)
-LORA_RANK, LORA_ALPHA, BETA = 8, 16, 0.1
+KINDS = ("trl", "cold", "warm")
 LEARNING_RATE = 5e-5
-CHOSEN_SHARE = 0.55
-"""Of the words of a chosen response that come from one half of the vocabulary; of a rejected one, from the other half. Were
-both drawn alike, every loss would stay at log 2, and equal losses would show nothing."""
-
 LOSS_TOLERANCE = 0.03
 """On the mean loss of an epoch. Both sides draw their adapters and the order of the pairs by seeds of their own; runs of one
 side whose seeds differ lie up to 0.01 apart, and a learning rate that is wrong by half moves an epoch by more than 0.05."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, and the fewest and most words of a response."""
-
-    shape: Shape
-    words: tuple[int, int]
-
-
-CASES = {
-    "tiny": Case(Shape(64, 2, 4, vocabulary=1_000, vision_hidden=32, vision_layers=2, tile=28, grid=(2, 2)), (4, 9)),
-    "small": Case(Shape(192, 4, 6, vocabulary=8_000, vision_hidden=96, vision_layers=4, tile=112, grid=(2, 2)), (60, 120)),
-}
 
 
 @dataclass(frozen=True)
@@ -99,39 +80,6 @@ class Outcome:
     adapter: dict[str, list[int]]
 
 
-def draw_photo(generator: np.random.Generator) -> Image.Image:
-    """Colours that change slowly, shapes of some pixels, and grain: as a JPEG as large as photos of its size are."""
-    width, height = PHOTO_SIZE
-    colours = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    shapes = Image.fromarray(generator.normal(0, 25, (height // 8, width // 8)).astype(np.float32))
-    grain = generator.normal(0, 6, (height, width))
-    slow = np.asarray(colours.resize(PHOTO_SIZE, Image.Resampling.BICUBIC), dtype=np.float32)
-    fast = np.asarray(shapes.resize(PHOTO_SIZE, Image.Resampling.BILINEAR)) + grain
-    return Image.fromarray((slow + fast[..., None]).clip(0, 255).astype(np.uint8))
-
-
-def write_records(folder: Path, *, pairs: int, words: tuple[int, int], seed: int = 0) -> Path:
-    """A JSONL file in TRL's conversational format, which rayalign reads as well, with a photo for each record beside it."""
-    generator = np.random.default_rng(seed)
-    vocabulary = sorted(set(SENTENCE.split()))
-    halves = vocabulary[::2], vocabulary[1::2]
-
-    def response(own: int) -> list[dict[str, str]]:
-        from_own = generator.random(generator.integers(words[0], words[1] + 1)) < CHOSEN_SHARE
-        text = " ".join(str(generator.choice(halves[own if is_own else 1 - own])) for is_own in from_own)
-        return [{"role": "assistant", "content": text}]
-
-    (folder / "photos").mkdir(parents=True)
-    lines = []
-    for number in range(pairs):
-        photo = f"photos/{number}.jpg"
-        draw_photo(generator).save(folder / photo, quality=85)
-        prompt = [{"role": "user", "content": QUESTION}]
-        lines.append(json.dumps({"images": [photo], "prompt": prompt, "chosen": response(0), "rejected": response(1)}))
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "pairs.jsonl"
-
-
 def train_with_trl(job: Mapping[str, Any]) -> None:
     """The job in TRL, run in a process of its own in the records' folder; writes what came of it to `job["result"]`."""
     import torch
@@ -161,11 +109,7 @@ def train_with_trl(job: Mapping[str, Any]) -> None:
             report_to="none",
         ),
         train_dataset=dataset,
-        peft_config=LoraConfig(
-            r=LORA_RANK,
-            lora_alpha=LORA_ALPHA,
-            target_modules=r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-        ),
+        peft_config=LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LANGUAGE_LINEARS),
     )
     started = time.time()
     trainer.train()
@@ -187,7 +131,7 @@ def train_with_trl(job: Mapping[str, Any]) -> None:
 class Benchmark:
     """The jobs over one folder with model and records."""
 
-    def __init__(self, folder: Path, case: Case, settings: Settings) -> None:
+    def __init__(self, folder: Path, case: RecordsCase, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self.model = save_model(folder / "model", case.shape)
         self.dataset = write_records(folder / "data", pairs=settings.pairs, words=case.words)
@@ -214,16 +158,9 @@ class Benchmark:
         if result["threads"] != os.cpu_count():
             raise SystemExit(f"TRL had {result['threads']} threads on {os.cpu_count()} cores.")
         stamps = [began, result["started"], result["trained"], result["saved"], ended]
-        phases = dict(zip(("start", "training", "saving", "exit"), np.diff(stamps).tolist(), strict=True))
-        return Outcome(
-            seconds=ended - began,
-            phases=phases,
-            steps=result["steps"],
-            losses=self._by_epoch(result["losses"]),
-            tokens=int(result["tokens"]),
-            pairs_per_second=self._pairs_run() / phases["training"],
-            adapter=shapes_of(place / "model" / "adapter_model.safetensors"),
-        )
+        names = ("start", "training", "saving", "exit")
+        phases = {name: after - before for name, (before, after) in zip(names, pairwise(stamps), strict=True)}
+        return self._outcome(phases, result["steps"], result["losses"], result["tokens"], place / "model")
 
     def rayalign(self, number: int, kind: str) -> Outcome:
         """`kind` names the run's folder; runs of one number share their cache: the first is cold, the second warm."""
@@ -263,15 +200,8 @@ class Benchmark:
         metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((output / "summary.json").read_text())
         phases = phases_of(began, lines, steps=summary["steps"])
-        return Outcome(
-            seconds=lines[-1][0] - began,
-            phases=phases,
-            steps=summary["steps"],
-            losses=self._by_epoch([line["loss"] for line in metrics]),
-            tokens=int(summary["num_tokens"]),
-            pairs_per_second=self._pairs_run() / phases["training"],
-            adapter=shapes_of(output / "model" / "adapter_model.safetensors"),
-        )
+        losses = [line["loss"] for line in metrics]
+        return self._outcome(phases, summary["steps"], losses, summary["num_tokens"], output / "model")
 
     def expected_tokens(self, number: int) -> dict[str, int]:
         """What each side must have run in whole epochs, by the encoded records: rows of prompt and both responses here, two
@@ -290,14 +220,22 @@ class Benchmark:
             "trl": self.settings.epochs * (2 * prompts + responses),
         }
 
-    def _pairs_run(self) -> int:
+    def _outcome(self, phases: dict[str, float], steps: int, losses: Sequence[float], tokens: float, model: Path) -> Outcome:
         settings = self.settings
-        return settings.steps * settings.global_batch_size if settings.steps else settings.epochs * settings.pairs
-
-    def _by_epoch(self, losses: Sequence[float]) -> list[float]:
-        """The mean of every epoch, or of the run where it isn't made of epochs."""
-        size = len(losses) if self.settings.steps else self.settings.steps_per_epoch // self.settings.logging_steps
-        return [mean(losses[start : start + size]) for start in range(0, len(losses), size)]
+        # The mean loss of every epoch, or of the run where it isn't made of epochs.
+        size = len(losses) if settings.steps else settings.steps_per_epoch // settings.logging_steps
+        pairs = settings.steps * settings.global_batch_size if settings.steps else settings.epochs * settings.pairs
+        with safe_open(model / "adapter_model.safetensors", "np") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118  # no mapping
+        return Outcome(
+            seconds=sum(phases.values()),
+            phases=phases,
+            steps=steps,
+            losses=[mean(losses[start : start + size]) for start in range(0, len(losses), size)],
+            tokens=int(tokens),
+            pairs_per_second=pairs / phases["training"],
+            adapter=shapes,
+        )
 
 
 def run_command(command: list[str], *, cwd: Path, environment: Mapping[str, str]) -> list[tuple[float, str]]:
@@ -353,11 +291,6 @@ def find_line(lines: Sequence[tuple[float, str]], pattern: str) -> tuple[float, 
     raise SystemExit(f"The job printed no line like {pattern!r}.")
 
 
-def shapes_of(file: Path) -> dict[str, list[int]]:
-    with safe_open(file, "np") as tensors:
-        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118  # no mapping
-
-
 def check_alike(ours: Outcome, theirs: Outcome, expected: Mapping[str, int] | None) -> dict[str, Any]:
     """What both jobs did; raises SystemExit where it was not the same work. `expected`: tokens of whole epochs."""
     report = {
@@ -395,12 +328,10 @@ def refuse_other_rays() -> None:
 
 def summarise(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
     """Seconds, ratios within a round, and phases, as medians and ranges over the rounds."""
+    seconds = {kind: [o.seconds for o in runs] for kind, runs in outcomes.items()}
     return {
-        "seconds": {kind: spread([o.seconds for o in runs]) for kind, runs in outcomes.items()},
-        "times_as_fast": {
-            kind: spread([trl.seconds / o.seconds for trl, o in zip(outcomes["trl"], outcomes[kind], strict=True)])
-            for kind in ("cold", "warm")
-        },
+        "seconds": {kind: spread(values) for kind, values in seconds.items()},
+        "times_as_fast": {kind: ratios(seconds["trl"], seconds[kind]) for kind in ("cold", "warm")},
         "training_pairs_per_second": {kind: spread([o.pairs_per_second for o in runs]) for kind, runs in outcomes.items()},
         "phase_seconds": {
             kind: {phase: spread([o.phases[phase] for o in runs]) for phase in runs[0].phases}
@@ -410,43 +341,32 @@ def summarise(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:
 
 
 def tables_of(report: Mapping[str, Any]) -> str:
-    names = {"trl": f"TRL {report['machine']['versions']['trl']}", "cold": "rayalign, cold", "warm": "rayalign, warm"}
-    header = ["job", "wall seconds", "TRL's / its", "training alone, pairs/s"]
-    rows = [
-        [
-            name,
-            show(report["seconds"][kind]),
-            show(report["times_as_fast"][kind]) if kind != "trl" else "1",
-            show(report["training_pairs_per_second"][kind]),
-        ]
-        for kind, name in names.items()
-    ]
-    phases = list(report["phase_seconds"]["cold"])
-    seconds = [
-        [
-            name,
-            *(
-                f"{report['phase_seconds'][kind][p]['median']:.1f}" if p in report["phase_seconds"][kind] else "-"
-                for p in phases
-            ),
-        ]
-        for kind, name in names.items()
-    ]
-    return markdown_table(header, rows) + "\n\n" + markdown_table(["seconds (median)", *phases], seconds)
+    phases = report["phase_seconds"]
+
+    def median_of(phase: str) -> Any:
+        return lambda kind: f"{phases[kind][phase]['median']:.1f}" if phase in phases[kind] else "-"
+
+    version = report["machine"]["versions"]["trl"]
+    name = {"job": lambda kind: f"TRL {version}" if kind == "trl" else f"rayalign, {kind}"}
+    whole = {
+        "wall seconds": lambda kind: show(report["seconds"][kind]),
+        "TRL's / its": lambda kind: show(report["times_as_fast"].get(kind)),
+        "training alone, pairs/s": lambda kind: show(report["training_pairs_per_second"][kind]),
+    }
+    parts = {f"{phase}, s": median_of(phase) for phase in phases["cold"]}
+    return f"{table(name | whole, KINDS)}\n\n{table(name | parts, KINDS)}"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", choices=CASES, default="small", help="the model and the responses' lengths")
+    parser = parser_of(__doc__, output="job.json", rounds=1)
+    parser.add_argument("--case", choices=RECORDS_CASES, default="small", help="the model and the responses' lengths")
     parser.add_argument("--pairs", type=int, default=1_000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of whole epochs")
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--global_batch_size", type=int, default=8)
     parser.add_argument("--num_workers", type=int, default=2, help="rayalign's train workers; they share the cores")
     parser.add_argument("--batch_size", type=int, default=4, help="pairs of rayalign's micro-batches, of each worker")
     parser.add_argument("--trl_batch_size", type=int, default=1, help="pairs of TRL's micro-batches")
-    parser.add_argument("--output", type=Path, default=RESULTS / "job.json")
     parser.add_argument("--trl_job", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -460,10 +380,10 @@ def main() -> None:
     settings = Settings(**{name: getattr(arguments, name) for name in names})
     refuse_other_rays()
     facts = machine_facts(threads=os.cpu_count() or 1)
-    outcomes: dict[str, list[Outcome]] = {"trl": [], "cold": [], "warm": []}
+    outcomes: dict[str, list[Outcome]] = {kind: [] for kind in KINDS}
     agreement: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        benchmark = Benchmark(Path(temporary), CASES[arguments.case], settings)
+        benchmark = Benchmark(Path(temporary), RECORDS_CASES[arguments.case], settings)
         for number in range(arguments.rounds):
             # The first job also reads its libraries from the disk; in a single round that is rayalign's.
             for kind in ("cold", "trl", "warm") if number % 2 == 0 else ("trl", "cold", "warm"):
@@ -476,7 +396,7 @@ def main() -> None:
         "machine": facts,
         "job": {
             "case": arguments.case,
-            "shape": asdict(CASES[arguments.case].shape),
+            "shape": asdict(RECORDS_CASES[arguments.case].shape),
             **asdict(settings),
             "cpus_per_worker": settings.cpus_per_worker,
             "rounds": arguments.rounds,

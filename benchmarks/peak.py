@@ -9,13 +9,10 @@ by itself, over the step's. All are measured in turn, since the clock of a machi
 the CPU: processor seconds on one thread, wall seconds on several. A step has no optimizer's update in it.
 """
 
-import argparse
 import contextlib
 import gc
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,83 +20,29 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import RESULTS, machine_facts, markdown_table, show, spread, write_json
-from sides import Rayalign, Side
-from step import CASES, DTYPES, draw_adapter
+from measuring import DTYPES, machine_facts, parser_of, ratios, seconds_of, set_up, show, spread, table, write_json
+from sides import Rayalign, Side, draw_adapter
+from step import CASES
 from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers.utils import logging as transformers_logging
 
 from rayalign.estimate.meter import FLOPS
 
-CPU = torch.device("cpu")
 SQUARE = 2048
 
-PRODUCTS = {
-    "mm",
-    "addmm",
-    "addmm_",
-    "bmm",
-    "baddbmm",
-    "baddbmm_",
-    "mv",
-    "addmv",
-    "dot",
-    "mkldnn_convolution",
-    "_slow_conv2d_forward",
+OPERATORS = {
+    "products of matrices": "mm addmm addmm_ bmm baddbmm baddbmm_ mv addmv dot mkldnn_convolution _slow_conv2d_forward",
+    "norms and other arithmetic": "add add_ sub sub_ mul mul_ div div_ neg neg_ pow rsqrt sqrt exp exp_ log silu silu_ "
+    "silu_backward gelu gelu_backward sigmoid sigmoid_ tanh native_layer_norm _softmax sum mean max amax logsumexp logaddexp "
+    "softplus sin cos where log_sigmoid_forward _fused_rms_norm _fused_rms_norm_backward native_layer_norm_backward "
+    "threshold_backward addcmul _log_softmax",
+    "copies": "copy_ cat clone fill_ zero_ index index_select index_put_ index_add_ _index_put_impl_ gather scatter_ "
+    "masked_scatter masked_scatter_ masked_fill masked_fill_ constant_pad_nd slice_backward repeat select_backward embedding "
+    "_to_copy contiguous stack narrow_copy slice_scatter",
 }
-ARITHMETIC = {
-    *("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "neg", "neg_", "pow", "rsqrt", "sqrt", "exp", "exp_", "log"),
-    *(
-        "silu",
-        "silu_",
-        "silu_backward",
-        "gelu",
-        "gelu_backward",
-        "sigmoid",
-        "sigmoid_",
-        "tanh",
-        "native_layer_norm",
-        "_softmax",
-    ),
-    *("sum", "mean", "max", "amax", "logsumexp", "logaddexp", "softplus", "sin", "cos", "where", "log_sigmoid_forward"),
-    *(
-        "_fused_rms_norm",
-        "_fused_rms_norm_backward",
-        "native_layer_norm_backward",
-        "threshold_backward",
-        "addcmul",
-        "_log_softmax",
-    ),
-}
-COPIES = {
-    *(
-        "copy_",
-        "cat",
-        "clone",
-        "fill_",
-        "zero_",
-        "index",
-        "index_select",
-        "index_put_",
-        "index_add_",
-        "_index_put_impl_",
-        "gather",
-    ),
-    *(
-        "scatter_",
-        "masked_scatter",
-        "masked_scatter_",
-        "masked_fill",
-        "masked_fill_",
-        "constant_pad_nd",
-        "slice_backward",
-        "repeat",
-    ),
-    *("select_backward", "embedding", "_to_copy", "contiguous", "stack", "narrow_copy", "slice_scatter"),
-}
+GROUP_OF = {operator: group for group, operators in OPERATORS.items() for operator in operators.split()}
 GROUPS = ("products of matrices", "attention", "softmax of the head", "norms and other arithmetic", "copies", "rest")
 
 
@@ -115,7 +58,7 @@ class Call:
 
     def seconds_alone(self) -> float:
         """Median of what it takes by itself, its operands in reach."""
-        return seconds_of(lambda: self.func(*self.args, **self.kwargs), at_least=0.01)
+        return median_seconds(lambda: self.func(*self.args, **self.kwargs), at_least=0.01)
 
     def __str__(self) -> str:
         shapes = [list(leaf.shape) for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
@@ -160,19 +103,18 @@ def operations_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], o
     return int(count(*args, **kwargs, out_val=out)) if count else 0
 
 
-def seconds_once(run: Callable[[], Any]) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    run()
-    return clock() - start
+def processor_seconds(run: Callable[[], Any]) -> float:
+    """Wall seconds where there are several threads."""
+    taken = seconds_of(run)
+    return taken.cpu if torch.get_num_threads() == 1 else taken.wall
 
 
-def seconds_of(run: Callable[[], Any], *, at_least: float) -> float:
+def median_seconds(run: Callable[[], Any], *, at_least: float) -> float:
     """Median of three runs, or of as many as fill `at_least` seconds, after one that does not count."""
     run()
     taken: list[float] = []
     while len(taken) < 3 or sum(taken) < at_least:
-        taken.append(seconds_once(run))
+        taken.append(processor_seconds(run))
     return median(taken)
 
 
@@ -190,10 +132,10 @@ def measure(side: Side, calls: Sequence[Call], *, rounds: int, dtype: torch.dtyp
     peaks, steps = [], []
     alone: list[list[float]] = []
     for _ in range(rounds):
-        peaks.append(2 * SQUARE**3 / 1e9 / seconds_of(lambda: a @ b.T, at_least=1.0))
+        peaks.append(2 * SQUARE**3 / 1e9 / median_seconds(lambda: a @ b.T, at_least=1.0))
         side.model.zero_grad()
         gc.collect()
-        steps.append(seconds_once(side.step))
+        steps.append(processor_seconds(side.step))
         with torch.no_grad():
             alone.append([call.seconds_alone() for call in calls])
     bounds = [sum(call.times * second for call, second in zip(calls, seconds, strict=True)) for seconds in alone]
@@ -206,7 +148,7 @@ def measure(side: Side, calls: Sequence[Call], *, rounds: int, dtype: torch.dtyp
         "step_gflop_per_second": spread([needed / step for step in steps]),
         "share_of_peak": spread([needed / step / peak for step, peak in zip(steps, peaks, strict=True)]),
         "products_alone_seconds": spread(bounds),
-        "products_share_of_step": spread([bound / step for step, bound in zip(steps, bounds, strict=True)]),
+        "products_share_of_step": ratios(bounds, steps),
         "products": [
             {
                 "call": str(call),
@@ -222,15 +164,13 @@ def measure(side: Side, calls: Sequence[Call], *, rounds: int, dtype: torch.dtyp
 def group_of(name: str, shapes: Sequence[Any], vocabulary: int) -> str:
     """Where a profiled event belongs: what it does over [tokens, vocabulary], but for products, is the head's softmax."""
     operator = name.removeprefix("aten::")
-    if operator in PRODUCTS:
-        return "products of matrices"
+    group = GROUP_OF.get(operator, "rest")
+    if group == "products of matrices":
+        return group
     if "_scaled_dot_product" in operator:
         return "attention"
-    if any(isinstance(shape, list) and len(shape) > 1 and shape[-1] == vocabulary for shape in shapes):
-        return "softmax of the head"
-    if operator in ARITHMETIC:
-        return "norms and other arithmetic"
-    return "copies" if operator in COPIES else "rest"
+    of_head = any(isinstance(shape, list) and len(shape) > 1 and shape[-1] == vocabulary for shape in shapes)
+    return "softmax of the head" if of_head else group
 
 
 def profile(side: Side, vocabulary: int) -> dict[str, Any]:
@@ -260,7 +200,7 @@ def profile(side: Side, vocabulary: int) -> dict[str, Any]:
 def run_case(name: str, dtype: str, rounds: int) -> dict[str, Any]:
     case = CASES[name]
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
-        side = Rayalign(case.job(Path(temporary) / "model", "dpo", dtype=DTYPES[dtype], device=CPU))
+        side = Rayalign(case.job(Path(temporary), dtype=dtype))
         draw_adapter(side.model)
         side.step()
         groups = profile(side, case.shape.vocabulary)
@@ -268,46 +208,27 @@ def run_case(name: str, dtype: str, rounds: int) -> dict[str, Any]:
         return {"case": name, "dtype": dtype, **measured, "profile": groups}
 
 
-def tables_of(steps: Sequence[Mapping[str, Any]]) -> str:
-    header = ["case", "step, s", "GFLOP needed", "GFLOP/s", "square products, GFLOP/s", "share of the peak"]
-    header += ["its products alone, s", "products' share of the step"]
-    shares = [
-        [
-            f"{step['case']}, {step['dtype']}",
-            show(step["step_seconds"]),
-            f"{step['needed_gflop']:.4g}",
-            show(step["step_gflop_per_second"]),
-            show(step["peak_gflop_per_second"]),
-            show(step["share_of_peak"]),
-            show(step["products_alone_seconds"]),
-            show(step["products_share_of_step"]),
-        ]
-        for step in steps
-    ]
-    percents = [
-        [f"{step['case']}, {step['dtype']}", *(f"{step['profile']['percent'][group]:.1f}%" for group in GROUPS)]
-        for step in steps
-    ]
-    return "\n\n".join([markdown_table(header, shares), markdown_table(["case", *GROUPS], percents)])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__, output="peak.json", rounds=5, threads=1)
     parser.add_argument("--case", nargs="+", choices=CASES, default=["medium"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "peak.json")
     arguments = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # peft still uses the older of transformers' two names.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments.threads)
     facts = machine_facts(threads=arguments.threads)
     steps = [run_case(name, dtype, arguments.rounds) for name in arguments.case for dtype in arguments.dtype]
     write_json(arguments.output, {"machine": facts, "steps": steps})
-    print(tables_of(steps))
+    case = {"case": lambda step: f"{step['case']}, {step['dtype']}"}
+    shares = {
+        "step, s": lambda step: show(step["step_seconds"]),
+        "GFLOP needed": lambda step: f"{step['needed_gflop']:.4g}",
+        "GFLOP/s": lambda step: show(step["step_gflop_per_second"]),
+        "square products, GFLOP/s": lambda step: show(step["peak_gflop_per_second"]),
+        "share of the peak": lambda step: show(step["share_of_peak"]),
+        "its products alone, s": lambda step: show(step["products_alone_seconds"]),
+        "products' share of the step": lambda step: show(step["products_share_of_step"]),
+    }
+    percents = {group: lambda step, group=group: f"{step['profile']['percent'][group]:.1f}%" for group in GROUPS}
+    print(table(case | shares, steps), table(case | percents, steps), sep="\n\n")
 
 
 if __name__ == "__main__":

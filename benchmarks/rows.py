@@ -10,7 +10,6 @@ tensors anew whenever it meets them; it gets the same records, and its tensors h
 and one thread on both sides of the second comparison; encoding has all cores.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -18,19 +17,18 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from job import CASES, write_records
-from machine import RESULTS, machine_facts, markdown_table, show, spread, write_json
-from overhead import batches, own_cluster, quiet_libraries
+from measuring import in_turn, machine_facts, parser_of, ratios, seconds_of, set_up, show, spread, table, write_json
 from PIL import Image
-from synthetic import save_model
+from runs import batches, own_cluster
+from synthetic import RECORDS_CASES, save_model, write_records
 
 from rayalign.algorithms import DPO
-from rayalign.config.config import config_from_mapping
+from rayalign.config.config import Config, config_from_mapping
+from rayalign.data.prepare import RunData
 from rayalign.data.stream import sampler_of
 from rayalign.training.driver import prepare_run
 
@@ -54,7 +52,7 @@ def trl_batches(model: Path, records: Path) -> Iterator[int]:
         yield len(examples)
 
 
-def rates_of(numbers: Iterator[int], *, seconds: float) -> float:
+def rate_of(numbers: Iterator[int], *, seconds: float) -> float:
     """Pairs per second over some seconds, or to the end, without the first batch."""
     next(numbers)
     start, count = time.perf_counter(), 0
@@ -66,67 +64,68 @@ def rates_of(numbers: Iterator[int], *, seconds: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", choices=CASES, default="small", help="a model of job.py and the responses' lengths")
+    parser = parser_of(__doc__, output="rows.json", rounds=3)
+    parser.add_argument("--case", choices=RECORDS_CASES, default="small", help="a model and the responses' lengths")
     parser.add_argument("--pairs", type=int, default=1_000)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15, help="of each measurement of batches")
-    parser.add_argument("--output", type=Path, default=RESULTS / "rows.json")
     arguments = parser.parse_args()
-    quiet_libraries()
-    torch.set_num_threads(1)
+    set_up(threads=1)
     facts = machine_facts(threads=1)
-    case = CASES[arguments.case]
-    encoding: list[dict[str, float]] = []
-    reading: dict[str, list[float]] = {"rayalign": [], "trl": []}
+    case = RECORDS_CASES[arguments.case]
+    encoded: list[tuple[Config, RunData]] = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         folder = Path(temporary)
         model = save_model(folder / "model", case.shape)
         records = write_records(folder / "data", pairs=arguments.pairs, words=case.words)
-        photo_bytes = sum(photo.stat().st_size for photo in (folder / "data" / "photos").iterdir())
-        for number in range(arguments.rounds):
+        megabytes = sum(photo.stat().st_size for photo in (folder / "data" / "photos").iterdir()) / 1e6
+
+        def encode() -> float:
+            """Seconds of a preparation that finds nothing prepared."""
             flags: dict[str, Any] = {
                 "model": str(model),
                 "dataset": [str(records)],
                 "output_dir": str(folder / "run"),
-                "cache_dir": str(folder / f"cache{number}"),
+                "cache_dir": str(folder / f"cache{len(encoded)}"),
                 "batch_size": BATCH_SIZE,
                 "dataset_test_ratio": 0,
             }
             config = config_from_mapping(DPO, flags)
             with own_cluster(config):
-                start = time.perf_counter()
-                data = prepare_run(config)
-                taken = time.perf_counter() - start
-            assert data.training.num_rows == arguments.pairs
-            encoding.append({"rows": arguments.pairs / taken, "megabytes": photo_bytes / 1e6 / taken})
-            sides = {
-                "rayalign": (batch.num_pairs for _, batch in batches(sampler_of(config, data), data)),
-                "trl": trl_batches(model, records),
-            }
-            for name, numbers in sorted(sides.items(), reverse=number % 2 == 1):
-                reading[name].append(rates_of(numbers, seconds=arguments.seconds))
+                taken = seconds_of(lambda: encoded.append((config, prepare_run(config))))
+            assert encoded[-1][1].training.num_rows == arguments.pairs
+            return taken.wall
+
+        def stream() -> float:
+            config, data = encoded[-1]
+            numbers = (batch.num_pairs for _, batch in batches(sampler_of(config, data), data))
+            return rate_of(numbers, seconds=arguments.seconds)
+
+        def collate() -> float:
+            return rate_of(trl_batches(model, records), seconds=arguments.seconds)
+
+        encoding = [encode() for _ in range(arguments.rounds)]
+        sides: dict[str, Callable[[], float]] = {"rayalign": stream, "trl": collate}
+        reading = in_turn(sides, rounds=arguments.rounds)
     report = {
         "machine": facts,
         "pairs": arguments.pairs,
-        "photo_megabytes": round(photo_bytes / 1e6, 1),
-        "encoding": {unit: spread([each[unit] for each in encoding]) for unit in ("rows", "megabytes")},
+        "photo_megabytes": round(megabytes, 1),
+        "encoding": {
+            "rows": spread([arguments.pairs / seconds for seconds in encoding]),
+            "megabytes": spread([megabytes / seconds for seconds in encoding]),
+        },
         "pairs_per_second": {name: spread(values) for name, values in reading.items()},
-        "times_as_fast": spread([a / b for a, b in zip(reading["rayalign"], reading["trl"], strict=True)]),
+        "times_as_fast": ratios(reading["rayalign"], reading["trl"]),
     }
     write_json(arguments.output, report)
-    header = [
-        f"encoding, rows/s ({os.cpu_count()} cores)",
-        "photos, MB/s",
-        "rayalign's batches, pairs/s",
-        "TRL's collator, pairs/s",
-    ]
-    row = [
-        *(show(report["encoding"][unit]) for unit in ("rows", "megabytes")),
-        *(show(report["pairs_per_second"][name]) for name in ("rayalign", "trl")),
-        show(report["times_as_fast"]),
-    ]
-    print(markdown_table([*header, "times as fast"], [row]))
+    columns = {
+        f"encoding, rows/s ({os.cpu_count()} cores)": lambda found: show(found["encoding"]["rows"]),
+        "photos, MB/s": lambda found: show(found["encoding"]["megabytes"]),
+        "rayalign's batches, pairs/s": lambda found: show(found["pairs_per_second"]["rayalign"]),
+        "TRL's collator, pairs/s": lambda found: show(found["pairs_per_second"]["trl"]),
+        "times as fast": lambda found: show(found["times_as_fast"]),
+    }
+    print(table(columns, [report]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FOLDER = Path(__file__).parent
 
 
@@ -79,7 +81,54 @@ def test_peak_counts_a_steps_products_and_profiles_it(tmp_path: Path) -> None:
     assert "| tiny, float32 | " in finished.stdout
 
 
-def test_reference_times_both_steps_and_the_pass() -> None:
-    table = run("reference.py", "--case", "tiny", "--rounds", "1").stdout.splitlines()
+def test_reference_times_both_steps_and_the_pass(tmp_path: Path) -> None:
+    arguments = ["--case", "tiny", "--rounds", "1", "--output", str(tmp_path / "reference.json")]
+    table = run("reference.py", *arguments).stdout.splitlines()
+
+    (case,) = json.loads((tmp_path / "reference.json").read_text())["cases"]
+    assert set(case["pairs_per_second"]) == {"computed", "stored", "pass"}
+    for values in case["pairs_per_second"].values():
+        assert_spread(values)
     assert table[0].startswith("| case | reference computed, pairs/s | stored, pairs/s |")
     assert table[2].startswith("| tiny | ")
+
+
+def test_estimate_is_compared_with_memory_and_operations_of_every_kind_of_run(tmp_path: Path) -> None:
+    table = run("estimate.py", "--case", "tiny", "--output", str(tmp_path / "estimate.json")).stdout
+
+    cases = json.loads((tmp_path / "estimate.json").read_text())["cases"]
+    assert len(cases) == 5
+    for case in cases:
+        # Near enough to tell that a part of the model is missing.
+        assert 0.9 < case["estimate"]["gflop"] / case["measured"]["gflop"] < 1.1
+        assert 0.9 < case["estimate"]["mib"] / case["measured"]["tensors"] < 1.1
+        assert case["measured"]["process"] >= 0
+        assert f"| {case['case']} | " in table
+
+
+def test_gpu_rehearses_on_the_cpu(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--shape", "tiny", "--case", "small", "--rounds", "1"]
+    table = run("gpu.py", *arguments, "--output", str(tmp_path / "gpu.json")).stdout
+
+    (case,) = json.loads((tmp_path / "gpu.json").read_text())["cases"]
+    # With checkpointing and without: TRL's way, and ours with the reference computed and stored.
+    assert len(case["ways"]) == len(case["agreement"]) == 2 * 3
+    assert case["out_of_memory"] == []
+    for way in case["agreement"]:
+        # The same to float32 rounding, and not the loss that any code gives for a fresh adapter.
+        assert way["gradient_distance"] < 1e-3
+        assert abs(way["loss"] - math.log(2)) > 1e-3
+    for way in case["ways"]:
+        assert_spread(way["step_seconds"])
+        assert_spread(way["times_as_fast_as_trl"])
+        assert way["above_model_gib"] > 0
+    assert table.startswith("| case | way | attention |")
+
+
+def test_swift_step_says_why_a_side_ended(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        run("swift_step.py", "--case", "tiny", "--swift_python", sys.executable)
+
+    error = capfd.readouterr().err
+    assert "The side ms-swift ended instead of answering 'facts'. The end of its log:" in error
+    assert "No module named 'swift'" in error

@@ -1,7 +1,6 @@
 """Asks and scores the quickstart's models with plain transformers and peft, apart from the library that trained them."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,41 +85,38 @@ def sample_pairs(
     return Pairs(np.array(picture), np.array(chosen), np.array(rejected))
 
 
-@torch.no_grad()
-def answer_logps(model: Any, processor: Any, pixels: Tensor, digits: Digits) -> Tensor:
-    """Log-probability [n] of an answer for each picture."""
-    prompt, responses = prompt_ids(processor, QUESTION), response_ids(processor, [answer(row) for row in digits])
-    parts = zip(pixels.split(BATCH), responses.split(BATCH), strict=True)
-    return torch.cat([token_logps(model, prompt, part, told).sum(1) for part, told in parts])
-
-
-@torch.no_grad()
-def answer_values(model: Any, head: Path, processor: Any, pixels: Tensor, digits: Digits) -> Tensor:
-    """A reward model's score [n] of an answer for each picture: its value head on the last hidden state of the answer's end."""
-    weights = load_file(head)
-    weight, bias = weights["v_head.summary.weight"][0], weights["v_head.summary.bias"]
-    prompt, responses = prompt_ids(processor, QUESTION), response_ids(processor, [answer(row) for row in digits])
-    values = []
-    for part, told in zip(pixels.split(BATCH), responses.split(BATCH), strict=True):
-        ids = torch.cat([prompt.expand(len(told), -1), told], 1)
-        states = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=part).last_hidden_state
-        values.append(states[:, -1] @ weight + bias)
-    return torch.cat(values)
-
-
 def preference(model: Any, processor: Any, pixels: Tensor, pairs: Pairs) -> tuple[float, float]:
     """Share of the pairs whose chosen answer is the more probable, and the mean difference of log-probabilities."""
-    return _lead(partial(answer_logps, model, processor), pixels, pairs)
+    return _lead(lambda *answers: token_logps(model, *answers).sum(1), processor, pixels, pairs)
 
 
 def ranking(model: Any, head: Path, processor: Any, pixels: Tensor, pairs: Pairs) -> tuple[float, float]:
-    """Share of the pairs whose chosen answer a reward model scores higher, and the mean difference of scores."""
-    return _lead(partial(answer_values, model, head, processor), pixels, pairs)
+    """Share of the pairs whose chosen answer a reward model scores higher, by its value head on the last hidden state of the
+    answer's end, and the mean difference of scores."""
+    weights = load_file(head)
+    weight, bias = weights["v_head.summary.weight"][0], weights["v_head.summary.bias"]
+
+    def value(prompt: Tensor, pixels: Tensor, responses: Tensor) -> Tensor:
+        ids = torch.cat([prompt.expand(len(responses), -1), responses], 1)
+        states = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels).last_hidden_state
+        return states[:, -1] @ weight + bias
+
+    return _lead(value, processor, pixels, pairs)
 
 
-def _lead(rate: Callable[[Tensor, Digits], Tensor], pixels: Tensor, pairs: Pairs) -> tuple[float, float]:
-    seen = pixels[pairs.picture]
-    gap = rate(seen, pairs.chosen) - rate(seen, pairs.rejected)
+@torch.no_grad()
+def _lead(
+    rate: Callable[[Tensor, Tensor, Tensor], Tensor], processor: Any, pixels: Tensor, pairs: Pairs
+) -> tuple[float, float]:
+    """`rate` gives a figure [n] to each answer by the question's ids, the pictures and the answers' ids."""
+    prompt, seen = prompt_ids(processor, QUESTION), pixels[pairs.picture]
+
+    def rates(digits: Digits) -> Tensor:
+        responses = response_ids(processor, [answer(row) for row in digits])
+        parts = zip(seen.split(BATCH), responses.split(BATCH), strict=True)
+        return torch.cat([rate(prompt, part, told) for part, told in parts])
+
+    gap = rates(pairs.chosen) - rates(pairs.rejected)
     return float((gap > 0).float().mean()), float(gap.mean())
 
 

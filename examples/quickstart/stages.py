@@ -1,6 +1,6 @@
 """What the quickstart and the comparison of algorithms share: a seed's data, models and pairs, and the pipelines' runs.
 
-Import it before anything that loads Ray or transformers: it settles the environment of this process and of the pipelines.
+Import it before anything that loads Ray or transformers: it sets the environment of this process and of the pipelines.
 """
 
 import os

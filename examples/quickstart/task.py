@@ -94,25 +94,14 @@ def careless_labels(digits: Digits, rate: float, seed: int) -> Digits:
 
 def write_answers(path: Path, pictures: Pictures, told: Digits) -> None:
     """Records for SFT: one answer each."""
-    rows = zip(pictures.files, told, strict=True)
-    _write(path, [{"query": QUESTION, "response": answer(digits), "images": [file]} for file, digits in rows])
+    _write(path, [_record(file, digits) for file, digits in zip(pictures.files, told, strict=True)])
 
 
 def write_pairs(path: Path, pictures: Pictures, pairs: Pairs) -> None:
     """Records for whatever learns from pairs."""
     rows = zip(pairs.picture, pairs.chosen, pairs.rejected, strict=True)
-    _write(
-        path,
-        [
-            {
-                "query": QUESTION,
-                "response": answer(chosen),
-                "rejected_response": answer(rejected),
-                "images": [pictures.files[number]],
-            }
-            for number, chosen, rejected in rows
-        ],
-    )
+    records = [_record(pictures.files[n], chosen, rejected_response=answer(rejected)) for n, chosen, rejected in rows]
+    _write(path, records)
 
 
 def write_labelled(path: Path, pictures: Pictures, pairs: Pairs, seed: int) -> None:
@@ -120,13 +109,11 @@ def write_labelled(path: Path, pictures: Pictures, pairs: Pairs, seed: int) -> N
     is_chosen = np.random.default_rng(seed).random(len(pairs.picture)) < 0.5
     told = np.where(is_chosen[:, None], pairs.chosen, pairs.rejected)
     rows = zip(pairs.picture, told, is_chosen.tolist(), strict=True)
-    _write(
-        path,
-        [
-            {"query": QUESTION, "response": answer(digits), "label": label, "images": [pictures.files[number]]}
-            for number, digits, label in rows
-        ],
-    )
+    _write(path, [_record(pictures.files[n], digits, label=label) for n, digits, label in rows])
+
+
+def _record(file: str, digits: Digits, **others: object) -> dict[str, object]:
+    return {"query": QUESTION, "response": answer(digits), **others, "images": [file]}
 
 
 def _write(path: Path, records: Sequence[dict[str, object]]) -> None:
