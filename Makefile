@@ -63,7 +63,7 @@ check: setup ## format, lint, types and import rules of the whole tree, and the 
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup ## build the documentation into build/site; what is broken in it is an error
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 pictures: setup ## draw the documentation's pictures again (the report's: some minutes, and Chromium)
 	$(BIN)/python docs/drawings/draw.py
