@@ -166,7 +166,7 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_drawings_are_of_todays_code(name: str) -> None:
     draw = _script(DRAWINGS / "draw.py")
     drawn = (ROOT / "docs" / "pictures" / f"{name}.svg").read_text()
-    assert getattr(draw, name)() == drawn, "the folders have changed: `make pictures` draws them again"
+    assert getattr(draw, name)() == drawn, "the folders have changed: `python docs/drawings/draw.py` draws them again"
 
 
 def test_the_pictures_are_small() -> None:
