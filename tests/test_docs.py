@@ -162,7 +162,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert in_navigation == {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
-@pytest.mark.parametrize("name", ["flow", "layers"])
+@pytest.mark.parametrize("name", ["flow", "row", "layers"])
 def test_the_drawings_are_of_todays_code(name: str) -> None:
     draw = _script(DRAWINGS / "draw.py")
     drawn = (ROOT / "docs" / "pictures" / f"{name}.svg").read_text()
@@ -171,7 +171,7 @@ def test_the_drawings_are_of_todays_code(name: str) -> None:
 
 def test_the_pictures_are_small() -> None:
     sizes = {file.name: file.stat().st_size for file in (ROOT / "docs" / "pictures").iterdir()}
-    assert {"flow.svg", "layers.svg", "report.png"} <= sizes.keys()
+    assert {"flow.svg", "row.svg", "layers.svg", "report.png"} <= sizes.keys()
     assert max(sizes.values()) < 300_000
 
 

@@ -1,6 +1,6 @@
-"""The drawings of README and docs, as SVG: how a record becomes a gradient, and which folder may import which.
+"""The drawings of README and docs, as SVG: how a record becomes a gradient, what a row is, and which folder may import which.
 
-    python docs/drawings/draw.py      # writes docs/pictures/flow.svg and layers.svg
+    python docs/drawings/draw.py      # writes flow.svg, row.svg and layers.svg into docs/pictures
 
 The layers are import-linter's, and each folder's sentence is its docstring's, so the drawing says what the code says.
 """
@@ -23,6 +23,7 @@ MONO = "font-family=\"ui-monospace, SFMono-Regular, Menlo, 'DejaVu Sans Mono', m
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     (PICTURES / "flow.svg").write_text(flow())
+    (PICTURES / "row.svg").write_text(row())
     (PICTURES / "layers.svg").write_text(layers())
 
 
@@ -56,6 +57,48 @@ def flow() -> str:
         _box(40, 410, 240, 46, "weights, metrics,", "checkpoint, report"),
     ]
     return _svg(960, 498, "How a record becomes a gradient", parts)
+
+
+def row() -> str:
+    """A pair as one row: its tokens with their positions, and who sees whom."""
+    segments = (("prompt", 5, BLUE), ("chosen", 3, GREEN), ("rejected", 4, SAND))
+    positions = [*range(5), *range(5, 8), *range(5, 9)]
+    cell, left, top = 26, 24, 62
+    parts = [_text(left, 34, "One row: tokens and their positions", INK, 14, bold=True)]
+    start = 0
+    for name, count, colour in segments:
+        x = left + start * cell
+        parts += [
+            f'<rect x="{x + i * cell}" y="{top}" width="{cell}" height="{cell}" fill="{colour}" stroke="{LINE}"/>'
+            + _text(x + i * cell + cell / 2, top + 18, str(positions[start + i]), INK, 12.5, centred=True)
+            for i in range(count)
+        ]
+        parts.append(_text(x + count * cell / 2, top + cell + 20, name, SOFT, 13, centred=True))
+        start += count
+    lines = (
+        "The images stand in the prompt. Prompt and images are computed",
+        "once; both responses go on where the prompt ends.",
+    )
+    parts += [_text(left, 146 + 20 * i, line, SOFT, 13) for i, line in enumerate(lines)]
+    size, x0, y0 = 15, 520, 70
+    names = [name for name, count, _ in segments for _ in range(count)]
+    colours = {"prompt": "#a9cdf3", "chosen": "#a3d9b1", "rejected": "#f0cd85"}
+    parts.append(_text(x0, 34, "Who sees whom", INK, 14, bold=True))
+    parts.append(_text(x0, 56, "each token's line: the filled columns are seen", SOFT, 12.5))
+    for line, own in enumerate(names):
+        for column, other in enumerate(names):
+            sees = column <= line and other in ("prompt", own)
+            fill = colours[other] if sees else PAPER
+            parts.append(
+                f'<rect x="{x0 + column * size}" y="{y0 + line * size}" width="{size}" height="{size}" fill="{fill}" '
+                f'stroke="{LINE}" stroke-width="0.5"/>'
+            )
+    start = 0
+    for name, count, _ in segments:
+        y = y0 + (start + count / 2) * size + 4
+        parts.append(_text(x0 + len(names) * size + 12, y, name, SOFT, 13))
+        start += count
+    return _svg(830, 270, "A pair as one row", parts)
 
 
 def layers() -> str:
