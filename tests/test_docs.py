@@ -117,6 +117,17 @@ def test_the_flags_that_a_page_names_exist(page: Path) -> None:
     assert {flag for _, flag in named} <= known
 
 
+def test_the_targets_and_scripts_that_the_pages_run_exist() -> None:
+    code = "\n".join(text for page in PAGES for _, text in blocks(page)) + "\n".join(
+        found for page in PAGES for found in CODE.findall(page.read_text())
+    )
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^make ([a-z-]+)", code, re.MULTILINE)) - targets == set()
+    scripts = set(re.findall(r"^(?:python|pytest|\.venv/bin/pytest -q) ([\w/.]+)", code, re.MULTILINE))
+    assert {"examples/quickstart/run.py", "tests/same_numbers.py"} <= scripts
+    assert [script for script in sorted(scripts) if not (ROOT / script).exists()] == []
+
+
 @pytest.mark.parametrize(("page", "text"), SNIPPETS, ids=[f"{page}: {text[:40]!r}" for page, text in SNIPPETS])
 def test_a_snippet_compiles_and_uses_only_names_that_rayalign_has(page: str, text: str) -> None:
     tree = ast.parse(text)
