@@ -105,33 +105,39 @@ def layers() -> str:
     """The folders of rayalign, the upper ones importing the lower ones only."""
     project = (ROOT / "pyproject.toml").read_text()
     ray = {name.split(".")[1] for name in _strings(project, "allowed_importers")}
-    height, gap, left, width = 54, 8, 20, 830
-    rows = [layer.split(" | ") for layer in _strings(project, "layers")]
+    gap, left, width = 8, 20, 830
     parts: list[str] = []
-    for number, names in enumerate(rows):
-        y = 20 + number * (height + gap)
+    y = 20.0
+    for names in (layer.split(" | ") for layer in _strings(project, "layers")):
         each = (width - gap * (len(names) - 1)) / len(names)
-        for place, name in enumerate(names):
+        indents = {name: 112.0 if len(names) == 1 else 26 + 8.6 * len(name) for name in names}
+        told = {
+            name: textwrap.wrap(_docstring_of(name), int((each - indent - 12) / 6.2), break_on_hyphens=False)
+            for name, indent in indents.items()
+        }
+        height = 24 + 15 * max(2, *map(len, told.values()))
+        for place, (name, lines) in enumerate(told.items()):
             x = left + place * (each + gap)
-            parts.append(_folder(x, y, each, height, name, uses_ray=name in ray))
-    bottom = 20 + len(rows) * (height + gap) - gap
+            parts.append(_folder(x, y, each, height, name, lines, indent=indents[name], uses_ray=name in ray))
+        y += height + gap
+    bottom = y - gap
     parts += [
-        f'<path d="M872 24 V{bottom - 4}" {_stroke()} marker-end="url(#head)"/>',
-        f'<text x="890" y="{(20 + bottom) / 2}" {FONT} font-size="13" fill="{SOFT}" text-anchor="middle" '
-        f'transform="rotate(90 890 {(20 + bottom) / 2})">imports only what lies below</text>',
-        f'<rect x="{left}" y="{bottom + 14}" width="14" height="14" rx="3" fill="{BLUE}" stroke="{LINE}"/>',
+        f'<path d="M872 24 V{bottom - 4:g}" {_stroke()} marker-end="url(#head)"/>',
+        f'<text x="890" y="{(20 + bottom) / 2:g}" {FONT} font-size="13" fill="{SOFT}" text-anchor="middle" '
+        f'transform="rotate(90 890 {(20 + bottom) / 2:g})">imports only what lies below</text>',
+        f'<rect x="{left}" y="{bottom + 14:g}" width="14" height="14" rx="3" fill="{BLUE}" stroke="{LINE}"/>',
         _text(left + 22, bottom + 26, "has modules that import Ray; all else is tested without a cluster", SOFT, 13),
     ]
     return _svg(910, bottom + 44, "The folders of rayalign, from top to bottom", parts)
 
 
-def _folder(x: float, y: float, width: float, height: float, name: str, *, uses_ray: bool) -> str:
-    lines = textwrap.wrap(_docstring_of(name), int((width - 124) / 6.2))
-    assert len(lines) <= 3, f"the docstring of {name} is too long for its box"
+def _folder(
+    x: float, y: float, width: float, height: float, name: str, lines: list[str], *, indent: float, uses_ray: bool
+) -> str:
     top = y + height / 2 + 4.5 - 7.5 * (len(lines) - 1)
-    words = [_text(x + 112, top + 15 * i, line, SOFT, 12) for i, line in enumerate(lines)]
+    words = [_text(x + indent, top + 15 * i, line, SOFT, 12) for i, line in enumerate(lines)]
     colour = BLUE if uses_ray else PLAIN
-    frame = f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height}" rx="6" fill="{colour}" stroke="{LINE}"/>'
+    frame = f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{colour}" stroke="{LINE}"/>'
     title = (
         f'<text x="{x + 14:g}" y="{y + height / 2 + 5:g}" {MONO} font-size="14" font-weight="600" fill="{INK}">{name}</text>'
     )
