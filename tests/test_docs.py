@@ -73,6 +73,8 @@ def read_by_the_parser(words: tuple[str, ...]) -> None:
         command_line.parse(ALGORITHMS, here, algorithm=None if verb == "rlhf" else verb, **told)
 
 
+SECTIONS = [s for a in ALGORITHMS.values() for s in section_types(a)] + [TuneConfig, PlanConfig, ExportConfig]
+FLAGS = {flag.name for section in SECTIONS for flag in flags_of(section)} | {"config", "rlhf_type", "plugin"}
 COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
 SNIPPETS = [(page.name, text) for page in PAGES for language, text in blocks(page) if language == "python"]
 
@@ -104,9 +106,6 @@ def test_a_wrong_command_would_be_noticed(words: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_flags_that_a_page_names_exist(page: Path) -> None:
-    sections = [s for a in ALGORITHMS.values() for s in section_types(a)] + [TuneConfig, PlanConfig, ExportConfig]
-    known = {flag.name for section in sections for flag in flags_of(section)}
-    known |= {"config", "rlhf_type", "print_config", "plugin", "help", "version"}
     text = re.sub(r"<!-- begin.*?<!-- end", "", page.read_text(), flags=re.DOTALL)  # names of other tools' flags
     named = {
         (command, flag)
@@ -114,7 +113,7 @@ def test_the_flags_that_a_page_names_exist(page: Path) -> None:
         if command.startswith(("--", "rayalign"))
         for flag in re.findall(r"(?:^| )--([a-z_0-9]+)", command)
     }
-    assert {flag for _, flag in named} <= known
+    assert {flag for _, flag in named} <= FLAGS | {"print_config", "help", "version"}
 
 
 def test_the_targets_and_scripts_that_the_pages_run_exist() -> None:
@@ -129,7 +128,7 @@ def test_the_targets_and_scripts_that_the_pages_run_exist() -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), SNIPPETS, ids=[f"{page}: {text[:40]!r}" for page, text in SNIPPETS])
-def test_a_snippet_compiles_and_uses_only_names_that_rayalign_has(page: str, text: str) -> None:
+def test_a_snippet_compiles_and_uses_only_names_and_flags_that_rayalign_has(page: str, text: str) -> None:
     tree = ast.parse(text)
     compile(tree, page, "exec")
     used = {
@@ -137,6 +136,8 @@ def test_a_snippet_compiles_and_uses_only_names_that_rayalign_has(page: str, tex
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "rayalign"
     }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("rayalign.")]
+    assert {word.arg for call in calls for word in call.keywords} <= FLAGS
     if hasattr(rayalign, "__all__"):
         assert used <= set(rayalign.__all__)
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and str(node.module).startswith("rayalign")]
