@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test slow gpu unit-tests parity-tests check bench configs lock
+.PHONY: help setup quickstart compare test slow gpu unit-tests parity-tests check docs pictures hooks bench configs lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -54,11 +54,23 @@ parity-tests:
 	$(call stage,families and tuners,$(BIN)/pytest -q $(BESIDE_PARITY))
 	$(call stage,benchmark smoke,$(BIN)/pytest -q benchmarks)
 
-check: setup ## format, lint, types and import rules of the whole tree
+check: setup ## format, lint, types and import rules of the whole tree, and the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: setup ## build the documentation into build/site; what is broken in it is an error
+	$(BIN)/mkdocs build --strict
+
+pictures: setup ## draw the documentation's pictures again (the report's: some minutes, and Chromium)
+	$(BIN)/python docs/drawings/draw.py
+	$(BIN)/python docs/drawings/report.py
+
+hooks: setup ## let git run what `make check` runs before each commit
+	$(BIN)/pre-commit install
 
 # SWIFT_PYTHON: the Python of an environment that has ms-swift (benchmarks/swift_step.py says how to make one).
 bench: setup ## measure the ratios of benchmarks/README.md on this machine (about two hours)
@@ -69,13 +81,14 @@ gpu: setup ## on a machine with an NVIDIA GPU: the tests that need one, and a 7B
 	$(BIN)/pytest -q tests/gpu
 	$(BIN)/python benchmarks/gpu.py
 
-configs: setup ## rewrite pipelines/configs/*.yaml with every flag there is, values kept
+configs: setup ## rewrite pipelines/configs/*.yaml with every flag there is, values kept, and the docs' table of flags
 	@mkdir -p build; for name in $(notdir $(basename $(filter-out %/tune.yaml,$(wildcard pipelines/configs/*.yaml)))); do \
 		$(BIN)/python pipelines/rlhf.py --config pipelines/configs/$$name.yaml --print_config > build/config.yaml; \
 		mv build/config.yaml pipelines/configs/$$name.yaml; \
 	done
 	$(BIN)/python pipelines/tune.py --config pipelines/configs/tune.yaml --print_config > build/config.yaml
 	mv build/config.yaml pipelines/configs/tune.yaml
+	$(BIN)/python docs/tables.py
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	$(PYTHON) -m venv build/lock
