@@ -11,6 +11,7 @@ from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, Step
 from rayalign.algorithms.terms import logp_metrics, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
+from rayalign.data.companions import Mismatched
 from rayalign.data.sampler import StepCounts
 
 
@@ -25,7 +26,7 @@ class KTO:
     """KTO"""
 
     name: ClassVar[str] = "kto"
-    needs: ClassVar[Needs] = Needs(responses="either", companion="mismatched", reference=True, statistics=True)
+    needs: ClassVar[Needs] = Needs(responses="either", companion=Mismatched(), reference=True, statistics=True)
 
     beta: float = flag(0.1, "Strength of the pull to the reference: higher keeps closer to it.", above=0)
     desirable_weight: float = flag(1.0, "Weight of the good responses' losses.", at_least=0)

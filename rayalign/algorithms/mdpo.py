@@ -15,6 +15,7 @@ from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, Step
 from rayalign.algorithms.terms import logistic_loss, logp_metrics, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
+from rayalign.data.companions import Damaged
 from rayalign.data.sampler import StepCounts
 
 
@@ -34,7 +35,7 @@ class MDPO:
     """mDPO"""
 
     name: ClassVar[str] = "mdpo"
-    needs: ClassVar[Needs] = Needs(companion="damaged", reference=True)
+    needs: ClassVar[Needs] = Needs(companion=Damaged(), reference=True)
 
     beta: float = flag(0.1, "Strength of the pull to the reference: higher keeps closer to it.", above=0)
     conditional_weight: float = flag(1.0, "Weight of preferring the images to damaged ones.", at_least=0)

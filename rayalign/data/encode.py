@@ -8,18 +8,19 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
+from rayalign.data.batch import ImageChange, ImageProcessing
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses
-from rayalign.images.damage import damage_image
 from rayalign.images.fetch import image_hash, open_image
 from rayalign.models.family import Family, ImageInputs, RowLayout
 from rayalign.models.processors import describe_images, load_processor, process_images, tokenizer_of
@@ -236,24 +237,13 @@ class Encoder:
         return ids
 
 
-def image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes], Sequence[bool]], ImageInputs]:
-    """The function that turns images' bytes into the model's image inputs, as the encoder saw them; its second argument says of
-    each whether it is alone in its record."""
+def image_processing(spec: EncoderSpec) -> ImageProcessing:
+    """The function that turns images' bytes into the model's image inputs, as the encoder saw them."""
 
-    def process(contents: Sequence[bytes], alone: Sequence[bool]) -> ImageInputs:
-        opened = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
+    def process(contents: Sequence[bytes], alone: Sequence[bool], change: ImageChange | None = None) -> ImageInputs:
+        opened: Sequence[Image] = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
+        opened = opened if change is None else change(opened)
         return process_images(spec.processor, spec.family, spec.model_config, opened, alone=alone)
-
-    return process
-
-
-def damaged_image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes], Sequence[bool], Sequence[str]], ImageInputs]:
-    """The same for images of which little is left; each comes with the seed of its damage."""
-
-    def process(contents: Sequence[bytes], alone: Sequence[bool], seeds: Sequence[str]) -> ImageInputs:
-        opened = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
-        damaged = [damage_image(image, seed=seed) for image, seed in zip(opened, seeds, strict=True)]
-        return process_images(spec.processor, spec.family, spec.model_config, damaged, alone=alone)
 
     return process
 

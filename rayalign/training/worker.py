@@ -62,7 +62,7 @@ class _Worker:
         self.device = ray.train.torch.get_device()
         algorithm: Algorithm = config.algorithm
         self.sampler = sampler_of(config, data)
-        if data.held_out and algorithm.needs.companion == "mismatched":
+        if data.held_out and self.sampler.settings.with_partners:
             require_partners(data.held_out.num_rows, "in --val_dataset")
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         self.start_step = checkpoint.step if checkpoint else 0
@@ -157,7 +157,7 @@ class _Worker:
         )
         companion = self.trainer.algorithm.needs.companion
         order = None
-        if companion == "mismatched":
+        if self.sampler.settings.with_partners:
             order = rows if self.data.held_out else self.sampler.held_out_order
         batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order)
         metrics, pairs = self.trainer.evaluate(batches, counts_of(rows, lengths))

@@ -99,7 +99,7 @@ def test_what_goes_together_is_accepted(settings: dict[str, Any]) -> None:
 )
 def test_dpo_asks_for_what_its_losses_use(settings: dict[str, Any], reference: bool, statistics: bool) -> None:
     needs = DPO(**settings).needs
-    assert (needs.reference, needs.statistics, needs.responses, needs.companion) == (reference, statistics, "both", "none")
+    assert (needs.reference, needs.statistics, needs.responses, needs.companion) == (reference, statistics, "both", None)
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 3), (0, 1), (1, 2), (2, 1)])

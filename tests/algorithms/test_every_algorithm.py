@@ -114,10 +114,10 @@ def padded(batch: PairBatch, more: int) -> PairBatch:
         batch,
         input_ids=F.pad(batch.input_ids, (0, more), value=7),
         segment_ids=F.pad(batch.segment_ids, (0, more), value=PAD),
-        places=F.pad(batch.position_in_sequence, (0, more)),
+        position_in_sequence=F.pad(batch.position_in_sequence, (0, more)),
         position_ids=F.pad(batch.position_ids, (0, more)),
         predictors=batch.predictors + more * (batch.predictors // length),
-        ends=batch.last_token + more * (batch.last_token // length),
+        last_token=batch.last_token + more * (batch.last_token // length),
     )
 
 

@@ -116,7 +116,7 @@ def test_a_score_read_elsewhere_is_told_from_that_of_the_last_token(folder: Path
     else:
         row = torch.arange(len(pairs)) * batch.input_ids.shape[1]
         ends = (row + torch.tensor([len(p.prompt_ids) - 1 for p in pairs])).repeat(2)
-    wrong = torch.cat(scores(policy, dataclasses.replace(batch, ends=ends)))
+    wrong = torch.cat(scores(policy, dataclasses.replace(batch, last_token=ends)))
     with torch.no_grad():
         right = torch.cat(plain_scores(policy, folder, pairs))
     assert (wrong - right).abs().min() > 1e-3  # each of the six

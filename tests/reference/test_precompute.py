@@ -19,6 +19,7 @@ from rayalign.algorithms import ALGORITHMS, DPO, KTO, MDPO, Algorithm
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PairBatch
+from rayalign.data.companions import Damaged
 from rayalign.data.encode import EncoderSpec
 from rayalign.data.prepare import RunData, Sources, cache_key
 from rayalign.data.reference_store import SHARD_ROWS, ReferenceLogps, missing_shards, shard_name, write_reference_shard
@@ -379,7 +380,7 @@ def weights(tmp_path: Path) -> ModelSource:
 
 
 def key_of(source: ModelSource, **changes: Any) -> ReferenceKey:
-    values = {"model": ModelConfig(), "tuner": TunerConfig(), "dtype": "float32", "device": "cpu", "damaged": False, **changes}
+    values = {"model": ModelConfig(), "tuner": TunerConfig(), "dtype": "float32", "device": "cpu", "companion": None, **changes}
     return reference_key(source, **values)
 
 
@@ -391,7 +392,7 @@ QUANTISED = TunerConfig(quant_bits=4)
     [
         ({}, {"dtype": "bfloat16"}),
         ({}, {"device": "cuda"}),
-        ({}, {"damaged": True}),
+        ({}, {"companion": Damaged()}),
         ({}, {"model": ModelConfig(attn_implementation="eager")}),
         ({}, {"tuner": QUANTISED}),
         ({"tuner": QUANTISED}, {"tuner": dataclasses.replace(QUANTISED, bnb_4bit_quant_type="fp4")}),
