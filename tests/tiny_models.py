@@ -17,7 +17,7 @@ from rayalign.data.batch import PairBatch, assemble
 from rayalign.data.companions import with_companion
 from rayalign.data.encode import Encoder, EncoderSpec, image_processing
 from rayalign.data.sampler import StepCounts
-from rayalign.data.store import EncodedPair
+from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord
 from rayalign.models.registry import find_family
 from rayalign.models.source import ModelSource
@@ -159,5 +159,4 @@ def _encoder(folder: Path) -> Encoder:
 
 def counts_of(pairs: Sequence[EncodedPair]) -> StepCounts:
     """The counts of a step of these pairs."""
-    sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    return StepCounts(len(pairs), sum(n > 0 for n in sides), sum(sides[::2]), sum(sides[1::2]))
+    return StepCounts.of(TokenCounts.of(pairs))

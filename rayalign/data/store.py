@@ -82,9 +82,23 @@ class TokenCounts:
     chosen: Rows
     rejected: Rows
 
+    @classmethod
+    def of(cls, pairs: Sequence[EncodedPair]) -> "TokenCounts":
+        """Those of some pairs."""
+        sides = (
+            [pair.prompt_ids for pair in pairs],
+            [pair.chosen_ids for pair in pairs],
+            [pair.rejected_ids for pair in pairs],
+        )
+        return cls(*(np.array([len(ids) for ids in side], dtype=np.int64) for side in sides))
+
     @property
     def num_rows(self) -> int:
         return len(self.prompt)
+
+    def take(self, rows: Rows) -> "TokenCounts":
+        """Those of some rows, in this order."""
+        return TokenCounts(self.prompt[rows], self.chosen[rows], self.rejected[rows])
 
     def row_tokens(self, rows: Rows) -> Rows:
         """Lengths of the rows `[prompt | chosen | rejected]`."""

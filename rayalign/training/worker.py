@@ -18,7 +18,7 @@ import torch
 from rayalign.algorithms import Algorithm
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
-from rayalign.data.sampler import counts_of, cut_micro_batches, require_partners
+from rayalign.data.sampler import StepCounts, cut_micro_batches, require_partners
 from rayalign.data.store import PreparedData
 from rayalign.data.stream import fetch_pairs, held_out_pairs, pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
@@ -160,7 +160,7 @@ class _Worker:
         if self.sampler.settings.with_partners:
             order = rows if self.data.held_out else self.sampler.held_out_order
         batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order)
-        metrics, pairs = self.trainer.evaluate(batches, counts_of(rows, lengths))
+        metrics, pairs = self.trainer.evaluate(batches, StepCounts.of(lengths.take(rows)))
         self.pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
         line = {f"eval_{name}": value for name, value in metrics.items()}
         self.latest |= line

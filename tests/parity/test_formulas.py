@@ -21,7 +21,7 @@ from rayalign.config.sections import OptimizerConfig
 from rayalign.data.batch import PAD, ImageChange, PairBatch, assemble
 from rayalign.data.companions import Damaged, Mismatched, with_companion
 from rayalign.data.sampler import StepCounts
-from rayalign.data.store import EncodedPair
+from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
 from rayalign.ops.value_head import ValueHead
@@ -270,8 +270,7 @@ def run(name: str, cut: str, algorithm: Algorithm | None = None) -> Found:
         batch = assemble(some, layout=layout, process_images=no_images)
         return with_companion(batch, algorithm.needs.companion, some, partners, layout=layout, process_images=no_images)
 
-    sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    counts = StepCounts(len(pairs), len(sides) - sides.count(0), sum(sides[::2]), sum(sides[1::2]))
+    counts = StepCounts.of(TokenCounts.of(pairs))
     workers = [[batch_of(numbers) for numbers in batches] for batches in CUTS[cut]]
     trainers = [
         Trainer(policy, algorithm, OptimizerConfig(), num_steps=1, rank=rank, gather=lambda mine: statistics)
