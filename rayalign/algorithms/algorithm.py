@@ -14,7 +14,7 @@ from rayalign.ops.logprobs import PairLogps
 
 
 class PolicyForward(Protocol):
-    """What a step may ask of the policy; `images` is computed once and serves every forward of a batch."""
+    """What a loss may ask of the policy; `images` is computed once and serves every forward of a batch."""
 
     def image_features(self, batch: PairBatch) -> tuple[Tensor, ...]: ...
 
@@ -88,7 +88,7 @@ class Needs:
 
 
 class Algorithm(Protocol):
-    """A preference objective. Implementations are frozen dataclasses whose fields are their flags (`config.flag`)."""
+    """A training objective. Implementations are frozen dataclasses whose fields are their flags (`config.flag`)."""
 
     name: ClassVar[str]
 

@@ -1,6 +1,6 @@
 """Ray Data on the workers' side: streams a worker's pairs to it in sampler order, as batches that are ready to run.
 
-`data` prepared the records. Fetches run as Ray Data tasks; images are decoded and batches built in a thread of the train
+`prepare` encoded the records. Fetches run as Ray Data tasks; images are decoded and batches built in a thread of the train
 worker, next to the device that needs them.
 """
 
