@@ -13,10 +13,11 @@ from PIL import Image
 
 from rayalign.algorithms import Needs
 from rayalign.config.sections import ModelConfig, TunerConfig
-from rayalign.data.batch import PairBatch, assemble, with_damaged, with_mismatched
-from rayalign.data.encode import Encoder, EncoderSpec, damaged_image_processing, image_processing
+from rayalign.data.batch import PairBatch, assemble
+from rayalign.data.companions import with_companion
+from rayalign.data.encode import Encoder, EncoderSpec, image_processing
 from rayalign.data.sampler import StepCounts
-from rayalign.data.store import EncodedPair
+from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord
 from rayalign.models.registry import find_family
 from rayalign.models.source import ModelSource
@@ -99,15 +100,10 @@ def make_batch(
     spec = _encoder(folder).spec
     if needs.responses == "chosen":
         pairs = [dataclasses.replace(pair, rejected_ids=[]) for pair in pairs]
-    layout = spec.layout
-    batch = assemble(pairs, layout=layout, process_images=image_processing(spec))
-    match needs.companion:
-        case "none":
-            return batch
-        case "mismatched":
-            return with_mismatched(batch, pairs, partners or [*pairs[1:], pairs[0]], layout=layout)
-        case "damaged":
-            return with_damaged(batch, pairs, layout=layout, process_damaged=damaged_image_processing(spec))
+    layout, process = spec.layout, image_processing(spec)
+    batch = assemble(pairs, layout=layout, process_images=process)
+    partners = partners or [*pairs[1:], pairs[0]]
+    return with_companion(batch, needs.companion, pairs, partners, layout=layout, process_images=process)
 
 
 def make_policy(
@@ -163,5 +159,4 @@ def _encoder(folder: Path) -> Encoder:
 
 def counts_of(pairs: Sequence[EncodedPair]) -> StepCounts:
     """The counts of a step of these pairs."""
-    sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    return StepCounts(len(pairs), sum(n > 0 for n in sides), sum(sides[::2]), sum(sides[1::2]))
+    return StepCounts.of(TokenCounts.of(pairs))

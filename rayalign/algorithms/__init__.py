@@ -1,4 +1,4 @@
-"""The shelf of algorithms: one file each, holding its hyper-parameters and one step."""
+"""The shelf of algorithms: one file each, with its flags, its formula and its loss."""
 
 from rayalign.algorithms.algorithm import Algorithm, AlgorithmWithStatistics, LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.cpo import CPO

@@ -6,14 +6,15 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from rayalign.data.batch import CompanionKind, PairBatch
+from rayalign.data.batch import PairBatch
+from rayalign.data.companions import Companion
 from rayalign.data.sampler import StepCounts
 from rayalign.formats.records import Responses
 from rayalign.ops.logprobs import PairLogps
 
 
 class PolicyForward(Protocol):
-    """What a step may ask of the policy; `images` is computed once and serves every forward of a batch."""
+    """What a loss may ask of the policy; `images` is computed once and serves every forward of a batch."""
 
     def image_features(self, batch: PairBatch) -> tuple[Tensor, ...]: ...
 
@@ -56,21 +57,38 @@ class StepStatistics:
 class Needs:
     """What an algorithm asks of the data, the policy and the loop.
 
-    `responses`: which responses of a record its rows hold; `companion`: which other rows its batches bring along; `statistics`:
-    the loss of a pair depends on the other pairs of the step, whose statistics are taken first; `dropout`: False where two
-    policies or two responses are compared, which dropout would make differ at step 0.
+    `responses`: which responses of a record its rows hold; `companion`: the other rows that its batches bring along;
+    `statistics`: the loss of a pair depends on the other pairs of the step, whose statistics are taken first, of the
+    companion's rows where there are some; `dropout`: False where two policies or two responses are compared, which dropout
+    would make differ at step 0.
     """
 
     responses: Responses = "both"
-    companion: CompanionKind = "none"
+    companion: Companion | None = None
     head: Literal["language", "value"] = "language"
     reference: bool = False
     statistics: bool = False
     dropout: bool = False
 
+    @property
+    def stable_companion(self) -> Companion | None:
+        """The companion, if the reference's log-probs of its rows can be stored."""
+        return self.companion if self.companion is not None and self.companion.is_stable_over_epochs else None
+
+    @property
+    def runs_reference_in_step(self) -> bool:
+        """Whether the reference is run in the step even where its log-probs are stored: on a companion's rows that differ from
+        epoch to epoch."""
+        return self.reference and self.companion != self.stable_companion
+
+    @property
+    def brings_images(self) -> bool:
+        """Whether a companion brings images of its own along, beside those of the pairs."""
+        return self.companion is not None and not self.companion.shares_images
+
 
 class Algorithm(Protocol):
-    """A preference objective. Implementations are frozen dataclasses whose fields are their flags (`config.flag`)."""
+    """A training objective. Implementations are frozen dataclasses whose fields are their flags (`config.flag`)."""
 
     name: ClassVar[str]
 

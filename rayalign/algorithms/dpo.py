@@ -85,9 +85,9 @@ class DPO:
     ) -> LossOutput:
         images = policy.image_features(batch)
         logps = policy.logps(batch, images)
-        chosen, rejected = discounted = dpo_losses.discounted(logps, self.ld_alpha)
+        policy_logps = dpo_losses.discounted(logps, self.ld_alpha)
         if statistics is None:
-            reference, partners = self._reference(policy, batch, images, like=discounted), None
+            reference, partners = self._reference(policy, batch, images, like=policy_logps), None
         else:
             reference = statistics.of(batch)[:, 2:].unbind(1)
             partners = dpo_losses.rank_partners(statistics, batch)
@@ -102,26 +102,28 @@ class DPO:
                 loss = loss + weight * PAIR_LOSSES[name](scores, settings).sum() / counts.pairs
         return LossOutput(
             loss=loss,
-            pair_metrics=reward_metrics(self.beta * scores.chosen, self.beta * scores.rejected)
-            | logp_metrics(chosen, rejected),
+            pair_metrics=reward_metrics(self.beta * scores.chosen_logratios, self.beta * scores.rejected_logratios)
+            | logp_metrics(*policy_logps),
             mean_metrics=nll_metric(logps.chosen),
         )
 
     def scores(self, logps: PairLogps, reference: tuple[Tensor, ...], partners: RankPartners | None = None) -> PairScores:
         """What the losses see, from the policy's log-probs and the reference's discounted ones."""
-        policy = dpo_losses.discounted(logps, self.ld_alpha)
-        chosen, rejected = (own - other for own, other in zip(policy, reference, strict=True))
+        policy_chosen_logps, policy_rejected_logps = dpo_losses.discounted(logps, self.ld_alpha)
+        reference_chosen_logps, reference_rejected_logps = reference
+        chosen_logratios = policy_chosen_logps - reference_chosen_logps
+        rejected_logratios = policy_rejected_logps - reference_rejected_logps
         see = functools.partial(
             dpo_losses.divergence_score, divergence=self.f_divergence_type, alpha=self.f_alpha_divergence_coef
         )
         return PairScores(
-            chosen=chosen,
-            rejected=rejected,
-            chosen_score=see(chosen),
-            rejected_score=see(rejected),
+            chosen_logratios=chosen_logratios,
+            rejected_logratios=rejected_logratios,
+            chosen_score=see(chosen_logratios),
+            rejected_score=see(rejected_logratios),
             chosen_tokens=logps.chosen.tokens,
             rejected_tokens=logps.rejected.tokens,
-            gap=policy[0] - policy[1],
+            gap=policy_chosen_logps - policy_rejected_logps,
             partners=partners,
         )
 

@@ -33,21 +33,21 @@ class RankPartners:
     the ranks of the pair's own gap, rejected and chosen log-ratio."""
 
     gap: Tensor
-    chosen: Tensor
-    rejected: Tensor
+    chosen_logratios: Tensor
+    rejected_logratios: Tensor
 
 
 @dataclass(frozen=True)
 class PairScores:
     """What the losses see of B pairs, each [B].
 
-    `chosen`, `rejected`: log-ratios of policy to reference, log p - log p_ref, summed over response tokens; `chosen_score`,
-    `rejected_score`: the same seen through the f-divergence; `*_tokens`: lengths of the responses; `gap`: log p_chosen -
-    log p_rejected of the policy; `partners` only where a loss is one of RANKED.
+    `*_logratios`: of policy to reference, log p - log p_ref, summed over response tokens; `*_score`: the same seen through the
+    f-divergence; `*_tokens`: lengths of the responses; `gap`: log p_chosen - log p_rejected of the policy; `partners` only
+    where a loss is one of RANKED.
     """
 
-    chosen: Tensor
-    rejected: Tensor
+    chosen_logratios: Tensor
+    rejected_logratios: Tensor
     chosen_score: Tensor
     rejected_score: Tensor
     chosen_tokens: Tensor
@@ -96,7 +96,7 @@ def exo_pair(scores: PairScores, settings: LossSettings) -> Tensor:
 
 def nca_pair(scores: PairScores, settings: LossSettings) -> Tensor:
     """Each response against noise: https://arxiv.org/abs/2402.05369, the pairwise NCA."""
-    chosen, rejected = settings.beta * scores.chosen, settings.beta * scores.rejected
+    chosen, rejected = settings.beta * scores.chosen_logratios, settings.beta * scores.rejected_logratios
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
@@ -109,12 +109,12 @@ def robust(scores: PairScores, settings: LossSettings) -> Tensor:
 
 def bco_pair(scores: PairScores, settings: LossSettings) -> Tensor:
     """Each response as good or bad by itself: https://arxiv.org/abs/2404.04656, with a reward shift of 0."""
-    return -F.logsigmoid(settings.beta * scores.chosen) - F.logsigmoid(-settings.beta * scores.rejected)
+    return -F.logsigmoid(settings.beta * scores.chosen_logratios) - F.logsigmoid(-settings.beta * scores.rejected_logratios)
 
 
 def sppo_hard(scores: PairScores, settings: LossSettings) -> Tensor:
     """Log-ratios pulled to +-1 / (2 beta): equation 4.7 of https://arxiv.org/abs/2405.00675 with certain preferences."""
-    return (scores.chosen - 0.5 / settings.beta) ** 2 + (scores.rejected + 0.5 / settings.beta) ** 2
+    return (scores.chosen_logratios - 0.5 / settings.beta) ** 2 + (scores.rejected_logratios + 0.5 / settings.beta) ** 2
 
 
 def aot(scores: PairScores, settings: LossSettings) -> Tensor:
@@ -134,19 +134,21 @@ def aot_unpaired(scores: PairScores, settings: LossSettings) -> Tensor:
 
     # Every term of the step's sum has one chosen and one rejected side, mostly of two pairs. A pair adds up its two terms, each
     # with the other side held fixed: the gradients of the whole, and twice its value.
-    both = loss(scores.chosen - scores.partners.rejected) + loss(scores.partners.chosen - scores.rejected)
+    both = loss(scores.chosen_logratios - scores.partners.rejected_logratios) + loss(
+        scores.partners.chosen_logratios - scores.rejected_logratios
+    )
     return both - both.detach() / 2
 
 
 def apo_zero(scores: PairScores, settings: LossSettings) -> Tensor:
     """Chosen responses up, rejected ones down: equation 7 of https://arxiv.org/abs/2408.06266."""
-    return 1 - torch.sigmoid(settings.beta * scores.chosen) + torch.sigmoid(settings.beta * scores.rejected)
+    return 1 - torch.sigmoid(settings.beta * scores.chosen_logratios) + torch.sigmoid(settings.beta * scores.rejected_logratios)
 
 
 def apo_down(scores: PairScores, settings: LossSettings) -> Tensor:
     """Both down, the rejected one more: equation 8 of https://arxiv.org/abs/2408.06266."""
-    lead = scores.chosen - scores.rejected
-    return torch.sigmoid(settings.beta * scores.chosen) + 1 - torch.sigmoid(settings.beta * lead)
+    lead = scores.chosen_logratios - scores.rejected_logratios
+    return torch.sigmoid(settings.beta * scores.chosen_logratios) + 1 - torch.sigmoid(settings.beta * lead)
 
 
 def discopop(scores: PairScores, settings: LossSettings) -> Tensor:
@@ -212,17 +214,19 @@ def discounted(logps: PairLogps, ld_alpha: float | None) -> tuple[Tensor, Tensor
 def rank_partners(statistics: StepStatistics, batch: PairBatch) -> RankPartners:
     """The partners of a batch's pairs; `statistics.whole` [P, 4]: chosen and rejected log-probs of the policy, then of the
     reference."""
-    whole = statistics.whole
+    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps = statistics.whole.unbind(1)
     own = slice(statistics.first, statistics.first + batch.num_pairs)
-    gap, reference_gap = whole[:, 0] - whole[:, 1], whole[:, 2] - whole[:, 3]
-    chosen, rejected = whole[:, 0] - whole[:, 2], whole[:, 1] - whole[:, 3]
+    gap = policy_chosen_logps - policy_rejected_logps
+    reference_gap = reference_chosen_logps - reference_rejected_logps
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
     return RankPartners(
         gap=reference_gap.sort().values[_ranks(gap)][own],
-        chosen=chosen.sort().values[_ranks(rejected)][own],
-        rejected=rejected.sort().values[_ranks(chosen)][own],
+        chosen_logratios=chosen_logratios.sort().values[_ranks(rejected_logratios)][own],
+        rejected_logratios=rejected_logratios.sort().values[_ranks(chosen_logratios)][own],
     )
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Place of each value among all of them, sorted."""
+    """Rank of each value among all of them, from the smallest."""
     return values.argsort(stable=True).argsort()

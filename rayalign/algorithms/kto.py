@@ -11,13 +11,14 @@ from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, Step
 from rayalign.algorithms.terms import logp_metrics, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
+from rayalign.data.companions import Mismatched
 from rayalign.data.sampler import StepCounts
 
 
-def kto_losses(chosen: Tensor, rejected: Tensor, kl: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+def kto_losses(chosen_logratios: Tensor, rejected_logratios: Tensor, kl: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
     """[B] each: 1 - sigmoid(beta (r - z)) of desirable and 1 - sigmoid(beta (z - r)) of undesirable responses, with r the
     log-ratio of policy to reference and z [] the KL estimate: the paper's lambda - v(x, y), with lambda = 1."""
-    return 1 - torch.sigmoid(beta * (chosen - kl)), 1 - torch.sigmoid(beta * (kl - rejected))
+    return 1 - torch.sigmoid(beta * (chosen_logratios - kl)), 1 - torch.sigmoid(beta * (kl - rejected_logratios))
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class KTO:
     """KTO"""
 
     name: ClassVar[str] = "kto"
-    needs: ClassVar[Needs] = Needs(responses="either", companion="mismatched", reference=True, statistics=True)
+    needs: ClassVar[Needs] = Needs(responses="either", companion=Mismatched(), reference=True, statistics=True)
 
     beta: float = flag(0.1, "Strength of the pull to the reference: higher keeps closer to it.", above=0)
     desirable_weight: float = flag(1.0, "Weight of the good responses' losses.", at_least=0)
@@ -41,11 +42,10 @@ class KTO:
         images = policy.image_features(batch)
         mismatched = batch.companion.batch
         logps, reference = policy.logps(mismatched, images), policy.reference_logps(mismatched, images)
-        ratios = [
-            own.total - other.total for own, other in ((logps.chosen, reference.chosen), (logps.rejected, reference.rejected))
-        ]
-        counts = (logps.chosen.tokens > 0).to(ratios[0]) + (logps.rejected.tokens > 0).to(ratios[0])
-        return torch.stack([ratios[0] + ratios[1], counts], dim=1)
+        chosen_logratios = logps.chosen.total - reference.chosen.total
+        rejected_logratios = logps.rejected.total - reference.rejected.total
+        counts = (logps.chosen.tokens > 0).to(chosen_logratios) + (logps.rejected.tokens > 0).to(chosen_logratios)
+        return torch.stack([chosen_logratios + rejected_logratios, counts], dim=1)
 
     def loss(
         self, policy: PolicyForward, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None = None
@@ -54,13 +54,14 @@ class KTO:
         images = policy.image_features(batch)
         reference = policy.reference_logps(batch, images)
         logps = policy.logps(batch, images)
-        chosen, rejected = logps.chosen.total - reference.chosen.total, logps.rejected.total - reference.rejected.total
-        ratio, count = statistics.whole.to(chosen).sum(0)
+        chosen_logratios = logps.chosen.total - reference.chosen.total
+        rejected_logratios = logps.rejected.total - reference.rejected.total
+        ratio, count = statistics.whole.to(chosen_logratios).sum(0)
         kl = (ratio / count).clamp(min=0)
-        desirable, undesirable = kto_losses(chosen, rejected, kl, beta=self.beta)
+        desirable, undesirable = kto_losses(chosen_logratios, rejected_logratios, kl, beta=self.beta)
         no_chosen, no_rejected = logps.chosen.tokens == 0, logps.rejected.tokens == 0
         losses = self.desirable_weight * desirable * ~no_chosen + self.undesirable_weight * undesirable * ~no_rejected
-        rewards = reward_metrics(self.beta * chosen, self.beta * rejected)
+        rewards = reward_metrics(self.beta * chosen_logratios, self.beta * rejected_logratios)
         not_both = no_chosen | no_rejected
         return LossOutput(
             loss=losses.sum() / counts.responses,

@@ -15,18 +15,19 @@ from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, Step
 from rayalign.algorithms.terms import logistic_loss, logp_metrics, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.batch import PairBatch
+from rayalign.data.companions import Damaged
 from rayalign.data.sampler import StepCounts
 
 
-def conditional_loss(chosen: Tensor, damaged: Tensor, *, beta: float) -> Tensor:
+def conditional_loss(chosen_logratios: Tensor, damaged_logratios: Tensor, *, beta: float) -> Tensor:
     """[b]: -log sigmoid(beta (r - r')), with r and r' the log-ratios of policy to reference of the same response, given the
     images and given the damaged ones: the paper's L_CoPO."""
-    return logistic_loss(beta * (chosen - damaged))
+    return logistic_loss(beta * (chosen_logratios - damaged_logratios))
 
 
-def anchor_loss(chosen: Tensor, *, beta: float, delta: float) -> Tensor:
+def anchor_loss(chosen_logratios: Tensor, *, beta: float, delta: float) -> Tensor:
     """[B]: -log sigmoid(beta r - delta): the chosen response's reward must exceed delta: the paper's L_AncPO."""
-    return -F.logsigmoid(beta * chosen - delta)
+    return -F.logsigmoid(beta * chosen_logratios - delta)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class MDPO:
     """mDPO"""
 
     name: ClassVar[str] = "mdpo"
-    needs: ClassVar[Needs] = Needs(companion="damaged", reference=True)
+    needs: ClassVar[Needs] = Needs(companion=Damaged(), reference=True)
 
     beta: float = flag(0.1, "Strength of the pull to the reference: higher keeps closer to it.", above=0)
     conditional_weight: float = flag(1.0, "Weight of preferring the images to damaged ones.", at_least=0)
@@ -51,22 +52,24 @@ class MDPO:
         images = policy.image_features(batch)
         reference = policy.reference_logps(batch, images)
         logps = policy.logps(batch, images)
-        chosen, rejected = logps.chosen.total - reference.chosen.total, logps.rejected.total - reference.rejected.total
-        losses = logistic_loss(self.beta * (chosen - rejected)).sum()
-        losses = losses + self.anchor_weight * anchor_loss(chosen, beta=self.beta, delta=self.anchor_delta).sum()
+        chosen_logratios = logps.chosen.total - reference.chosen.total
+        rejected_logratios = logps.rejected.total - reference.rejected.total
+        losses = logistic_loss(self.beta * (chosen_logratios - rejected_logratios)).sum()
+        losses = losses + self.anchor_weight * anchor_loss(chosen_logratios, beta=self.beta, delta=self.anchor_delta).sum()
         means: dict[str, tuple[Tensor, Tensor]] = {}
         if batch.companion is not None:
             rows, damaged_batch = batch.companion.rows, batch.companion.batch
             images = policy.image_features(damaged_batch)
-            before = policy.reference_logps(damaged_batch, images).chosen.total
-            damaged = policy.logps(damaged_batch, images).chosen.total - before
-            losses = losses + self.conditional_weight * conditional_loss(chosen[rows], damaged, beta=self.beta).sum()
-            lead = self.beta * (chosen[rows] - damaged).detach()
+            damaged_reference = policy.reference_logps(damaged_batch, images)
+            damaged_logratios = policy.logps(damaged_batch, images).chosen.total - damaged_reference.chosen.total
+            with_images = chosen_logratios[rows]
+            losses = losses + self.conditional_weight * conditional_loss(with_images, damaged_logratios, beta=self.beta).sum()
+            lead = self.beta * (with_images - damaged_logratios).detach()
             count = torch.tensor(len(rows))
             means = {"conditional/margins": (lead.sum(), count), "conditional/accuracies": ((lead > 0).sum(), count)}
         return LossOutput(
             loss=losses / counts.pairs,
-            pair_metrics=reward_metrics(self.beta * chosen, self.beta * rejected)
+            pair_metrics=reward_metrics(self.beta * chosen_logratios, self.beta * rejected_logratios)
             | logp_metrics(logps.chosen.total, logps.rejected.total),
             mean_metrics=means,
         )

@@ -1,4 +1,4 @@
-"""What the objectives are made of: the logistic loss, likelihood of the chosen responses, and the metrics of a pair."""
+"""What the losses are made of: the logistic loss, likelihood of the chosen responses, and the metrics of a pair."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,5 +37,5 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
 
 
 def logp_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """`logps/*` of pairs [B], as the objective uses them: sums or means over response tokens."""
+    """`logps/*` of pairs [B], as the algorithm uses them: sums or means over response tokens."""
     return {"logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}

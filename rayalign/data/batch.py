@@ -1,20 +1,20 @@
 """From encoded pairs to tensors: one row `[prompt | chosen | rejected]` per pair, each distinct image once.
 
-`encode` makes the pairs, `policy` runs them. The two responses share their prompt's row; `attention` keeps them apart, and the
-rejected one's positions start again where the prompt ended. Objectives that compare the pairs with other ones (`mismatched`,
-`damaged`) find them in the batch's companion.
+`encode` makes the pairs, `policy` runs the batches. The two responses share their prompt's row; `ops.attention` keeps them
+apart, and the rejected one's positions start again where the prompt ended. Algorithms that compare the pairs with other rows
+find these in the batch's companion, which `companions` makes.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from rayalign.data.reference_store import ReferenceLogps
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import Grid, ImageInputs, RowLayout
 
@@ -24,25 +24,34 @@ PAD, PROMPT, CHOSEN, REJECTED = -1, 0, 1, 2
 RowLengths = tuple[tuple[int, int], ...]
 """Of each row the number of its prompt's tokens, and of all of its tokens."""
 
-CompanionKind = Literal["none", "mismatched", "damaged"]
-"""Which companion a batch has: `with_mismatched`'s, `with_damaged`'s, or none."""
+ImageChange = Callable[[Sequence[Image.Image]], Sequence[Image.Image]]
+"""What is done to opened images before the model's image processor sees them."""
+
+
+class ImageProcessing(Protocol):
+    """Turns images' bytes into the model's image inputs."""
+
+    def __call__(self, contents: Sequence[bytes], alone: Sequence[bool], change: ImageChange | None = None) -> ImageInputs:
+        """`alone` says of each image whether it is the only one of its record; `change` is applied to the opened images."""
+        ...
 
 
 @dataclass(frozen=True)
 class PairBatch:
     """B pairs, padded to S tokens.
 
-    `input_ids`, `segment_ids` (PAD, PROMPT, CHOSEN, REJECTED), `position_in_sequence` (of the token in the
-    conversation that it belongs to: prompt and one response): [B, S].
-    `row_lengths`: of each row the prompt's tokens, and all. `position_ids`: [B, S], or [3, B, S] where images have rows and
-    columns (M-RoPE). For the N response tokens of the batch: `predictors` [N] is the flat index into [B * S] of the state that
-    predicts the token, `targets` [N] its id, `response_ids` [N] the response it belongs to (chosen of pair b: b; rejected of
-    pair b: B + b). `last_token` [2B] is the flat index of each response's last token (of the prompt's, where there is no such
-    response). `image_inputs` is the processor's output for the
-    distinct images; `image_lengths` the number of features of each and `image_grids` their grids (`ImageInputs`); `image_slots`
-    names the distinct image of each image place, in reading order; `image_features` [tokens, H] of each distinct image, where
-    they were made beforehand. `reference_logps` [N], float32: the log-probability of each target under the reference, where it
-    was computed beforehand.
+    Of the rows, [B, S] each: `input_ids`; `segment_ids` (PAD, PROMPT, CHOSEN, REJECTED); `position_in_sequence`, of the token
+    in the conversation that it belongs to: prompt and one response; `position_ids`, or [3, B, S] where images have rows and
+    columns (M-RoPE). `row_lengths`: of each row the prompt's tokens, and all.
+
+    Of the N response tokens: `predictors` [N] is the flat index into [B * S] of the state that predicts the token, `targets`
+    [N] its id, `response_ids` [N] the response it belongs to (chosen of pair b: b; rejected of pair b: B + b);
+    `reference_logps` [N], float32, its log-probability under the reference, where that was computed beforehand. `last_token`
+    [2B] is the flat index of each response's last token (of the prompt's, where there is no such response).
+
+    Of the distinct images: `image_inputs`, the processor's output; `image_lengths`, how many features each has; `image_grids`
+    (`ImageInputs`); `image_features`, [tokens, H] each, where they were made beforehand. `image_slots` says of each image of
+    the prompts, in reading order, which of the distinct ones it is.
     """
 
     ids: tuple[str, ...]
@@ -62,7 +71,7 @@ class PairBatch:
     margins: Tensor
     image_features: tuple[Tensor, ...] | None = None
     reference_logps: Tensor | None = None
-    companion: "Companion | None" = None
+    companion: "CompanionRows | None" = None
 
     @property
     def num_pairs(self) -> int:
@@ -102,7 +111,7 @@ class PairBatch:
         images = {name: move(value) for name, value in self.image_inputs.items()}
         companion = self.companion
         if companion is not None:
-            companion = Companion(companion.batch._map_tensors(move), move(companion.rows))
+            companion = CompanionRows(companion.batch._map_tensors(move), move(companion.rows))
         return dataclasses.replace(self, **moved, image_inputs=images, companion=companion)
 
 
@@ -112,8 +121,8 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @dataclass(frozen=True)
-class Companion:
-    """Other rows that an objective compares a batch's pairs with; row i of `batch` belongs to pair `rows[i]`."""
+class CompanionRows:
+    """Other rows that an algorithm compares a batch's pairs with; row i of `batch` belongs to pair `rows[i]`."""
 
     batch: PairBatch
     rows: Tensor
@@ -125,10 +134,9 @@ def assemble(
     layout: RowLayout,
     process_images: Callable[[Sequence[bytes], Sequence[bool]], ImageInputs],
 ) -> PairBatch:
-    """Builds the batch of some pairs; `process_images` turns the distinct images' bytes into the model's image inputs (its
-    second argument says of each whether it is alone in its record).
+    """Builds the batch of some pairs; `process_images` is an `ImageProcessing`, which is given each distinct image once.
 
-    A response without tokens takes no place in its row: SFT's rows are `[prompt | chosen]`.
+    A response without tokens has none in its row: SFT's rows are `[prompt | chosen]`.
     """
     contents, alone, slots = _distinct_images(pairs, by_company=layout.features_by_company)
     images = process_images(contents, alone) if contents else ImageInputs()
@@ -198,7 +206,7 @@ def _aligned(reference: list[float], pairs: Sequence[EncodedPair]) -> Tensor | N
 
 
 def _distinct_images(pairs: Sequence[EncodedPair], *, by_company: bool) -> tuple[list[bytes], list[bool], list[int]]:
-    """The distinct images of some pairs, whether each is alone in its record, and which one stands at each image place.
+    """The distinct images of some pairs, whether each is alone in its record, and which one each image of the prompts is.
 
     `by_company`: an image that is alone is another one than the same beside others; those that are alone come first.
     """
@@ -229,59 +237,11 @@ def _prompt_positions(
     rows: list[int] = []
     columns: list[int] = []
     waiting = iter(grids)
-    place, after = 0, first
-    while place < len(prompt_ids):
-        height, width = next(waiting) if prompt_ids[place] == layout.image_token_id else (1, 1)
+    token, after = 0, first
+    while token < len(prompt_ids):
+        height, width = next(waiting) if prompt_ids[token] == layout.image_token_id else (1, 1)
         times += [after] * (height * width)
         rows += [after + row for row in range(height) for _ in range(width)]
         columns += [after + column for _ in range(height) for column in range(width)]
-        place, after = place + height * width, after + max(height, width)
+        token, after = token + height * width, after + max(height, width)
     return [times, rows, columns], after
-
-
-def with_mismatched(
-    batch: PairBatch, pairs: Sequence[EncodedPair], others: Sequence[EncodedPair], *, layout: RowLayout
-) -> PairBatch:
-    """The batch of `pairs` with a companion: each prompt followed by the responses to another one (`others`, in the same
-    order), which KTO estimates a KL divergence from. The images are the batch's own, shared with it: its `image_features` serve
-    both."""
-    crossed = [
-        dataclasses.replace(pair, chosen_ids=other.chosen_ids, rejected_ids=other.rejected_ids, reference=None)
-        for pair, other in zip(pairs, others, strict=True)
-    ]
-    images = ImageInputs(batch.image_inputs, batch.image_lengths, batch.image_grids)
-    rows = assemble(crossed, layout=layout, process_images=lambda contents, alone: images)
-    return dataclasses.replace(batch, companion=Companion(rows, torch.arange(len(pairs))))
-
-
-def with_damaged(
-    batch: PairBatch,
-    pairs: Sequence[EncodedPair],
-    *,
-    layout: RowLayout,
-    process_damaged: Callable[[Sequence[bytes], Sequence[bool], Sequence[str]], ImageInputs],
-) -> PairBatch:
-    """The batch of `pairs` with a companion: those pairs that have images, as `[prompt | chosen]` with damaged images, which
-    mDPO prefers the true ones to. `process_damaged` takes what `process_images` does and a seed for each image, made of the
-    pair's id."""
-    rows = [row for row, pair in enumerate(pairs) if pair.images]
-    if not rows:
-        return batch
-    # Every image of every pair is damaged in its own way, so that none is shared.
-    seeds = [[f"{pairs[row].id}/{i}" for i in range(len(pairs[row].images))] for row in rows]
-    damaged = [
-        dataclasses.replace(pairs[row], rejected_ids=[], image_hashes=own, reference=_damaged_reference(pairs[row]))
-        for row, own in zip(rows, seeds, strict=True)
-    ]
-    # In the order of the distinct images: those that are alone first, where that matters.
-    in_order = sorted(seeds, key=lambda own: layout.features_by_company and len(own) > 1)
-    every_seed = [seed for own in in_order for seed in own]
-    companion = assemble(
-        damaged, layout=layout, process_images=lambda contents, alone: process_damaged(contents, alone, every_seed)
-    )
-    return dataclasses.replace(batch, companion=Companion(companion, torch.tensor(rows)))
-
-
-def _damaged_reference(pair: EncodedPair) -> ReferenceLogps | None:
-    """What the reference says of the row with damaged images."""
-    return None if pair.reference is None else ReferenceLogps(pair.reference.damaged, [], [])

@@ -1,6 +1,6 @@
 """A preference record becomes token ids: chat template, image tokens, responses, truncation; everything a batch needs.
 
-`records` come in, `EncodedPair`s go out to `prepared` (storage) and `batch` (tensors). Image-token agreement is checked here,
+`formats.records` come in, `EncodedPair`s go out to `store` and to `batch` (tensors). Image-token agreement is checked here,
 where a record can still be dropped with a reason.
 """
 
@@ -8,18 +8,20 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
+from rayalign.data.batch import ImageChange, ImageProcessing
 from rayalign.data.store import EncodedPair
+from rayalign.data.truncation import TruncationStrategy, count_older_rounds, next_cut, without_oldest_round
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses
-from rayalign.images.damage import damage_image
 from rayalign.images.fetch import image_hash, open_image
 from rayalign.models.family import Family, ImageInputs, RowLayout
 from rayalign.models.processors import describe_images, load_processor, process_images, tokenizer_of
@@ -37,7 +39,7 @@ class EncoderSpec:
     model: str
     responses: Responses
     max_length: int = 4096
-    truncation_strategy: Literal["delete", "left", "right", "raise"] = "delete"
+    truncation_strategy: TruncationStrategy = "delete"
     max_pixels: int | None = None
     trust_remote_code: bool = False
 
@@ -116,29 +118,31 @@ class Encoder:
     def encode(self, record: PreferenceRecord, images: Sequence[bytes]) -> EncodedPair:
         """Encodes a record with its images' bytes; raises RecordError where it cannot be trained on."""
         messages, images = list(record.messages), list(images)
-        limit = self.spec.max_length
+        limit, strategy = self.spec.max_length, self.spec.truncation_strategy
         while True:
             prompt, responses = self._render(messages, record)
             prompt_ids = self._prompt_ids(prompt, images)
             response_ids = {side: self._response_ids(text, side) for side, text in responses.items()}
-            length = len(prompt_ids) + max(map(len, response_ids.values()))
-            if length <= limit:
+            longest, rounds = max(map(len, response_ids.values())), count_older_rounds(messages)
+            cut = next_cut(len(prompt_ids), longest, older_rounds=rounds, max_length=limit, strategy=strategy)
+            if cut != "oldest round":
                 break
-            if self.spec.truncation_strategy == "raise":
+            messages, images = without_oldest_round(messages, images)
+        length = len(prompt_ids) + longest
+        match cut:
+            case "run":
                 raise ValueError(
                     f"Record {record.id} has {length} tokens and --max_length is {limit}. "
                     "Raise --max_length, lower --max_pixels, or choose another --truncation_strategy."
                 )
-            if self.spec.truncation_strategy == "left" and _drop_oldest_round(messages, images):
-                continue
-            if self.spec.truncation_strategy == "right" and len(prompt_ids) < limit:
+            case "record":
+                raise RecordError("too long", f"{length} tokens, --max_length is {limit}", field="messages")
+            case "responses":
                 response_ids = {side: ids[: limit - len(prompt_ids)] for side, ids in response_ids.items()}
                 if response_ids.get("chosen") == response_ids.get("rejected"):
                     raise RecordError(
                         "identical responses", f"the responses are the same after the cut to {limit} tokens", field="rejected"
                     )
-                break
-            raise RecordError("too long", f"{length} tokens, --max_length is {limit}", field="messages")
         return EncodedPair(
             id=record.id,
             prompt_ids=prompt_ids,
@@ -236,24 +240,13 @@ class Encoder:
         return ids
 
 
-def image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes], Sequence[bool]], ImageInputs]:
-    """The function that turns images' bytes into the model's image inputs, as the encoder saw them; its second argument says of
-    each whether it is alone in its record."""
+def image_processing(spec: EncoderSpec) -> ImageProcessing:
+    """The function that turns images' bytes into the model's image inputs, as the encoder saw them."""
 
-    def process(contents: Sequence[bytes], alone: Sequence[bool]) -> ImageInputs:
-        opened = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
+    def process(contents: Sequence[bytes], alone: Sequence[bool], change: ImageChange | None = None) -> ImageInputs:
+        opened: Sequence[Image] = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
+        opened = opened if change is None else change(opened)
         return process_images(spec.processor, spec.family, spec.model_config, opened, alone=alone)
-
-    return process
-
-
-def damaged_image_processing(spec: EncoderSpec) -> Callable[[Sequence[bytes], Sequence[bool], Sequence[str]], ImageInputs]:
-    """The same for images of which little is left; each comes with the seed of its damage."""
-
-    def process(contents: Sequence[bytes], alone: Sequence[bool], seeds: Sequence[str]) -> ImageInputs:
-        opened = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
-        damaged = [damage_image(image, seed=seed) for image, seed in zip(opened, seeds, strict=True)]
-        return process_images(spec.processor, spec.family, spec.model_config, damaged, alone=alone)
 
     return process
 
@@ -275,14 +268,3 @@ def _content_parts(text: str) -> list[dict[str, str]]:
         if piece:
             parts.append({"type": "text", "text": piece})
     return parts
-
-
-def _drop_oldest_round(messages: list[Message], images: list[bytes]) -> bool:
-    """Takes the oldest question and its response away, with their images; False when only the last question is left."""
-    start = 1 if messages[0].role == "system" else 0
-    if len(messages) - start < 3:
-        return False
-    dropped = sum(m.content.count(IMAGE_MARK) for m in messages[start : start + 2])
-    del messages[start : start + 2]
-    del images[:dropped]
-    return True

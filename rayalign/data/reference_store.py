@@ -1,9 +1,9 @@
 """Log-probabilities under the reference as data: the files that hold them beside the encoded pairs, in a folder named by what
-they depend on (`reference_key`).
+they depend on (`reference.key`).
 
-Stored for each response token, since objectives weigh tokens differently. A file holds the rows of one part and is complete or
-absent, so that a pass that was cut short goes on with the parts that are missing. `reference_pass` computes them, `prepared`
-brings them along with the pairs.
+Stored for each response token, since algorithms weigh tokens differently. A shard holds SHARD_ROWS rows and is complete or
+absent, so that a pass that was cut short goes on with the shards that are missing. `reference.precompute` writes them, `store`
+reads them along with the pairs.
 """
 
 import functools
@@ -18,17 +18,24 @@ from numpy.typing import NDArray
 from rayalign.storage import Store
 
 SHARD_ROWS = 64
-"""Rows of one file, which one task computes."""
+"""Rows of one shard, which one task computes."""
 
-SIDES = ("chosen", "rejected", "damaged")
+SIDES = ("chosen", "rejected", "companion")
+"""What there are log-probs of: the two responses, and a companion's row where this is the same in every epoch."""
+
+STORED_NAMES = {"chosen": "chosen", "rejected": "rejected", "companion": "damaged"}
+"""The column of each side in a shard; a companion's has the name of the first one whose rows were stored."""
 
 REFERENCE_SCHEMA = pa.schema(
-    [pa.field("id", pa.string(), nullable=False), *(pa.field(side, pa.list_(pa.float32()), nullable=False) for side in SIDES)]
+    [
+        pa.field("id", pa.string(), nullable=False),
+        *(pa.field(STORED_NAMES[side], pa.list_(pa.float32()), nullable=False) for side in SIDES),
+    ]
 )
-"""One row: the pair's id and, token by token, the log-probabilities of its chosen response, of its rejected one, and of its
-chosen one with damaged images (mDPO); empty where there is no such response."""
+"""One row: the pair's id and, token by token, the log-probabilities of its chosen response, of its rejected one, and of the
+chosen one in the companion's row; empty where there is no such response."""
 
-OPEN_PARTS = 64
+OPEN_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,11 @@ class ReferenceLogps:
 
     chosen: list[float]
     rejected: list[float]
-    damaged: list[float]
+    companion: list[float]
 
 
 def write_reference_shard(store: Store, ids: Sequence[str], rows: Sequence[ReferenceLogps]) -> None:
-    """Writes the rows of one part, a record batch for each, so that a row is one small read."""
+    """Writes the rows of one shard, a record batch for each, so that a row is one small read."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, REFERENCE_SCHEMA) as writer:
         for pair_id, row in zip(ids, rows, strict=True):
@@ -50,23 +57,23 @@ def write_reference_shard(store: Store, ids: Sequence[str], rows: Sequence[Refer
     store.write_bytes(sink.getvalue().to_pybytes())
 
 
-def shard_name(part: int) -> str:
-    """The file of the rows SHARD_ROWS * part and on."""
-    return f"part_{part:06d}.arrow"
+def shard_name(shard: int) -> str:
+    """The file of the rows SHARD_ROWS * shard and on."""
+    return f"part_{shard:06d}.arrow"
 
 
 def missing_shards(folder: Store, rows: NDArray[np.int64]) -> list[int]:
-    """The parts that hold some of `rows` and are not there yet."""
+    """The shards that hold some of `rows` and are not there yet."""
     there = {file.name for file in folder.list()}
-    return [part for part in np.unique(rows // SHARD_ROWS).tolist() if shard_name(part) not in there]
+    return [shard for shard in np.unique(rows // SHARD_ROWS).tolist() if shard_name(shard) not in there]
 
 
 class ReferenceReader:
-    """Looks rows up by their number; keeps the most recently used parts open."""
+    """Fetches rows by their number; keeps the most recently used shards open."""
 
     def __init__(self, folder: Store) -> None:
         self._folder = folder
-        self._open = functools.lru_cache(maxsize=OPEN_PARTS)(self._open_part)
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
     def read(self, rows: Sequence[int] | NDArray[np.int64], ids: Sequence[str]) -> pa.Table:
         """The rows with these numbers, in this order, as a table of REFERENCE_SCHEMA; `ids` are the pairs' they must have."""
@@ -76,5 +83,5 @@ class ReferenceReader:
         assert stored == list(ids), f"{self._folder.location} holds the log-probs of {stored} where {list(ids)} stand"
         return table
 
-    def _open_part(self, part: int) -> Any:
-        return (self._folder / shard_name(part)).open_arrow()
+    def _open_shard(self, shard: int) -> Any:
+        return (self._folder / shard_name(shard)).open_arrow()

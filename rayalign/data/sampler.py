@@ -1,7 +1,7 @@
 """Which records make optimizer step k: a pure function of (seed, epoch, the prepared records), never of timing.
 
 So a run that is killed and resumed, at any step and on any worker count, trains on what an undisturbed run would have; and
-every worker knows the whole step's counts without asking the others. `prepared` holds the records, `data` streams them in this
+every worker knows the whole step's counts without asking the others. `store` holds the records, `stream` brings them in this
 order.
 """
 
@@ -25,13 +25,19 @@ CHUNK_PAIRS = 64
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Counts over a WHOLE optimizer step: every worker, every micro-batch. Losses are divided by them, so that the way a global
-    batch is cut changes nothing. A pair has one response or two."""
+    """Counts over a WHOLE optimizer step: every worker, every micro-batch. Losses are divided by them, so that no cut of a
+    global batch changes the update. A pair has one response or two."""
 
     pairs: int
     responses: int
     chosen_tokens: int
     rejected_tokens: int
+
+    @classmethod
+    def of(cls, tokens: TokenCounts) -> "StepCounts":
+        """Of a step of rows with these token counts; a response without tokens is none."""
+        responses = np.count_nonzero(tokens.chosen) + np.count_nonzero(tokens.rejected)
+        return cls(tokens.num_rows, int(responses), int(tokens.chosen.sum()), int(tokens.rejected.sum()))
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,12 @@ class SamplerSettings:
     packs_rows: bool = False
 
 
-def counts_of(rows: Rows, lengths: TokenCounts) -> StepCounts:
-    """Counts over some rows."""
-    chosen, rejected = lengths.chosen[rows], lengths.rejected[rows]
-    responses = np.count_nonzero(chosen) + np.count_nonzero(rejected)
-    return StepCounts(len(rows), int(responses), int(chosen.sum()), int(rejected.sum()))
-
-
 def partners_in(order: Rows, rows: Rows) -> Rows:
-    """For each of `rows`, the row that comes after it in `order` (after the last, the first): whose responses KTO puts to the
-    row's prompt."""
+    """For each of `rows`, the row that comes after it in `order` (after the last, the first): what a companion's
+    rows are made of beside the row itself."""
     sorter = np.argsort(order)
-    places = sorter[np.searchsorted(order, rows, sorter=sorter)]
-    partners: Rows = order[(places + 1) % len(order)]
+    positions = sorter[np.searchsorted(order, rows, sorter=sorter)]
+    partners: Rows = order[(positions + 1) % len(order)]
     return partners
 
 
@@ -105,8 +104,8 @@ def cut_micro_batches(
         cut, start = [], 0
         while start < len(by_length):
             tokens = lengths.row_tokens(by_length[start : start + batch_size])
-            places = np.cumsum(tokens if packs_rows else np.full_like(tokens, tokens[0]))
-            size = len(tokens) if max_tokens is None else max(1, int(np.searchsorted(places, max_tokens, side="right")))
+            total = np.cumsum(tokens if packs_rows else np.full_like(tokens, tokens[0]))
+            size = len(tokens) if max_tokens is None else max(1, int(np.searchsorted(total, max_tokens, side="right")))
             cut.append(by_length[start : start + size])
             start += size
     return [cut[i] for i in _deal(np.arange(len(cut)), num_workers)[rank]]
@@ -114,8 +113,8 @@ def cut_micro_batches(
 
 def _deal(items: Rows, hands: int) -> list[Rows]:
     """Deals items one by one, to and fro, so that the hands come out alike where the items grow smaller."""
-    rounds, places = np.divmod(np.arange(len(items)), max(1, hands))
-    hand = np.where(rounds % 2 == 0, places, hands - 1 - places)
+    rounds, turns = np.divmod(np.arange(len(items)), max(1, hands))
+    hand = np.where(rounds % 2 == 0, turns, hands - 1 - turns)
     return [items[hand == i] for i in range(hands)]
 
 
@@ -155,7 +154,7 @@ class StepSampler:
 
     def counts(self, step: int) -> StepCounts:
         """Counts over the whole step, on all workers."""
-        return counts_of(self.rows_of_step(step), self.lengths)
+        return StepCounts.of(self.lengths.take(self.rows_of_step(step)))
 
     def micro_batches(self, step: int, rank: int) -> list[Rows]:
         """A worker's micro-batches of a step; a worker may have one less than another, or none."""

@@ -1,4 +1,4 @@
-"""Encoded records on storage: shards of pairs, one index, one manifest. Written by `data`, read at random by every worker.
+"""Encoded records on storage: shards of pairs, one index, one manifest. Written by `prepare`, read at random by every worker.
 
 A data set is complete or absent: the manifest is written last, and it names the files that count. A shard holds one Arrow
 record batch per pair, so that one pair is one small read, on a disk and on an object store alike.
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rayalign.data.reference_store import REFERENCE_SCHEMA, SIDES, ReferenceLogps, ReferenceReader
+from rayalign.data.reference_store import REFERENCE_SCHEMA, SIDES, STORED_NAMES, ReferenceLogps, ReferenceReader
 from rayalign.storage import Store
 
 Rows = NDArray[np.int64]
@@ -69,7 +69,7 @@ INDEX_SCHEMA = pa.schema(
 """One line per pair: where it came from (sort order), where it is, how long it is."""
 
 REFERENCE_COLUMNS = tuple(f"reference_{side}" for side in SIDES)
-"""Columns of REFERENCE_SCHEMA beside those of ENCODED_SCHEMA."""
+"""What the columns of REFERENCE_SCHEMA are called beside those of ENCODED_SCHEMA."""
 
 OPEN_SHARDS = 64
 
@@ -82,9 +82,23 @@ class TokenCounts:
     chosen: Rows
     rejected: Rows
 
+    @classmethod
+    def of(cls, pairs: Sequence[EncodedPair]) -> "TokenCounts":
+        """Those of some pairs."""
+        sides = (
+            [pair.prompt_ids for pair in pairs],
+            [pair.chosen_ids for pair in pairs],
+            [pair.rejected_ids for pair in pairs],
+        )
+        return cls(*(np.array([len(ids) for ids in side], dtype=np.int64) for side in sides))
+
     @property
     def num_rows(self) -> int:
         return len(self.prompt)
+
+    def take(self, rows: Rows) -> "TokenCounts":
+        """Those of some rows, in this order."""
+        return TokenCounts(self.prompt[rows], self.chosen[rows], self.rejected[rows])
 
     def row_tokens(self, rows: Rows) -> Rows:
         """Lengths of the rows `[prompt | chosen | rejected]`."""
@@ -123,8 +137,8 @@ def write_shard(store: Store, pairs: Sequence[EncodedPair]) -> None:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A complete encoded data set. Pickles by its place; opens files only where it is read. `reference` names the folder beside
-    the shards whose log-probabilities are read along with the pairs."""
+    """A complete encoded data set. Pickles as its location; opens files only where it is read. `reference` names the folder
+    beside the shards whose log-probabilities are read along with the pairs."""
 
     store: Store
     attempt: str
@@ -175,7 +189,7 @@ class PreparedData:
 
 
 class PairReader:
-    """Looks pairs up by row number; keeps the most recently used shards open."""
+    """Fetches pairs by row number; keeps the most recently used shards open."""
 
     def __init__(self, data: PreparedData) -> None:
         index = data.index()
@@ -194,7 +208,8 @@ class PairReader:
             return table
         logps = self._reference.read(rows, table["id"].to_pylist())
         for side, column in zip(SIDES, REFERENCE_COLUMNS, strict=True):
-            table = table.append_column(REFERENCE_SCHEMA.field(side).with_name(column), logps[side])
+            field = REFERENCE_SCHEMA.field(STORED_NAMES[side])
+            table = table.append_column(field.with_name(column), logps[field.name])
         return table
 
     def _open_shard(self, name: str) -> Any:

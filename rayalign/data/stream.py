@@ -1,6 +1,6 @@
 """Ray Data on the workers' side: streams a worker's pairs to it in sampler order, as batches that are ready to run.
 
-`data` prepared the records. Fetches run as Ray Data tasks; images are decoded and batches built in a thread of the train
+`prepare` encoded the records. Fetches run as Ray Data tasks; images are decoded and batches built in a thread of the train
 worker, next to the device that needs them.
 """
 
@@ -17,8 +17,9 @@ import pyarrow as pa
 import ray.data
 
 from rayalign.config.config import Config
-from rayalign.data.batch import CompanionKind, PairBatch, assemble, with_damaged, with_mismatched
-from rayalign.data.encode import EncoderSpec, damaged_image_processing, image_processing
+from rayalign.data.batch import PairBatch, assemble
+from rayalign.data.companions import Companion, with_companion
+from rayalign.data.encode import EncoderSpec, image_processing
 from rayalign.data.prepare import RunData, configure_ray_data
 from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk, partners_in
 from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 def sampler_of(config: Config, data: RunData) -> StepSampler:
     """The order of the run."""
+    companion = config.algorithm.needs.companion
     settings = SamplerSettings(
         global_batch_size=config.global_batch_size,
         batch_size=config.optimizer.batch_size,
@@ -37,7 +39,7 @@ def sampler_of(config: Config, data: RunData) -> StepSampler:
         max_steps=config.optimizer.max_steps,
         seed=config.data.data_seed,
         held_out_ratio=0.0 if data.held_out else config.data.dataset_test_ratio,
-        with_partners=config.algorithm.needs.companion == "mismatched",
+        with_partners=companion is not None and companion.needs_partner,
         max_tokens_per_batch=config.optimizer.max_tokens_per_batch,
         packs_rows=packs_rows(data.spec.family, config.model.attn_implementation),
     )
@@ -60,7 +62,7 @@ def pairs_in_order(
     *,
     rank: int,
     start_step: int,
-    companion: CompanionKind = "none",
+    companion: Companion | None = None,
     pin_memory: bool = False,
 ) -> Iterator[tuple[int, PairBatch]]:
     """A worker's (step, micro-batch) made of its `fetch_pairs` from the same step on, always a few ahead of the training."""
@@ -97,7 +99,7 @@ def held_out_pairs(
     micro_batches: Sequence[Rows],
     spec: EncoderSpec,
     *,
-    companion: CompanionKind = "none",
+    companion: Companion | None = None,
     order: Rows | None = None,
 ) -> Iterator[PairBatch]:
     """Batches of given rows, a few ahead of their use; `order` has all held-out rows where each needs a partner."""
@@ -112,22 +114,15 @@ def held_out_pairs(
 
 
 def batch_maker(
-    spec: EncoderSpec, companion: CompanionKind = "none"
+    spec: EncoderSpec, companion: Companion | None = None
 ) -> Callable[[Sequence[EncodedPair], Sequence[EncodedPair]], PairBatch]:
     """The function that decodes images and builds tensors, for one model: from pairs, and their partners where the companion
     is made of these."""
-    layout = spec.layout
-    process_images, process_damaged = image_processing(spec), damaged_image_processing(spec)
+    layout, process = spec.layout, image_processing(spec)
 
     def make_batch(pairs: Sequence[EncodedPair], partners: Sequence[EncodedPair] = ()) -> PairBatch:
-        batch = assemble(pairs, layout=layout, process_images=process_images)
-        match companion:
-            case "none":
-                return batch
-            case "mismatched":
-                return with_mismatched(batch, pairs, partners, layout=layout)
-            case "damaged":
-                return with_damaged(batch, pairs, layout=layout, process_damaged=process_damaged)
+        batch = assemble(pairs, layout=layout, process_images=process)
+        return with_companion(batch, companion, pairs, partners, layout=layout, process_images=process)
 
     return make_batch
 

@@ -25,9 +25,8 @@ FEW, MORE = 1, 2
 
 @dataclass(frozen=True)
 class RowShape:
-    """A micro-batch: its rows, the tokens of each (prompt and both responses), and how many of them are responses'. The rows
-    without a rejected response that mDPO adds for pairs with images have `prompt_and_chosen` tokens, `chosen` of them the
-    response's."""
+    """A micro-batch: its rows, the tokens of each (prompt and both responses), and how many of them are responses'. A
+    companion's rows without a rejected response have `prompt_and_chosen` tokens, `chosen` of them the response's."""
 
     rows: int
     tokens: int
@@ -97,9 +96,9 @@ class DryRun:
     def _run(self, skeleton: Skeleton, item: Pass, shape: RowShape) -> Tensor | None:
         """One pass: a scalar to go backward from, or None where nothing is trained."""
         tokens, responses = shape.tokens, shape.responses
-        if item.rows == "damaged":
-            if not shape.with_images:
-                return None
+        if item.companion and not item.companion.shares_images and not shape.with_images:
+            return None
+        if item.companion and not item.companion.has_rejected:
             tokens, responses = shape.prompt_and_chosen, shape.chosen
         with torch.set_grad_enabled(item.trains):
             states = self._states(skeleton.base, shape.rows, tokens, prompt=tokens - responses)

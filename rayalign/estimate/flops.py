@@ -122,14 +122,15 @@ def pair_flops(data: DataShapes, costs: LanguageCosts, dry_run: DryRun, way: Way
 
 def _rows(data: DataShapes, item: Pass, *, shared_prompt: bool) -> Iterator[tuple[Numbers, Numbers, Numbers]]:
     """Tokens, response tokens and presence (0 or 1) of the rows that a pair takes in a pass."""
-    needed = np.ones(len(data.pairs))
-    if item.rows == "damaged":  # [prompt | chosen] of the pairs that have images
-        yield data.prompt + data.chosen, data.chosen, data.has_images.astype(float)
+    companion = item.companion
+    needed = data.has_images.astype(float) if companion and not companion.shares_images else np.ones(len(data.pairs))
+    if companion and not companion.has_rejected:
+        yield data.prompt + data.chosen, data.chosen, needed
     elif shared_prompt:
         yield data.rows, data.chosen + data.rejected, needed
     else:
         for responses in (data.chosen, data.rejected):
-            yield data.prompt + responses, responses, (responses > 0).astype(float)
+            yield data.prompt + responses, responses, (responses > 0) * needed
 
 
 def _vision(data: DataShapes, dry_run: DryRun, way: Way) -> float:
@@ -141,7 +142,7 @@ def _vision(data: DataShapes, dry_run: DryRun, way: Way) -> float:
     aligner_backward = own if "aligner" in learning else tower_backward and 1.0
     again = dry_run.blueprint.trains_vision and needs.reference and not way.reference_known
     runs_twice = needs.statistics and dry_run.blueprint.trains_vision  # a frozen tower's features are kept for the step
-    forwards = 1 + int(runs_twice) + int(needs.companion == "damaged") + int(again) * (1 + int(runs_twice))
+    forwards = 1 + int(runs_twice) + int(needs.brings_images) + int(again) * (1 + int(runs_twice))
     if not way.images_once:
         forwards = (2 if data.rejected.any() else 1) * (1 + int(needs.reference and not way.reference_known))
     tower, aligner = float(data.tower_flops.mean()), float(data.aligner_flops.mean())

@@ -1,7 +1,8 @@
 """Lengths and images of a data set's pairs: from encoded records, or, where a model's tokenizer isn't at hand, from the records
 themselves, by their characters."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from rayalign.config.config import Config
-from rayalign.config.sections import DataConfig
 from rayalign.data.store import PreparedData
+from rayalign.data.truncation import count_older_rounds, next_cut, without_oldest_round
 from rayalign.estimate.advice import held_out_of
 from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import ImageLoad, VisionCosts
 from rayalign.formats.parse import parse_row
-from rayalign.formats.records import PreferenceRecord, RecordError, Responses, require
+from rayalign.formats.records import Message, PreferenceRecord, RecordError, Responses, require
 from rayalign.images.fetch import fetch_image, image_hash, open_image
 from rayalign.models.family import Family
 from rayalign.models.processors import describe_images
@@ -96,9 +97,8 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
                 except RecordError:
                     unusable += 1
                     continue
-                fitting = _fit(pair, config.data)
-                too_long += fitting is None
-                pairs += [] if fitting is None else [fitting]
+                too_long += pair is None
+                pairs += [] if pair is None else [pair]
     if not pairs:
         raise ValueError(
             f"--dataset {' '.join(config.data.dataset)}: none of the records looked at can be used ({unusable} are unusable, "
@@ -139,7 +139,8 @@ def _wanted(dataset: Dataset, there: int) -> int:
     return dataset.sample or there
 
 
-def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -> PairShape:
+def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -> PairShape | None:
+    """The pair as --truncation_strategy leaves it; None where it goes. Raises RecordError where it can't be used."""
     if isinstance(row, RecordError):
         raise row
     record = parse_row(row, id="")
@@ -148,6 +149,26 @@ def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -
     contents = [
         fetch_image(ref, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls) for ref in record.images
     ]
+    messages, limit, strategy = list(record.messages), config.data.max_length, config.data.truncation_strategy
+    while True:
+        pair = _shape(messages, contents, _responses(record, config.algorithm.needs.responses), look)
+        response, rounds = max(pair.chosen, pair.rejected), count_older_rounds(messages)
+        match next_cut(pair.prompt, response, older_rounds=rounds, max_length=limit, strategy=strategy):
+            case "nothing":
+                return pair
+            case "oldest round":
+                messages, contents = without_oldest_round(messages, contents)
+            case "responses":
+                room = limit - pair.prompt
+                return dataclasses.replace(pair, chosen=min(pair.chosen, room), rejected=min(pair.rejected, room))
+            case "record" | "run":
+                return None
+
+
+def _shape(
+    messages: Sequence[Message], contents: Sequence[bytes], responses: tuple[int, int], look: ImageLook | None
+) -> PairShape:
+    """The shape of a pair with these messages, images and numbers of response tokens."""
     loads = {image_hash(content): look(content) for content in contents} if look else {}
     if not all(load.features for load in loads.values()):
         raise ValueError(
@@ -155,9 +176,8 @@ def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -
             "folder, with its tokenizer."
         )
     image_tokens = sum(loads[image_hash(content)].features for content in contents) if look else 0
-    text = sum(estimated_tokens(message.content) + TOKENS_PER_MESSAGE for message in record.messages)
-    chosen, rejected = _responses(record, config.algorithm.needs.responses)
-    return PairShape(text + image_tokens, chosen, rejected, image_tokens, tuple(loads.values()))
+    text = sum(estimated_tokens(message.content) + TOKENS_PER_MESSAGE for message in messages)
+    return PairShape(text + image_tokens, *responses, image_tokens, tuple(loads.values()))
 
 
 def _responses(record: PreferenceRecord, responses: Responses) -> tuple[int, int]:
@@ -166,17 +186,3 @@ def _responses(record: PreferenceRecord, responses: Responses) -> tuple[int, int
     if responses == "chosen" or record.rejected is None:
         return (0, chosen) if responses == "either" and record.label is False else (chosen, 0)
     return chosen, estimated_tokens(record.rejected) + 1
-
-
-def _fit(pair: PairShape, config: DataConfig) -> PairShape | None:
-    """The pair as --truncation_strategy leaves it; None where it goes."""
-    excess = pair.prompt + max(pair.chosen, pair.rejected) - config.max_length
-    if excess <= 0:
-        return pair
-    text = pair.prompt - pair.image_tokens
-    if config.truncation_strategy == "left" and excess < text:
-        return PairShape(pair.prompt - excess, pair.chosen, pair.rejected, pair.image_tokens, pair.images)
-    if config.truncation_strategy == "right" and pair.prompt < config.max_length:
-        room = config.max_length - pair.prompt
-        return PairShape(pair.prompt, min(pair.chosen, room), min(pair.rejected, room), pair.image_tokens, pair.images)
-    return None

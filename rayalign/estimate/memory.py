@@ -83,8 +83,8 @@ def memory_of(skeleton: Skeleton, dry_run: DryRun, vision: VisionCosts | None, b
     working = 0
     if blueprint.tuner.quant_bits is not None:
         frozen, working = _quantised(skeleton, frozen, double=blueprint.tuner.bnb_4bit_use_double_quant)
-    if blueprint.tuner.sft_type == "full" and blueprint.needs.reference and blueprint.needs.companion == "mismatched":
-        # KTO's mismatched rows need the model as it was at the start.
+    if blueprint.tuner.sft_type == "full" and blueprint.needs.runs_reference_in_step:
+        # That needs the model as it was at the start.
         frozen += sum(skeleton.sizes.values()) * torch.finfo(blueprint.dtype).bits // 8
     activations = dry_run.activations(batch.shape())
     working += activations.peak - activations.kept
@@ -130,8 +130,7 @@ def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, dry
     if "vit" in learning:
         per_token = vision.kept_per_patch(full=dry_run.blueprint.tuner.sft_type == "full")
         held += sum(load.patches for load in loads) * per_token * size
-    # Damaged images stand beside the true ones.
-    return batch.rows * held * (2 if dry_run.blueprint.needs.companion == "damaged" else 1)
+    return batch.rows * held * (2 if dry_run.blueprint.needs.brings_images else 1)
 
 
 def _tower_bytes(vision: VisionCosts, batch: MicroBatch, dry_run: DryRun) -> int:

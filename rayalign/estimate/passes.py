@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 
 from rayalign.algorithms import Needs
-from rayalign.data.batch import CompanionKind
+from rayalign.data.companions import Companion
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of the language model over the rows of a micro-batch: the pairs' own (`rows` none) or their companions'.
+    """One run of the language model over the rows of a micro-batch: the pairs' own, or their companion's.
 
     `trains`: a graph is kept and a backward follows; otherwise it is only read. `reference`: with the reference's weights.
     """
 
-    rows: CompanionKind = "none"
+    companion: Companion | None = None
     trains: bool = False
     reference: bool = False
 
@@ -22,20 +22,20 @@ def passes_of(needs: Needs, *, reference_known: bool) -> tuple[tuple[Pass, ...],
     """The passes of the step's statistics, which come first, and those of the step, in order.
 
     Statistics of the pairs themselves find the reference's log-probs for the step, too. Where these come with the data, the
-    reference is run on mismatched rows only, which no data hold.
+    reference is run on a companion's rows only, and only where no data hold them.
     """
-    first_pass: CompanionKind = "mismatched" if needs.companion == "mismatched" else "none"
+    companion = needs.companion
     statistics, step = [], [Pass(trains=True)]
-    if needs.statistics:
-        statistics.append(Pass(first_pass))
+    if needs.statistics:  # of the companion's rows, where there is one
+        statistics.append(Pass(companion))
         if needs.reference:
-            statistics.append(Pass(first_pass, reference=True))
-    if needs.reference and not (needs.statistics and first_pass == "none"):
+            statistics.append(Pass(companion, reference=True))
+    if needs.reference and not (needs.statistics and companion is None):
         # Those with a companion ask the reference first.
-        step.insert(1 if needs.companion == "none" else 0, Pass(reference=True))
-    if needs.companion == "damaged":
-        step += [Pass("damaged", reference=True)] if needs.reference else []
-        step.append(Pass("damaged", trains=True))
+        step.insert(1 if companion is None else 0, Pass(reference=True))
+    if companion is not None and not needs.statistics:
+        step += [Pass(companion, reference=True)] if needs.reference else []
+        step.append(Pass(companion, trains=True))
     statistics, step = (
         [item for item in items if not (reference_known and _is_in_the_data(item))] for items in (statistics, step)
     )
@@ -43,4 +43,4 @@ def passes_of(needs: Needs, *, reference_known: bool) -> tuple[tuple[Pass, ...],
 
 
 def _is_in_the_data(item: Pass) -> bool:
-    return item.reference and item.rows != "mismatched"
+    return item.reference and (item.companion is None or item.companion.is_stable_over_epochs)

@@ -1,12 +1,12 @@
 """From a raw row to a PreferenceRecord: the record format is recognised by the row's columns, one file per format.
 
-`files` finds and reads the rows, `catalogue` knows the registered data sets; `encode` takes the records on.
+`sources` finds and reads the rows; `data.encode` takes the records on.
 """
 
 from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
-from rayalign.formats import messages, rlaif_v, sharegpt, swift2, trl
+from rayalign.formats import rlaif_v, sharegpt, swift2, swift4, trl
 from rayalign.formats.cells import plain
 from rayalign.formats.records import PreferenceRecord, RecordError
 
@@ -21,7 +21,7 @@ class Format(NamedTuple):
 
 
 FORMATS = (
-    Format("ms-swift 4", messages.NEEDS, messages.matches, messages.parse),
+    Format("ms-swift 4", swift4.NEEDS, swift4.matches, swift4.parse),
     Format("ShareGPT", sharegpt.NEEDS, sharegpt.matches, sharegpt.parse),
     Format("RLAIF-V", rlaif_v.NEEDS, rlaif_v.matches, rlaif_v.parse),
     Format("TRL", trl.NEEDS, trl.matches, trl.parse),

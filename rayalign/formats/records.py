@@ -1,4 +1,4 @@
-"""The preference record: what `formats` makes of a raw row and `encode` turns into tokens, and what can be wrong with it.
+"""The preference record: what `formats` makes of a raw row and `data.encode` turns into tokens, and what can be wrong with it.
 
 Every problem of a single record is a `RecordError`: the record is dropped and counted under the error's reason.
 """

@@ -37,7 +37,7 @@ def load_policy(
     """Loads the weights and prepares them for training: adapters, or all weights, of the parts that are not frozen.
 
     What learns is float32; everything else has the type of `model.dtype`. With a value head, that of the source's folder or a
-    new one, the output head stays frozen, too. Where all weights learn and the mismatched rows of a batch need a reference, a
+    new one, the output head stays frozen, too. Where all weights learn and a companion's rows need a reference in the step, a
     frozen copy is kept as such. Raises ValueError for models of unknown families, and where the machine lacks what
     quantisation needs.
     """
@@ -74,7 +74,7 @@ def load_policy(
     if not needs.dropout:
         _turn_off_dropout(wrapped)
     start = None
-    if full and needs.reference and needs.companion == "mismatched":
+    if full and needs.runs_reference_in_step:
         # In the same types, so that both give the same numbers at the start.
         start = Policy(copy.deepcopy(wrapped).requires_grad_(False), family, dtype=dtype)
     if model.gradient_checkpointing:

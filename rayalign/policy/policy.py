@@ -3,7 +3,7 @@
 The reference is the same weights seen differently: adapters off, or, where training continues from an SFT adapter, that adapter
 kept frozen beside or below the one that learns. So it costs no second model, and rewards at step 0 are exactly 0. Where all
 weights learn, it is the model at the start, whose log-probabilities come with the batches; only for rows that are known no
-earlier than their step (KTO's mismatched ones) there is a frozen copy.
+earlier than their step (a companion's that differ from epoch to epoch) there is a frozen copy.
 """
 
 import inspect

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.data.companions import Companion
 from rayalign.models.source import ModelSource
 from rayalign.storage import Store
 
@@ -54,10 +55,10 @@ def reference_key(
     tuner: TunerConfig,
     dtype: str,
     device: str,
-    damaged: bool,
+    companion: Companion | None,
 ) -> ReferenceKey:
-    """The key of the reference of a run. `dtype` is the type of the arithmetic on devices of the type `device`; `damaged`: the
-    chosen responses are scored with damaged images, too."""
+    """The key of the reference of a run. `dtype` is the type of the arithmetic on devices of the type `device`;
+    `companion`: the one whose rows are scored, too."""
     is_folder = Path(source.base).is_dir()
     weights = _content_hashes(Path(source.base)) if is_folder else {source.base: _hub_revision(source.base)}
     full = tuner.sft_type == "full"
@@ -71,8 +72,10 @@ def reference_key(
         "quantisation": [tuner.quant_bits, tuner.bnb_4bit_quant_type, tuner.bnb_4bit_use_double_quant] if quantised else None,
         # Weights of parts that learn in full are float32, whatever the type of the arithmetic.
         "frozen": [tuner.freeze_vit, tuner.freeze_aligner, tuner.freeze_llm] if full else None,
-        "damaged": damaged,
+        "damaged": False,  # as keys have it that were made when there was one such companion
     }
+    if companion is not None:
+        settings[companion.name] = True
     return ReferenceKey(weights, _content_hashes(Path(source.adapter)) if source.adapter else {}, settings)
 
 

@@ -62,7 +62,7 @@ def key_of(config: Config, data: RunData) -> ReferenceKey:
         tuner=config.tuner,
         dtype=config.model.dtype_on(device.type),
         device=device.type,
-        damaged=config.algorithm.needs.companion == "damaged",
+        companion=config.algorithm.needs.stable_companion,
     )
 
 
@@ -138,8 +138,7 @@ class ShardScorer:
         quiet_logging()
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         needs = config.algorithm.needs
-        # The mismatched rows of a pair differ from epoch to epoch; the damaged ones are the same for ever.
-        self._needs = dataclasses.replace(needs, companion="damaged" if needs.companion == "damaged" else "none")
+        self._needs = dataclasses.replace(needs, companion=needs.stable_companion)
         self._config = config
         self._source, self._spec = data.source, data.spec
         self._records = dataclasses.replace(records, reference=None)
@@ -203,16 +202,16 @@ class ShardScorer:
 
 
 def score(policy: "Policy", pairs: Sequence[EncodedPair], batch: PairBatch) -> list[ReferenceLogps]:
-    """The log-probabilities of some pairs' responses, and of the chosen ones in the batch's companion with damaged images,
-    under a policy's reference before its first step."""
+    """The log-probabilities of some pairs' responses, and of the chosen ones in the batch's companion, under a policy's
+    reference before its first step."""
     chosen_rejected = iter(_token_logps(policy, batch, [len(ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]))
-    damaged: list[list[float]] = [[] for _ in pairs]
+    of_companion: list[list[float]] = [[] for _ in pairs]
     if batch.companion is not None:
         rows = batch.companion.rows.tolist()
         of_rows = _token_logps(policy, batch.companion.batch, [len(pairs[row].chosen_ids) for row in rows])
         for row, logps in zip(rows, of_rows, strict=True):
-            damaged[row] = logps
-    return [ReferenceLogps(next(chosen_rejected), next(chosen_rejected), of_pair) for of_pair in damaged]
+            of_companion[row] = logps
+    return [ReferenceLogps(next(chosen_rejected), next(chosen_rejected), of_pair) for of_pair in of_companion]
 
 
 def _token_logps(policy: "Policy", batch: PairBatch, lengths: list[int]) -> list[list[float]]:

@@ -88,10 +88,10 @@ def parse_json(text: str) -> Any:
         raise ValueError(_words(error)) from None
 
 
-def as_object(value: Any, place: str) -> dict[str, Any] | RecordError:
+def as_object(value: Any, where: str) -> dict[str, Any] | RecordError:
     if isinstance(value, dict):
         return value
-    return RecordError("not an object", f"{place}: expected a JSON object {{...}}, found {type(value).__name__}")
+    return RecordError("not an object", f"{where}: expected a JSON object {{...}}, found {type(value).__name__}")
 
 
 def _decode(text: str, position: int) -> tuple[Any, int]:

@@ -18,7 +18,7 @@ import torch
 from rayalign.algorithms import Algorithm
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
-from rayalign.data.sampler import counts_of, cut_micro_batches, require_partners
+from rayalign.data.sampler import StepCounts, cut_micro_batches, require_partners
 from rayalign.data.store import PreparedData
 from rayalign.data.stream import fetch_pairs, held_out_pairs, pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
@@ -62,7 +62,7 @@ class _Worker:
         self.device = ray.train.torch.get_device()
         algorithm: Algorithm = config.algorithm
         self.sampler = sampler_of(config, data)
-        if data.held_out and algorithm.needs.companion == "mismatched":
+        if data.held_out and self.sampler.settings.with_partners:
             require_partners(data.held_out.num_rows, "in --val_dataset")
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         self.start_step = checkpoint.step if checkpoint else 0
@@ -157,10 +157,10 @@ class _Worker:
         )
         companion = self.trainer.algorithm.needs.companion
         order = None
-        if companion == "mismatched":
+        if self.sampler.settings.with_partners:
             order = rows if self.data.held_out else self.sampler.held_out_order
         batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order)
-        metrics, pairs = self.trainer.evaluate(batches, counts_of(rows, lengths))
+        metrics, pairs = self.trainer.evaluate(batches, StepCounts.of(lengths.take(rows)))
         self.pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
         line = {f"eval_{name}": value for name, value in metrics.items()}
         self.latest |= line

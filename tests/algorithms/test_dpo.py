@@ -99,7 +99,7 @@ def test_what_goes_together_is_accepted(settings: dict[str, Any]) -> None:
 )
 def test_dpo_asks_for_what_its_losses_use(settings: dict[str, Any], reference: bool, statistics: bool) -> None:
     needs = DPO(**settings).needs
-    assert (needs.reference, needs.statistics, needs.responses, needs.companion) == (reference, statistics, "both", "none")
+    assert (needs.reference, needs.statistics, needs.responses, needs.companion) == (reference, statistics, "both", None)
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 3), (0, 1), (1, 2), (2, 1)])
@@ -117,5 +117,5 @@ def test_aot_finds_a_pairs_partners_by_rank_among_all_pairs_of_the_step(first: i
     found = rank_partners(StepStatistics(whole, first), batch)
     own = slice(first, first + count)
     assert found.gap.tolist() == [1.0, -2.0, 5.0][own]  # of the reference's -2, 1, 5: the middle, lowest, highest
-    assert found.chosen.tolist() == [1.0, 2.0, -4.0][own]  # of -4, 1, 2, by the ranks of the rejected -1, 4, -4
-    assert found.rejected.tolist() == [4.0, -4.0, -1.0][own]  # of -4, -1, 4, by the ranks of the chosen 2, -4, 1
+    assert found.chosen_logratios.tolist() == [1.0, 2.0, -4.0][own]  # of -4, 1, 2, by the ranks of the rejected -1, 4, -4
+    assert found.rejected_logratios.tolist() == [4.0, -4.0, -1.0][own]  # of -4, -1, 4, by the ranks of the chosen 2, -4, 1

@@ -2,9 +2,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from rayalign.data.batch import CHOSEN, PAD, PROMPT, REJECTED, PairBatch, assemble, with_damaged, with_mismatched
+from rayalign.data.batch import CHOSEN, PAD, PROMPT, REJECTED, PairBatch, assemble
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import ImageInputs, RowLayout
 
@@ -17,6 +16,20 @@ GOOD = EncodedPair("good", [4, 5, 6], [7, 2], [], [], [])
 BAD = EncodedPair("bad", [4], [], [8, 9, 2], [b"red"], ["hash of red"])
 
 LAYOUT = RowLayout(pad_token_id=0)
+
+TENSORS = (
+    *(
+        "input_ids",
+        "segment_ids",
+        "position_in_sequence",
+        "position_ids",
+        "predictors",
+        "targets",
+        "response_ids",
+        "last_token",
+    ),
+    "margins",
+)
 
 
 def first_letters(contents: Sequence[bytes], alone: Sequence[bool]) -> ImageInputs:
@@ -112,115 +125,6 @@ def test_moving_a_batch_keeps_its_contents() -> None:
     moved = batch.to(torch.device("cpu"))
     assert moved.ids == batch.ids
     assert moved.image_slots == batch.image_slots
-    for name in (
-        "input_ids",
-        "segment_ids",
-        "position_in_sequence",
-        "position_ids",
-        "predictors",
-        "targets",
-        "response_ids",
-        "last_token",
-        "margins",
-    ):
+    for name in TENSORS:
         assert torch.equal(vars(moved)[name], vars(batch)[name]), name
     assert torch.equal(moved.image_inputs["pixel_values"], batch.image_inputs["pixel_values"])
-
-
-def damaged_letters(contents: Sequence[bytes], alone: Sequence[bool], seeds: Sequence[str]) -> ImageInputs:
-    """Every image under its own seed, as numbers."""
-    assert len(contents) == len(seeds)
-    letters = [[content[0], *seed.encode()] for content, seed in zip(contents, seeds, strict=True)]
-    return ImageInputs({"pixel_values": torch.tensor(letters)})
-
-
-def damaged_batch(*pairs: EncodedPair) -> PairBatch:
-    return with_damaged(batch_of(*pairs), pairs, layout=LAYOUT, process_damaged=damaged_letters)
-
-
-def mismatched_batch(pairs: Sequence[EncodedPair], others: Sequence[EncodedPair]) -> PairBatch:
-    return with_mismatched(batch_of(*pairs), pairs, others, layout=LAYOUT)
-
-
-def test_every_tensor_of_a_batch_and_of_its_companion_is_moved() -> None:
-    given = damaged_batch(PAIR_A, PAIR_B)
-    moved = given.to(torch.device("meta"))
-    assert moved.companion is not None
-    assert given.companion is not None
-    tensors = [moved.companion.rows]
-    for batch in (moved, moved.companion.batch):
-        tensors += [value for value in vars(batch).values() if isinstance(value, Tensor)]
-        tensors += batch.image_inputs.values()
-    assert len(tensors) == 1 + 2 * (9 + 1)
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert moved.companion.batch.ids == given.companion.batch.ids
-    assert moved.companion.batch.image_slots == given.companion.batch.image_slots
-    assert given.input_ids.device.type == "cpu"
-
-
-def test_mismatched_rows_are_each_prompt_with_the_responses_to_another_one() -> None:
-    batch = mismatched_batch([PAIR_A, PAIR_B, GOOD], [PAIR_B, BAD, PAIR_A])
-    assert batch.companion is not None
-    rows = batch.companion.batch
-    assert rows.ids == batch.ids == ("a", "b", "good")
-    assert rows.input_ids.tolist() == [
-        [5, 6, 9, 7, 2, 0],  # a's prompt, b's responses
-        [4, 8, 9, 2, 0, 0],  # b's prompt, the bad response
-        [4, 5, 6, 7, 2, 8],  # good's prompt, a's responses
-    ]
-    assert rows.segment_ids.tolist() == [
-        [PROMPT, PROMPT, CHOSEN, REJECTED, REJECTED, PAD],
-        [PROMPT, REJECTED, REJECTED, REJECTED, PAD, PAD],
-        [PROMPT, PROMPT, PROMPT, CHOSEN, CHOSEN, REJECTED],
-    ]
-    assert batch.companion.rows.tolist() == [0, 1, 2]
-    assert batch.input_ids.tolist() == batch_of(PAIR_A, PAIR_B, GOOD).input_ids.tolist()
-    assert batch.num_tokens == (5 + 4 + 5) + (5 + 4 + 6)
-
-
-def test_mismatched_rows_look_at_the_images_of_their_prompt_in_the_batch() -> None:
-    batch = mismatched_batch([PAIR_A, GOOD, PAIR_B], [PAIR_B, BAD, BAD])
-    assert batch.companion is not None
-    # a: red; good: none; b: blue, red. The bad response's picture is not looked at: its own prompt isn't there.
-    assert batch.companion.batch.image_slots == batch.image_slots == (0, 1, 0)
-    assert batch.companion.batch.image_inputs is batch.image_inputs
-    moved = batch.to(torch.device("meta"))
-    assert moved.companion is not None
-    assert moved.companion.batch.image_inputs["pixel_values"] is moved.image_inputs["pixel_values"]
-
-
-def test_damaged_rows_are_prompt_and_chosen_of_the_pairs_that_have_images() -> None:
-    batch = damaged_batch(PAIR_A, GOOD, PAIR_B)
-    assert batch.companion is not None
-    rows = batch.companion.batch
-    assert batch.companion.rows.tolist() == [0, 2]
-    assert rows.ids == ("a", "b")
-    assert rows.input_ids.tolist() == [[5, 6, 7, 2], [4, 9, 0, 0]]
-    assert rows.segment_ids.tolist() == [[PROMPT, PROMPT, CHOSEN, CHOSEN], [PROMPT, CHOSEN, PAD, PAD]]
-    assert batch.num_tokens == (5 + 5 + 4) + (4 + 2)
-    assert batch.input_ids.tolist() == batch_of(PAIR_A, GOOD, PAIR_B).input_ids.tolist()
-    assert batch.image_inputs["pixel_values"].tolist() == [ord("r"), ord("b")]
-
-
-def test_every_image_of_every_pair_is_damaged_in_its_own_way() -> None:
-    batch = damaged_batch(PAIR_A, PAIR_B)
-    assert batch.companion is not None
-    found = [bytes(line).decode() for line in batch.companion.batch.image_inputs["pixel_values"].tolist()]
-    assert found == ["ra/0", "bb/0", "rb/1"]  # the picture's first letter, then its seed: red is damaged twice
-    assert batch.companion.batch.image_slots == (0, 1, 2)
-
-
-def test_a_pairs_damage_is_the_same_in_every_micro_batch_and_order() -> None:
-    seeds = set()
-    for pairs in ([PAIR_A, PAIR_B], [PAIR_B, PAIR_A], [PAIR_B], [GOOD, PAIR_B]):
-        batch = damaged_batch(*pairs)
-        assert batch.companion is not None
-        rows = batch.companion.batch
-        start = 1 if rows.ids[0] == "a" else 0
-        images = [rows.image_inputs["pixel_values"][slot].tolist() for slot in rows.image_slots[start : start + 2]]
-        seeds.add(tuple(bytes(line).decode() for line in images))
-    assert seeds == {("bb/0", "rb/1")}
-
-
-def test_a_batch_without_images_has_nothing_to_damage() -> None:
-    assert damaged_batch(GOOD).companion is None

@@ -11,7 +11,6 @@ from rayalign.data.sampler import (
     SamplerSettings,
     StepCounts,
     StepSampler,
-    counts_of,
     cut_micro_batches,
     epoch_order,
     fetch_chunk,
@@ -273,8 +272,16 @@ def test_one_record_alone_has_no_partner(num_rows: int, held_out_ratio: float) -
 def test_a_response_that_a_record_does_not_have_counts_in_no_total() -> None:
     lengths = TokenCounts(prompt=np.array([9, 9, 9]), chosen=np.array([4, 0, 5]), rejected=np.array([3, 2, 0]))
     # Row 0 is a pair, row 1 a single bad response, row 2 a single good one.
-    assert counts_of(np.array([0, 1, 2]), lengths) == StepCounts(pairs=3, responses=4, chosen_tokens=9, rejected_tokens=5)
-    assert counts_of(np.array([2]), lengths) == StepCounts(pairs=1, responses=1, chosen_tokens=5, rejected_tokens=0)
+    assert StepCounts.of(lengths) == StepCounts(pairs=3, responses=4, chosen_tokens=9, rejected_tokens=5)
+    assert StepCounts.of(lengths.take(np.array([2]))) == StepCounts(pairs=1, responses=1, chosen_tokens=5, rejected_tokens=0)
+
+
+def test_counts_of_encoded_pairs_are_those_of_their_tokens() -> None:
+    pairs = [EncodedPair("a", [5, 6], [7, 2], [8], [], []), EncodedPair("good", [4], [9], [], [], [])]
+    tokens = TokenCounts.of(pairs)
+    assert [side.tolist() for side in (tokens.prompt, tokens.chosen, tokens.rejected)] == [[2, 1], [2, 1], [1, 0]]
+    assert StepCounts.of(tokens) == StepCounts(pairs=2, responses=3, chosen_tokens=3, rejected_tokens=1)
+    assert StepCounts.of(TokenCounts.of(pairs[:0])) == StepCounts(0, 0, 0, 0)  # an idle worker's
 
 
 def test_a_single_held_out_record_finds_its_partner_among_the_training_records() -> None:

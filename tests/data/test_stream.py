@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rayalign.data.batch import PairBatch
+from rayalign.data.companions import Companion, Damaged, Mismatched
 from rayalign.data.encode import EncoderSpec
 from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk
 from rayalign.data.store import EncodedPair, PreparedData, from_batch
@@ -21,8 +22,6 @@ from tests.tiny_models import encode_pair, make_policy, noise_image
 RESPONSES = ("two", "a cat", "yes", "no", "The digit is two.", "A cat sits on the mat.", "the mat")
 RED, BLUE = noise_image(40, 30, seed=1), noise_image(20, 60, seed=2)
 IMAGES = ((RED,), (), (BLUE, RED), (RED,), (), (BLUE,), ())
-
-Companion = Literal["none", "mismatched", "damaged"]
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def contents(batch: PairBatch) -> dict[str, Any]:
 
 
 def as_in_training(
-    data: PreparedData, sampler: StepSampler, spec: EncoderSpec, *, rank: int, companion: Companion
+    data: PreparedData, sampler: StepSampler, spec: EncoderSpec, *, rank: int, companion: Companion | None
 ) -> Iterator[PairBatch]:
     """What a train worker makes of its fetches, as `pairs_in_order` does without Ray."""
     make_batch = batch_maker(spec, companion)
@@ -71,14 +70,15 @@ def as_in_training(
         assert not found
 
 
-@pytest.mark.parametrize("companion", ["none", "mismatched", "damaged"])
+@pytest.mark.parametrize("companion", [None, Mismatched(), Damaged()])
 def test_held_out_batches_are_what_training_would_make_of_the_same_rows(
     prepare_pairs: Callable[[Sequence[EncodedPair]], PreparedData],
     spec: EncoderSpec,
     pairs: list[EncodedPair],
-    companion: Companion,
+    companion: Companion | None,
 ) -> None:
     data = prepare_pairs(pairs)
+    needs_partner = companion is not None and companion.needs_partner
     settings = SamplerSettings(
         global_batch_size=4,
         batch_size=2,
@@ -86,14 +86,14 @@ def test_held_out_batches_are_what_training_would_make_of_the_same_rows(
         num_epochs=1,
         max_steps=None,
         seed=3,
-        with_partners=companion == "mismatched",
+        with_partners=needs_partner,
     )
     sampler = StepSampler(data.lengths(), settings)
     order = np.concatenate([sampler.rows_of_step(step) for step in range(sampler.num_steps)])
     seen = []
     for rank in range(2):
         rows = [batch for step in range(sampler.num_steps) for batch in sampler.micro_batches(step, rank)]
-        held_out = held_out_pairs(data, rows, spec, companion=companion, order=order if companion == "mismatched" else None)
+        held_out = held_out_pairs(data, rows, spec, companion=companion, order=order if needs_partner else None)
         ours = [contents(batch) for batch in held_out]
         assert ours == [contents(batch) for batch in as_in_training(data, sampler, spec, rank=rank, companion=companion)]
         seen += [pair_id for batch in ours for pair_id in batch["ids"]]
@@ -107,7 +107,7 @@ def test_a_held_out_pairs_partner_is_the_next_held_out_row_whatever_the_cut(
     order = np.array([0, 2, 3, 6])
     responses = {}
     for cut in ([[0, 2, 3, 6]], [[6], [3, 0], [2]]):
-        for batch in held_out_pairs(data, [np.array(rows) for rows in cut], spec, companion="mismatched", order=order):
+        for batch in held_out_pairs(data, [np.array(rows) for rows in cut], spec, companion=Mismatched(), order=order):
             assert batch.companion is not None
             rows = batch.companion.batch
             for b, pair_id in enumerate(batch.ids):
@@ -118,7 +118,7 @@ def test_a_held_out_pairs_partner_is_the_next_held_out_row_whatever_the_cut(
 
 
 def test_only_the_images_of_the_batchs_own_prompts_are_processed(spec: EncoderSpec, pairs: list[EncodedPair]) -> None:
-    batch = batch_maker(spec, "mismatched")([pairs[1], pairs[3]], [pairs[2], pairs[5]])
+    batch = batch_maker(spec, Mismatched())([pairs[1], pairs[3]], [pairs[2], pairs[5]])
     assert batch.companion is not None
     assert len(batch.image_inputs["pixel_values"]) == 1  # red, of the fourth record
     assert batch.image_slots == batch.companion.batch.image_slots == (0,)
@@ -137,7 +137,7 @@ def test_batches_made_ahead_come_in_order_and_so_does_the_error_after_them() -> 
 
 
 def test_mismatched_rows_give_finite_log_probs_with_and_without_images(spec: EncoderSpec, pairs: list[EncodedPair]) -> None:
-    batch = batch_maker(spec, "mismatched")(pairs, [*pairs[1:], pairs[0]])
+    batch = batch_maker(spec, Mismatched())(pairs, [*pairs[1:], pairs[0]])
     assert batch.companion is not None
     policy = make_policy(Path(spec.model))
     with torch.no_grad():

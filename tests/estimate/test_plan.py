@@ -172,10 +172,31 @@ def test_records_that_can_not_be_used_are_left_out_and_counted(tmp_path: Path):
     assert found.origin.endswith("; 1 of 4 left out as unusable; 1 of 4 left out as too long")
 
 
-@pytest.mark.parametrize(("strategy", "lengths"), [("left", (9, 11, 21)), ("right", (16, 11, 14))])
-def test_records_that_are_too_long_are_cut_as_in_the_run(tmp_path: Path, strategy: str, lengths: tuple[int, int, int]):
-    (pair,) = estimate(tmp_path, [PAIR], max_length=30, truncation_strategy=strategy).pairs
+OLD_ROUNDS = {**PAIR, "history": [["a" * 40, "b" * 40], ["d" * 80, "e" * 80]]}
+"""Two older rounds of 16 + 16 and 26 + 26 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "record", "max_length", "lengths"),
+    [
+        ("left", OLD_ROUNDS, 121, (100, 11, 21)),
+        ("left", OLD_ROUNDS, 120, (68, 11, 21)),  # without the oldest round
+        ("left", OLD_ROUNDS, 88, (16, 11, 21)),  # without both
+        ("right", PAIR, 30, (16, 11, 14)),
+    ],
+)
+def test_records_that_are_too_long_are_cut_as_in_the_run(
+    tmp_path: Path, strategy: str, record: dict[str, Any], max_length: int, lengths: tuple[int, int, int]
+):
+    (pair,) = estimate(tmp_path, [record], max_length=max_length, truncation_strategy=strategy).pairs
     assert (pair.prompt, pair.chosen, pair.rejected) == lengths
+
+
+@pytest.mark.parametrize("strategy", ["delete", "left", "raise"])
+def test_a_record_of_one_round_is_left_out_where_the_run_would_not_cut_it(tmp_path: Path, strategy: str):
+    found = estimate(tmp_path, [PAIR, {**PAIR, "query": "q" * 400}], max_length=50, truncation_strategy=strategy)
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in found.pairs] == [(16, 11, 21)]
+    assert found.origin.endswith("; 1 of 2 left out as too long")
 
 
 def test_a_data_set_without_a_usable_record_is_refused(tmp_path: Path):

@@ -1,7 +1,7 @@
 """The damage that mDPO does to images: how little is left, and that nothing but the seed decides what."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rayalign.data.encode import EncoderSpec, damaged_image_processing, image_processing
+from rayalign.data.companions import Damaged
+from rayalign.data.encode import EncoderSpec, image_processing
 from rayalign.data.stream import batch_maker
 from rayalign.images.damage import damage_image
 from tests.tiny_models import encode_pair, make_policy, noise_image
@@ -24,6 +25,10 @@ def places() -> Image.Image:
     """A picture whose pixels tell where they are: red is the column, green the row."""
     row, column = np.mgrid[0:SIDE, 0:SIDE].astype(np.uint8)
     return Image.fromarray(np.stack([column, row, np.zeros_like(row)], axis=-1))
+
+
+def damage(images: Sequence[Image.Image]) -> list[Image.Image]:
+    return [damage_image(image, seed=f"a/{i}") for i, image in enumerate(images)]
 
 
 def test_a_seed_decides_the_damage_alone() -> None:
@@ -92,7 +97,7 @@ def test_damaged_images_make_as_many_features_as_true_ones(
     for number, (width, height) in enumerate(SIZES):
         content = noise_image(width, height, seed=number)
         true = image_processing(spec)([content], [True])
-        damaged = damaged_image_processing(spec)([content], [True], ["a/0"])
+        damaged = image_processing(spec)([content], [True], damage)
         shapes = [{name: value.shape for name, value in images.tensors.items()} for images in (true, damaged)]
         assert shapes[0] == shapes[1]
         assert true.lengths == damaged.lengths
@@ -108,7 +113,7 @@ def test_a_pair_gets_the_same_damage_alone_as_in_any_company(model_folder: Calla
         encode_pair(folder, "b", "It?", "yes", "no"),
         encode_pair(folder, "c", "Which?", "cat", "two", images=[blue, red]),
     ]
-    make = batch_maker(EncoderSpec(str(folder), responses="both"), "damaged")
+    make = batch_maker(EncoderSpec(str(folder), responses="both"), Damaged())
     policy = make_policy(folder)
 
     def features(*numbers: int) -> dict[tuple[str, int], Tensor]:
@@ -134,6 +139,6 @@ def test_pictures_that_are_not_rgb_are_damaged_as_they_are_shown(model_folder: C
     file = io.BytesIO()
     places().convert("P").save(file, "GIF")
     true = image_processing(spec)([file.getvalue()], [True]).tensors["pixel_values"]
-    damaged = damaged_image_processing(spec)([file.getvalue()], [True], ["a/0"]).tensors["pixel_values"]
+    damaged = image_processing(spec)([file.getvalue()], [True], damage).tensors["pixel_values"]
     assert true.shape == damaged.shape
     assert not torch.equal(true, damaged)

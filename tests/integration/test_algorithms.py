@@ -15,7 +15,7 @@ from rayalign.algorithms import ALGORITHMS
 from rayalign.config.config import config_from_mapping
 from rayalign.config.sections import OptimizerConfig
 from rayalign.data.encode import EncoderSpec
-from rayalign.data.sampler import counts_of, cut_micro_batches, hold_out
+from rayalign.data.sampler import StepCounts, cut_micro_batches, hold_out
 from rayalign.data.store import PreparedData
 from rayalign.data.stream import held_out_pairs
 from rayalign.models.source import ModelSource
@@ -117,7 +117,7 @@ def test_the_model_on_disk_scores_the_held_out_pairs_as_the_run_did(runs: Mappin
     _, rows = hold_out(lengths.num_rows, ratio=config.data.dataset_test_ratio, seed=config.data.data_seed)
     batches = cut_micro_batches(rows, lengths, batch_size=5, rank=0, num_workers=1)
     trainer = Trainer(policy, config.algorithm, OptimizerConfig(), num_steps=1)
-    metrics, _ = trainer.evaluate(lambda: held_out_pairs(data, batches, spec), counts_of(rows, lengths))
+    metrics, _ = trainer.evaluate(lambda: held_out_pairs(data, batches, spec), StepCounts.of(lengths.take(rows)))
     expected = {metric: summary[f"eval_{metric}"] for metric in metrics}
     assert set(expected) == METRICS[name] | {"loss"}
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)  # float32, in other micro-batches

@@ -18,9 +18,10 @@ from rayalign.algorithms.dpo import LossType
 from rayalign.algorithms.dpo_losses import Divergence
 from rayalign.config.flags import flags_of
 from rayalign.config.sections import OptimizerConfig
-from rayalign.data.batch import PAD, PairBatch, assemble, with_damaged, with_mismatched
+from rayalign.data.batch import PAD, ImageChange, PairBatch, assemble
+from rayalign.data.companions import Damaged, Mismatched, with_companion
 from rayalign.data.sampler import StepCounts
-from rayalign.data.store import EncodedPair
+from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
 from rayalign.ops.value_head import ValueHead
@@ -174,8 +175,8 @@ def step_of(name: str) -> tuple[list[PairRows], Array, Array]:
     def rows(i: int, pair: EncodedPair) -> PairRows:
         own = row("own", pair, pair.chosen_ids, pair.rejected_ids)
         companion, other = case.algorithm.needs.companion, partner(pairs, i)
-        damaged = row("damaged", pair, pair.chosen_ids, []) if companion == "damaged" and pair.images else None
-        strange = row("strange", pair, other.chosen_ids, other.rejected_ids) if companion == "mismatched" else None
+        damaged = row("damaged", pair, pair.chosen_ids, []) if companion == Damaged() and pair.images else None
+        strange = row("strange", pair, other.chosen_ids, other.rejected_ids) if companion == Mismatched() else None
         return PairRows(own, damaged, strange, pair.margin)
 
     pairs = prepared(case)
@@ -259,22 +260,17 @@ def run(name: str, cut: str, algorithm: Algorithm | None = None) -> Found:
     """The step of a case in a cut; `algorithm` takes the place of the case's own."""
     algorithm = algorithm or CASES[name].algorithm
     policy, pairs = GivenStates(name), prepared(CASES[name])
+    layout = RowLayout(pad_token_id=0)
+
+    def no_images(contents: Sequence[bytes], alone: Sequence[bool], change: ImageChange | None = None) -> ImageInputs:
+        return ImageInputs()
 
     def batch_of(numbers: Sequence[int]) -> PairBatch:
-        some = [pairs[i] for i in numbers]
-        batch = assemble(some, layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
-        match algorithm.needs.companion:
-            case "none":
-                return batch
-            case "mismatched":
-                return with_mismatched(batch, some, [partner(pairs, i) for i in numbers], layout=RowLayout(pad_token_id=0))
-            case "damaged":
-                return with_damaged(
-                    batch, some, layout=RowLayout(pad_token_id=0), process_damaged=lambda contents, alone, seeds: ImageInputs()
-                )
+        some, partners = [pairs[i] for i in numbers], [partner(pairs, i) for i in numbers]
+        batch = assemble(some, layout=layout, process_images=no_images)
+        return with_companion(batch, algorithm.needs.companion, some, partners, layout=layout, process_images=no_images)
 
-    sides = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    counts = StepCounts(len(pairs), len(sides) - sides.count(0), sum(sides[::2]), sum(sides[1::2]))
+    counts = StepCounts.of(TokenCounts.of(pairs))
     workers = [[batch_of(numbers) for numbers in batches] for batches in CUTS[cut]]
     trainers = [
         Trainer(policy, algorithm, OptimizerConfig(), num_steps=1, rank=rank, gather=lambda mine: statistics)

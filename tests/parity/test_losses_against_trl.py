@@ -19,7 +19,8 @@ from trl.experimental.orpo import ORPOTrainer
 
 from rayalign.algorithms import CPO, DPO, KTO, ORPO, RM, Algorithm, SimPO
 from rayalign.algorithms.dpo_losses import BY_DIVERGENCE, PAIR_LOSSES, SFT_LOSS
-from rayalign.data.batch import PairBatch, assemble, with_mismatched
+from rayalign.data.batch import ImageChange, PairBatch, assemble
+from rayalign.data.companions import with_companion
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
@@ -169,12 +170,15 @@ def ours(
     pairs: Sequence[EncodedPair] = PAIRS,
     policy: BigramPolicy = POLICY,
 ) -> Step:
+    layout = RowLayout(pad_token_id=0)
+
+    def no_images(contents: Sequence[bytes], alone: Sequence[bool], change: ImageChange | None = None) -> ImageInputs:
+        return ImageInputs()
+
     def batch_of(numbers: Sequence[int]) -> PairBatch:
-        own = [pairs[i] for i in numbers]
-        batch = assemble(own, layout=RowLayout(pad_token_id=0), process_images=lambda contents, alone: ImageInputs())
-        if algorithm.needs.companion == "mismatched":
-            return with_mismatched(batch, own, [pairs[i - 1] for i in numbers], layout=RowLayout(pad_token_id=0))
-        return batch
+        own, partners = [pairs[i] for i in numbers], [pairs[i - 1] for i in numbers]
+        batch = assemble(own, layout=layout, process_images=no_images)
+        return with_companion(batch, algorithm.needs.companion, own, partners, layout=layout, process_images=no_images)
 
     workers = [[batch_of(numbers) for numbers in batches] for batches in cut]
     return our_step(policy, algorithm, workers, counts_of([pairs[i] for batches in cut for part in batches for i in part]))

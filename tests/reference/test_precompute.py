@@ -2,6 +2,7 @@
 on, and none computed twice."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -14,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 
 from rayalign.algorithms import ALGORITHMS, DPO, KTO, MDPO, Algorithm
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PairBatch
+from rayalign.data.companions import Companion, Damaged
 from rayalign.data.encode import EncoderSpec
 from rayalign.data.prepare import RunData, Sources, cache_key
 from rayalign.data.reference_store import SHARD_ROWS, ReferenceLogps, missing_shards, shard_name, write_reference_shard
@@ -379,7 +382,7 @@ def weights(tmp_path: Path) -> ModelSource:
 
 
 def key_of(source: ModelSource, **changes: Any) -> ReferenceKey:
-    values = {"model": ModelConfig(), "tuner": TunerConfig(), "dtype": "float32", "device": "cpu", "damaged": False, **changes}
+    values = {"model": ModelConfig(), "tuner": TunerConfig(), "dtype": "float32", "device": "cpu", "companion": None, **changes}
     return reference_key(source, **values)
 
 
@@ -391,7 +394,7 @@ QUANTISED = TunerConfig(quant_bits=4)
     [
         ({}, {"dtype": "bfloat16"}),
         ({}, {"device": "cuda"}),
-        ({}, {"damaged": True}),
+        ({}, {"companion": Damaged()}),
         ({}, {"model": ModelConfig(attn_implementation="eager")}),
         ({}, {"tuner": QUANTISED}),
         ({"tuner": QUANTISED}, {"tuner": dataclasses.replace(QUANTISED, bnb_4bit_quant_type="fp4")}),
@@ -407,6 +410,33 @@ def test_every_setting_that_the_numbers_depend_on_changes_the_key(
 ) -> None:
     assert key_of(weights, **after).folder_name != key_of(weights, **before).folder_name
     assert key_of(weights, **after).folder_name == key_of(weights, **after).folder_name
+
+
+@pytest.mark.parametrize(("companion", "is_damaged"), [(None, False), (Damaged(), True)])
+def test_the_key_is_spelt_as_it_was_so_that_log_probs_of_before_are_found(
+    tmp_path: Path, companion: Companion | None, is_damaged: bool
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    key = key_of(ModelSource(str(tmp_path)), companion=companion)
+    assert key.settings == {
+        "version": 2,
+        "transformers": transformers.__version__,
+        "dtype": "float32",
+        "device": "cpu",
+        "attn_implementation": ModelConfig().attn_implementation,
+        "quantisation": None,
+        "frozen": None,
+        "damaged": is_damaged,
+    }
+    assert (key.weights, key.adapter) == ({"config.json": hashlib.sha256(b"{}").hexdigest()}, {})
+
+
+def test_another_companion_whose_rows_are_stored_has_a_key_of_its_own(weights: ModelSource) -> None:
+    class Blurred(Damaged):
+        name = "blurred"
+
+    names = {key_of(weights, companion=companion).folder_name for companion in (None, Damaged(), Blurred())}
+    assert len(names) == 3
 
 
 def test_a_changed_record_template_or_pixel_budget_moves_the_encoded_data_and_the_log_probs_beside_it(
