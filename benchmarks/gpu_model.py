@@ -28,8 +28,8 @@ from rayalign.models.processors import describe_images
 from rayalign.models.registry import find_family, load_config
 from rayalign.models.source import ModelSource
 from rayalign.policy.adapters import add_adapters
-from rayalign.policy.loading import attention_kernels
 from rayalign.policy.policy import Policy
+from rayalign.policy.prepare import attention_kernels
 
 CONFIG = Path(rayalign.models.__file__).parent / "configs" / "llava1_6-mistral-7b-instruct"
 BETA = 0.1

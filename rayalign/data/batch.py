@@ -17,12 +17,7 @@ from torch import Tensor
 from rayalign.data.reference_store import ReferenceLogps
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import Grid, ImageInputs, RowLayout
-
-PAD, PROMPT, CHOSEN, REJECTED = -1, 0, 1, 2
-"""What a token of a row belongs to."""
-
-RowLengths = tuple[tuple[int, int], ...]
-"""Of each row the number of its prompt's tokens, and of all of its tokens."""
+from rayalign.ops.rows import CHOSEN, PAD, PROMPT, REJECTED, RowLengths
 
 CompanionKind = Literal["none", "mismatched", "damaged"]
 """Which companion a batch has: `with_mismatched`'s, `with_damaged`'s, or none."""

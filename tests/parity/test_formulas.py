@@ -18,11 +18,12 @@ from rayalign.algorithms.dpo import LossType
 from rayalign.algorithms.dpo_losses import Divergence
 from rayalign.config.flags import flags_of
 from rayalign.config.sections import OptimizerConfig
-from rayalign.data.batch import PAD, PairBatch, assemble, with_damaged, with_mismatched
+from rayalign.data.batch import PairBatch, assemble, with_damaged, with_mismatched
 from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
+from rayalign.ops.rows import PAD
 from rayalign.ops.value_head import ValueHead
 from rayalign.training.loop import Trainer
 from tests.parity import formulas
