@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rayalign.estimate.architecture import Blueprint, Skeleton
 from rayalign.estimate.meter import Meter, tensors_of
 from rayalign.estimate.passes import Pass, passes_of
 from rayalign.ops.attention import unpacked
 from rayalign.ops.logprobs import token_logps
+from rayalign.policy.compat import fake_tensors
 
 FEW, MORE = 1, 2
 """Layers of the two models that are run; what their difference costs is what further layers cost."""
@@ -52,7 +52,7 @@ class DryRun:
         self.blueprint = blueprint
         depth = blueprint.num_layers
         self._depths = (FEW, MORE) if depth > MORE else (depth, depth)
-        self._mode = FakeTensorMode()
+        self._mode = fake_tensors()
         self._known: dict[RowShape, Activations] = {}
         self._skeletons = {layers: blueprint.build(layers=layers) for layers in set(self._depths)}
         for skeleton in self._skeletons.values():
@@ -146,10 +146,8 @@ def _make_fake(model: nn.Module) -> None:
     another, with all its weights in memory."""
     fakes: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
-                module._parameters[name] = fakes.setdefault(id(parameter), fake)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+            setattr(module, name, fakes.setdefault(id(parameter), fake))
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
