@@ -1,5 +1,5 @@
 """A micro-batch's forward and backward, run dry: rayalign's own order of passes through the real layers, with fake tensors,
-which have shapes and types and no memory. It tells what a real one would hold and compute.
+which have shapes and types and no memory. It says what a real one would hold and compute.
 
 A few layers are run, and the figures carried on to the model's depth: layers are taken to be alike, in pairs at least, since
 some models alternate two kinds of attention.
@@ -46,7 +46,7 @@ class Activations:
 
 
 class DryRun:
-    """One model and way of training, run dry with micro-batches of any shape; its few layers are built once."""
+    """One model as it is trained, run dry with micro-batches of any shape; its few layers are built once."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         self.blueprint = blueprint
@@ -104,8 +104,8 @@ class DryRun:
         with torch.set_grad_enabled(item.trains):
             states = self._states(skeleton.base, shape.rows, tokens, prompt=tokens - responses)
             if self.blueprint.needs.head == "value":
-                ends = states[torch.zeros(2 * shape.rows, dtype=torch.long)]
-                scores: Tensor = nn.functional.linear(ends.float(), torch.empty(1, states.shape[1], requires_grad=True))
+                last = states[torch.zeros(2 * shape.rows, dtype=torch.long)]
+                scores: Tensor = nn.functional.linear(last.float(), torch.empty(1, states.shape[1], requires_grad=True))
                 return scores.sum() if item.trains else None
             count = shape.rows * responses
             picked = states[torch.zeros(count, dtype=torch.long)]

@@ -1,7 +1,7 @@
 """LoRA adapters on a model: where they go, which of them are trainable, which are on, how a stack of two is saved as one.
 
 `prepare` puts them on; `policy` runs them; `saving` writes the result. A model holds up to two: the one under training
-(TRAINED) and a frozen one, from which the trained one started (REFERENCE) or on which it stands (STACKED).
+(TRAINED) and a frozen one, from which the trained one started (REFERENCE) or to which it adds (STACKED).
 """
 
 import re

@@ -1,9 +1,9 @@
-"""The model under training and its reference: the pair forward and what is saved. `loading` makes it.
+"""The model under training and its reference: the pair forward. `loading` makes it, `saving` writes it.
 
 The reference is the same weights seen differently: adapters off, or, where training continues from an SFT adapter, that adapter
-kept frozen beside or below the one that learns. So it costs no second model, and rewards at step 0 are exactly 0. Where all
-weights learn, it is the model at the start, whose log-probabilities come with the batches; only for rows that are known no
-earlier than their step (KTO's mismatched ones) there is a frozen copy.
+kept frozen beside or below the trained one. So it costs no second model, and rewards at step 0 are exactly 0. Where all
+weights are trained, it is the model at the start, whose log-probabilities come with the batches; only for rows that are not
+known before their step (KTO's mismatched ones) there is a frozen copy.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from rayalign.policy.prepare import set_modes
 
 class Policy:
     """A VLM under training. `model` is the PEFT-wrapped (LoRA) or plain (full) transformers model; a reward model has a
-    `value_head`, too. `dtype` is the type of the arithmetic, whatever the type of the weights that learn; `start` is a frozen
+    `value_head`, too. `dtype` is the type of the arithmetic, whatever the type of the trainable weights; `start` is a frozen
     copy as reference."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Policy:
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name."""
+        """The trainable parameters, by name."""
         named = dict(self.model.named_parameters())
         if self.value_head is not None:
             named |= {f"v_head.{name}": p for name, p in self.value_head.named_parameters()}
@@ -108,7 +108,7 @@ class Policy:
         return chosen, rejected
 
     def _arithmetic(self) -> AbstractContextManager[None]:
-        """Within it, weights that are kept in float32 to learn are rounded to `dtype` where they are used. Adapters see to this
+        """Within it, trainable weights, which are kept in float32, are rounded to `dtype` where they are used. Adapters do this
         themselves."""
         mixed = not isinstance(self.model, PeftModel) and self.dtype in (torch.bfloat16, torch.float16)
         # Each weight is used once in a forward: a cache of rounded weights would only take memory.
@@ -133,7 +133,7 @@ class Policy:
         return states
 
     def reference_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
-        """The same by the reference policy, without a graph: computed now where the batch does not bring it along."""
+        """The same by the reference policy, without a graph: computed now where they do not come with the batch."""
         if batch.reference_logps is not None:
             return _by_response(batch.reference_logps.to(self.base.get_output_embeddings().weight.device), batch)
         assert self._adapters.layers or self.start, "the weights of the reference are gone"
@@ -146,7 +146,7 @@ class Policy:
         return self._adapters.reference()
 
     def _embedded(self, input_ids: Tensor, images: Sequence[Tensor]) -> dict[str, Any]:
-        """The decoder's inputs: the tokens' embeddings [B, S, H] with the features of each image place where it stands."""
+        """The decoder's inputs: the tokens' embeddings [B, S, H] with each image's features where the image stands."""
         embed = self.base.get_input_embeddings()
         if not images:
             return {"inputs_embeds": embed(input_ids)}
@@ -201,7 +201,7 @@ def _by_response(logps: Tensor, batch: PairBatch) -> PairLogps:
 
 
 def _trains_outside_language(base: Any) -> bool:
-    """Whether weights of the vision tower or the projector learn, on which images' features depend."""
+    """Whether weights of the vision tower or the projector are trainable, on which images' features depend."""
     language = [*base.get_decoder().parameters(), base.get_output_embeddings().weight]
     inside = {id(parameter) for parameter in language}
     return any(p.requires_grad and id(p) not in inside for p in base.parameters())

@@ -297,7 +297,7 @@ def test_a_bin_file_of_anything_but_named_tensors_is_refused(tmp_path: Path) -> 
 def unreadable(path: Path) -> str:
     return (
         f"{path}: is damaged, or holds something else than named tensors, which is not read since it could run code. "
-        "Take the value head from the run that made it."
+        "Copy the value head again from the run that wrote it."
     )
 
 
