@@ -60,8 +60,7 @@ def prepare_model(
     if needs.head == "value":
         _freeze_output_head(base)
     if full:
-        for parameter in prepared.parameters():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        _set_types(prepared, dtype)
     if not needs.dropout:
         _turn_off_dropout(prepared)
     set_modes(base)
@@ -80,6 +79,16 @@ def _freeze_output_head(base: Any) -> None:
     weight = base.get_output_embeddings().weight
     if weight is not base.get_input_embeddings().weight:
         weight.requires_grad_(False)
+
+
+def _set_types(model: nn.Module, frozen: torch.dtype) -> None:
+    """Makes trainable weights float32, and gives all others the type `frozen`."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+    for module in model.modules():
+        # Its kernel takes statistics of no other type than its weights'.
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and not module.weight.requires_grad:
+            module.to(frozen)
 
 
 def _turn_off_dropout(model: nn.Module) -> None:

@@ -230,6 +230,19 @@ def test_flags_that_contradict_each_other_are_refused(flags: dict[str, Any], err
     assert str(caught.value) == error
 
 
+@pytest.mark.parametrize("family", ["llava", "fast_vlm"])
+def test_a_frozen_tower_runs_in_bfloat16_beside_a_fully_trained_language_model(
+    model_folder: Callable[..., Path], family: str
+) -> None:
+    folder = model_folder(family)
+    model = ModelConfig(dtype="bfloat16", gradient_checkpointing=False)
+    policy = make_policy(folder, model=model, tuner=TunerConfig(sft_type="full"))
+    batch = make_batch(folder, pairs_of(folder))
+    features = policy.image_features(batch)
+    assert {part.dtype for part in features} == {torch.bfloat16}
+    assert policy.logps(batch, features).chosen.total.isfinite().all()
+
+
 # A tower that learns
 
 
