@@ -20,8 +20,8 @@ from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.models.registry import find_family, load_config
 from rayalign.models.source import ModelSource
 from rayalign.policy.adapters import add_adapters
-from rayalign.policy.loading import attention_kernels
 from rayalign.policy.policy import Policy
+from rayalign.policy.prepare import attention_kernels
 
 CONFIG = Path(rayalign.models.__file__).parent / "configs" / "llava1_6-mistral-7b-instruct"
 TUNER = TunerConfig(lora_target_modules=("ALL",), lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0)

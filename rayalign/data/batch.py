@@ -17,12 +17,7 @@ from torch import Tensor
 
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import Grid, ImageInputs, RowLayout
-
-PAD, PROMPT, CHOSEN, REJECTED = -1, 0, 1, 2
-"""What a token of a row belongs to."""
-
-RowLengths = tuple[tuple[int, int], ...]
-"""Of each row the number of its prompt's tokens, and of all of its tokens."""
+from rayalign.ops.rows import CHOSEN, PAD, PROMPT, REJECTED, RowLengths
 
 ImageChange = Callable[[Sequence[Image.Image]], Sequence[Image.Image]]
 """What is done to opened images before the model's image processor sees them."""

@@ -74,9 +74,9 @@ def longest_row(memory: Callable[[MicroBatch], Memory], batch: MicroBatch, gpu_b
     return batch.scaled(fitting).shape().tokens if fitting else 0
 
 
-def _root(places: Sequence[float], heights: Sequence[float]) -> float:
+def _root(arguments: Sequence[float], values: Sequence[float]) -> float:
     """Where the parabola through three points, which rises for positive arguments, is zero; NaN where it is not."""
-    c, b, a = np.linalg.solve(np.vander(places, 3, increasing=True), np.array(heights))
+    c, b, a = np.linalg.solve(np.vander(arguments, 3, increasing=True), np.array(values))
     inside = b * b - 4 * a * c
     if inside < 0 or a == 0:
         return math.nan
@@ -92,7 +92,7 @@ def gpus_per_worker(memory: Memory, gpu_bytes: int) -> int | None:
 
 
 def remedies(memory_with: Callable[[Config, int], Memory], config: Config, gpu_bytes: int) -> list[tuple[str, Memory]]:
-    """Changes of flags that make the run fit one GPU, each by itself, with the memory that it takes then. `memory_with` tells
+    """Changes of flags that make the run fit one GPU, each by itself, with the memory that it takes then. `memory_with` gives
     that of a configuration and a number of rows at a time."""
     tried: list[tuple[str, Config]] = []
     if not config.model.gradient_checkpointing:

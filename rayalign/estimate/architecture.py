@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,8 @@ from rayalign.models.family import Family
 from rayalign.models.parts import Parts, find_parts
 from rayalign.models.registry import find_family, packs_rows
 from rayalign.models.source import ModelSource
-from rayalign.policy.adapters import add_adapters, trainable_parts
-from rayalign.policy.loading import attention_kernels
+from rayalign.policy.adapters import trainable_parts
+from rayalign.policy.prepare import model_options, prepare_model
 
 VISION, ALIGNER, EMBEDDINGS, LANGUAGE, HEAD = "vision tower", "aligner", "embeddings", "language model", "output head"
 
@@ -45,12 +44,12 @@ class Blueprint:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether weights that learn are kept in float32 and rounded where they are used."""
+        """Whether trainable weights are kept in float32 and rounded where they are used."""
         return self.tuner.sft_type == "full" and self.dtype != torch.float32
 
     @property
     def trains_vision(self) -> bool:
-        """Whether images' features depend on weights that learn."""
+        """Whether images' features depend on trainable weights."""
         return not {"vit", "aligner"}.isdisjoint(trainable_parts(self.tuner))
 
     @property
@@ -68,46 +67,28 @@ class Blueprint:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, gradient_checkpointing=on))
 
     def build(self, *, layers: int | None = None) -> "Skeleton":
-        """The model as `loading` prepares it for training, on the meta device; with fewer `layers` in its language model where
-        they are given. Raises ValueError for flags that do not fit the model."""
+        """The model prepared for training, on the meta device; with fewer `layers` in its language model where they are given.
+
+        Raises ValueError for flags that do not fit the model or its adapter.
+        """
         config = copy.deepcopy(self.config)
         if layers is not None:
             _cut(config.get_text_config(), layers)
-        full = self.tuner.sft_type == "full"
-        with torch.device("meta"), warnings.catch_warnings():
-            # peft asks transformers for this by a name that is on its way out.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-            # An adapter that training continues from has weights, of which only the shapes are wanted.
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter", category=UserWarning)
-            base: Any = self.family.auto_class.from_config(
-                config,
-                dtype=self.dtype,
-                attn_implementation=attention_kernels(self.family, self.model),
-                trust_remote_code=self.model.trust_remote_code,
-            )
+        options = model_options(self.family, self.model, self.tuner, self.dtype)
+        with torch.device("meta"):
+            base: Any = self.family.auto_class.from_config(config, **options)
             parts = find_parts(base)
             sizes = _sizes(base, parts)
-            base.requires_grad_(False)
-            if full:
-                for name, parameter in base.named_parameters():
-                    if parts.of(name) in trainable_parts(self.tuner):
-                        parameter.requires_grad_(True)
-                        parameter.data = parameter.data.float()
-                wrapped = base
-            else:
-                wrapped = add_adapters(base, self.source, self.tuner, self.family, needs_reference=self.needs.reference)
-        head = base.get_output_embeddings()
-        if self.needs.head == "value" and head.weight is not base.get_input_embeddings().weight:
-            head.requires_grad_(False)
-        base.eval()
-        base.get_decoder().train()
-        if not self.needs.dropout:
-            for module in wrapped.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-        if self.model.gradient_checkpointing:
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        return Skeleton(base, wrapped, parts, sizes)
+            prepared = prepare_model(
+                base,
+                self.source,
+                model=self.model,
+                tuner=self.tuner,
+                family=self.family,
+                needs=self.needs,
+                dtype=self.dtype,
+            )
+        return Skeleton(base, prepared, parts, sizes)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """A micro-batch's forward and backward, run dry: rayalign's own order of passes through the real layers, with fake tensors,
-which have shapes and types and no memory. It tells what a real one would hold and compute.
+which have shapes and types and no memory. It says what a real one would hold and compute.
 
 A few layers are run, and the figures carried on to the model's depth: layers are taken to be alike, in pairs at least, since
 some models alternate two kinds of attention.
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rayalign.estimate.architecture import Blueprint, Skeleton
 from rayalign.estimate.meter import Meter, tensors_of
 from rayalign.estimate.passes import Pass, passes_of
 from rayalign.ops.attention import unpacked
 from rayalign.ops.logprobs import token_logps
+from rayalign.policy.compat import fake_tensors
 
 FEW, MORE = 1, 2
 """Layers of the two models that are run; what their difference costs is what further layers cost."""
@@ -45,13 +45,13 @@ class Activations:
 
 
 class DryRun:
-    """One model and way of training, run dry with micro-batches of any shape; its few layers are built once."""
+    """One model as it is trained, run dry with micro-batches of any shape; its few layers are built once."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         self.blueprint = blueprint
         depth = blueprint.num_layers
         self._depths = (FEW, MORE) if depth > MORE else (depth, depth)
-        self._mode = FakeTensorMode()
+        self._mode = fake_tensors()
         self._known: dict[RowShape, Activations] = {}
         self._skeletons = {layers: blueprint.build(layers=layers) for layers in set(self._depths)}
         for skeleton in self._skeletons.values():
@@ -103,8 +103,8 @@ class DryRun:
         with torch.set_grad_enabled(item.trains):
             states = self._states(skeleton.base, shape.rows, tokens, prompt=tokens - responses)
             if self.blueprint.needs.head == "value":
-                ends = states[torch.zeros(2 * shape.rows, dtype=torch.long)]
-                scores: Tensor = nn.functional.linear(ends.float(), torch.empty(1, states.shape[1], requires_grad=True))
+                last = states[torch.zeros(2 * shape.rows, dtype=torch.long)]
+                scores: Tensor = nn.functional.linear(last.float(), torch.empty(1, states.shape[1], requires_grad=True))
                 return scores.sum() if item.trains else None
             count = shape.rows * responses
             picked = states[torch.zeros(count, dtype=torch.long)]
@@ -145,10 +145,8 @@ def _make_fake(model: nn.Module) -> None:
     another, with all its weights in memory."""
     fakes: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
-                module._parameters[name] = fakes.setdefault(id(parameter), fake)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+            setattr(module, name, fakes.setdefault(id(parameter), fake))
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))

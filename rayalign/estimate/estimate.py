@@ -1,4 +1,4 @@
-"""Everything that a plan tells, computed: from a blueprint of the model and the shapes of the data."""
+"""What a plan tells, computed from a blueprint of the model and the shapes of the data."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from rayalign.estimate import advice
 from rayalign.estimate.advice import Schedule, Time
 from rayalign.estimate.architecture import Blueprint, Skeleton
 from rayalign.estimate.dry_run import DryRun
-from rayalign.estimate.flops import LanguageCosts, PairFlops, Way, language_costs, pair_flops
+from rayalign.estimate.flops import LanguageCosts, PairFlops, PassOptions, language_costs, pair_flops
 from rayalign.estimate.memory import GB, Memory, MicroBatch, memory_of
 from rayalign.estimate.shapes import DataShapes
 from rayalign.estimate.vision import VisionCosts
@@ -32,8 +32,8 @@ class Estimate:
         return self.blueprint.build()
 
     @property
-    def num_learning(self) -> int:
-        """Parameters that learn, a value head's included."""
+    def num_trainable(self) -> int:
+        """Trainable parameters, a value head's included."""
         head = self.skeleton.head.shape[1] if self.blueprint.needs.head == "value" else 0
         return sum(p.numel() for p in self.skeleton.trainable) + head
 
@@ -57,7 +57,7 @@ class Estimate:
         return self.memory_of(self.batch)
 
     @cached_property
-    def memory_otherwise(self) -> Memory:
+    def memory_with_other_checkpointing(self) -> Memory:
         """With gradient checkpointing where the run has none, and without where it has."""
         return memory_of(self.skeleton, self._other, self._vision, self.batch)
 
@@ -82,13 +82,14 @@ class Estimate:
         return memory_of(self.skeleton, self._dry_run, self._vision, batch)
 
     @cached_property
-    def way(self) -> Way:
-        """How the run does it."""
-        return Way(checkpointing=self.config.model.gradient_checkpointing, reference_known=self.blueprint.reference_known)
+    def options(self) -> PassOptions:
+        """Those of the run."""
+        model = self.config.model
+        return PassOptions(checkpointing=model.gradient_checkpointing, reference_known=self.blueprint.reference_known)
 
     def flops(self, **changed: bool) -> PairFlops:
         """Operations per pair, with some savings changed."""
-        return pair_flops(self.data, self._costs, self._dry_run, dataclasses.replace(self.way, **changed))
+        return pair_flops(self.data, self._costs, self._dry_run, dataclasses.replace(self.options, **changed))
 
     @cached_property
     def schedule(self) -> Schedule:

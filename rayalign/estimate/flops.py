@@ -31,7 +31,7 @@ class Polynomial:
 
     @classmethod
     def of(cls, dry_run: DryRun, item: Pass) -> "Polynomial":
-        """Of a pass, by its dry runs. (DoRA's norms, which cost the same for any length, are so counted to the tokens.)"""
+        """Of a pass, by its dry runs. (DoRA's norms, which cost the same for any length, are so counted with the tokens.)"""
         short, long = PROBES
         first, second = (dry_run.flops(item, tokens) / tokens for tokens in PROBES)
         per_square = (second - first) / (long - short)
@@ -63,10 +63,11 @@ class LanguageCosts:
 
 
 @dataclass(frozen=True)
-class Way:
-    """Which savings a step makes. `images_once`: the vision tower runs once on each distinct image of a pair, not for each
-    response and each policy; `shared_prompt`: both responses stand in one row behind one prompt; `responses_only`: the output
-    head sees only the positions that predict a response; `reference_known`: the reference's log-probs come with the data."""
+class PassOptions:
+    """What a step computes twice, and what it saves. `checkpointing`: layers run again in the backward. `images_once`: the
+    vision tower runs once on each distinct image of a pair, not for each response and each policy; `shared_prompt`: both
+    responses stand in one row behind one prompt; `responses_only`: the output head sees only the positions that predict a
+    response; `reference_known`: the reference's log-probs come with the data."""
 
     checkpointing: bool
     images_once: bool = True
@@ -95,19 +96,19 @@ class PairFlops:
 def language_costs(plain: DryRun, recomputing: DryRun, *, head_size: int, trains_head: bool) -> LanguageCosts:
     """Of a model whose output head has `head_size` weights, 0 where there is a value head instead. `recomputing` is `plain`
     with gradient checkpointing."""
-    # The gradient of the states is formed in the forward; a head that learns makes its logits again in the backward.
+    # The gradient of the states is formed in the forward; a trainable head computes its logits again in the backward.
     return LanguageCosts(plain, recomputing, 2.0 * head_size, (8.0 if trains_head else 4.0) * head_size)
 
 
-def pair_flops(data: DataShapes, costs: LanguageCosts, dry_run: DryRun, way: Way) -> PairFlops:
-    """Of an optimizer step done in some way."""
+def pair_flops(data: DataShapes, costs: LanguageCosts, dry_run: DryRun, options: PassOptions) -> PairFlops:
+    """Of an optimizer step with some options."""
     needs = dry_run.blueprint.needs
-    statistics, step = passes_of(needs, reference_known=way.reference_known)
+    statistics, step = passes_of(needs, reference_known=options.reference_known)
     forward = others = head = recomputation = backward = 0.0
     for item in (*statistics, *step):
-        for tokens, responses, share in _rows(data, item, shared_prompt=way.shared_prompt):
+        for tokens, responses, share in _rows(data, item, shared_prompt=options.shared_prompt):
             squares = tokens**2 if not dry_run.blueprint.packs_rows else (tokens - responses) ** 2 + responses * tokens
-            positions = (responses if way.responses_only else tokens) * share
+            positions = (responses if options.responses_only else tokens) * share
             head += float(np.mean(positions)) * (costs.head_train if item.trains else costs.head_read)
             read = float(np.mean(costs.read(tokens, squares) * share))
             if not item.trains:
@@ -115,9 +116,9 @@ def pair_flops(data: DataShapes, costs: LanguageCosts, dry_run: DryRun, way: Way
                 continue
             train = float(np.mean(costs.train(tokens, squares) * share))
             forward, backward = forward + read, backward + train - read
-            if way.checkpointing:
+            if options.checkpointing:
                 recomputation += float(np.mean(costs.train_recomputing(tokens, squares) * share)) - train
-    return PairFlops(_vision(data, dry_run, way), forward, others, head, recomputation, backward)
+    return PairFlops(_vision(data, dry_run, options), forward, others, head, recomputation, backward)
 
 
 def _rows(data: DataShapes, item: Pass, *, shared_prompt: bool) -> Iterator[tuple[Numbers, Numbers, Numbers]]:
@@ -133,17 +134,17 @@ def _rows(data: DataShapes, item: Pass, *, shared_prompt: bool) -> Iterator[tupl
             yield data.prompt + responses, responses, (responses > 0) * needed
 
 
-def _vision(data: DataShapes, dry_run: DryRun, way: Way) -> float:
-    """Tower and aligner: their forwards, and backwards where they learn."""
+def _vision(data: DataShapes, dry_run: DryRun, options: PassOptions) -> float:
+    """Tower and aligner: their forwards, and backwards where they are trained."""
     needs, tuner = dry_run.blueprint.needs, dry_run.blueprint.tuner
-    learning = trainable_parts(tuner)
-    own = 2.0 if tuner.sft_type == "full" else 1.0  # gradients of inputs, and of weights, too, where all of them learn
-    tower_backward = own if "vit" in learning else 0.0
-    aligner_backward = own if "aligner" in learning else tower_backward and 1.0
-    again = dry_run.blueprint.trains_vision and needs.reference and not way.reference_known
+    trainable = trainable_parts(tuner)
+    own = 2.0 if tuner.sft_type == "full" else 1.0  # gradients of inputs, and of all weights, too, where they are trained
+    tower_backward = own if "vit" in trainable else 0.0
+    aligner_backward = own if "aligner" in trainable else tower_backward and 1.0
+    again = dry_run.blueprint.trains_vision and needs.reference and not options.reference_known
     runs_twice = needs.statistics and dry_run.blueprint.trains_vision  # a frozen tower's features are kept for the step
     forwards = 1 + int(runs_twice) + int(needs.brings_images) + int(again) * (1 + int(runs_twice))
-    if not way.images_once:
-        forwards = (2 if data.rejected.any() else 1) * (1 + int(needs.reference and not way.reference_known))
+    if not options.images_once:
+        forwards = (2 if data.rejected.any() else 1) * (1 + int(needs.reference and not options.reference_known))
     tower, aligner = float(data.tower_flops.mean()), float(data.aligner_flops.mean())
     return tower * (forwards + tower_backward) + aligner * (forwards + aligner_backward)

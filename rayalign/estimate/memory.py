@@ -24,12 +24,12 @@ QUANTISED_BITS = {True: 4 + 8 / 64 + 32 / (64 * 256), False: 4 + 32 / 64}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `weights` are those that don't learn; `kept` is for the backward; `working` comes and goes (a layer that runs
-    again, logits of the output head, the reference's forward, the tower's); `images` are pixels and features, and what a tower
-    that learns keeps."""
+    """Bytes. `weights` are the frozen ones, `trainable` the others; `kept` is for the backward; `working` comes and goes (a
+    layer that runs again, logits of the output head, the reference's forward, the tower's); `images` are pixels and features,
+    and what a trainable tower keeps."""
 
     weights: int
-    learning: int
+    trainable: int
     gradients: int
     moments: int
     kept: int
@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def tensors(self) -> int:
-        return self.weights + self.learning + self.gradients + self.moments + self.kept + self.working + self.images
+        return self.weights + self.trainable + self.gradients + self.moments + self.kept + self.working + self.images
 
     @property
     def overhead(self) -> int:
@@ -78,7 +78,7 @@ class MicroBatch:
 def memory_of(skeleton: Skeleton, dry_run: DryRun, vision: VisionCosts | None, batch: MicroBatch) -> Memory:
     """Of a worker that holds the whole model."""
     blueprint = dry_run.blueprint
-    learning = _bytes(skeleton.trainable)
+    trainable = _bytes(skeleton.trainable)
     frozen = _bytes([p for p in skeleton.model.parameters() if not p.requires_grad])
     working = 0
     if blueprint.tuner.quant_bits is not None:
@@ -95,9 +95,9 @@ def memory_of(skeleton: Skeleton, dry_run: DryRun, vision: VisionCosts | None, b
         working = max(working, _tower_bytes(vision, batch, dry_run) - activations.kept)
     return Memory(
         weights=frozen,
-        learning=learning,
-        gradients=learning,
-        moments=2 * learning,
+        trainable=trainable,
+        gradients=trainable,
+        moments=2 * trainable,
         kept=activations.kept,
         working=working,
         images=images,
@@ -118,7 +118,7 @@ def _quantised(skeleton: Skeleton, frozen: int, *, double: bool) -> tuple[int, i
 
 
 def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, dry_run: DryRun) -> int:
-    """Of the pixels and features that a micro-batch brings along, and of what a tower that learns keeps.
+    """Of the pixels and features that a micro-batch brings along, and of what a trainable tower keeps.
 
     The features lie there once by themselves and once in the rows.
     """
@@ -126,8 +126,7 @@ def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, dry
     size = torch.finfo(dry_run.blueprint.dtype).bits // 8
     width = skeleton.head.shape[1]
     held = sum(load.pixel_bytes + 2 * load.features * width * size for load in loads)
-    learning = trainable_parts(dry_run.blueprint.tuner)
-    if "vit" in learning:
+    if "vit" in trainable_parts(dry_run.blueprint.tuner):
         per_token = vision.kept_per_patch(full=dry_run.blueprint.tuner.sft_type == "full")
         held += sum(load.patches for load in loads) * per_token * size
     return batch.rows * held * (2 if dry_run.blueprint.needs.brings_images else 1)

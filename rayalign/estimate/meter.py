@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from rayalign.policy.compat import storage_key
+
 aten = torch.ops.aten
 
 
@@ -24,7 +26,7 @@ class Meter(TorchDispatchMode):
     def __init__(self, there_before: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.live = self.peak = self.flops = 0
-        self._storages = {tensor.untyped_storage()._cdata: 0 for tensor in there_before}
+        self._storages = {storage_key(tensor): 0 for tensor in there_before}
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -41,8 +43,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
         if key not in self._storages:
             self._storages[key] = storage.nbytes()
             self.live += storage.nbytes()

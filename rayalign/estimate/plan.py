@@ -1,7 +1,7 @@
-"""What a run will need, found out before it: with the real encoder where the model's processor is at hand, else by estimate.
+"""What a run will need, as text: with the real encoder where the model's processor is at hand, else by estimate.
 
-`sizing` does the sums; this module brings model and data, on Ray where records are encoded. Encoded records stay in the cache,
-where the run finds them.
+`estimate` does the sums; this module brings model and data, on Ray where records are encoded. Encoded records stay in the
+cache, where the run finds them.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bool = False) -> str:
     """The plan of a run as text; `several_runs`: it is one of a sweep.
 
-    Raises ValueError for what the user can mend: flags, model, data.
+    Raises ValueError for what the user can correct: flags, model, data.
     """
     if not config.data.dataset:
         raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
     config = driver.with_output_dir(_with_folder(config))
     name = config.model.model_type or config.model.model or config.model.adapter or ""
     source = resolve_model(config.model, REGISTERED_MODELS)
-    processor, place = _processor_of(source, config), source.base
+    processor, folder = _processor_of(source, config), source.base
     origin = f"config of {source.base}"
     if processor is None and not Path(source.base).is_dir():
         shipped = shipped_config(source.base)
@@ -52,10 +52,10 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
                 f"{source.base}: neither its config nor its processor could be loaded, and rayalign brings configs along of "
                 f"{', '.join(shipped_configs())} only. Give the model's folder, or make the hub reachable."
             )
-        place, origin = str(shipped), "config that comes with rayalign; the model's files are not at hand"
-    model_config = AutoConfig.from_pretrained(place, trust_remote_code=config.model.trust_remote_code)
+        folder, origin = str(shipped), "config that comes with rayalign; the model's files are not at hand"
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     blueprint = Blueprint(model_config, source, config.model, config.tuner, config.algorithm.needs)
-    look = _image_look(blueprint, processor, place, config.data.max_pixels)
+    look = _image_look(blueprint, processor, folder, config.data.max_pixels)
     data = _measure(config, blueprint, look) if processor is not None else estimated(config, look)
     known = config.precomputes_reference(several_epochs=schedule_of(config, data).epochs > 1, several_runs=several_runs)
     blueprint = dataclasses.replace(blueprint, reference_known=known)
@@ -79,7 +79,7 @@ def _processor_of(source: ModelSource, config: Config) -> Any | None:
         return None
 
 
-def _image_look(blueprint: Blueprint, processor: Any | None, place: str, max_pixels: int | None) -> ImageLook | None:
+def _image_look(blueprint: Blueprint, processor: Any | None, folder: str, max_pixels: int | None) -> ImageLook | None:
     """What tells images' loads; None for a language model."""
     config, family = blueprint.config, blueprint.family
     if family.text_only:
@@ -89,19 +89,19 @@ def _image_look(blueprint: Blueprint, processor: Any | None, place: str, max_pix
         if processor is not None:
             return process_images(processor, family, config, [image], alone=[True]).tensors
         given = [[image]] if family.one_sample_an_image else [image]
-        inputs: Mapping[str, Tensor] = _image_processor(place)(given, return_tensors="pt")
+        inputs: Mapping[str, Tensor] = _image_processor(folder)(given, return_tensors="pt")
         return inputs
 
     return ImageLook(process, family, config, VisionCosts(blueprint.build(), config), max_pixels=max_pixels)
 
 
 @functools.cache
-def _image_processor(place: str) -> Any:
+def _image_processor(folder: str) -> Any:
     try:
-        return AutoImageProcessor.from_pretrained(place)
+        return AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError):
         raise ValueError(
-            f"{place}: has no preprocessor_config.json, which decides on how many tokens an image becomes. Put the model's "
+            f"{folder}: has no preprocessor_config.json, which says how many tokens an image becomes. Put the model's "
             "beside its config.json."
         ) from None
 

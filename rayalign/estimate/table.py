@@ -30,28 +30,28 @@ def _model(found: Estimate) -> Iterator[str]:
     yield ""
     rows = [["Parameters", "", ""]]
     for part, count in skeleton.sizes.items():
-        rows.append([f"  {part}", _millions(count), _learning_of(part, found) if count else "shares the embeddings' weights"])
+        rows.append([f"  {part}", _millions(count), _training_of(part, found) if count else "shares the embeddings' weights"])
     total = sum(skeleton.sizes.values())
     rows.append(["  total", _millions(total), ""])
     where = ", ".join(PART_NAMES[part] for part in trainable_parts(tuner))
     what = f"all weights of: {where}"
     if tuner.sft_type == "lora":
         what = f"LoRA of rank {tuner.lora_rank} on {' '.join(tuner.lora_target_modules)} of: {where}"
-    rows.append(["  learns in this run", _millions(found.num_learning), f"{found.num_learning / total:.2%}; {what}"])
+    rows.append(["  trained in this run", _millions(found.num_trainable), f"{found.num_trainable / total:.2%}; {what}"])
     for modules, count in found.adapters.items():
         rows.append([f"  LoRA {modules} would train", _millions(count), ""])
     yield from _aligned(rows)
 
 
-def _learning_of(part: str, found: Estimate) -> str:
+def _training_of(part: str, found: Estimate) -> str:
     """What becomes of a part's weights."""
     tuner = found.config.tuner
     if PART_OF.get(part, "llm") not in trainable_parts(tuner):
         return "frozen"
     if part == HEAD and found.blueprint.needs.head == "value":
-        return "frozen; a value head learns beside it"
+        return "frozen; a value head is trained beside it"
     if tuner.sft_type == "full":
-        return "learns"
+        return "trained"
     return "frozen" if part in (EMBEDDINGS, HEAD) else "frozen, with adapters"
 
 
@@ -74,8 +74,8 @@ def _data(found: Estimate) -> Iterator[str]:
 
 
 def _work(found: Estimate) -> Iterator[str]:
-    now, way = found.flops(), found.way
-    recomputing = " (checkpointing)" if way.checkpointing else ""
+    now, options = found.flops(), found.options
+    recomputing = " (checkpointing)" if options.checkpointing else ""
     unit, size = _unit_of(now.total)
     yield f"Work per pair in {unit} (mean)"
     parts = [
@@ -101,15 +101,18 @@ def _work(found: Estimate) -> Iterator[str]:
     rows.append(["    all of these", *_against(nothing_saved.total, now.total)])
     yield from _aligned([row for row in rows if row[2] != NO_DIFFERENCE])
     yield "  and otherwise:"
-    switch = "without" if way.checkpointing else "with"
+    switch = "without" if options.checkpointing else "with"
     rows = [
-        [f"    {switch} gradient checkpointing", *_against(found.flops(checkpointing=not way.checkpointing).total, now.total)]
+        [
+            f"    {switch} gradient checkpointing",
+            *_against(found.flops(checkpointing=not options.checkpointing).total, now.total),
+        ]
     ]
-    if found.blueprint.needs.reference and not way.reference_known:
+    if found.blueprint.needs.reference and not options.reference_known:
         known = found.flops(reference_known=True)
         rows.append(["    with the reference once, before the training", *_against(known.total, now.total)])
     yield from _aligned(rows)
-    if way.reference_known:
+    if options.reference_known:
         yield f"  before the training, once per pair: the reference, {_number(found.reference_flops / size)}"
 
 
@@ -118,15 +121,15 @@ def _memory(found: Estimate) -> Iterator[str]:
     shape = batch.shape()
     yield f"Memory per worker in GB, {shape.rows} x the longest row ({shape.tokens:,} tokens)"
     yield from _aligned([[f"  {name}", _gb(size)] for name, size in _memory_parts(found, memory)])
-    switch = "without" if found.way.checkpointing else "with"
-    yield from _aligned([[f"  total {switch} gradient checkpointing", _gb(found.memory_otherwise.total)]])
+    switch = "without" if found.options.checkpointing else "with"
+    yield from _aligned([[f"  total {switch} gradient checkpointing", _gb(found.memory_with_other_checkpointing.total)]])
 
 
 def _memory_parts(found: Estimate, memory: Memory) -> list[tuple[str, int]]:
     quantised = ", language model's linears in 4 bits" if found.config.tuner.quant_bits else ""
     return [
         (f"frozen weights ({str(found.blueprint.dtype).removeprefix('torch.')}{quantised})", memory.weights),
-        ("weights that learn (float32)", memory.learning),
+        ("trainable weights (float32)", memory.trainable),
         ("gradients", memory.gradients),
         ("optimizer's moments", memory.moments),
         ("kept for the backward", memory.kept),

@@ -58,8 +58,9 @@ class VisionCosts:
         return ImageLoad(features, patches, pixels.numel() * pixels.element_size(), tower_flops, aligner_flops)
 
     def kept_per_patch(self, *, full: bool) -> int:
-        """Numbers that a tower that learns keeps of each patch, by rule of thumb: of each layer its inputs, norms, q, k, v and
-        the wide part of its MLP; where all weights learn, every linear's input, too. It runs without gradient checkpointing."""
+        """Numbers that a trainable tower keeps of each patch, by rule of thumb: of each layer its inputs, norms, q, k, v and
+        the wide part of its MLP; where all weights are trained, every linear's input, too. It runs without gradient
+        checkpointing."""
         return self.layers * ((8 if full else 6) * self.hidden + (2 if full else 1) * self.widest)
 
     def _pairs_in_windows(self, patches: int) -> int:

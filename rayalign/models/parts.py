@@ -1,4 +1,4 @@
-"""The parts of a vision-language model, found by their place in it: vision tower, aligner, language model."""
+"""The parts of a vision-language model, found by their names in it: vision tower, aligner, language model."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -65,7 +65,7 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: flo
 
 class _TokenLogps(torch.autograd.Function):
     """d log p / d logits = onehot(target) - softmax(logits), so the gradient of `hidden` can be formed while the chunk's
-    probabilities are at hand, up to the factor that arrives in backward; only a head that learns has its logits made again."""
+    probabilities are at hand, up to the factor that arrives in backward; a trainable head has its logits computed again."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
@@ -128,7 +128,7 @@ def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | Non
     probabilities = torch.softmax(logits, dim=-1, dtype=_loss_dtype(logits.dtype))
     # The largest probability is at least 1 / V, so that its logarithm is exact enough to tell the normaliser by; to sum the
     # exponentials for it once more would take as long as the softmax.
-    largest, place = logits.max(dim=-1, keepdim=True)
-    normaliser = largest.to(probabilities.dtype) - probabilities.gather(1, place).log()
+    largest, index = logits.max(dim=-1, keepdim=True)
+    normaliser = largest.to(probabilities.dtype) - probabilities.gather(1, index).log()
     logps = logits.gather(1, targets[:, None]).to(probabilities.dtype) - normaliser
     return logps.squeeze(1), probabilities, softcap_grad

@@ -1,13 +1,14 @@
 """The forward and backward of a frozen linear layer with a LoRA adapter on it, in as few passes over memory as there can be.
 
-`adapters` puts it in the place of peft's own, whose scaling, addition and casts each read and write the layer's whole output
-again. It computes in the type of the layer's input, as autocast does; the adapter's weights stay in float32.
+`policy/adapters` has peft use it in the place of its own layer, whose scaling, addition and casts each read and write the whole
+output again. It computes in the type of the layer's input, as autocast does; the adapter's weights stay in float32.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
@@ -34,11 +35,11 @@ class FusedLoraLinear(lora.Linear):
         return not drops and name not in self.lora_variant and self.lora_B[name].bias is None
 
 
-def fuse_lora_linears(model: nn.Module) -> None:
-    """Lets the LoRA linears of a model compute in few passes; those that peft puts on quantised layers stay as they are."""
-    for module in model.modules():
-        if type(module) is lora.Linear and type(module.get_base_layer()) is nn.Linear:
-            module.__class__ = FusedLoraLinear
+def fused_or_none(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> FusedLoraLinear | None:
+    """The fused layer for a plain linear, as peft makes its own; None for all else (quantised weights), which stays peft's."""
+    if type(target) is not nn.Linear or type(target.weight) is not nn.Parameter:
+        return None
+    return FusedLoraLinear(target, adapter_name, config, **options)
 
 
 class _Product(torch.autograd.Function):

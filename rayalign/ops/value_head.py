@@ -16,8 +16,8 @@ SAFETENSORS, BIN = "value_head.safetensors", "value_head.bin"
 class ValueHead(nn.Module):
     """Scores states [n, H]: w h + b, in float32 or better whatever the type of the states.
 
-    A new head is all zeros. Only w learns: a Bradley-Terry loss can't see b, so a head made here keeps b = 0 and its scores are
-    those of a head without bias; a head made elsewhere keeps the b that it came with.
+    A new head is all zeros. Only w is trained: a Bradley-Terry loss can't see b, so a head made here keeps b = 0 and its scores
+    are those of a head without bias; a head made elsewhere keeps the b that it came with.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -34,7 +34,7 @@ class ValueHead(nn.Module):
 
 
 def save_value_head(head: ValueHead, folder: Path, *, safe_serialization: bool) -> None:
-    """Writes value_head.safetensors, or value_head.bin, which PyTorch's own format is for loaders that know no other."""
+    """Writes value_head.safetensors, or value_head.bin, in PyTorch's own format, for loaders that know no other."""
     weights = {f"v_head.{name}": value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     if safe_serialization:
         save_file(weights, folder / SAFETENSORS)
@@ -72,7 +72,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         weights = load_file(path) if path.name == SAFETENSORS else torch.load(path, weights_only=True, map_location="cpu")
     except OSError:
         raise
-    except Exception as error:  # a file of any other content fails in any way, short of being run
+    except Exception as error:  # a file of other content may raise anything
         raise ValueError(_unreadable(path)) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(_unreadable(path))
@@ -82,5 +82,5 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def _unreadable(path: Path) -> str:
     return (
         f"{path}: is damaged, or holds something else than named tensors, which is not read since it could run code. "
-        "Take the value head from the run that made it."
+        "Copy the value head again from the run that wrote it."
     )

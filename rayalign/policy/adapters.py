@@ -1,16 +1,19 @@
-"""LoRA adapters on a model: where they go, which of them learn, and how a stack of two is saved as one.
+"""LoRA adapters on a model: where they go, which of them are trainable, which are on, how a stack of two is saved as one.
 
-`loading` puts them on; `policy` runs them and saves the result. A model holds up to two: the one that learns (TRAINED) and one
-that stays as it is, of which the trained one is the continuation (REFERENCE) or on which it stands (STACKED).
+`prepare` puts them on; `policy` runs them; `saving` writes the result. A model holds up to two: the one under training
+(TRAINED) and a frozen one, from which the trained one started (REFERENCE) or to which it adds (STACKED).
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,7 +21,7 @@ from rayalign.config.sections import TunerConfig
 from rayalign.models.family import Family
 from rayalign.models.parts import PART_NAMES, Part, find_parts
 from rayalign.models.source import ModelSource
-from rayalign.ops.lora_linear import fuse_lora_linears
+from rayalign.policy.compat import fuse_lora_linears, name_in_base, recompute_dora_magnitude, set_active_adapters
 
 TRAINED, REFERENCE, STACKED = "default", "reference", "stacked"
 
@@ -33,7 +36,7 @@ def trainable_parts(tuner: TunerConfig) -> tuple[Part, ...]:
 
 
 def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Family, *, needs_reference: bool) -> PeftModel:
-    """Wraps the model with the adapter that learns, and with the one that stays: STACKED, or REFERENCE where it is needed.
+    """Wraps the model with the adapter to train, and with a frozen one: STACKED, or REFERENCE where it is needed.
 
     Raises ValueError for targets that match nothing, and for flags that the adapter to continue from does not fit.
     """
@@ -49,21 +52,22 @@ def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Fam
         target_modules=targets,
     )
     if start is None:
-        new = get_peft_model(base, lora, adapter_name=TRAINED)
-        _set_magnitudes(new)
-        fuse_lora_linears(new)
+        new = get_peft_model(base, fuse_lora_linears(lora), adapter_name=TRAINED)
+        _recompute_magnitudes(new)
         return new
+    found: Any = PeftConfig.from_pretrained(start)
+    name = STACKED if tuner.stack_adapter else TRAINED
+    model = PeftModel.from_pretrained(
+        base, start, adapter_name=name, is_trainable=not tuner.stack_adapter, config=fuse_lora_linears(found)
+    )
     if tuner.stack_adapter:
-        model = PeftModel.from_pretrained(base, start, adapter_name=STACKED, is_trainable=False)
         _check_stack(model, start)
-        model.add_adapter(TRAINED, lora)
+        model.add_adapter(TRAINED, fuse_lora_linears(lora))
     else:
-        model = PeftModel.from_pretrained(base, start, adapter_name=TRAINED, is_trainable=True)
         _check_continuation(model, start, tuner, targets)
         if needs_reference:
             model.load_adapter(start, adapter_name=REFERENCE, is_trainable=False)
-    _let_learn(model, tuner)
-    fuse_lora_linears(model)
+    _set_trainable(model, tuner)
     return model
 
 
@@ -72,13 +76,29 @@ def merge_adapter(base: Any, adapter: str) -> Any:
     return PeftModel.from_pretrained(base, adapter).merge_and_unload()
 
 
-def lora_targets(base: Any, modules: tuple[str, ...], family: Family) -> list[str]:
-    """The full names of the linears that --lora_target_modules means inside the language model.
+class AdapterSwitch:
+    """Which of a model's adapters are on: those of the policy under training, or, for a while, those of its reference.
+    `layers` are the adapted layers, none where all weights are trained."""
 
-    DEFAULT: attention q, k, v; ALL: every linear; otherwise module names (`q_proj`) or one regular expression over full names.
-    Raises ValueError where one of them matches nothing, with the names there are.
-    """
-    return _choose(find_parts(base).linears(base, "llm"), modules, family.attention_projections, "the language model")
+    def __init__(self, model: nn.Module) -> None:
+        adapters = model.peft_config if isinstance(model, PeftModel) else {}
+        self.layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self._reference = [name for name in (REFERENCE, STACKED) if name in adapters]
+        self._policy = [*(name for name in (STACKED,) if name in adapters), TRAINED]
+        self._activate(self._policy)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it, the model is the reference."""
+        self._activate(self._reference)
+        try:
+            yield
+        finally:
+            self._activate(self._policy)
+
+    def _activate(self, adapters: list[str]) -> None:
+        for layer in self.layers:
+            set_active_adapters(layer, adapters)
 
 
 def save_stack(model: PeftModel, folder: Path) -> None:
@@ -93,7 +113,7 @@ def save_stack(model: PeftModel, folder: Path) -> None:
         missing = rank - len(a)
         weights[f"{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
         weights[f"{name}.lora_B.weight"] = nn.functional.pad(b, (0, missing)).contiguous()
-    targets = [name.removeprefix("base_model.model.") for name in layers]
+    targets = [name_in_base(name) for name in layers]
     below = model.peft_config[STACKED]
     config = LoraConfig(
         r=rank,
@@ -107,14 +127,10 @@ def save_stack(model: PeftModel, folder: Path) -> None:
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _set_magnitudes(model: nn.Module) -> None:
-    """Takes DoRA's first magnitudes anew in float32: peft takes them in the type of the weights, whose rounding would make the
-    new adapter change the model before it has learnt anything."""
+def _recompute_magnitudes(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and TRAINED in layer.lora_magnitude_vector:
-            magnitude: Any = layer.lora_magnitude_vector[TRAINED]
-            a, b = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
-            magnitude.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=layer.scaling[TRAINED])
+            recompute_dora_magnitude(layer, TRAINED)
 
 
 def _matrices(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
@@ -125,7 +141,7 @@ def _matrices(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def _targets(base: Any, tuner: TunerConfig, family: Family) -> list[str]:
-    """The full names of the linears that get an adapter, in all parts that learn."""
+    """The full names of the linears that get an adapter, in all trainable parts."""
     parts, modules = find_parts(base), tuner.lora_target_modules
     linears = {part: parts.linears(base, part) for part in trainable_parts(tuner)}
     empty = [PART_NAMES[part] for part, names in linears.items() if not names]
@@ -196,18 +212,18 @@ def _check_continuation(model: PeftModel, adapter: str, tuner: TunerConfig, targ
                 "Leave the flag out, or train a new adapter on top of it (--stack_adapter true)."
             )
     parts = find_parts(model.get_base_model())
-    adapted = {name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-    # The language model learns by default, and so not by anyone's wish.
+    adapted = {name_in_base(name) for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    # The language model is trained by default, so nobody need have asked for it.
     wanted = [part for part in trainable_parts(tuner) if part != "llm"]
-    bare = [part for part in wanted if not any(parts.of(name) == part for name in adapted)]
-    if bare:
-        flags = ", ".join(f"--freeze_{part}" for part in bare)
+    missing = [part for part in wanted if not any(parts.of(name) == part for name in adapted)]
+    if missing:
+        flags = ", ".join(f"--freeze_{part}" for part in missing)
         raise ValueError(
             f"{flags} false: training continues from the adapter {adapter}, which has no matrices there. Turn the flag on, or "
             "train a new adapter on top of it (--stack_adapter true)."
         )
-    learning = {name for name in adapted if parts.of(name) in trainable_parts(tuner)}
-    if targets is not None and set(targets) != learning:
+    trainable = {name for name in adapted if parts.of(name) in trainable_parts(tuner)}
+    if targets is not None and set(targets) != trainable:
         raise ValueError(
             f"--lora_target_modules {' '.join(tuner.lora_target_modules)}: training continues from the adapter {adapter}, "
             "which stands on other layers. Leave the flag out, or train a new adapter on top of it (--stack_adapter true)."
@@ -218,13 +234,12 @@ def _word(value: Any) -> str:
     return str(value).lower()
 
 
-def _let_learn(model: PeftModel, tuner: TunerConfig) -> None:
-    """Lets the TRAINED adapter learn in the parts that do, and nothing else; a frozen adapter has no dropout."""
+def _set_trainable(model: PeftModel, tuner: TunerConfig) -> None:
+    """Makes the TRAINED adapter trainable in the parts that are, and nothing else; a frozen adapter has no dropout."""
     parts = find_parts(model.get_base_model())
     for name, parameter in model.named_parameters():
-        in_base = name.removeprefix("base_model.model.")
         trained = re.search(rf"\.lora_\w+\.{TRAINED}\b", name) is not None
-        parameter.requires_grad_(trained and parts.of(in_base) in trainable_parts(tuner))
+        parameter.requires_grad_(trained and parts.of(name_in_base(name)) in trainable_parts(tuner))
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and STACKED in layer.lora_dropout:
             layer.lora_dropout[STACKED] = nn.Identity()

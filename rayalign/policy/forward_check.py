@@ -1,6 +1,6 @@
-"""The check of models that no file of the shelf describes: whether the common path computes what the model does by itself.
+"""The check of models that no file of models/ describes: whether the common path computes what the model does by itself.
 
-`worker` calls it before the first step. What holds for every family of the shelf is tested beforehand, and at length.
+`worker` calls it before the first step. Every family that has a file is tested beforehand, and at length.
 """
 
 import dataclasses
@@ -36,22 +36,22 @@ def check_forward(policy: Policy, spec: EncoderSpec) -> None:
     message = Message(role="user", content=IMAGE_MARK * len(contents) + "What do the two pictures show?")
     record = PreferenceRecord(id="check", messages=(message,), images=tuple(contents), chosen=CHOSEN, rejected=REJECTED)
     encoder = Encoder(dataclasses.replace(spec, responses="both", max_length=2**20))
-    learning = [module for module in policy.model.modules() if module.training]
+    training = [module for module in policy.model.modules() if module.training]
     policy.model.eval()
     try:
         with torch.no_grad():
             reason = _what_differs(policy, encoder, record)
-    except Exception as error:  # a model of any kind fails in any way
+    except Exception as error:  # an unknown model may raise anything
         raise _refusal(policy, f"{type(error).__name__}: {error}") from error
     finally:
-        for module in learning:
+        for module in training:
             module.training = True
     if reason:
         raise _refusal(policy, reason)
 
 
 def _what_differs(policy: Policy, encoder: Encoder, record: PreferenceRecord) -> str | None:
-    """What the common path gets wrong about one record, in words."""
+    """What the common path gets wrong about one record, in words; None where nothing is."""
     contents = [image for image in record.images if isinstance(image, bytes)]
     spec = encoder.spec
     pair = encoder.encode(record, contents)
@@ -62,9 +62,11 @@ def _what_differs(policy: Policy, encoder: Encoder, record: PreferenceRecord) ->
         for some in (pair, changed)
     )
     images = policy.image_features(batch)
-    made, places = sum(map(len, images)), pair.prompt_ids.count(spec.layout.image_token_id or 0) if contents else 0
-    if len(images) != len(contents) or made != places:
-        return f"{len(contents)} pictures became {len(images)} groups of {made} features, and the prompt has {places} places"
+    made, expected = sum(map(len, images)), pair.prompt_ids.count(spec.layout.image_token_id or 0) if contents else 0
+    if len(images) != len(contents) or made != expected:
+        return (
+            f"{len(contents)} pictures became {len(images)} groups of {made} features, and the prompt has room for {expected}"
+        )
     tolerance = TOLERANCE.get(policy.base.dtype, ROUGH_TOLERANCE)
     logps = policy.logps(batch, images)
     for side, ours in (("chosen", logps.chosen), ("rejected", logps.rejected)):

@@ -1,6 +1,7 @@
-"""A model from its files to a policy that is ready to train: weights, precision, what learns and what is frozen.
+"""A model from its files to a policy that is ready to train.
 
-`adapters` puts LoRA on; `policy` is what comes out; `worker` calls this once per process.
+`prepare` puts adapters on and says what is trainable; `policy` is what comes out; `saving` writes it; `worker` calls this once
+per process.
 """
 
 import copy
@@ -15,12 +16,11 @@ from rayalign.algorithms import Needs
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.models.family import Family
 from rayalign.models.parts import find_parts
-from rayalign.models.registry import find_family, load_config, packs_rows
+from rayalign.models.registry import find_family, load_config
 from rayalign.models.source import ModelSource
-from rayalign.ops.attention import SHARED_PREFIX
 from rayalign.ops.value_head import load_value_head
-from rayalign.policy.adapters import add_adapters, merge_adapter, trainable_parts
 from rayalign.policy.policy import Policy
+from rayalign.policy.prepare import model_options, prepare_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 
 
@@ -36,60 +36,35 @@ def load_policy(
 ) -> Policy:
     """Loads the weights and prepares them for training: adapters, or all weights, of the parts that are not frozen.
 
-    What learns is float32; everything else has the type of `model.dtype`. With a value head, that of the source's folder or a
-    new one, the output head stays frozen, too. Where all weights learn and a companion's rows need a reference in the step, a
-    frozen copy is kept as such. Raises ValueError for models of unknown families, and where the machine lacks what
-    quantisation needs.
+    Trainable weights are float32; all others have the type of `model.dtype`. A value head is that of the source's folder, or a
+    new one. Where all weights are trained and a companion's rows need a reference in the step, a frozen copy is kept as such.
+    Raises ValueError for models of unknown families, for flags that do not fit the model or its adapter, and where the machine
+    lacks what quantisation or the attention kernel needs.
     """
-    full = tuner.sft_type == "full"
     check_tuner(tuner, source, on_gpu=device.type == "cuda")
     check_attention(model, on_gpu=device.type == "cuda")
     dtype: torch.dtype = getattr(torch, model.dtype_on(device.type))
     config = load_config(source.base, trust_remote_code=model.trust_remote_code)
     family = find_family(config.model_type)
-    options: dict[str, Any] = {
-        # Weights that learn must not be rounded on the way.
-        "dtype": torch.float32 if full else dtype,
-        "attn_implementation": attention_kernels(family, model),
-        "trust_remote_code": model.trust_remote_code,
-    }
+    options = model_options(family, model, tuner, dtype)
     if tuner.quant_bits is not None:
         options["quantization_config"] = _quantisation(family, config, model, tuner, dtype)
     base = _load_base(source.base, family, options, None if spread_over_gpus else device)
-    base.requires_grad_(False)
     torch.manual_seed(seed)
-    if full:
-        wrapped = merge_adapter(base, source.adapter) if source.adapter else base
-        _let_learn(wrapped, tuner)
-    else:
-        wrapped = add_adapters(base, source, tuner, family, needs_reference=needs.reference)
+    prepared = prepare_model(base, source, model=model, tuner=tuner, family=family, needs=needs, dtype=dtype)
     value_head = None
     if needs.head == "value":
         output_head = base.get_output_embeddings().weight
         value_head = load_value_head(Path(source.adapter or source.base), output_head.shape[1]).to(output_head.device)
-        if output_head is not base.get_input_embeddings().weight:
-            output_head.requires_grad_(False)
-    if full:
-        _narrow_frozen(base, dtype)
-    if not needs.dropout:
-        _turn_off_dropout(wrapped)
     start = None
-    if full and needs.runs_reference_in_step:
+    if tuner.sft_type == "full" and needs.runs_reference_in_step:
         # In the same types, so that both give the same numbers at the start.
-        start = Policy(copy.deepcopy(wrapped).requires_grad_(False), family, dtype=dtype)
-    if model.gradient_checkpointing:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        start = Policy(copy.deepcopy(prepared).requires_grad_(False), family, dtype=dtype)
+        start.base.activation_checkpointing_disable()
     if model.torch_compile:
         for layer in base.get_decoder().layers:
             layer.compile(dynamic=True)  # rows differ in length
-    return Policy(wrapped, family, value_head, dtype=dtype, start=start)
-
-
-def attention_kernels(family: Family, model: ModelConfig) -> Any:
-    """transformers' `attn_implementation`: that of the language model; towers choose for themselves, since not each of them has
-    both kernels."""
-    kernel: str = SHARED_PREFIX if packs_rows(family, model.attn_implementation) else model.attn_implementation
-    return kernel if family.text_only else {"text_config": kernel}
+    return Policy(prepared, family, value_head, dtype=dtype, start=start)
 
 
 def multiplies_bfloat16() -> bool:
@@ -123,24 +98,3 @@ def _quantisation(
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=kept,
     )
-
-
-def _let_learn(base: Any, tuner: TunerConfig) -> None:
-    parts, learning = find_parts(base), trainable_parts(tuner)
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(parts.of(name) in learning)
-
-
-def _narrow_frozen(base: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in base.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-
-
-def _turn_off_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # Attention layers keep their rate as a number, which they hand to the attention kernel.
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]  # nn.Module types attributes as tensors

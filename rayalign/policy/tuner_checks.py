@@ -1,6 +1,6 @@
-"""What flags need of the adapter that training starts from and of the machine, found out before anything is loaded.
+"""What flags need of the adapter that training starts from and of the machine, checked before anything is loaded.
 
-Flags that contradict each other are `config`'s affair; `train` asks here on the driver, `loading` again in each worker.
+`config` refuses flags that contradict each other; `driver` calls these on the driver, `loading` again in each worker.
 """
 
 import importlib

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -24,6 +24,7 @@ from rayalign.config.sections import ExportConfig, ModelConfig
 from rayalign.models.registry import REGISTERED_MODELS, find_family
 from rayalign.models.source import ModelSource, resolve_model
 from rayalign.ops.value_head import find_value_head, load_value_head
+from rayalign.policy.compat import keep_weight_names
 from rayalign.storage import Store, is_url
 
 logger = logging.getLogger(__name__)
@@ -117,12 +118,6 @@ def sequence_classifier_class(config: Any) -> type[PreTrainedModel]:
     return type(name, (_Scorer, pretrained), {"__module__": pretrained.__module__})
 
 
-def register_sequence_classifier(config: Any) -> None:
-    """Lets AutoModelForSequenceClassification load models of this config's class, for the life of the process."""
-    # Without exist_ok transformers leaves its own configs' classes unregistered, silently.
-    AutoModelForSequenceClassification.register(type(config), sequence_classifier_class(config), exist_ok=True)
-
-
 def _assemble(base: Any, weight: torch.Tensor) -> Any:
     """The classifier made of a generating model's parts; it shares their memory."""
     model_class: Any = sequence_classifier_class(base.config)
@@ -131,8 +126,7 @@ def _assemble(base: Any, weight: torch.Tensor) -> Any:
     classifier.model = base.model
     classifier.score = nn.Linear(weight.shape[1], 1, bias=False)
     classifier.score.weight = nn.Parameter(weight.detach().clone())
-    # What transformers renamed on loading it names back on saving; without this it would only know its newest names.
-    classifier._weight_conversions = base._weight_conversions
+    keep_weight_names(classifier, base)
     return classifier
 
 

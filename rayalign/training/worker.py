@@ -24,6 +24,7 @@ from rayalign.data.stream import fetch_pairs, held_out_pairs, pairs_in_order, sa
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
+from rayalign.policy.saving import save_policy
 from rayalign.storage import Store
 from rayalign.training.checkpoint import checkpoint_name, load_checkpoint, newest_checkpoint, write_checkpoint
 from rayalign.training.loop import LoopEvents, Trainer, run_steps, start_alike
@@ -181,7 +182,7 @@ class _Worker:
 
     def _write_model(self) -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            self.trainer.policy.save(Path(temporary), safe_serialization=self.config.run.safe_serialization)
+            save_policy(self.trainer.policy, Path(temporary), safe_serialization=self.config.run.safe_serialization)
             self.data.spec.processor.save_pretrained(temporary)
             (self.folder / "model").upload(Path(temporary))
 

@@ -25,12 +25,14 @@ from rayalign.config.command_line import to_yaml
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.flags import flags_of
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
-from rayalign.data.batch import PAD, PairBatch
+from rayalign.data.batch import PairBatch
 from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.models.source import ModelSource
 from rayalign.ops.logprobs import PairLogps, SequenceLogps
+from rayalign.ops.rows import PAD
 from rayalign.policy.policy import Policy
+from rayalign.policy.saving import save_policy
 from rayalign.training.loop import Trainer
 from tests.tiny_models import REFERRED, counts_of, encode_pair, in_float64, make_batch, make_policy, noise_image, wake_adapters
 
@@ -197,7 +199,7 @@ def test_training_starts_with_rewards_of_exactly_zero_and_the_loss_of_indifferen
 ) -> None:
     source = ModelSource(str(folder))
     if reference == "the SFT adapter":
-        wake_adapters(make_policy(folder)).save(tmp_path)
+        save_policy(wake_adapters(make_policy(folder)), tmp_path)
         source = ModelSource(str(folder), adapter=str(tmp_path))
     policy = make_policy(source, needs=REFERRED, model=ModelConfig(gradient_checkpointing=checkpointing))
     pairs = pairs_of_a_step(folder)
@@ -215,7 +217,7 @@ def test_the_reference_does_not_move_when_the_policy_does(folder: Path, tmp_path
     start = make_policy(folder)
     source = ModelSource(str(folder))
     if reference == "the SFT adapter":
-        wake_adapters(start).save(tmp_path)
+        save_policy(wake_adapters(start), tmp_path)
         source = ModelSource(str(folder), adapter=str(tmp_path))
     policy = wake_adapters(make_policy(source, needs=REFERRED), seed=5)
     trainable = list(policy.trainable)

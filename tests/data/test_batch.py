@@ -3,9 +3,10 @@ from collections.abc import Sequence
 
 import torch
 
-from rayalign.data.batch import CHOSEN, PAD, PROMPT, REJECTED, PairBatch, assemble
+from rayalign.data.batch import PairBatch, assemble
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import ImageInputs, RowLayout
+from rayalign.ops.rows import CHOSEN, PAD, PROMPT, REJECTED
 
 # One row per pair: a is five tokens long, b four, so b is padded with one.
 PAIR_A = EncodedPair("a", [5, 6], [7, 2], [8], [b"red"], ["hash of red"], margin=0.5)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from rayalign.algorithms import KTO, MDPO, Needs
-from rayalign.data.batch import CHOSEN, PAD, PROMPT, REJECTED, ImageChange, PairBatch, assemble
+from rayalign.data.batch import ImageChange, PairBatch, assemble
 from rayalign.data.companions import Companion, Damaged, Mismatched, with_companion
 from rayalign.data.reference_store import ReferenceLogps
 from rayalign.data.store import EncodedPair
 from rayalign.images.damage import damage_image
 from rayalign.images.fetch import open_image
 from rayalign.models.family import ImageInputs, RowLayout
+from rayalign.ops.rows import CHOSEN, PAD, PROMPT, REJECTED
 from tests.tiny_models import noise_image
 
 RED, BLUE = noise_image(40, 30, seed=1), noise_image(40, 30, seed=2)

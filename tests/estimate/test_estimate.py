@@ -1,4 +1,4 @@
-"""The memory and operations that planning foretells, against steps that are really made, at a size where the language model
+"""The memory and operations of the estimate, against steps that are really made, at a size where the language model
 outweighs everything else; and the figures of the models whose configs come along."""
 
 from collections.abc import Callable, Iterable
@@ -52,8 +52,8 @@ def pairs_with(folder: Path, num_images: int) -> list[EncodedPair]:
     ]
 
 
-def foretold(folder: Path, config: Config, pairs: list[EncodedPair]) -> Estimate:
-    """What is told of a run whose data are these pairs."""
+def estimate_of(folder: Path, config: Config, pairs: list[EncodedPair]) -> Estimate:
+    """The estimate of a run whose data are these pairs."""
     spec = EncoderSpec(str(folder), responses="both")
     needs = config.algorithm.needs
     blueprint = Blueprint(spec.model_config, ModelSource(str(folder)), config.model, config.tuner, needs)
@@ -88,7 +88,7 @@ def foretold(folder: Path, config: Config, pairs: list[EncodedPair]) -> Estimate
         ("rm", ALL, True, 1, "float32"),
     ],
 )
-def test_memory_and_operations_of_a_step_are_foretold(
+def test_memory_and_operations_of_a_step_are_estimated(
     model_folder: Callable[..., Path], algorithm: str, tuner: TunerConfig, checkpointing: bool, num_images: int, dtype: Any
 ):
     folder = model_folder("llava_next", **TEXT)
@@ -108,10 +108,10 @@ def test_memory_and_operations_of_a_step_are_foretold(
     counter = FlopCounterMode(display=False, custom_mapping=CPU_FLOPS)
     with counter:
         trainer.gradients([batch], totals)
-    found = foretold(folder, config, pairs)
+    found = estimate_of(folder, config, pairs)
     memory = found.memory
     # Buffers (positions, rotations) are left out, and are 1 % here.
-    assert memory.weights + memory.learning + memory.gradients == pytest.approx(_bytes(held.values()), rel=0.02)
+    assert memory.weights + memory.trainable + memory.gradients == pytest.approx(_bytes(held.values()), rel=0.02)
     assert memory.kept + memory.working + memory.images == pytest.approx(meter.peak + _bytes(images), rel=WITHIN)
     assert len(pairs) * found.flops().total == pytest.approx(counter.get_total_flops(), rel=WITHIN)
 
@@ -122,7 +122,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def test_a_reference_that_comes_with_the_data_is_left_out_of_the_step(model_folder: Callable[..., Path]):
     folder = model_folder("llava_next", **TEXT)
-    found = foretold(folder, Config(ALGORITHMS["dpo"]()), pairs_with(folder, 0))
+    found = estimate_of(folder, Config(ALGORITHMS["dpo"]()), pairs_with(folder, 0))
     in_step, known = found.flops(), found.flops(reference_known=True)
     assert known.others == 0
     assert in_step.others == in_step.forward
@@ -134,7 +134,7 @@ def test_each_saving_is_what_its_work_would_be(model_folder: Callable[..., Path]
     """By hand, without attention: rows of a pair are [p + c + r], apart they are [p + c] and [p + r]."""
     folder = model_folder("llava_next", **TEXT)
     pairs = pairs_with(folder, 1)[:1]
-    found = foretold(folder, Config(ALGORITHMS["dpo"]()), pairs)
+    found = estimate_of(folder, Config(ALGORITHMS["dpo"]()), pairs)
     now = found.flops()
     prompt, chosen, rejected = (len(ids) for ids in (pairs[0].prompt_ids, pairs[0].chosen_ids, pairs[0].rejected_ids))
     row = prompt + chosen + rejected

@@ -104,9 +104,9 @@ def test_a_dry_run_tells_everything_offline_and_writes_nothing(tmp_path: Path, c
         "Plan: RM of internvl2-2b (config that comes with rayalign; the model's files are not at hand)",
         "  vision tower                304.01 M  frozen",
         "  language model            1,510.05 M  frozen, with adapters",
-        "  output head                 189.55 M  frozen; a value head learns beside it",
+        "  output head                 189.55 M  frozen; a value head is trained beside it",
         "  total                     2,205.75 M",
-        "  learns in this run            8.65 M  0.39%; LoRA of rank 8 on ALL of: language model",
+        "  trained in this run           8.65 M  0.39%; LoRA of rank 8 on ALL of: language model",
         "  LoRA DEFAULT would train      1.97 M",
         "Tokens per pair (4 pairs, 0 of them held out)",
         "    of it images                    2,496   3,328  3,328  3,328",
@@ -224,7 +224,7 @@ def test_a_config_without_image_settings_is_told_what_lacks(tmp_path: Path):
     with pytest.raises(ValueError) as error:
         plan_run(config)
     assert str(error.value) == (
-        f"{tmp_path}/model: has no preprocessor_config.json, which decides on how many tokens an image becomes. Put the "
+        f"{tmp_path}/model: has no preprocessor_config.json, which says how many tokens an image becomes. Put the "
         "model's beside its config.json."
     )
 

@@ -19,13 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from rayalign.algorithms import DPO, KTO, MDPO, Needs
 from rayalign.config.sections import ModelConfig, TunerConfig
-from rayalign.data.batch import PAD, PairBatch, assemble
+from rayalign.data.batch import PairBatch, assemble
 from rayalign.data.store import EncodedPair
 from rayalign.images.fetch import open_image
 from rayalign.models.family import RowLayout
 from rayalign.models.processors import describe_images, load_processor, tokenizer_of
 from rayalign.models.registry import find_family
+from rayalign.ops.rows import PAD
 from rayalign.policy.policy import Policy
+from rayalign.policy.saving import save_policy
 from tests.tiny_families import MISTRAL, TINY_FAMILIES, TINY_TEXT_MODELS, VISION, TinyFamily
 from tests.tiny_models import (
     FAMILIES,
@@ -391,7 +393,7 @@ def test_a_saved_model_gives_the_same_log_probs_in_transformers_and_peft(
     with torch.no_grad():
         for parameter in policy.trainable.values():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     assert {f.suffix for f in tmp_path.iterdir()} <= {".safetensors", ".json", ".md"}
     pairs = pairs_of(folder, case)
     with torch.no_grad():

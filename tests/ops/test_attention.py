@@ -6,12 +6,24 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from rayalign.config.sections import ModelConfig
-from rayalign.data.batch import CHOSEN, PAD, PROMPT, REJECTED, RowLengths
-from rayalign.ops.attention import attention_mask, block_mask, packed, response_mask, runs_of, shared_prefix_attention, unpacked
+from rayalign.ops.attention import (
+    attention_mask,
+    bidirectional_blocks,
+    block_mask,
+    can_pack,
+    decoder_mask,
+    layer_windows,
+    packed,
+    response_mask,
+    runs_of,
+    unpacked,
+)
+from rayalign.ops.rows import CHOSEN, PAD, PROMPT, REJECTED, RowLengths
+from rayalign.policy.compat import shared_prefix_kernel
 from rayalign.policy.tuner_checks import check_attention
 from tests.tiny_models import encode_pair, make_batch, make_policy
 from tests.watching import LargestTensor
@@ -94,13 +106,13 @@ def test_attention_in_two_parts_is_that_with_the_whole_mask_and_so_are_its_gradi
     inputs = heads(kv_heads, segments.shape[1])
     module: Any = SimpleNamespace(num_key_value_groups=8 // kv_heads, is_causal=True)
     kept = segments != PAD
-    upstream = torch.randn(int(kept.sum()), 8, 4, dtype=torch.float64)
+    grad_output = torch.randn(int(kept.sum()), 8, 4, dtype=torch.float64)
     in_a_line = (states.transpose(1, 2)[kept].transpose(0, 1)[None] for states in inputs)
-    found = shared_prefix_attention(module, *in_a_line, response_mask(segments, lengths), lengths)[0][0]
+    found = shared_prefix_kernel(module, *in_a_line, response_mask(segments, lengths), lengths)[0][0]
     mask = attention_mask(segments, places)
     plain = scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True).transpose(1, 2)[kept]
     torch.testing.assert_close(found, plain, atol=FLOAT64, rtol=0)
-    gradients = [torch.autograd.grad(output, inputs, upstream) for output in (found, plain)]
+    gradients = [torch.autograd.grad(output, inputs, grad_output) for output in (found, plain)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=FLOAT64, rtol=0)
 
@@ -161,9 +173,53 @@ def test_flex_attention_sees_what_the_mask_says(sliding_window: int | None, with
     torch.testing.assert_close(found, scaled_dot_product_attention(query, key, value, attn_mask=mask), atol=FLOAT64, rtol=0)
 
 
+def test_rows_are_packed_by_their_own_kernel_and_within_every_window() -> None:
+    assert can_pack("shared_prefix", {"full_attention": None}, 1000)
+    assert not can_pack("sdpa", {"full_attention": None}, 1000)
+    windows = {"full_attention": None, "sliding_attention": 8}
+    assert can_pack("shared_prefix", windows, 8)
+    assert not can_pack("shared_prefix", windows, 9)
+
+
+def test_each_kernel_gets_the_mask_in_its_own_form() -> None:
+    made = {
+        kernel: decoder_mask(
+            SEGMENTS, POSITIONS, kernel=kernel, windows={"full_attention": None}, blocks=None, dtype=torch.bfloat16
+        )
+        for kernel in ("sdpa", "eager", "flex_attention")
+    }
+    allowed = attention_mask(SEGMENTS, POSITIONS)
+    assert torch.equal(made["sdpa"], allowed)
+    assert made["eager"].dtype == torch.bfloat16
+    assert torch.equal(made["eager"] == 0, allowed)
+    assert set(made["eager"][~allowed].tolist()) == {torch.finfo(torch.bfloat16).min}
+    assert isinstance(made["flex_attention"], BlockMask)
+
+
+def test_layers_with_a_window_have_masks_of_their_own() -> None:
+    windows = layer_windows({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 2})
+    assert windows == {"full_attention": None, "sliding_attention": 2}
+    masks = decoder_mask(SEGMENTS, POSITIONS, kernel="sdpa", windows=windows, blocks=None, dtype=torch.float32)
+    assert torch.equal(masks["full_attention"], attention_mask(SEGMENTS, POSITIONS))
+    assert torch.equal(masks["sliding_attention"], attention_mask(SEGMENTS, POSITIONS, sliding_window=2))
+    # Where all layers are of one kind, the decoder takes the mask itself.
+    assert layer_windows({"sliding_window": 7}) == {"full_attention": 7}
+    assert layer_windows({}) == {"full_attention": None}
+
+
 def test_runs_are_numbered_in_each_row() -> None:
     marked = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 0, 0, 1]]).bool()
     assert runs_of(marked).tolist() == [[0, 0, -1, 1, -1], [-1, 0, -1, -1, 1]]
+
+
+def test_an_images_tokens_or_the_prompts_see_each_other_where_a_family_says_so() -> None:
+    is_image = torch.tensor([[True, False, True, True, False, False, False]])
+    assert bidirectional_blocks("none", SEGMENTS, None) is None
+    images, prompt = (bidirectional_blocks(kind, SEGMENTS, is_image) for kind in ("image", "prompt"))
+    assert images is not None
+    assert prompt is not None
+    assert images.tolist() == [[0, -1, 1, 1, -1, -1, -1]]
+    assert prompt.tolist() == [[0, 0, -1, -1, -1, -1, -1]]
 
 
 def test_flex_attention_is_refused_where_it_could_not_train(tmp_path: Path) -> None:

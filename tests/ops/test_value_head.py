@@ -22,6 +22,7 @@ from rayalign.images.fetch import open_image
 from rayalign.models.source import ModelSource
 from rayalign.ops.value_head import ValueHead, load_value_head, save_value_head
 from rayalign.policy.policy import Policy
+from rayalign.policy.saving import save_policy
 from rayalign.training.loop import Trainer
 from tests.tiny_models import FAMILIES, counts_of, encode_pair, in_float64, make_batch, make_policy, noise_image, wake_adapters
 
@@ -110,13 +111,13 @@ def test_a_score_read_elsewhere_is_told_from_that_of_the_last_token(folder: Path
     policy = in_float64(reward_model(folder))
     batch = make_batch(folder, pairs)
     if fault == "a token too early":
-        ends = batch.last_token - 1
+        read_at = batch.last_token - 1
     elif fault == "the other response":
-        ends = batch.last_token.roll(len(pairs))
+        read_at = batch.last_token.roll(len(pairs))
     else:
         row = torch.arange(len(pairs)) * batch.input_ids.shape[1]
-        ends = (row + torch.tensor([len(p.prompt_ids) - 1 for p in pairs])).repeat(2)
-    wrong = torch.cat(scores(policy, dataclasses.replace(batch, last_token=ends)))
+        read_at = (row + torch.tensor([len(p.prompt_ids) - 1 for p in pairs])).repeat(2)
+    wrong = torch.cat(scores(policy, dataclasses.replace(batch, last_token=read_at)))
     with torch.no_grad():
         right = torch.cat(plain_scores(policy, folder, pairs))
     assert (wrong - right).abs().min() > 1e-3  # each of the six
@@ -128,7 +129,7 @@ def test_the_file_beside_the_weights_holds_the_head_and_gives_the_same_scores_ag
     folder: Path, tmp_path: Path, sft_type: str, safe: bool
 ) -> None:
     policy = reward_model(folder, sft_type)
-    policy.save(tmp_path, safe_serialization=safe)
+    save_policy(policy, tmp_path, safe_serialization=safe)
     assert (tmp_path / ("adapter_model.safetensors" if sft_type == "lora" else "model.safetensors")).is_file()
     assert [f.name for f in tmp_path.glob("value_head.*")] == [f"value_head.{'safetensors' if safe else 'bin'}"]
     path = next(tmp_path.glob("value_head.*"))
@@ -146,7 +147,7 @@ def test_the_file_beside_the_weights_holds_the_head_and_gives_the_same_scores_ag
 
 def test_training_continues_from_the_head_beside_the_adapter(folder: Path, tmp_path: Path) -> None:
     policy = reward_model(folder)
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     continued = make_policy(ModelSource(str(folder), adapter=str(tmp_path)), needs=NEEDS)
     assert policy.value_head is not None
     assert continued.value_head is not None
@@ -161,7 +162,7 @@ def test_training_continues_from_the_head_beside_the_adapter(folder: Path, tmp_p
 
 
 def test_training_from_an_adapter_without_a_head_starts_with_scores_of_zero(folder: Path, tmp_path: Path) -> None:
-    wake_adapters(make_policy(folder)).save(tmp_path)
+    save_policy(wake_adapters(make_policy(folder)), tmp_path)
     policy = make_policy(ModelSource(str(folder), adapter=str(tmp_path)), needs=NEEDS)
     assert torch.cat(scores(policy, make_batch(folder, pairs_of(folder)))).tolist() == [0.0] * 6
 
@@ -206,7 +207,7 @@ def test_the_head_is_float32_and_scores_in_float32_when_the_model_is_bfloat16(fo
 
 
 def test_a_head_from_elsewhere_keeps_its_bias_and_its_bias_does_not_learn(folder: Path, tmp_path: Path) -> None:
-    reward_model(folder).save(tmp_path)
+    save_policy(reward_model(folder), tmp_path)
     weights = load_file(tmp_path / "value_head.safetensors")
     source = ModelSource(str(folder), adapter=str(tmp_path))
     pairs = pairs_of(folder)
@@ -217,7 +218,7 @@ def test_a_head_from_elsewhere_keeps_its_bias_and_its_bias_does_not_learn(folder
     # One float32 addition to numbers below 8.
     torch.testing.assert_close(torch.cat(scores(policy, batch)), without + 0.75, atol=1e-6, rtol=0)
     Trainer(policy, RM(), OptimizerConfig(warmup_ratio=0), num_steps=2).step(0, [batch], counts_of(pairs))
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     assert load_file(tmp_path / "value_head.safetensors")["v_head.summary.bias"].tolist() == [0.75]
 
 
@@ -296,7 +297,7 @@ def test_a_bin_file_of_anything_but_named_tensors_is_refused(tmp_path: Path) -> 
 def unreadable(path: Path) -> str:
     return (
         f"{path}: is damaged, or holds something else than named tensors, which is not read since it could run code. "
-        "Take the value head from the run that made it."
+        "Copy the value head again from the run that wrote it."
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rayalign.algorithms import DPO
 from rayalign.config.sections import OptimizerConfig
 from rayalign.policy.adapters import REFERENCE
+from rayalign.policy.saving import save_policy
 from rayalign.training.loop import Trainer
 from rayalign.training.metrics import MetricSums
 from tests.parity.conftest import RecordDifference
@@ -174,7 +175,7 @@ def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter_as_i
     sft = make_policy(llava_next)
     draw_adapter(sft, seed=3)
     adapter = tmp_path / "sft"
-    sft.save(adapter)
+    save_policy(sft, adapter)
     encoded = encode(llava_next, ALL_KINDS)
     batch, counts = make_batch(llava_next, encoded), counts_of(encoded)
     policy = make_policy(llava_next, adapter=adapter)

@@ -18,12 +18,13 @@ from rayalign.algorithms.dpo import LossType
 from rayalign.algorithms.dpo_losses import Divergence
 from rayalign.config.flags import flags_of
 from rayalign.config.sections import OptimizerConfig
-from rayalign.data.batch import PAD, ImageChange, PairBatch, assemble
+from rayalign.data.batch import ImageChange, PairBatch, assemble
 from rayalign.data.companions import Damaged, Mismatched, with_companion
 from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
+from rayalign.ops.rows import PAD
 from rayalign.ops.value_head import ValueHead
 from rayalign.training.loop import Trainer
 from tests.parity import formulas

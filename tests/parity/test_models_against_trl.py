@@ -148,7 +148,7 @@ def make_kto(folder: Path, output: Path, responses: Sequence[dict[str, Any]], al
         args=KTOConfig(**settings),
         train_dataset=Examples(responses),
         processing_class=AutoProcessor.from_pretrained(folder),
-        peft_config=lora_of(model, folder),
+        peft_config=lora_of(model),
     )
 
 
@@ -219,7 +219,7 @@ def test_loss_and_every_gradient_of_a_reward_model_are_trls_on_scores_of_plain_r
     encoded = [dataclasses.replace(p, margin=m) for p, m in zip(encode(folder, ALL_KINDS), margins, strict=True)]
 
     model = plain_model(folder)
-    scored = ScoredRows(get_peft_model(model, lora_of(model, folder)), policy.value_head.summary.weight.detach())
+    scored = ScoredRows(get_peft_model(model, lora_of(model)), policy.value_head.summary.weight.detach())
     give_adapter(scored.model, weights)
     collator = DataCollatorForVisionPreference(AutoProcessor.from_pretrained(folder), max_length=None)
     batch = dict(collator([trl_example(pair) for pair in ALL_KINDS]))
@@ -269,7 +269,7 @@ def make_text_trainer(kind: type, config: type, folder: Path, output: Path, **se
         args=config(**{**trl_settings(output, batch_size=len(TEXTS)), "max_length": 512, **settings}),
         train_dataset=Dataset.from_list(examples),
         processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=lora_of(model, folder),
+        peft_config=lora_of(model),
     )
 
 

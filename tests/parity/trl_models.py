@@ -29,8 +29,9 @@ from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import Message, build_record
+from rayalign.models.parts import find_parts
 from rayalign.models.source import ModelSource
-from rayalign.policy.adapters import TRAINED, lora_targets
+from rayalign.policy.adapters import TRAINED
 from rayalign.policy.policy import Policy
 from rayalign.training.loop import Trainer
 from tests import tiny_models
@@ -227,16 +228,15 @@ def plain_model(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
 
 
-def lora_of(model: Any, folder: Path) -> LoraConfig:
-    family = EncoderSpec(str(folder), responses="both").family
-    return LoraConfig(r=4, lora_alpha=16, target_modules=lora_targets(model, ("ALL",), family))
+def lora_of(model: Any) -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=16, target_modules=find_parts(model).linears(model, "llm"))
 
 
 def make_trl(
     folder: Path, output: Path, pairs: Sequence[Pair], *, adapter: Path | None = None, **settings: Any
 ) -> RecordingTrainer:
     model = plain_model(folder)
-    lora = lora_of(model, folder)
+    lora = lora_of(model)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     return RecordingTrainer(

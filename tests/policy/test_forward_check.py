@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-import rayalign.policy.policy
+import rayalign.ops.attention
 from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError
 from rayalign.models.registry import FAMILIES, REGISTERED_MODELS, find_family
@@ -89,8 +89,8 @@ def test_a_model_with_recurrent_layers_is_refused_by_their_name(tmp_path: Path) 
 def test_a_leak_into_the_other_response_is_noticed_in_bfloat16(
     model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = rayalign.policy.policy.attention_mask
-    monkeypatch.setattr(rayalign.policy.policy, "attention_mask", lambda s, p, **options: honest(s.clamp(max=1), p, **options))
+    honest = rayalign.ops.attention.attention_mask
+    monkeypatch.setattr(rayalign.ops.attention, "attention_mask", lambda s, p, **options: honest(s.clamp(max=1), p, **options))
     policy = make_policy(model_folder("llama"))
     policy.model.to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"(moves by|is off by) .* a token"):

@@ -24,6 +24,7 @@ from rayalign.data.store import EncodedPair
 from rayalign.images.fetch import open_image
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy
+from rayalign.policy.saving import save_policy
 from rayalign.policy.tuner_checks import check_tuner
 from rayalign.training.loop import Trainer
 from rayalign.training.metrics import MetricSums
@@ -229,6 +230,19 @@ def test_flags_that_contradict_each_other_are_refused(flags: dict[str, Any], err
     assert str(caught.value) == error
 
 
+@pytest.mark.parametrize("family", ["llava", "fast_vlm"])
+def test_a_frozen_tower_runs_in_bfloat16_beside_a_fully_trained_language_model(
+    model_folder: Callable[..., Path], family: str
+) -> None:
+    folder = model_folder(family)
+    model = ModelConfig(dtype="bfloat16", gradient_checkpointing=False)
+    policy = make_policy(folder, model=model, tuner=TunerConfig(sft_type="full"))
+    batch = make_batch(folder, pairs_of(folder))
+    features = policy.image_features(batch)
+    assert {part.dtype for part in features} == {torch.bfloat16}
+    assert policy.logps(batch, features).chosen.total.isfinite().all()
+
+
 # A tower that learns
 
 
@@ -362,7 +376,7 @@ def test_adapters_are_float32_over_half_precision_weights(
     config = ModelConfig(dtype=dtype, gradient_checkpointing=False)
     tuner = TunerConfig(use_dora=True, **EVERYTHING)
     policy = make_policy(folder, model=config, tuner=tuner)
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     source = ModelSource(str(folder), adapter=str(tmp_path))
     for one in (policy, make_policy(source, model=config, tuner=tuner, needs=REFERRED)):
         learning = {id(p) for p in one.trainable.values()}
@@ -459,7 +473,7 @@ def test_full_weights_are_saved_in_the_type_of_the_run_and_stay_as_they_are(
     tuner = TunerConfig(sft_type="full", **EVERYTHING)
     policy = shaken(make_policy(folder, model=config, tuner=tuner))
     before = {name: p.detach().clone() for name, p in policy.trainable.items()}
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     for name, parameter in policy.trainable.items():
@@ -491,7 +505,7 @@ def test_what_was_learnt_gives_the_same_log_probs_when_it_is_loaded(
 ) -> None:
     folder = model_folder("llava_next")
     policy = shaken(make_policy(folder, tuner=TunerConfig(**flags)))
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     pairs = pairs_of(folder)
     batch = make_batch(folder, pairs)
     expected = logps(policy, batch)
@@ -519,7 +533,7 @@ def first(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelSource
     """An adapter as an earlier run leaves it: rank 4 on all linears of tower and language model."""
     saved = tmp_path_factory.mktemp("first")
     tuner = TunerConfig(lora_rank=4, lora_alpha=6, use_rslora=True, lora_target_modules=ALL, freeze_vit=False)
-    shaken(make_policy(folder, tuner=tuner), scale=0.05).save(saved)
+    save_policy(shaken(make_policy(folder, tuner=tuner), scale=0.05), saved)
     return ModelSource(str(folder), str(saved))
 
 
@@ -542,7 +556,7 @@ def test_a_new_adapter_on_top_of_another_starts_from_it_and_compares_with_it(
     assert torch.equal(reference(policy, batch), start)
     trained = logps(policy, batch)
     assert (trained - start).abs().min() > 1e-3
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4 + 2, 4 + 2, str(folder))
     # One adapter now, which sums in another order: float32.
@@ -572,7 +586,7 @@ def test_full_fine_tuning_starts_from_the_merged_adapter(
     assert all(".language_model." in name or name.startswith("lm_head") for name in policy.trainable)
     torch.testing.assert_close(logps(policy, batch), start, atol=0, rtol=FLOAT32)  # merged sums are rounded anew
     steps(policy, SFT(), folder)
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     assert torch.equal(logps(make_policy(tmp_path), batch), logps(policy, batch))
 
 
@@ -583,7 +597,7 @@ def test_a_part_that_is_frozen_keeps_its_share_of_the_adapter(
     assert adapted(policy) == names(DECODER, OF_DECODER)
     start = reference(policy, batch)
     steps(policy, DPO(), folder, learning_rate=1e-2)
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     assert torch.equal(logps(make_policy(ModelSource(str(folder), str(tmp_path))), batch), logps(policy, batch))
     before, after = (load_file(Path(f) / "adapter_model.safetensors") for f in (str(first.adapter), str(tmp_path)))
     assert before.keys() == after.keys()
@@ -629,7 +643,7 @@ def test_a_stack_needs_an_adapter_and_no_dora(folder: Path, tmp_path: Path) -> N
     assert str(caught.value) == (
         "--stack_adapter true: there is no adapter to stand on. Pass its folder with --adapter, or leave the flag out."
     )
-    make_policy(folder, tuner=TunerConfig(use_dora=True)).save(tmp_path)
+    save_policy(make_policy(folder, tuner=TunerConfig(use_dora=True)), tmp_path)
     with pytest.raises(ValueError) as caught:
         make_policy(ModelSource(str(folder), str(tmp_path)), tuner=tuner)
     assert str(caught.value) == (
@@ -705,6 +719,6 @@ def test_qlora_trains_adapters_over_a_language_model_in_4_bits(
     losses = steps(policy, DPO(), folder, learning_rate=1e-2)
     assert losses[-1] < losses[0]
     assert torch.equal(reference(policy, batch), start)
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     again = make_policy(ModelSource(str(folder), str(tmp_path)), model=config, tuner=tuner)
     assert torch.equal(logps(again, batch), logps(policy, batch))

@@ -30,6 +30,7 @@ from rayalign.data.store import EncodedPair, PreparedData, from_batch
 from rayalign.data.stream import batch_maker, sampler_of
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy
+from rayalign.policy.saving import save_policy
 from rayalign.reference.key import ReferenceKey, check_reference, reference_key
 from rayalign.reference.precompute import ShardScorer, is_wanted, needed_rows
 from rayalign.sources.files import resolve_dataset
@@ -107,7 +108,7 @@ def test_stored_log_probs_are_those_that_the_reference_would_have_in_the_step(
     folder = model_folder(family)
     source, flags = ModelSource(str(folder)), {}
     if start != "adapters off":
-        wake_adapters(make_policy(folder)).save(tmp_path / "sft")
+        save_policy(wake_adapters(make_policy(folder)), tmp_path / "sft")
         source = ModelSource(str(folder), str(tmp_path / "sft"))
         flags = {"stack_adapter": start.endswith("below")}
     records = scored(source, algorithm, prepare_pairs, pairs_of(folder, algorithm), **flags)

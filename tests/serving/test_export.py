@@ -22,7 +22,8 @@ from rayalign.config.sections import ExportConfig, TunerConfig
 from rayalign.images.fetch import open_image
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy
-from rayalign.serving.export import load_sequence_classifier, register_sequence_classifier, run, write_sequence_classifier
+from rayalign.policy.saving import save_policy
+from rayalign.serving.export import load_sequence_classifier, run, sequence_classifier_class, write_sequence_classifier
 from tests.tiny_models import FAMILIES, encode_pair, make_batch, make_policy, make_processor, noise_image, wake_adapters
 
 # float32 through two layers, and adapters merged into the weights, whose sums are rounded anew; scores are near 1.
@@ -44,7 +45,7 @@ def reward_model(folder: Path, run: Path, sft_type: Any = "lora") -> tuple[Model
     """A reward model as a run leaves it, and the policy that was trained."""
     tuner = TunerConfig(sft_type=sft_type, lora_target_modules=("ALL",))
     policy = wake_adapters(make_policy(folder, needs=RM().needs, tuner=tuner))
-    policy.save(run)
+    save_policy(policy, run)
     AutoProcessor.from_pretrained(folder).save_pretrained(run)
     return ModelSource(str(run)) if sft_type == "full" else ModelSource(str(folder), adapter=str(run)), policy
 
@@ -90,7 +91,12 @@ def registered() -> Iterator[Callable[[Any], None]]:
     """`registered(config)`: AutoModelForSequenceClassification knows the config's class until the test ends."""
     mapping = AutoModelForSequenceClassification._model_mapping._extra_content
     before = dict(mapping)
-    yield register_sequence_classifier
+
+    def register(config: Any) -> None:
+        # Without exist_ok transformers leaves its own configs' classes unregistered, silently.
+        AutoModelForSequenceClassification.register(type(config), sequence_classifier_class(config), exist_ok=True)
+
+    yield register
     mapping.clear()
     mapping.update(before)
 
@@ -325,7 +331,7 @@ def complaint(**flags: Any) -> str:
 
 
 def test_a_model_without_a_head_is_refused(model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    make_policy(model_folder("llava")).save(tmp_path / "sft")
+    save_policy(make_policy(model_folder("llava")), tmp_path / "sft")
     for model in (tmp_path / "sft", model_folder("llava")):
         assert complaint(model=str(model), output_dir=str(tmp_path / "out")) == (
             f"--model {model}: has neither value_head.safetensors nor value_head.bin, so it is no reward model. "

@@ -19,6 +19,7 @@ from rayalign.data.sampler import SamplerSettings, StepSampler
 from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy
+from rayalign.policy.saving import save_policy
 from rayalign.storage import Store
 from rayalign.training import loop
 from rayalign.training.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
@@ -272,7 +273,7 @@ def test_a_float16_run_resumes_with_its_loss_scale(folder: Path, tmp_path: Path)
 
 def test_nothing_that_learns_is_refused(folder: Path, tmp_path: Path) -> None:
     tuner = TunerConfig(freeze_aligner=False, freeze_llm=True)
-    make_policy(folder, tuner=tuner).save(tmp_path)
+    save_policy(make_policy(folder, tuner=tuner), tmp_path)
     policy = make_policy(ModelSource(str(folder), adapter=str(tmp_path)))
     with pytest.raises(ValueError) as caught:
         Trainer(policy, SFT(), OptimizerConfig(), num_steps=1)
