@@ -26,8 +26,9 @@ from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
 from rayalign.storage import Store
 from rayalign.training.checkpoint import checkpoint_name, load_checkpoint, newest_checkpoint, write_checkpoint
-from rayalign.training.loop import LoopEvents, Trainer, run_steps, start_alike
-from rayalign.training.metrics import MetricsLog, gather
+from rayalign.training.distributed import gather, start_alike
+from rayalign.training.loop import LoopEvents, Trainer, run_steps
+from rayalign.training.metrics import MetricsLog
 
 logger = logging.getLogger(__name__)
 
