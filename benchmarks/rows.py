@@ -31,8 +31,8 @@ from synthetic import save_model
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import config_from_mapping
+from rayalign.data.prepare import prepare_run
 from rayalign.data.stream import sampler_of
-from rayalign.training.driver import prepare_run
 
 BATCH_SIZE = 4
 

@@ -22,8 +22,7 @@ from machine import RESULTS, machine_facts, markdown_table, show, spread, write_
 from overhead import Lines, bare_at_once, check_alike, make_config, own_cluster, quiet_libraries, rate, through_ray, warm
 
 from rayalign.config.config import Config
-from rayalign.data.prepare import RunData
-from rayalign.training.driver import prepare_run
+from rayalign.data.prepare import RunData, prepare_run
 
 GLOBAL_BATCH = 8
 

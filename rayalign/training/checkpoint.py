@@ -39,7 +39,7 @@ class Checkpoint:
 def write_checkpoint(
     folder: Path, policy: "Policy", optimizer: Optimizer, *, step: int, scaler: GradScaler | None = None
 ) -> None:
-    """Writes the learnt weights, the optimizer's moments, the number of steps done and float16's loss scale; the manifest
+    """Writes the trainable weights, the optimizer's moments, the number of steps done and float16's loss scale; the manifest
     last."""
     names = {id(p): name for name, p in policy.trainable.items()}
     save_file({name: p.detach().contiguous() for name, p in policy.trainable.items()}, folder / "trainable.safetensors")
@@ -136,9 +136,9 @@ def checkpoint_name(step: int, attempt: str) -> str:
 def _candidates(folder: Store) -> list[Checkpoint]:
     found = []
     for store in folder.list():
-        parts = store.name.split("_")
-        if parts[0] == "step" and len(parts) == 3 and parts[1].isdigit():
-            found.append(Checkpoint(store, int(parts[1])))
+        match store.name.split("_"):
+            case ["step", step, _] if step.isdigit():
+                found.append(Checkpoint(store, int(step)))
     return found
 
 

@@ -25,7 +25,7 @@ class MetricSums:
             self.add(output)
 
     def add(self, output: LossOutput) -> None:
-        """Takes a micro-batch in; nothing waits for the device."""
+        """Adds a micro-batch; does not wait for the device."""
         self._loss.append(output.loss.detach())
         for name, values in output.pair_metrics.items():
             known = ~output.missing[name] if name in output.missing else torch.ones_like(values, dtype=torch.bool)
