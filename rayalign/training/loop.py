@@ -207,7 +207,7 @@ class _EvalMode(AbstractContextManager[None]):
 
 @dataclass(frozen=True)
 class LoopEvents:
-    """What the surroundings do when the loop says so. All workers call each, at the same steps."""
+    """What is done with a line of metrics, and at evaluations and checkpoints. All workers call each, at the same steps."""
 
     log: Callable[[Mapping[str, float]], None]
     evaluate: Callable[[int], None]
