@@ -92,6 +92,7 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     (folder / "checkpoints" / CHECKPOINT_LIST).delete()
     prune_checkpoints(folder / "checkpoints", keep=1)
     started = time.time()
+    logger.info("Starting %d train workers", config.cluster.num_workers)
     try:
         outcome: Any = _torch_trainer(config, data, folder, callbacks).fit()
     except ray.train.WorkerGroupError as error:

@@ -65,6 +65,7 @@ class _Worker:
         self.start_step = checkpoint.step if checkpoint else 0
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
         self.tables = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
+        self._say("Loading %s", data.source.base)
         policy = load_policy(
             data.source,
             model=config.model,
