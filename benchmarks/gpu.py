@@ -51,7 +51,7 @@ from rayalign.estimate.meter import CPU_FLOPS, Meter, tensors_of
 from rayalign.estimate.passes import Pass
 from rayalign.estimate.vision import VisionCosts
 from rayalign.models.source import ModelSource
-from rayalign.training.loop import make_optimizer
+from rayalign.training.optimizer import make_optimizer
 
 EXACT_LAYERS = 2
 """Of the language model whose steps are compared in float32."""

@@ -28,9 +28,8 @@ from synthetic import RECORDS_CASES, save_model, write_records
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config, config_from_mapping
-from rayalign.data.prepare import RunData
+from rayalign.data.prepare import RunData, prepare_run
 from rayalign.data.stream import sampler_of
-from rayalign.training.driver import prepare_run
 
 BATCH_SIZE = 4
 

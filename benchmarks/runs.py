@@ -24,15 +24,16 @@ from measuring import set_up
 from synthetic import Shape, save_model, write_records
 
 from rayalign.algorithms import DPO
+from rayalign.cluster import resolve_cluster, set_ray_variables, start_ray
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.data.batch import PairBatch
-from rayalign.data.prepare import RunData
+from rayalign.data.prepare import RunData, prepare_run
 from rayalign.data.sampler import StepSampler
 from rayalign.data.store import from_batch
 from rayalign.data.stream import ahead, batch_maker, sampler_of
 from rayalign.policy.loading import load_policy
 from rayalign.storage import Store
-from rayalign.training.driver import POLL_SECONDS, fit, prepare_run, resolve_cluster, start_ray
+from rayalign.training.driver import fit
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import read_metrics
 
@@ -71,7 +72,7 @@ def make_job(folder: Path, shape: Shape, words: tuple[int, int], flags: Mapping[
 @contextlib.contextmanager
 def own_cluster(config: Config) -> Iterator[None]:
     """A local cluster with the settings of `start_ray`, which itself would join one that other runs load."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    set_ray_variables()
     cluster = config.cluster
     cpus = max(os.cpu_count() or 1, int(cluster.num_workers * cluster.cpus_per_worker) + 1)
     ray.init(address="local", num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)

@@ -8,29 +8,30 @@ import functools
 import hashlib
 import json
 import logging
-import sys
 import time
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-import transformers
 
+from rayalign.cluster import Stopped, configure_ray_data, outcome_of, report, reports_of, result_of
+from rayalign.config.config import Config
 from rayalign.config.sections import DataConfig
 from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError, require
 from rayalign.images.fetch import fetch_image
-from rayalign.models.source import ModelSource
-from rayalign.sources.files import Dataset, read_rows, resolve_dataset, spans_of
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import ModelSource, resolve_model
+from rayalign.progress import Progress, per_second
+from rayalign.sources.files import Dataset, SourceFile, read_rows, resolve_dataset, spans_of
 from rayalign.sources.rows import Span
 from rayalign.storage import Store
 
@@ -39,19 +40,17 @@ logger = logging.getLogger(__name__)
 SPAN_ROWS = 256
 """Rows that one task reads, encodes and writes as one shard."""
 
-PROGRESS_SECONDS = 5
 CACHE_VERSION = 1
 """Part of every cache key; raised when the meaning of cached data changes."""
 
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
-OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS, ("stopped", pa.string())])
-"""What a task reports: a line of the index for each pair written, or the reason (not null) for each record dropped, or what
-ends the run (`stopped`): Ray Data does not bring an exception's own type and text back."""
+OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS])
+"""What a task reports: a line of the index for each pair written, or the reason (not null) for each record dropped."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains and is evaluated on. `held_out` None: a part of `training` is held out."""
+    """What a run trains and is evaluated on. `held_out` None: some of `training` is held out."""
 
     source: ModelSource
     spec: EncoderSpec
@@ -76,6 +75,40 @@ class Sources:
     datasets: tuple[Dataset, ...]
     image_root: str | None
     allow_image_urls: bool
+
+
+def prepare_run(config: Config) -> RunData:
+    """The run's training and held-out records, encoded now or found in the cache.
+
+    Raises ValueError for what the user can fix.
+    """
+    require_dataset(config.data)
+    source = resolve_model(config.model, REGISTERED_MODELS)
+    spec = EncoderSpec(
+        model=source.base,
+        responses=config.algorithm.needs.responses,
+        max_length=config.data.max_length,
+        truncation_strategy=config.data.truncation_strategy,
+        max_pixels=config.data.max_pixels,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    cache = cache_of(config)
+    training = prepare(config.data.dataset, spec, config.data, cache)
+    held_out = prepare(config.data.val_dataset, spec, config.data, cache) if config.data.val_dataset else None
+    return RunData(source, spec, training, held_out)
+
+
+def require_dataset(config: DataConfig) -> None:
+    """Raises ValueError where no data is given."""
+    if not config.dataset:
+        raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
+
+
+def cache_of(config: Config) -> Store:
+    """Where encoded records are kept: --cache_dir, or beside the run's folder."""
+    if config.data.cache_dir:
+        return Store.at(config.data.cache_dir)
+    return Store.at(str(config.run.output_dir)).parent / ".rayalign_cache"
 
 
 def prepare(arguments: Sequence[str], spec: EncoderSpec, config: DataConfig, cache: Store) -> PreparedData:
@@ -108,7 +141,7 @@ def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
 
 
 def table_of_reasons(dropped: Iterable[Mapping[str, Any]], num_rows: int) -> str:
-    """A few lines that say how many records fell for which reason."""
+    """A few lines that say how many records were dropped for which reason."""
     reasons = Counter(line["reason"] for line in dropped)
     lines = [f"  {count:>8}  {reason}" for reason, count in reasons.most_common()]
     total = sum(reasons.values())
@@ -120,26 +153,9 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     started = time.monotonic()
     tasks = _cut_into_tasks(sources, config.data_seed)
     total = sum(task.span.num_rows if task.rows is None else len(task.rows) for task in tasks)
+    logger.info("Data: encoding %d records of %s", total, " ".join(dataset.argument for dataset in sources.datasets))
     attempt = uuid.uuid4().hex[:12]
-    prepare_rows = functools.partial(_prepare_rows, tasks=ray.put(tasks), sources=sources, spec=spec, folder=store / attempt)
-    configure_ray_data()
-    numbers = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
-    outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
-    tables: list[pa.Table] = []
-    done, first, told = 0, 0, started
-    for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-        table = cast(pa.Table, batch).cast(OUTCOME_SCHEMA)
-        for words in table["stopped"].drop_null().to_pylist():
-            raise ValueError(words)
-        tables.append(table)
-        done += table.num_rows
-        now = time.monotonic()
-        if len(tables) == 1:  # what came before is mostly the start of the processes
-            first, began = done, now
-        elif now - told > PROGRESS_SECONDS and done > first:
-            told, rate = now, (done - first) / (now - began)
-            logger.info("Data: %d of %d records encoded, %.0f/s, %.0f s to go", done, total, rate, (total - done) / rate)
-    outcome = pa.concat_tables(tables) if tables else OUTCOME_SCHEMA.empty_table()
+    outcome = _encode(tasks, sources, spec, store / attempt, Progress(total))
     is_dropped = pa.compute.is_valid(outcome["reason"])
     dropped = [_dropped_line(line, sources) for line in outcome.filter(is_dropped).to_pylist()]
     dropped.sort(key=lambda line: (line["dataset"], line["file"], line["row"]))
@@ -149,14 +165,28 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     if len(dropped) > config.max_dropped_fraction * total or not index.num_rows:
         raise TooManyDropped(
             f"{table_of_reasons(dropped, total)}\nThat is more than --max_dropped_fraction {config.max_dropped_fraction:g} "
-            f"allows. "
-            f"First: {_first_dropped(dropped)}. Mend the data, or raise the limit.",
+            f"allows. First: {_first_dropped(dropped)}. Fix the data, or raise the limit.",
             dropped,
         )
     data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped)
     seconds = time.monotonic() - started
-    logger.info("Data: %d records encoded in %.1f s (%.0f/s) into %s", data.num_rows, seconds, total / seconds, store.location)
+    speed = per_second(total / seconds)
+    logger.info("Data: %d records encoded in %.1f s (%s) into %s", data.num_rows, seconds, speed, store.location)
     return data
+
+
+def _encode(tasks: Sequence[PrepareTask], sources: Sources, spec: EncoderSpec, folder: Store, progress: Progress) -> pa.Table:
+    """Runs the tasks on the cluster; returns their outcomes, a line for each record."""
+    prepare_rows = functools.partial(_prepare_rows, tasks=ray.put(tasks), sources=sources, spec=spec, folder=folder)
+    configure_ray_data()
+    numbers = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
+    outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+    tables = []
+    for table in reports_of(outcomes, OUTCOME_SCHEMA):
+        tables.append(table)
+        if progress.add(table.num_rows):
+            logger.info("Data: %s", progress.line("records encoded"))
+    return pa.concat_tables(tables) if tables else OUTCOME_SCHEMA.empty_table()
 
 
 class TooManyDropped(ValueError):
@@ -185,12 +215,9 @@ def _dropped_line(line: Mapping[str, Any], sources: Sources) -> dict[str, Any]:
 
 def _cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
     """The work of a preparation; files are scanned side by side, and #N draws are made here."""
-    scan = ray.remote(spans_of)
+    scan = ray.remote(_spans_of)
     files = [(d, f, file) for d, dataset in enumerate(sources.datasets) for f, file in enumerate(dataset.files)]
-    try:
-        spans: list[list[Span]] = ray.get([scan.remote(file, SPAN_ROWS) for _, _, file in files])
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ValueError) else error from None
+    spans = [result_of(outcome) for outcome in ray.get([scan.remote(file) for _, _, file in files])]
     tasks = []
     for d, dataset in enumerate(sources.datasets):
         own = [(f, span) for (owner, f, _), of_file in zip(files, spans, strict=True) if owner == d for span in of_file]
@@ -205,22 +232,27 @@ def _cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
     return tasks
 
 
+def _spans_of(file: SourceFile) -> list[Span] | Stopped:
+    return outcome_of(lambda: spans_of(file, SPAN_ROWS))
+
+
 def _draw(num_rows: int, dataset: Dataset, seed: int) -> Rows | None:
     if dataset.sample is None:
         return None
-    if dataset.sample > num_rows:
-        raise ValueError(f"--dataset {dataset.argument}: {dataset.sample} records are asked for, and there are {num_rows}.")
     name = int.from_bytes(hashlib.sha256(dataset.name.encode()).digest()[:4], "big")
-    return np.sort(np.random.default_rng([seed, name]).choice(num_rows, dataset.sample, replace=False))
+    return np.sort(np.random.default_rng([seed, name]).choice(num_rows, dataset.num_drawn(num_rows), replace=False))
 
 
 def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: EncoderSpec, folder: Store) -> pa.Table:
     """Runs in Ray Data's processes: reads, validates and encodes the rows of one task, and writes them as one shard."""
     number = batch["item"][0].as_py()
-    task: PrepareTask = _fetch(tasks)[number]
-    dataset = sources.datasets[task.dataset]
-    file = dataset.files[task.file]
-    shard = f"shard_{number:06d}.arrow"
+    shard = folder / f"shard_{number:06d}.arrow"
+    return report(lambda: _write_task(_fetch(tasks)[number], shard, sources, spec), OUTCOME_SCHEMA)
+
+
+def _write_task(task: PrepareTask, shard: Store, sources: Sources, spec: EncoderSpec) -> list[dict[str, Any]]:
+    """Writes a task's pairs; returns a line of OUTCOME_SCHEMA for each of its rows."""
+    file = sources.datasets[task.dataset].files[task.file]
     pairs: list[EncodedPair] = []
     outcomes: list[dict[str, Any]] = []
     for row, content in read_rows(file, task.span, task.rows):
@@ -231,16 +263,14 @@ def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: Encode
             pair = _encode_row(content, f"{_file_label(sources, task)}:{row}", Store(file.location).parent, sources, spec)
         except RecordError as error:
             outcome |= {"reason": error.reason, "field": error.field, "detail": str(error)}
-        except ValueError as error:
-            return pa.Table.from_pylist([outcome | {"stopped": str(error)}], schema=OUTCOME_SCHEMA)
         else:
-            outcome |= {"id": pair.id, "shard": shard, "position": len(pairs)}
-            outcome |= {f"{part}_tokens": len(getattr(pair, f"{part}_ids")) for part in ("prompt", "chosen", "rejected")}
+            outcome |= {"id": pair.id, "shard": shard.name, "position": len(pairs)}
+            outcome |= {f"{side}_tokens": len(getattr(pair, f"{side}_ids")) for side in ("prompt", "chosen", "rejected")}
             pairs.append(pair)
         outcomes.append(outcome)
     if pairs:
-        write_shard(folder / shard, pairs)
-    return pa.Table.from_pylist(outcomes, schema=OUTCOME_SCHEMA)
+        write_shard(shard, pairs)
+    return outcomes
 
 
 def _file_label(sources: Sources, task: PrepareTask) -> str:
@@ -267,30 +297,3 @@ def _encoder(spec: EncoderSpec) -> Encoder:
 def _fetch(tasks: Any) -> list[PrepareTask]:
     fetched: list[PrepareTask] = ray.get(tasks)
     return fetched
-
-
-def quiet_logging() -> None:
-    """In a Ray process: rayalign's own lines, and of Ray and other libraries only what goes wrong."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("rayalign").setLevel(logging.INFO)
-    quiet_ray()
-    # It tells of a kernel that could be had for CPUs each time it is imported, which peft does.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    # peft asks transformers for this by a name that is on its way out; drop the line when a peft release uses the new one.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-
-
-def quiet_ray() -> None:
-    """Leaves of what Ray's libraries log the warnings, in this process."""
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-
-
-def configure_ray_data() -> None:
-    """Ray Data's settings for the data sets that this process builds next."""
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True  # the order is planned, timing must not change it
-    context.enable_progress_bars = False  # they flood job logs; stages log a line with rate and time to go

@@ -66,9 +66,20 @@ def partners_in(order: Rows, rows: Rows) -> Rows:
     return partners
 
 
+def num_held_out(num_rows: int, ratio: float) -> int:
+    """How many of the rows are held out; at least one stays for training."""
+    return min(round(num_rows * ratio), num_rows - 1)
+
+
+def steps_of_run(num_rows: int, *, global_batch_size: int, num_epochs: float, max_steps: int | None) -> tuple[int, int]:
+    """The optimizer steps of an epoch over some rows to train on, and of the whole run."""
+    per_epoch = math.ceil(num_rows / global_batch_size)
+    return per_epoch, max_steps or max(1, math.ceil(num_epochs * per_epoch))
+
+
 def hold_out(num_rows: int, *, ratio: float, seed: int) -> tuple[Rows, Rows]:
-    """Splits row numbers into (training, held-out), both ascending; at least one row stays for training."""
-    held = min(round(num_rows * ratio), num_rows - 1)
+    """Splits row numbers into (training, held-out), both ascending."""
+    held = num_held_out(num_rows, ratio)
     order = np.random.default_rng([seed, 0x5E1EC7]).permutation(num_rows)
     return np.sort(order[held:]), np.sort(order[:held])
 
@@ -141,8 +152,12 @@ class StepSampler:
         self.rows, self.held_out = hold_out(lengths.num_rows, ratio=settings.held_out_ratio, seed=settings.seed)
         if settings.with_partners:
             require_partners(len(self.rows), "to train on")
-        self.steps_per_epoch = math.ceil(len(self.rows) / settings.global_batch_size)
-        self.num_steps = settings.max_steps or max(1, math.ceil(settings.num_epochs * self.steps_per_epoch))
+        self.steps_per_epoch, self.num_steps = steps_of_run(
+            len(self.rows),
+            global_batch_size=settings.global_batch_size,
+            num_epochs=settings.num_epochs,
+            max_steps=settings.max_steps,
+        )
         self._order = functools.lru_cache(maxsize=1)(lambda epoch: epoch_order(self.rows, seed=settings.seed, epoch=epoch))
 
     def rows_of_step(self, step: int) -> Rows:

@@ -8,6 +8,7 @@ import numpy as np
 
 from rayalign.config.config import Config
 from rayalign.config.sections import PlanConfig
+from rayalign.data.sampler import num_held_out, steps_of_run
 from rayalign.estimate.memory import OVERHEAD_BYTES, Memory, MicroBatch
 from rayalign.estimate.shapes import DataShapes
 
@@ -43,15 +44,19 @@ class Time:
 def schedule_of(config: Config, data: DataShapes) -> Schedule:
     """The run's length."""
     training = data.total - data.held_out
-    per_epoch = math.ceil(training / config.global_batch_size)
-    steps = config.optimizer.max_steps or max(1, math.ceil(config.optimizer.num_train_epochs * per_epoch))
+    per_epoch, steps = steps_of_run(
+        training,
+        global_batch_size=config.global_batch_size,
+        num_epochs=config.optimizer.num_train_epochs,
+        max_steps=config.optimizer.max_steps,
+    )
     evaluations = math.ceil(steps / config.run.eval_steps)
     return Schedule(steps, steps / per_epoch, steps * training / per_epoch, evaluations * data.evaluated)
 
 
 def held_out_of(config: Config, *, total: int) -> int:
-    """Records that `plan` would hold out of the training data."""
-    return min(round(total * config.data.dataset_test_ratio), total - 1)
+    """Records that a run holds out of `total` for its evaluations."""
+    return num_held_out(total, config.data.dataset_test_ratio)
 
 
 def longest_row(memory: Callable[[MicroBatch], Memory], batch: MicroBatch, gpu_bytes: int) -> int:

@@ -20,7 +20,7 @@ from rayalign.formats.records import Message, PreferenceRecord, RecordError, Res
 from rayalign.images.fetch import fetch_image, image_hash, open_image
 from rayalign.models.family import Family
 from rayalign.models.processors import describe_images
-from rayalign.sources.files import Dataset, count_rows, read_rows, resolve_dataset
+from rayalign.sources.files import count_rows, read_rows, resolve_dataset
 from rayalign.storage import Store
 
 LOOKED_AT = 1000
@@ -85,7 +85,7 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
     for argument in config.data.dataset:
         dataset = resolve_dataset(argument)
         counts = [count_rows(file) for file in dataset.files]
-        total += _wanted(dataset, sum(counts))
+        total += dataset.num_drawn(sum(counts))
         first = 0
         picked = _spread(sum(counts))
         for file, count in zip(dataset.files, counts, strict=True):
@@ -116,7 +116,7 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
         held_out = held_out_of(config, total=total)
         return DataShapes(tuple(pairs), total, held_out, held_out, origin)
     others = [resolve_dataset(argument) for argument in config.data.val_dataset]
-    evaluated = sum(_wanted(dataset, sum(count_rows(file) for file in dataset.files)) for dataset in others)
+    evaluated = sum(dataset.num_drawn(sum(count_rows(file) for file in dataset.files)) for dataset in others)
     return DataShapes(tuple(pairs), total, 0, evaluated, origin)
 
 
@@ -131,12 +131,6 @@ def _spread(count: int) -> Any:
     return (
         np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(np.int64)) if count else np.empty(0, np.int64)
     )
-
-
-def _wanted(dataset: Dataset, there: int) -> int:
-    if dataset.sample is not None and dataset.sample > there:
-        raise ValueError(f"--dataset {dataset.argument}: {dataset.sample} records are asked for, and there are {there}.")
-    return dataset.sample or there
 
 
 def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -> PairShape | None:

@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
+from rayalign.cluster import start_ray
 from rayalign.config.config import Config
 from rayalign.config.sections import PlanConfig
+from rayalign.data.prepare import prepare_run, require_dataset
 from rayalign.estimate.advice import held_out_of, schedule_of
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.catalogue import shipped_config, shipped_configs
@@ -28,7 +30,7 @@ from rayalign.estimate.vision import VisionCosts
 from rayalign.models.processors import load_processor, process_images
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, resolve_model
-from rayalign.training import driver
+from rayalign.training.run_folder import with_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +40,8 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
 
     Raises ValueError for what the user can correct: flags, model, data.
     """
-    if not config.data.dataset:
-        raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
-    config = driver.with_output_dir(_with_folder(config))
+    require_dataset(config.data)
+    config = with_output_dir(_with_folder(config))
     name = config.model.model_type or config.model.model or config.model.adapter or ""
     source = resolve_model(config.model, REGISTERED_MODELS)
     processor, folder = _processor_of(source, config), source.base
@@ -107,8 +108,8 @@ def _image_processor(folder: str) -> Any:
 
 
 def _measure(config: Config, blueprint: Blueprint, look: ImageLook | None) -> DataShapes:
-    driver.start_ray(config)
-    data = driver.prepare_run(config)
+    start_ray(config)
+    data = prepare_run(config)
     held_out = 0 if data.held_out else held_out_of(config, total=data.training.num_rows)
     token = None if look is None else blueprint.config.image_token_id
     shapes = measured(data.training, held_out, image_token_id=token, look=look)

@@ -1,6 +1,6 @@
 """What the log-probabilities under a reference depend on, as a key: another model, adapter or setting has other numbers.
 
-`reference` holds them under the key's name, and is read where nothing need know how models are run.
+`precompute` stores them under the key's name; to read them back, nothing about models need be known.
 """
 
 import functools
@@ -70,7 +70,7 @@ def reference_key(
         "device": device,
         "attn_implementation": model.attn_implementation,
         "quantisation": [tuner.quant_bits, tuner.bnb_4bit_quant_type, tuner.bnb_4bit_use_double_quant] if quantised else None,
-        # Weights of parts that learn in full are float32, whatever the type of the arithmetic.
+        # Weights that are trained in full are float32, whatever the type of the arithmetic.
         "frozen": [tuner.freeze_vit, tuner.freeze_aligner, tuner.freeze_llm] if full else None,
         "damaged": False,  # as keys have it that were made when there was one such companion
     }
@@ -86,10 +86,10 @@ def check_reference(config: Config, key: ReferenceKey) -> None:
     if note.exists():
         before = note.read_json()
         changed = sorted(
-            f"{part} {name}"
-            for part, files in now.items()
-            for name in {*files, *before[part]}
-            if files.get(name) != before[part].get(name)
+            f"{kind} {name}"
+            for kind, files in now.items()
+            for name in {*files, *before[kind]}
+            if files.get(name) != before[kind].get(name)
         )
         if changed:
             raise ValueError(

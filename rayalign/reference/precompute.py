@@ -1,7 +1,8 @@
 """Ray Data before the training: the reference's log-probabilities of the records that a run needs, by a pool of actors.
 
-The actors take what the train workers will take, and give it back: no model stands beside the one that is trained. What they
-find is kept with the encoded records (`reference`), for every epoch and for every run that needs the same numbers.
+The actors get the resources of the train workers and free them before training starts: no second model is in memory beside the
+one that is trained. The log-probabilities are stored with the encoded records (`data.reference_store`), for every epoch and for
+every run that needs the same ones.
 """
 
 import dataclasses
@@ -9,21 +10,23 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
 
+from rayalign.cluster import configure_ray_data, quiet_logging, report, reports_of
 from rayalign.config.config import Config
 from rayalign.data.batch import PairBatch
-from rayalign.data.prepare import PROGRESS_SECONDS, RunData, configure_ray_data, quiet_logging
+from rayalign.data.prepare import RunData
 from rayalign.data.reference_store import SHARD_ROWS, ReferenceLogps, missing_shards, shard_name, write_reference_shard
 from rayalign.data.sampler import StepSampler, cut_micro_batches
 from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
 from rayalign.data.stream import ahead, batch_maker, sampler_of
 from rayalign.models.registry import FAMILIES, packs_rows
+from rayalign.progress import Progress, per_second
 from rayalign.reference.key import ReferenceKey, check_reference, reference_key
 
 if TYPE_CHECKING:
@@ -31,8 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OUTCOME_SCHEMA = pa.schema([("rows", pa.int64()), ("stopped", pa.string())])
-"""What an actor reports of a part: its rows, or what ends the run."""
+OUTCOME_SCHEMA = pa.schema([("rows", pa.int64())])
+"""What an actor reports of a shard: its rows."""
 
 
 def with_reference(config: Config, data: RunData, *, several_runs: bool = False) -> RunData:
@@ -88,51 +91,44 @@ def _scored(config: Config, data: RunData, records: PreparedData, rows: Rows, ke
     scored = dataclasses.replace(records, reference=key.folder_name)
     folder = records.folder / key.folder_name
     missing = missing_shards(folder, rows)
-    place = folder.location
     if not missing:
-        logger.info("Reference: log-probs of %d records, computed before, from %s", len(rows), place)
+        logger.info("Reference: log-probs of %d records, computed before, from %s", len(rows), folder.location)
         return scored
     started = time.monotonic()
-    total = sum(len(_rows_of_shard(part, records)) for part in missing)
-    left_out = len(np.unique(rows // SHARD_ROWS)) - len(missing)
-    if left_out:
-        logger.info("Reference: %d parts were computed before, %d (%d records) are missing", left_out, len(missing), total)
-    _run_pass(config, data, records, missing, key, total=total)
+    total = sum(len(_rows_of_shard(shard, records)) for shard in missing)
+    found = len(np.unique(rows // SHARD_ROWS)) - len(missing)
+    before = f"; {found} shards of them were computed before" if found else ""
+    logger.info("Reference: computing log-probs of %d records%s", total, before)
+    _run_pass(config, data, records, missing, key, Progress(total))
     seconds = time.monotonic() - started
-    logger.info("Reference: log-probs of %d records in %.1f s (%.1f/s) into %s", total, seconds, total / seconds, place)
+    speed = per_second(total / seconds)
+    logger.info("Reference: log-probs of %d records in %.1f s (%s) into %s", total, seconds, speed, folder.location)
     return scored
 
 
-def _run_pass(config: Config, data: RunData, records: PreparedData, parts: list[int], key: ReferenceKey, *, total: int) -> None:
+def _run_pass(
+    config: Config, data: RunData, records: PreparedData, shards: list[int], key: ReferenceKey, progress: Progress
+) -> None:
     cluster = config.cluster
     configure_ray_data()
-    outcomes = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+    outcomes = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
         ShardScorer,
         fn_constructor_kwargs={"config": config, "data": data, "records": records, "folder": key.folder_name},
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_workers, len(parts))),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_workers, len(shards))),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker or None,
     )
-    done, first, told = 0, 0, time.monotonic()
-    for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
-        table = cast(pa.Table, batch).cast(OUTCOME_SCHEMA)
-        for words in table["stopped"].drop_null().to_pylist():
-            raise ValueError(words)
-        done += pa.compute.sum(table["rows"]).as_py() or 0
-        now = time.monotonic()
-        if not first:  # what came before is mostly the loading of the model
-            first, began = done, now
-        elif now - told > PROGRESS_SECONDS and first < done < total:
-            told, rate = now, (done - first) / (now - began)
-            logger.info("Reference: %d of %d records, %.1f/s, %.0f s to go", done, total, rate, (total - done) / rate)
+    for table in reports_of(outcomes, OUTCOME_SCHEMA):
+        if progress.add(pa.compute.sum(table["rows"]).as_py() or 0):
+            logger.info("Reference: %s", progress.line("records"))
 
 
 class ShardScorer:
-    """Runs in Ray Data's actors: scores the rows of one part after another and writes each part as one file. The model is
-    loaded with the first, so that what keeps it from loading can be reported."""
+    """Runs in Ray Data's actors: scores the rows of one shard after another and writes each as a file. The model is loaded with
+    the first, so that what keeps it from loading can be reported."""
 
     def __init__(self, config: Config, data: RunData, records: PreparedData, folder: str) -> None:
         quiet_logging()
@@ -148,15 +144,12 @@ class ShardScorer:
         self._make_batch = batch_maker(data.spec, self._needs.companion)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        try:
-            outcome: dict[str, Any] = {"rows": self.write(batch["item"][0].as_py()), "stopped": None}
-        except ValueError as error:
-            outcome = {"rows": 0, "stopped": str(error)}
-        return pa.Table.from_pylist([outcome], schema=OUTCOME_SCHEMA)
+        shard = batch["item"][0].as_py()
+        return report(lambda: [{"rows": self.write(shard)}], OUTCOME_SCHEMA)
 
-    def write(self, part: int) -> int:
-        """Scores and writes a part; returns its number of rows."""
-        rows = _rows_of_shard(part, self._records)
+    def write(self, shard: int) -> int:
+        """Scores and writes a shard; returns its number of rows."""
+        rows = _rows_of_shard(shard, self._records)
         optimizer = self._config.optimizer
         cut = cut_micro_batches(
             rows,
@@ -171,12 +164,12 @@ class ShardScorer:
         for some, (pairs, batch) in zip(cut, ahead(self._batches(cut), depth=2), strict=True):
             found |= zip(some.tolist(), zip(batch.ids, score(self._policy, pairs, batch), strict=True), strict=True)
         ids, logps = zip(*(found[row] for row in rows.tolist()), strict=True)
-        write_reference_shard(self._folder / shard_name(part), ids, logps)
+        write_reference_shard(self._folder / shard_name(shard), ids, logps)
         return len(rows)
 
     @functools.cached_property
     def _policy(self) -> "Policy":
-        # The driver loads this module, too; what only the actors need is imported where they run.
+        # The driver imports this module, too; what only the actors need is imported in the actors.
         from rayalign.policy.forward_check import check_forward
         from rayalign.policy.loading import load_policy
 
@@ -219,9 +212,9 @@ def _token_logps(policy: "Policy", batch: PairBatch, lengths: list[int]) -> list
     batch = dataclasses.replace(batch, companion=None).to(policy.device)
     with torch.no_grad(), policy.reference_weights():
         logps = policy.token_logps(batch, policy.image_features(batch))
-    cut: list[Any] = [part.tolist() for part in logps.float().cpu().split(lengths)]
+    cut: list[Any] = [response.tolist() for response in logps.float().cpu().split(lengths)]
     return cut
 
 
-def _rows_of_shard(part: int, records: PreparedData) -> Rows:
-    return np.arange(part * SHARD_ROWS, min((part + 1) * SHARD_ROWS, records.num_rows))
+def _rows_of_shard(shard: int, records: PreparedData) -> Rows:
+    return np.arange(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, records.num_rows))

@@ -1,1 +1,1 @@
-"""What a person looks at: the page of a run and its charts."""
+"""The page of a run, for a person to read, and its charts."""

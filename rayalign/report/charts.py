@@ -64,7 +64,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where values stand in the picture."""
+    """The positions of values in the picture."""
 
     x: Axis
     y: Axis

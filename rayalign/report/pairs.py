@@ -167,13 +167,13 @@ def thumbnail(content: bytes) -> str | None:
 
 
 def section(title: str, words: str, content: str) -> str:
-    """A part of the page under a heading; `content` is markup, the rest is text."""
+    """A section of the page under a heading; `content` is markup, the rest is text."""
     lead = f'<p class="soft">{escape(words)}</p>' if words else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{content}</section>"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts; columns that hold only numbers stand to the right."""
+    """A table of texts; columns of numbers are aligned to the right."""
 
     def is_number(text: str) -> bool:
         return text.lstrip("-").replace(",", "").replace(".", "", 1).isdigit()

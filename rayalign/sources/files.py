@@ -41,6 +41,12 @@ class Dataset:
     files: tuple[SourceFile, ...]
     sample: int | None
 
+    def num_drawn(self, num_rows: int) -> int:
+        """How many of its rows are taken; raises ValueError where more are asked for than there are."""
+        if self.sample is not None and self.sample > num_rows:
+            raise ValueError(f"--dataset {self.argument}: {self.sample} records are asked for, and there are {num_rows}.")
+        return num_rows if self.sample is None else self.sample
+
 
 def resolve_dataset(argument: str) -> Dataset:
     """The data set that `NAME_OR_PATH[#N]` names; raises ValueError that says what was looked for where, and what to do."""

@@ -26,7 +26,7 @@ class SearchRange:
 
 
 def parse_search(entries: Iterable[str]) -> dict[str, SearchRange]:
-    """Reads entries such as beta=grid:0.05,0.1 or learning_rate=loguniform:1e-6:1e-4; raises ValueError in words."""
+    """Reads entries such as beta=grid:0.05,0.1 or learning_rate=loguniform:1e-6:1e-4; raises ValueError for others."""
     ranges: dict[str, SearchRange] = {}
     for entry in entries:
         name, equals, spec = entry.partition("=")
@@ -40,7 +40,7 @@ def parse_search(entries: Iterable[str]) -> dict[str, SearchRange]:
 
 
 def check_search(config: Config, tune: TuneConfig) -> dict[str, SearchRange]:
-    """The ranges of a sweep, after every value was checked to be one that its flag takes; raises ValueError in words."""
+    """The ranges of a sweep; raises ValueError for a value that its flag does not take."""
     if not tune.search:
         raise ValueError("--search is empty: name at least one flag to search, such as --search beta=grid:0.05,0.1,0.5.")
     ranges = parse_search(tune.search)

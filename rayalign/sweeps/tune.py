@@ -1,9 +1,8 @@
-"""Ray Tune: a sweep runs the training of `train` many times with different flags, all trials on one prepared data set, with
-one reference."""
+"""Ray Tune: a sweep trains many times (`training.driver`) with different flags, all trials on one prepared data set, with one
+reference."""
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +11,17 @@ import ray
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from rayalign.cluster import HEAD_NODE, quiet_logging, set_ray_variables
 from rayalign.config.command_line import to_yaml
 from rayalign.config.config import Config
 from rayalign.config.sections import TuneConfig
-from rayalign.data.prepare import quiet_logging
+from rayalign.data.prepare import cache_of, prepare_run
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.reference.precompute import with_reference
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import SearchRange, check_search
-from rayalign.training import driver
-from rayalign.training.run_folder import open_run
+from rayalign.training.driver import fit, join_cluster
+from rayalign.training.run_folder import open_run, with_output_dir
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     Raises ValueError for search spaces and folders that can't work, RuntimeError where every trial failed.
     """
     ranges = check_search(config, sweep)
-    config = driver.with_output_dir(config)
+    config = with_output_dir(config)
     folder = Store.at(str(config.run.output_dir))
     if config.run.overwrite:
         for name in ("trials", "tune", REFERENCE_NOTE, "sweep.json", "best.yaml"):
@@ -50,19 +50,16 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
         raise ValueError(
             f"--output_dir {folder.location} holds a finished sweep. Pass --overwrite true, or another --output_dir."
         )
-    driver.start_ray(config)
-    config = driver.resolve_cluster(config)
-    with_reference(config, driver.prepare_run(config), several_runs=True)
+    config = join_cluster(config)
+    with_reference(config, prepare_run(config), several_runs=True)
     outcome = _tuner(config, sweep, ranges, folder).fit()
     return _finish(config, sweep, ranges, folder, outcome)
 
 
 def _tuner(config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange], folder: Store) -> ray.tune.Tuner:
-    # Any trial may report before its first evaluation.
-    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     trial = ray.tune.with_parameters(run_trial, config=config)
     # A trial's own process only waits for its workers: no CPU, on the head node, so that it can't take a worker's place.
-    trainable = ray.tune.with_resources(trial, {"CPU": 0, "node:__internal_head__": 0.001})
+    trainable = ray.tune.with_resources(trial, {"CPU": 0, HEAD_NODE: 0.001})
     if ray.tune.Tuner.can_restore((folder / "tune").location):
         logger.info("Continuing the unfinished sweep in %s", folder.location)
         return ray.tune.Tuner.restore((folder / "tune").location, trainable=trainable, resume_errored=True)
@@ -83,15 +80,15 @@ def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
     """One trial, in a process of its own: finds the prepared data in the cache and the reference's log-probabilities beside it
     and trains; a trial started again resumes."""
     quiet_logging()
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", driver.POLL_SECONDS)
+    set_ray_variables()
     name = ray.tune.get_context().get_trial_id()
     folder = Store.at(str(config.run.output_dir)) / "trials" / str(name)
     trial = config.replace(
-        {**sampled, "output_dir": folder.location, "cache_dir": driver.cache_of(config).location, "overwrite": False}
+        {**sampled, "output_dir": folder.location, "cache_dir": cache_of(config).location, "overwrite": False}
     )
     open_run(trial)
-    data = with_reference(trial, driver.prepare_run(trial), several_runs=True)
-    driver.fit(trial, data, callbacks=[TuneReportCallback()])
+    data = with_reference(trial, prepare_run(trial), several_runs=True)
+    fit(trial, data, callbacks=[TuneReportCallback()])
 
 
 def _to_ray(values: SearchRange) -> Any:

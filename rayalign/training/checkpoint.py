@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+REMEDY = "Continue the run with the flags that it began with, or choose another --output_dir."
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Checkpoint:
 def write_checkpoint(
     folder: Path, policy: "Policy", optimizer: Optimizer, *, step: int, scaler: GradScaler | None = None
 ) -> None:
-    """Writes the learnt weights, the optimizer's moments, the number of steps done and float16's loss scale; the manifest
+    """Writes the trainable weights, the optimizer's moments, the number of steps done and float16's loss scale; the manifest
     last."""
     names = {id(p): name for name, p in policy.trainable.items()}
     save_file({name: p.detach().contiguous() for name, p in policy.trainable.items()}, folder / "trainable.safetensors")
@@ -68,7 +69,8 @@ def load_checkpoint(
         for name, entry in json.loads((folder / MANIFEST).read_text()).items():
             if _file_entry(folder / name) != entry:
                 raise ValueError(
-                    f"The checkpoint {checkpoint.store.location} is damaged: {name} does not have the hash it was saved with."
+                    f"The checkpoint {checkpoint.store.location} is damaged: {name} does not have the hash it was saved with. "
+                    "Delete its folder; the same command then continues from an earlier checkpoint, or from the start."
                 )
         weights, moments = load_file(folder / "trainable.safetensors"), load_file(folder / "optimizer.safetensors")
         loss_scale = json.loads((folder / "state.json").read_text()).get("loss_scale")
@@ -76,13 +78,13 @@ def load_checkpoint(
     if set(weights) != set(parameters):
         odd = sorted(set(weights) ^ set(parameters))[:3]
         raise ValueError(
-            f"The checkpoint {checkpoint.store.location} trains other weights than this run ({', '.join(odd)}, ...)."
+            f"The checkpoint {checkpoint.store.location} trains other weights than this run ({', '.join(odd)}, ...). {REMEDY}"
         )
     for name, parameter in parameters.items():
         if weights[name].shape != parameter.shape:
             raise ValueError(
                 f"The checkpoint {checkpoint.store.location} has {name} of shape {tuple(weights[name].shape)}, "
-                f"and this run trains one of {tuple(parameter.shape)}."
+                f"and this run trains one of {tuple(parameter.shape)}. {REMEDY}"
             )
     scales_loss = scaler is not None and scaler.is_enabled()
     if scales_loss != (loss_scale is not None):
@@ -136,9 +138,9 @@ def checkpoint_name(step: int, attempt: str) -> str:
 def _candidates(folder: Store) -> list[Checkpoint]:
     found = []
     for store in folder.list():
-        parts = store.name.split("_")
-        if parts[0] == "step" and len(parts) == 3 and parts[1].isdigit():
-            found.append(Checkpoint(store, int(parts[1])))
+        match store.name.split("_"):
+            case ["step", step, _] if step.isdigit():
+                found.append(Checkpoint(store, int(step)))
     return found
 
 

@@ -2,16 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rayalign.algorithms import LossOutput
 from rayalign.data.batch import PairBatch
 from rayalign.storage import Store
+from rayalign.training.distributed import gather
 
 REMOTE_FLUSH_SECONDS = 30
 
@@ -19,12 +18,14 @@ REMOTE_FLUSH_SECONDS = 30
 class MetricSums:
     """Running (sum, count) of every metric over micro-batches; `reduce` gives the means over all workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: Iterable[LossOutput] = ()) -> None:
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._loss: list[Tensor] = []
+        for output in outputs:
+            self.add(output)
 
     def add(self, output: LossOutput) -> None:
-        """Takes a micro-batch in; nothing waits for the device."""
+        """Adds a micro-batch; does not wait for the device."""
         self._loss.append(output.loss.detach())
         for name, values in output.pair_metrics.items():
             known = ~output.missing[name] if name in output.missing else torch.ones_like(values, dtype=torch.bool)
@@ -59,7 +60,7 @@ class Clock:
     def __init__(self, tokens_before: float, tokens_with_padding_of: Callable[[PairBatch], int]) -> None:
         self.steps = 0
         self._tokens_with_padding_of = tokens_with_padding_of
-        self._pairs = self._tokens = self._places = 0
+        self._pairs = self._tokens = self._tokens_with_padding = 0
         self._total_tokens = tokens_before
         self._waited = self._skipped = 0.0
         self._started = self._marked = time.perf_counter()
@@ -72,7 +73,7 @@ class Clock:
             self._waited += time.perf_counter() - start
             if batch is None:
                 return
-            self._places += self._tokens_with_padding_of(batch)
+            self._tokens_with_padding += self._tokens_with_padding_of(batch)
             yield batch
 
     def count(self, *, pairs: int, tokens: int) -> None:
@@ -91,29 +92,20 @@ class Clock:
     def reduce(self) -> dict[str, float]:
         """The rates over all workers, and a fresh start."""
         seconds = time.perf_counter() - self._started - self._skipped
-        workers = gather((self._tokens, self._waited / seconds, self._places))
-        tokens, places = (sum(worker[i] for worker in workers) for i in (0, 2))
+        workers = gather((self._tokens, self._waited / seconds, self._tokens_with_padding))
+        tokens, with_padding = (sum(worker[i] for worker in workers) for i in (0, 2))
         self._total_tokens += tokens
         rates = {
             "num_tokens": self._total_tokens,
             "pairs_per_second": self._pairs / seconds,
             "tokens_per_second": tokens / seconds,
             "data_wait_fraction": sum(worker[1] for worker in workers) / len(workers),
-            "padding_fraction": 1 - tokens / places,
+            "padding_fraction": 1 - tokens / with_padding,
         }
-        self.steps = self._pairs = self._tokens = self._places = 0
+        self.steps = self._pairs = self._tokens = self._tokens_with_padding = 0
         self._waited = self._skipped = 0.0
         self._started = self._marked = time.perf_counter()
         return rates
-
-
-def gather(value: Any) -> list[Any]:
-    """Every worker's value, by rank; a small picklable object, and every worker calls it."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 class MetricsLog:

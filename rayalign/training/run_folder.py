@@ -1,5 +1,6 @@
-"""A run's folder: whether it may be started or continued, and what stands in it when the run is done."""
+"""A run's folder: whether a run may start or go on in it, and what is written there when the run is done."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -29,15 +30,8 @@ FREE_TO_CHANGE = frozenset(
     {
         *("resume", "overwrite", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
-        *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures"),
-        *(
-            "cache_dir",
-            "max_dropped_fraction",
-            "gradient_checkpointing",
-            "attn_implementation",
-            "torch_compile",
-            "precompute_ref_log_probs",
-        ),
+        *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures", "cache_dir", "max_dropped_fraction"),
+        *("gradient_checkpointing", "attn_implementation", "torch_compile", "precompute_ref_log_probs"),
     }
 )
 """Flags that a continued run may set anew: they change neither the data nor the update. (The three that make up the global
@@ -45,6 +39,12 @@ batch may change only together, which is checked.)"""
 
 REPORTED_PAIRS = 2000
 """Held-out pairs whose scores go into the report's histograms."""
+
+
+def with_output_dir(config: Config) -> Config:
+    """The same configuration with --output_dir resolved: absolute, or its URL."""
+    folder = config.run.output_dir or f"output/{config.algorithm.name}"
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=Store.at(folder).location))
 
 
 def open_run(config: Config) -> Store:
@@ -63,11 +63,11 @@ def open_run(config: Config) -> Store:
 
 
 def _check_resumable(folder: Store, config: Config) -> None:
-    way_out = "Pass --overwrite true to delete it, or another --output_dir."
+    remedy = "Pass --overwrite true to delete it, or another --output_dir."
     if (folder / "summary.json").exists():
-        raise ValueError(f"--output_dir {folder.location} holds a finished run. {way_out}")
+        raise ValueError(f"--output_dir {folder.location} holds a finished run. {remedy}")
     if not config.run.resume:
-        raise ValueError(f"--output_dir {folder.location} holds an unfinished run, and --resume is false. {way_out}")
+        raise ValueError(f"--output_dir {folder.location} holds an unfinished run, and --resume is false. {remedy}")
     before = yaml.safe_load((folder / "config.yaml").read_bytes())
     now = config.to_dict() | {"rlhf_type": config.algorithm.name}
     changed = {
@@ -78,9 +78,7 @@ def _check_resumable(folder: Store, config: Config) -> None:
         changed["batch_size x gradient_accumulation_steps x num_workers"] = batches
     if changed:
         lines = "".join(f"\n  {name}: {old} -> {new}" for name, (old, new) in changed.items())
-        raise ValueError(
-            f"--output_dir {folder.location} holds an unfinished run with another configuration:{lines}\n{way_out}"
-        )
+        raise ValueError(f"--output_dir {folder.location} holds an unfinished run with another configuration:{lines}\n{remedy}")
 
 
 def _global_batch(values: Mapping[str, Any]) -> int:

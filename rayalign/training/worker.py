@@ -1,10 +1,9 @@
-"""One worker of Ray Train, from loading the model to its last step: `loop` with Ray's streams, reports and checkpoints around
-it."""
+"""One worker of Ray Train, from loading the model to its last step: the loop, with Ray's streams, reports and checkpoints
+around it."""
 
 import functools
 import logging
 import tempfile
-import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,48 +15,46 @@ import ray.train.torch
 import torch
 
 from rayalign.algorithms import Algorithm
+from rayalign.cluster import Stopped, outcome_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import StepCounts, cut_micro_batches, require_partners
-from rayalign.data.store import PreparedData
+from rayalign.data.store import PreparedData, Rows
 from rayalign.data.stream import fetch_pairs, held_out_pairs, pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
 from rayalign.policy.saving import save_policy
+from rayalign.progress import Progress
 from rayalign.storage import Store
 from rayalign.training.checkpoint import checkpoint_name, load_checkpoint, newest_checkpoint, write_checkpoint
-from rayalign.training.loop import LoopEvents, Trainer, run_steps, start_alike
-from rayalign.training.metrics import MetricsLog, gather
+from rayalign.training.distributed import gather, start_alike
+from rayalign.training.loop import LoopEvents, Trainer, run_steps
+from rayalign.training.metrics import MetricsLog
+from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
 
 
-def train_worker(config: Config, data: RunData) -> dict[str, Any]:
-    """Runs in each train worker; rank 0 writes the model. Returns the final figures and the held-out pairs' scores.
+def train_worker(config: Config, data: RunData) -> WorkerResult | Stopped:
+    """Runs in each train worker; rank 0 writes the model.
 
-    What no restart could mend (flags that don't fit the model, a loss that is no longer finite) meets all workers alike: it is
-    returned as `stopped`, since Ray would start the group again for what is raised.
+    Returns the error where every worker meets it, and would meet it again: flags that don't fit the model, a loss that is no
+    longer finite. Any other error is raised, so that Ray ends the workers that wait for this one.
     """
-    try:
-        worker = _Worker(config, data)
-    except ValueError as error:
-        return {"stopped": error}
-    try:
-        return worker.train()
-    except FloatingPointError as error:
-        return {"stopped": error}
+    worker = outcome_of(lambda: _Worker(config, data), errors=(ValueError,))
+    return worker if isinstance(worker, Stopped) else outcome_of(worker.train, errors=(FloatingPointError,))
 
 
 class _Worker:
-    """What one train worker holds: policy, sampler, optimizer, and the figures on the way to the results."""
+    """One train worker: its share of the data, policy and optimizer, and the metrics so far."""
 
     def __init__(self, config: Config, data: RunData) -> None:
         self.config = config
         self.data = data
         self.folder = Store.at(str(config.run.output_dir))
         context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.attempt = gather(uuid.uuid4().hex[:8])[0]
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.device = ray.train.torch.get_device()
@@ -68,7 +65,8 @@ class _Worker:
         checkpoint = newest_checkpoint(self.folder / "checkpoints")
         self.start_step = checkpoint.step if checkpoint else 0
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
-        self.fetch_pairs = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
+        self.tables = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
+        self._say("Loading %s", data.source.base)
         policy = load_policy(
             data.source,
             model=config.model,
@@ -84,19 +82,19 @@ class _Worker:
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.sampler.num_steps, rank=self.rank)
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
-        self.pairs: dict[str, dict[str, float]] = {}
-        self.log_file = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
-        self.latest: dict[str, float] = {}
-        for line in self.log_file.lines if self.log_file is not None else []:
-            self.latest |= line
+        self.held_out_pairs: dict[str, dict[str, float]] = {}
+        self.metrics_log = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
+        self.latest_metrics: dict[str, float] = {}
+        for line in self.metrics_log.lines if self.metrics_log is not None else []:
+            self.latest_metrics |= line
         self._say("Training %s from step %d to %d", algorithm.name.upper(), self.start_step, self.sampler.num_steps)
         if self.device.type == "cpu" and policy.dtype == torch.float32 and multiplies_bfloat16():
             self._say("This CPU multiplies in bfloat16: with --dtype bfloat16 a step takes about 0.6 of the time")
-        self._started = time.monotonic()
+        self.progress = Progress(self.sampler.num_steps - self.start_step)
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> WorkerResult:
         stream = pairs_in_order(
-            self.fetch_pairs,
+            self.tables,
             self.sampler,
             self.data.spec,
             rank=self.rank,
@@ -112,35 +110,32 @@ class _Worker:
             self.config.run,
             events,
             start_step=self.start_step,
-            tokens_before=self.latest.get("num_tokens", 0),
+            tokens_before=self.latest_metrics.get("num_tokens", 0),
         )
-        if not self.pairs:
+        if not self.held_out_pairs:
             self._evaluate(self.sampler.num_steps)
         if self.rank == 0:
             self._write_model()
-            assert self.log_file is not None
-            self.log_file.flush()
-        return {
-            "final": self._final_metrics(),
-            "steps": self.sampler.num_steps,
-            "training_records": len(self.sampler.rows),
-            "held_out_records": len(self._held_out()[1]),
-            "pairs": self.pairs,
-        }
+            assert self.metrics_log is not None
+            self.metrics_log.flush()
+        return WorkerResult(
+            metrics={name: value for name, value in self.latest_metrics.items() if name != "step"},
+            num_steps=self.sampler.num_steps,
+            num_training_records=len(self.sampler.rows),
+            num_held_out_records=len(self._held_out()[1]),
+            held_out_pairs=self.held_out_pairs,
+        )
 
     def _log(self, metrics: Mapping[str, float]) -> None:
-        self.latest |= metrics
-        if self.log_file is not None:
-            self.log_file.append(metrics)
-        step, total = int(metrics["step"]), self.sampler.num_steps
-        seconds = (time.monotonic() - self._started) / max(1, step - self.start_step) * (total - step)
-        shown = [
-            f"{name} {metrics[name]:.4g}"
-            for name in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
-            if name in metrics
-        ]
-        rate = f"{metrics['pairs_per_second']:.1f} pairs/s"
-        self._say("Step %d/%d  %s  %s, %.0f s to go", step, total, "  ".join(shown), rate, seconds)
+        self.latest_metrics |= metrics
+        if self.metrics_log is not None:
+            self.metrics_log.append(metrics)
+        step = int(metrics["step"])
+        self.progress.add(step - self.start_step - self.progress.done)
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
+        figures = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+        rate = ", ".join(filter(None, [f"{metrics['pairs_per_second']:.1f} pairs/s", self.progress.time_to_go]))
+        self._say("Step %d/%d  %s  %s", step, self.sampler.num_steps, figures, rate)
 
     def _evaluate(self, step: int) -> None:
         data, rows = self._held_out()
@@ -154,7 +149,7 @@ class _Worker:
             max_tokens=self.config.optimizer.max_tokens_per_batch,
             packs_rows=self.sampler.settings.packs_rows,
             rank=self.rank,
-            num_workers=self.world,
+            num_workers=self.num_workers,
         )
         companion = self.trainer.algorithm.needs.companion
         order = None
@@ -162,11 +157,11 @@ class _Worker:
             order = rows if self.data.held_out else self.sampler.held_out_order
         batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order)
         metrics, pairs = self.trainer.evaluate(batches, StepCounts.of(lengths.take(rows)))
-        self.pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
+        self.held_out_pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
         line = {f"eval_{name}": value for name, value in metrics.items()}
-        self.latest |= line
-        if self.log_file is not None:
-            self.log_file.append({"step": step, **line})
+        self.latest_metrics |= line
+        if self.metrics_log is not None:
+            self.metrics_log.append({"step": step, **line})
         self._say("Evaluation at step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in line.items()))
 
     def _save(self, step: int) -> None:
@@ -177,7 +172,9 @@ class _Worker:
                 write_checkpoint(Path(temporary), trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler)
                 checkpoint = ray.train.Checkpoint.from_directory(temporary)
             ray.train.report(
-                {"step": step, **self.latest}, checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(step, self.attempt)
+                {"step": step, **self.latest_metrics},
+                checkpoint=checkpoint,
+                checkpoint_dir_name=checkpoint_name(step, self.attempt),
             )
 
     def _write_model(self) -> None:
@@ -186,13 +183,10 @@ class _Worker:
             self.data.spec.processor.save_pretrained(temporary)
             (self.folder / "model").upload(Path(temporary))
 
-    def _held_out(self) -> tuple[PreparedData, Any]:
+    def _held_out(self) -> tuple[PreparedData, Rows]:
         if self.data.held_out:
             return self.data.held_out, np.arange(self.data.held_out.num_rows)
         return self.data.training, self.sampler.held_out
-
-    def _final_metrics(self) -> dict[str, float]:
-        return {name: value for name, value in self.latest.items() if name != "step"}
 
     def _say(self, message: str, *values: Any) -> None:
         if self.rank == 0:

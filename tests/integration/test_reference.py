@@ -30,7 +30,17 @@ def test_full_fine_tuning_computes_its_reference_once_and_finds_it_again(
         return cluster_of_four_cpus.run("pipelines/dpo.py", *words, *WORDS)
 
     first = run("first")
-    assert f"Reference: log-probs of {NUM_RECORDS} records in " in first
+    stages = (
+        f"Data: encoding {NUM_RECORDS} records of {good_records}",
+        f"Data: {NUM_RECORDS} records encoded in ",
+        f"Reference: computing log-probs of {NUM_RECORDS} records",
+        f"Reference: log-probs of {NUM_RECORDS} records in ",
+        "Starting 2 train workers",
+        f"Loading {model}",
+        "Training DPO from step 0 to ",
+    )
+    places = [first.index(stage) for stage in stages]  # each is named as it begins
+    assert places == sorted(places)
     (folder,) = (tmp_path / ".rayalign_cache").glob("*/*/reference_*")
     parts = {part: part.stat().st_mtime_ns for part in folder.iterdir()}
     assert len(parts) == -(-NUM_RECORDS // SHARD_ROWS)

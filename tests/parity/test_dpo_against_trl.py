@@ -148,10 +148,9 @@ def five_steps(folder: Path, output: Path, faults: dict[str, float]) -> tuple[Tr
     for step in range(5):
         # Every second step in two micro-batches, against TRL's one: the update does not depend on the cut.
         cut = [encoded[:2], encoded[2:]] if step % 2 else [encoded]
-        norm, _ = ours.step(step, [make_batch(folder, pairs) for pairs in cut], counts_of(encoded))
-        norms.append(norm.item())
-        losses.append(ours.window.reduce(steps=1)["loss"])
-        ours.window = MetricSums()
+        result = ours.step(step, [make_batch(folder, pairs) for pairs in cut], counts_of(encoded))
+        norms.append(result.grad_norm.item())
+        losses.append(MetricSums(result.outputs).reduce(steps=1)["loss"])
     trainer.train()
     assert max(norms) > 1 > min(norms)  # some gradients are clipped, some are not
     return Trajectory(losses, start, adapter_of(policy.model)), Trajectory(trainer.losses, start, adapter_of(trainer.model))

@@ -27,6 +27,7 @@ from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
 from rayalign.ops.rows import PAD
 from rayalign.ops.value_head import ValueHead
 from rayalign.training.loop import Trainer
+from rayalign.training.metrics import MetricSums
 from tests.parity import formulas
 from tests.parity.conftest import RecordDifference
 from tests.parity.formulas import EXACT, Array, Expected, PairRows, Row
@@ -279,9 +280,10 @@ def run(name: str, cut: str, algorithm: Algorithm | None = None) -> Found:
     ]
     # What the workers would send each other.
     statistics = [t.statistics(b) for t, b in zip(trainers, workers, strict=True)] if algorithm.needs.statistics else []
+    metrics = []
     for trainer, batches in zip(trainers, workers, strict=True):
-        trainer.gradients(batches, counts)  # adds to what the others left
-    metrics = [trainer.window.reduce(steps=1) for trainer in trainers]
+        outputs, _ = trainer.gradients(batches, counts)  # adds to what the others left
+        metrics.append(MetricSums(outputs).reduce(steps=1))
     gradients = {key: parameter.grad.numpy() for key, parameter in policy.trainable.items() if parameter.grad is not None}
     return Found(sum(m["loss"] for m in metrics), gradients, metrics)
 

@@ -34,6 +34,7 @@ from rayalign.models.source import ModelSource
 from rayalign.policy.adapters import TRAINED
 from rayalign.policy.policy import Policy
 from rayalign.training.loop import Trainer
+from rayalign.training.metrics import MetricSums
 from tests import tiny_models
 
 TRL = "TRL 1.16"
@@ -150,8 +151,8 @@ def our_step(policy: Any, algorithm: Algorithm, workers: Sequence[Sequence[PairB
     for trainer, batches in zip(trainers, workers, strict=True):
         for parameter in policy.trainable.values():
             parameter.grad = None
-        trainer.gradients(batches, counts)
-        loss += trainer.window.reduce(steps=1)["loss"]
+        outputs, _ = trainer.gradients(batches, counts)
+        loss += MetricSums(outputs).reduce(steps=1)["loss"]
         for name, parameter in policy.trainable.items():
             assert parameter.grad is not None
             total[name] += parameter.grad

@@ -70,10 +70,9 @@ def steps(policy: Policy, algorithm: Algorithm, folder: Path, *, count: int = 3,
     trainer = Trainer(policy, algorithm, settings, num_steps=count)
     losses = []
     for step in range(count):
-        trainer.step(step, [make_batch(folder, pairs, needs=algorithm.needs)], counts_of(pairs))
-        assert not trainer.skipped
-        losses.append(trainer.window.reduce(steps=1)["loss"])
-        trainer.window = MetricSums()
+        result = trainer.step(step, [make_batch(folder, pairs, needs=algorithm.needs)], counts_of(pairs))
+        assert not result.is_skipped
+        losses.append(MetricSums(result.outputs).reduce(steps=1)["loss"])
     return losses
 
 

@@ -292,7 +292,7 @@ def test_what_keeps_the_model_from_loading_ends_the_run_in_words(
     records = prepare_pairs(pairs_of(folder, DPO()))
     scorer = scorer_of(ModelSource(str(folder)), DPO(), records, lora_target_modules=("nowhere",))
     (outcome,) = scorer(pa.table({"item": [0]})).to_pylist()
-    assert outcome["rows"] == 0
+    assert outcome["rows"] is None
     assert outcome["stopped"].startswith("--lora_target_modules nowhere matches no linear of the language model. Its linears:")
 
 

@@ -184,7 +184,8 @@ def test_a_flipped_bit_is_found_out_before_anything_is_restored(folder: Path, ch
     with pytest.raises(ValueError) as caught:
         load_checkpoint(newest, other.policy, other.optimizer)
     assert str(caught.value) == (
-        f"The checkpoint {newest.store.location} is damaged: trainable.safetensors does not have the hash it was saved with."
+        f"The checkpoint {newest.store.location} is damaged: trainable.safetensors does not have the hash it was saved with. "
+        "Delete its folder; the same command then continues from an earlier checkpoint, or from the start."
     )
     assert equal(weights_of(other), before)
 
@@ -198,7 +199,8 @@ def test_a_checkpoint_of_another_adapter_is_refused(folder: Path, checkpoints: S
     assert str(caught.value) == (
         f"The checkpoint {newest.store.location} trains other weights than this run "
         f"({layer}.k_proj.lora_A.default.weight, {layer}.k_proj.lora_B.default.weight, "
-        f"{layer}.o_proj.lora_A.default.weight, ...)."
+        f"{layer}.o_proj.lora_A.default.weight, ...). "
+        "Continue the run with the flags that it began with, or choose another --output_dir."
     )
 
 

@@ -1,0 +1,16 @@
+"""What a train worker hands to the driver. Ray Train's controller reads it on the way, so nothing heavy is imported here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """A finished training: the last value of every metric, the number of steps and records, and the held-out pairs' own values
+    by metric."""
+
+    metrics: Mapping[str, float]
+    num_steps: int
+    num_training_records: int
+    num_held_out_records: int
+    held_out_pairs: Mapping[str, Mapping[str, float]]
