@@ -1,15 +1,18 @@
 """What an algorithm is: a frozen dataclass of hyper-parameters with one method, the loss."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from rayalign.data.batch import CompanionKind, PairBatch
-from rayalign.data.sampler import StepCounts
-from rayalign.formats.records import Responses
-from rayalign.ops.logprobs import PairLogps
+    from rayalign.data.batch import CompanionKind, PairBatch
+    from rayalign.data.sampler import StepCounts
+    from rayalign.formats.records import Responses
+    from rayalign.ops.logprobs import PairLogps
 
 
 class PolicyForward(Protocol):
