@@ -1,27 +1,23 @@
-"""Words of the command line and YAML files -> a Config, and a Config -> the YAML that runs it again.
+"""Words of the command line, with the YAML files that they name -> a Config.
 
-The flags, their help and their checks are in `config` and the algorithms; a mistake ends the program with exit code 2 and a
-sentence on stderr.
+The flags, their help and their checks are in `sections` and the algorithms, the files are read by `yaml_files`; a mistake ends
+the program with exit code 2 and a sentence on stderr.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import os
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-import yaml
-
 from rayalign.config.config import Config, config_from_mapping, section_types
-from rayalign.config.flags import Flag, convert, did_you_mean, expected_value, flags_of, section_from_mapping
+from rayalign.config.flags import Flag, did_you_mean, flags_of, section_from_mapping
 from rayalign.config.sections import PlanConfig, TuneConfig
-from rayalign.storage import Store
+from rayalign.config.yaml_files import read_files, to_yaml
 
 DEFAULT_ALGORITHM = "dpo"
 LONGEST_METAVAR = 80
@@ -85,13 +81,13 @@ def parse_plan(
 
 def parse_section(section: type[Section], words: Sequence[str], *, prog: str, description: str, example: str) -> Section:
     """The flags of a program that trains nothing, from words and YAML files; a mistake ends the program with code 2."""
-    parser = _new_parser(prog, description, f"example:\n  python {prog} {example}")
+    parser = _new_parser(prog, description, f"example:\n  {_command(prog)} {example}")
     _add_config_flag(parser)
     _add_section(parser, section)
     known = [flag.name for flag in flags_of(section)]
     try:
         given, rest = parser.parse_known_args(words)
-        from_files = _read_files(given.config)
+        from_files = read_files(given.config)
         from_words = {key: value for key, value in vars(given).items() if key in known}
         problems = [_unknown_flag(key, known) for key in from_files if key not in known]
         problems += [_unknown_flag(word[2:].split("=")[0], (*known, "config")) for word in rest if word.startswith("--")]
@@ -103,21 +99,6 @@ def parse_section(section: type[Section], words: Sequence[str], *, prog: str, de
     except ValueError as error:
         parser.error(str(error))
     return built
-
-
-def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str:
-    """Every flag with its value, by section, each below its help; `--config` reads it back exactly."""
-    values = {**config.to_dict(), **(dataclasses.asdict(extra) if extra else {})}
-    lines = [
-        "# All flags of a run: `--config` with this file runs it, flags beside it win over the file.",
-        f"rlhf_type: {config.algorithm.name}",
-    ]
-    for section in (*section_types(type(config.algorithm)), *((type(extra),) if extra else ())):
-        for index, flag in enumerate(flags_of(section)):
-            lines += ["", f"## {flag.section}"] if index == 0 else []
-            lines += textwrap.wrap(_help_of(flag), 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-            lines.append(f"{flag.name}: {_yaml_value(convert(flag, values[flag.name]))}")
-    return "\n".join(lines) + "\n"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,7 +126,7 @@ class _Command:
         _add_steering_flags(first, self.algorithms)
         steering, _ = first.parse_known_args(words)
         try:
-            from_files = _read_files(steering.config)
+            from_files = read_files(steering.config)
             named_in_file = from_files.pop("rlhf_type", None)
             name = self._algorithm_name(steering.rlhf_type or named_in_file)
             parser = self._parser(name)
@@ -180,7 +161,8 @@ class _Command:
             raise ValueError(f"--rlhf_type {name}: must be one of {choices}.{did_you_mean(name, self.algorithms)}")
         if self.algorithm not in (None, name):
             raise ValueError(
-                f"--rlhf_type {name}: {self.prog} runs {self.algorithm}; use pipelines/rlhf.py or pipelines/{name}.py."
+                f"--rlhf_type {name}: {self.prog} runs {self.algorithm}; use {_other_verb(self.prog, 'rlhf')} or "
+                f"{_other_verb(self.prog, name)}."
             )
         return name
 
@@ -195,7 +177,7 @@ class _Command:
         chosen = "" if self.algorithm else f" --rlhf_type {DEFAULT_ALGORITHM}"
         searched = ["--search beta=grid:0.05,0.1,0.5 learning_rate=loguniform:1e-6:1e-4"] if self.extra is TuneConfig else []
         lines = [
-            f"example:\n  python {self.prog}{chosen}",
+            f"example:\n  {_command(self.prog)}{chosen}",
             "--model_type llava1_6-mistral-7b-instruct --dataset rlaif-v#1000",
             "--num_train_epochs 2 --learning_rate 5e-5 --output_dir output/first",
             *searched,
@@ -217,13 +199,23 @@ class _Command:
             *others, last = owners
             words = f"{', '.join(others)} and {last}" if others else last
             return f"--{flag_name} belongs to {words}, not {name}."
-        for pipeline, section in (("tune", TuneConfig), ("plan", PlanConfig)):
+        for verb, section in (("tune", TuneConfig), ("plan", PlanConfig)):
             if flag_name in {flag.name for flag in flags_of(section)}:
-                return f"--{flag_name} belongs to pipelines/{pipeline}.py, not {self.prog}."
+                return f"--{flag_name} belongs to {_other_verb(self.prog, verb)}, not {self.prog}."
         if flag_name in ("config", "print_config"):
             return f"--{flag_name} belongs to the command line, not in a file."
         known = (*self._flags(name), "config", "rlhf_type", "print_config")
         return _unknown_flag(flag_name, known)
+
+
+def _command(prog: str) -> str:
+    """How a program is started: `python pipelines/dpo.py`, or the command `rayalign dpo`."""
+    return f"python {prog}" if prog.endswith(".py") else prog
+
+
+def _other_verb(prog: str, verb: str) -> str:
+    """The name of another verb's program, beside one that was started as `pipelines/dpo.py` or as `rayalign dpo`."""
+    return f"pipelines/{verb}.py" if prog.endswith(".py") else f"{prog.rpartition(' ')[0]} {verb}"
 
 
 def _unknown_flag(name: str, known: Iterable[str]) -> str:
@@ -238,7 +230,7 @@ def _new_parser(prog: str, description: str, epilog: str) -> _Parser:
     width = min(shutil.get_terminal_size().columns - 2, 98)
     return _Parser(
         prog=prog,
-        usage=f"python {prog} [--flag value ...] [--config FILE ...]",
+        usage=f"{_command(prog)} [--flag value ...] [--config FILE ...]",
         description=description,
         epilog=epilog,
         allow_abbrev=False,
@@ -281,58 +273,10 @@ def _add_flag(group: Any, flag: Flag) -> None:
     choices = "|".join(flag.choices)
     too_long = len(choices) > LONGEST_METAVAR
     metavar = "NAME" if too_long else choices or metavars[flag.item_type]
-    help_text = _help_of(flag, with_choices=too_long).replace("%", "%%")
+    help_text = flag.full_help(with_choices=too_long).replace("%", "%%")
     if flag.is_list:
         group.add_argument(f"--{flag.name}", nargs="+", action="extend", metavar=metavar, help=help_text)
     elif flag.item_type is bool:
         group.add_argument(f"--{flag.name}", nargs="?", const="true", metavar=metavar, help=help_text)
     else:
         group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text)
-
-
-def _help_of(flag: Flag, *, with_choices: bool = True) -> str:
-    """A flag's help with what it takes and its default; a default of none is told by the help itself."""
-    default = (
-        " ".join(map(str, flag.default))
-        if flag.is_list
-        else str(flag.default).lower()
-        if flag.item_type is bool
-        else flag.default
-    )
-    facts = [expected_value(flag)] if with_choices and flag.choices else []
-    facts += [flag.bounds] if flag.bounds else []
-    facts += [] if default in (None, "") else [f"default: {default}"]
-    return f"{flag.help} ({'; '.join(facts)})" if facts else flag.help
-
-
-def _yaml_value(value: Any) -> str:
-    """A value as YAML on one line."""
-    return yaml.safe_dump([value], default_flow_style=True, width=float("inf"), allow_unicode=True).strip()[1:-1]
-
-
-def _read_files(locations: Iterable[str]) -> dict[str, Any]:
-    """The flags of YAML files, local or remote; later files win."""
-    values: dict[str, Any] = {}
-    for location in locations:
-        values |= _read_file(location)
-    return values
-
-
-def _read_file(location: str) -> dict[str, Any]:
-    try:
-        text = Store.at(location).read_bytes().decode()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise ValueError(f"--config {location}: can't be read ({error.strerror or error}).") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {location}: is not YAML ({error}).") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"--config {location}: must hold lines of `flag: value`.")
-    keys = [key.value for key, _ in root.value]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"--config {location}: {', '.join(twice)} is given more than once.")
-    return {str(key): value for key, value in values.items()}

@@ -68,6 +68,28 @@ class Flag:
         """The words that the flag takes; empty where any will do."""
         return get_args(self.item_type) if get_origin(self.item_type) is Literal else ()
 
+    @property
+    def expected(self) -> str:
+        """What the flag takes, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        return words[self.item_type] + (" or none" if self.is_optional else "")
+
+    def full_help(self, *, with_choices: bool = True) -> str:
+        """The help with what the flag takes and its default; a default of none is told by the help itself."""
+        default = (
+            " ".join(map(str, self.default))
+            if self.is_list
+            else str(self.default).lower()
+            if self.item_type is bool
+            else self.default
+        )
+        facts = [self.expected] if with_choices and self.choices else []
+        facts += [self.bounds] if self.bounds else []
+        facts += [] if default in (None, "") else [f"default: {default}"]
+        return f"{self.help} ({'; '.join(facts)})" if facts else self.help
+
 
 def flags_of(section: Any) -> Iterator[Flag]:
     """The flags of a section class or algorithm class, in order."""
@@ -104,15 +126,7 @@ def _convert_item(flag: Flag, value: Any) -> Any:
         return adapter.validate_python(value)
     except ValueError:  # pydantic's ValidationError is one
         choices = did_you_mean(str(value), flag.choices)
-        raise ValueError(f"--{flag.name} {value}: must be {expected_value(flag)}.{choices}") from None
-
-
-def expected_value(flag: Flag) -> str:
-    """What a flag takes, in words."""
-    if flag.choices:
-        return f"one of {', '.join(flag.choices)}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words[flag.item_type] + (" or none" if flag.is_optional else "")
+        raise ValueError(f"--{flag.name} {value}: must be {flag.expected}.{choices}") from None
 
 
 def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:

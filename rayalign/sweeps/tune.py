@@ -12,9 +12,9 @@ import ray
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from rayalign.config.command_line import to_yaml
 from rayalign.config.config import Config
 from rayalign.config.sections import TuneConfig
+from rayalign.config.yaml_files import to_yaml
 from rayalign.data.prepare import quiet_logging
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.reference.precompute import with_reference

@@ -14,6 +14,7 @@ from rayalign.config import command_line
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import check_bounds, flag, flags_of
 from rayalign.config.sections import TuneConfig
+from rayalign.config.yaml_files import to_yaml
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.sweeps.search_space import check_search
 
@@ -281,13 +282,13 @@ AWKWARD = {
 def test_yaml_of_a_config_rebuilds_it_exactly(tmp_path: Path):
     config = config_from_mapping(Dpo, AWKWARD)
     file = tmp_path / "config.yaml"
-    file.write_text(command_line.to_yaml(config))
+    file.write_text(to_yaml(config))
     assert parse("--config", str(file)) == config
     assert parse("--config", str(file), algorithm="dpo") == config
 
 
 def test_yaml_of_a_config_is_complete_and_explained():
-    text = command_line.to_yaml(Config(SimPo()))
+    text = to_yaml(Config(SimPo()))
     assert set(yaml.safe_load(text)) == {"rlhf_type", *Config(SimPo()).to_dict()}
     lines = text.splitlines()
     for index, line in enumerate(lines):
@@ -300,7 +301,7 @@ def test_print_config_shows_the_resolved_flags_and_stops(capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as stopped:
         parse("--beta", "0.3", "--print_config")
     assert stopped.value.code == 0
-    assert capsys.readouterr().out == command_line.to_yaml(Config(Dpo(beta=0.3)))
+    assert capsys.readouterr().out == to_yaml(Config(Dpo(beta=0.3)))
 
 
 def sweep(*words: str) -> tuple[Config, TuneConfig]:
@@ -311,7 +312,7 @@ def test_a_sweep_takes_the_runs_flags_and_its_own(tmp_path: Path):
     config, tune = sweep("--beta", "0.2", "--search", "beta=grid:0.1,0.5", "lora_rank=choice:4,8", "--num_samples", "3")
     assert config == Config(Dpo(beta=0.2))
     assert tune == TuneConfig(search=("beta=grid:0.1,0.5", "lora_rank=choice:4,8"), num_samples=3)
-    (tmp_path / "tune.yaml").write_text(command_line.to_yaml(config, tune))
+    (tmp_path / "tune.yaml").write_text(to_yaml(config, tune))
     assert sweep("--config", f"{tmp_path}/tune.yaml") == (config, tune)
 
 
