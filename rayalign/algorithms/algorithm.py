@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
+from rayalign.config.flags import Section
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -72,7 +74,7 @@ class Needs:
     dropout: bool = False
 
 
-class Algorithm(Protocol):
+class Algorithm(Section, Protocol):
     """A preference objective. Implementations are frozen dataclasses whose fields are their flags (`config.flag`)."""
 
     name: ClassVar[str]

@@ -12,16 +12,18 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rayalign.config.config import Config, config_from_mapping, section_types
-from rayalign.config.flags import Flag, did_you_mean, flags_of, section_from_mapping
+from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags_of, section_from_mapping
 from rayalign.config.sections import PlanConfig, TuneConfig
 from rayalign.config.yaml_files import read_files, to_yaml
 
+if TYPE_CHECKING:
+    from rayalign.algorithms import Algorithm
+
 DEFAULT_ALGORITHM = "dpo"
 LONGEST_METAVAR = 80
-Section = TypeVar("Section")
 
 
 def configure_logging() -> None:
@@ -44,7 +46,12 @@ def user_errors() -> Iterator[None]:
 
 
 def parse(
-    algorithms: Mapping[str, type[Any]], words: Sequence[str], *, prog: str, description: str, algorithm: str | None = None
+    algorithms: "Mapping[str, type[Algorithm]]",
+    words: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    algorithm: str | None = None,
 ) -> Config:
     """The run that words and the YAML files named by them describe; a mistake ends the program with code 2.
 
@@ -54,7 +61,7 @@ def parse(
 
 
 def parse_sweep(
-    algorithms: Mapping[str, type[Any]],
+    algorithms: "Mapping[str, type[Algorithm]]",
     words: Sequence[str],
     *,
     prog: str,
@@ -71,7 +78,7 @@ def parse_sweep(
 
 
 def parse_plan(
-    algorithms: Mapping[str, type[Any]], words: Sequence[str], *, prog: str, description: str
+    algorithms: "Mapping[str, type[Algorithm]]", words: Sequence[str], *, prog: str, description: str
 ) -> tuple[Config, PlanConfig]:
     """The run that is planned, and the GPUs it is planned for; a mistake ends the program with code 2."""
     config, plan = _Command(algorithms, prog, description, None, PlanConfig).read(words)
@@ -79,7 +86,7 @@ def parse_plan(
     return config, plan
 
 
-def parse_section(section: type[Section], words: Sequence[str], *, prog: str, description: str, example: str) -> Section:
+def parse_section(section: type[AnySection], words: Sequence[str], *, prog: str, description: str, example: str) -> AnySection:
     """The flags of a program that trains nothing, from words and YAML files; a mistake ends the program with code 2."""
     parser = _new_parser(prog, description, f"example:\n  {_command(prog)} {example}")
     _add_config_flag(parser)
@@ -95,10 +102,9 @@ def parse_section(section: type[Section], words: Sequence[str], *, prog: str, de
             problems = [_unexpected_word(rest[0])]
         if problems:
             raise ValueError("\n".join(problems))
-        built: Section = section_from_mapping(section, from_files | from_words)
+        return section_from_mapping(section, from_files | from_words)
     except ValueError as error:
         parser.error(str(error))
-    return built
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,7 +120,7 @@ class _Command:
     """A pipeline's command line: which algorithms it offers, which one it is fixed to, and the section of flags that it has
     besides a run's."""
 
-    algorithms: Mapping[str, type[Any]]
+    algorithms: "Mapping[str, type[Algorithm]]"
     prog: str
     description: str
     algorithm: str | None
@@ -148,7 +154,7 @@ class _Command:
             raise SystemExit(0)
         return config, extra
 
-    def _sections(self, name: str) -> tuple[type[Any], ...]:
+    def _sections(self, name: str) -> tuple[type[Section], ...]:
         return (*section_types(self.algorithms[name]), *((self.extra,) if self.extra else ()))
 
     def _flags(self, name: str) -> dict[str, Flag]:
@@ -239,7 +245,7 @@ def _new_parser(prog: str, description: str, epilog: str) -> _Parser:
     )
 
 
-def _add_section(parser: argparse.ArgumentParser, section: type[Any]) -> None:
+def _add_section(parser: argparse.ArgumentParser, section: type[Section]) -> None:
     flags = list(flags_of(section))
     group = parser.add_argument_group(flags[0].section) if flags else None
     for flag in flags:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rayalign.config.config import Config, section_types
-from rayalign.config.flags import convert, flags_of
+from rayalign.config.flags import flags_of
 from rayalign.config.sections import PlanConfig, TuneConfig
 
 
@@ -23,7 +23,7 @@ def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str
         for index, flag in enumerate(flags_of(section)):
             lines += ["", f"## {flag.section}"] if index == 0 else []
             lines += textwrap.wrap(flag.full_help(), 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-            lines.append(f"{flag.name}: {_yaml_value(convert(flag, values[flag.name]))}")
+            lines.append(f"{flag.name}: {_yaml_value(flag.convert(values[flag.name]))}")
     return "\n".join(lines) + "\n"
 
 

@@ -5,10 +5,9 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from rayalign.config import config
 from rayalign.config.config import Config, config_from_mapping, section_types
-from rayalign.config.flags import check_bounds, convert, did_you_mean, flag, flags_of
-from rayalign.config.sections import OptimizerConfig
+from rayalign.config.flags import check_bounds, did_you_mean, flag, flags_of
+from rayalign.config.sections import OptimizerConfig, TuneConfig
 
 
 @dataclass(frozen=True)
@@ -92,15 +91,15 @@ def test_sections_are_listed_in_one_order():
     assert tuple(type(section) for section in Config(Toy()).sections()) == section_types(Toy)
 
 
-@pytest.mark.parametrize("section", [*section_types(Toy), config.TuneConfig])
+@pytest.mark.parametrize("section", [*section_types(Toy), TuneConfig])
 def test_every_flag_has_help_and_a_default_that_it_accepts(section: type):
     for declared in flags_of(section):
         assert declared.help.endswith("."), declared.name
-        assert convert(declared, declared.default) == declared.default
+        assert declared.convert(declared.default) == declared.default
 
 
 def test_no_flag_is_declared_twice():
-    names = [declared.name for section in (*section_types(Toy), config.TuneConfig) for declared in flags_of(section)]
+    names = [declared.name for section in (*section_types(Toy), TuneConfig) for declared in flags_of(section)]
     assert len(names) == len(set(names))
 
 
@@ -118,3 +117,24 @@ def test_rows_at_a_time_keep_to_the_pairs_and_to_the_tokens_of_a_batch():
     by_tokens = OptimizerConfig(batch_size=8, max_tokens_per_batch=100)
     assert [by_pairs.rows_at_a_time(longest) for longest in (5, 30, 500)] == [8, 8, 8]
     assert [by_tokens.rows_at_a_time(longest) for longest in (5, 30, 500)] == [8, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"beta": 0}, "--beta 0.0: must be above 0."),
+        ({"beta": "0.5"}, "--beta 0.5: must be a number."),  # a word is a number only where words are read
+        ({"beta": True}, "--beta True: must be a number."),
+        ({"loss_weights": (1.0, -1.0)}, "--loss_weights -1.0: must be at least 0."),
+        ({"loss_weights": [1.0]}, "--loss_weights [1.0]: must be a tuple, each a number."),
+        ({"loss_type": ("sft", "hnge")}, "--loss_type hnge: must be one of sigmoid, hinge, sft. Did you mean hinge?"),
+    ],
+)
+def test_values_that_python_code_gives_are_held_to_type_and_bounds(wrong: dict, message: str):
+    with pytest.raises(ValueError) as error:
+        Toy(**wrong)
+    assert str(error.value) == message
+
+
+def test_equal_configs_have_one_hash_and_can_be_keys():
+    assert {Config(Toy(beta=0.5)): 1}[Config(Toy()).replace({"beta": "0.5"})] == 1
