@@ -10,19 +10,23 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rayalign.config.aliases import advice_for, alias_of, names_of_aliases
 from rayalign.config.config import Config, config_from_mapping, section_types
-from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags_of, section_from_mapping
+from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags_of, nearest, section_from_mapping
 from rayalign.config.sections import PlanConfig, TuneConfig
+from rayalign.config.translate import translate_words
 from rayalign.config.yaml_files import read_files, to_yaml
 
 if TYPE_CHECKING:
     from rayalign.algorithms import Algorithm
 
 DEFAULT_ALGORITHM = "dpo"
+STEERING = ("config", "print_config")
+"""What only a command line has."""
 LONGEST_METAVAR = 80
 
 
@@ -93,11 +97,11 @@ def parse_section(section: type[AnySection], words: Sequence[str], *, prog: str,
     _add_section(parser, section)
     known = [flag.name for flag in flags_of(section)]
     try:
-        given, rest = parser.parse_known_args(words)
-        from_files = read_files(given.config)
+        given, rest = parser.parse_known_args(translate_words(words, (*known, "config")))
+        from_files = read_files(given.config, known)
         from_words = {key: value for key, value in vars(given).items() if key in known}
-        problems = [_unknown_flag(key, known) for key in from_files if key not in known]
-        problems += [_unknown_flag(word[2:].split("=")[0], (*known, "config")) for word in rest if word.startswith("--")]
+        unknown = _unknown_names(from_files, known, rest)
+        problems = [_unknown_flag(name, (*known, "config")) for name in unknown]
         if not problems and rest:
             problems = [_unexpected_word(rest[0])]
         if problems:
@@ -130,9 +134,11 @@ class _Command:
     def read(self, words: Sequence[str]) -> tuple[Config, TuneConfig | PlanConfig | None]:
         first = _Parser(prog=self.prog, add_help=False, allow_abbrev=False)
         _add_steering_flags(first, self.algorithms)
-        steering, _ = first.parse_known_args(words)
+        own = self._own_names()
         try:
-            from_files = read_files(steering.config)
+            words = translate_words(words, own)
+            steering, _ = first.parse_known_args(words)
+            from_files = read_files(steering.config, own)
             named_in_file = from_files.pop("rlhf_type", None)
             name = self._algorithm_name(steering.rlhf_type or named_in_file)
             parser = self._parser(name)
@@ -159,6 +165,11 @@ class _Command:
 
     def _flags(self, name: str) -> dict[str, Flag]:
         return {flag.name: flag for section in self._sections(name) for flag in flags_of(section)}
+
+    def _own_names(self) -> set[str]:
+        """The names of all flags that there are, of any algorithm; no other tool's meaning takes one over."""
+        sections = [section for name in self.algorithms for section in self._sections(name)]
+        return {"rlhf_type", *STEERING, *(flag.name for section in sections for flag in flags_of(section))}
 
     def _algorithm_name(self, wanted: Any) -> str:
         name = str(wanted or self.algorithm or DEFAULT_ALGORITHM)
@@ -192,8 +203,7 @@ class _Command:
 
     def _refuse_unknown(self, name: str, from_files: Mapping[str, Any], rest: Sequence[str]) -> None:
         known = self._flags(name)
-        problems = [self._unknown(name, key) for key in from_files if key not in known]
-        problems += [self._unknown(name, word[2:].split("=")[0]) for word in rest if word.startswith("--")]
+        problems = [self._unknown(name, unknown) for unknown in _unknown_names(from_files, known, rest)]
         if not problems and rest:
             problems = [_unexpected_word(rest[0])]
         if problems:
@@ -208,9 +218,9 @@ class _Command:
         for verb, section in (("tune", TuneConfig), ("plan", PlanConfig)):
             if flag_name in {flag.name for flag in flags_of(section)}:
                 return f"--{flag_name} belongs to {_other_verb(self.prog, verb)}, not {self.prog}."
-        if flag_name in ("config", "print_config"):
+        if flag_name in STEERING:
             return f"--{flag_name} belongs to the command line, not in a file."
-        known = (*self._flags(name), "config", "rlhf_type", "print_config")
+        known = (*self._flags(name), "rlhf_type", *STEERING)
         return _unknown_flag(flag_name, known)
 
 
@@ -224,8 +234,19 @@ def _other_verb(prog: str, verb: str) -> str:
     return f"pipelines/{verb}.py" if prog.endswith(".py") else f"{prog.rpartition(' ')[0]} {verb}"
 
 
-def _unknown_flag(name: str, known: Iterable[str]) -> str:
-    return f"Unknown flag --{name}.{did_you_mean(name, known, prefix='--')}"
+def _unknown_names(from_files: Iterable[str], known: Container[str], rest: Iterable[str]) -> list[str]:
+    """The flags that there are not: of the files' and, in `rest`, of the command line's."""
+    return [key for key in from_files if key not in known] + [word[2:].split("=")[0] for word in rest if word.startswith("--")]
+
+
+def _unknown_flag(name: str, known: Collection[str]) -> str:
+    advice = advice_for(name)
+    if advice:
+        return advice
+    meant = nearest(name, (*known, *names_of_aliases()))
+    alias = alias_of(meant, known) if meant else None
+    flag = alias.flag if alias else meant
+    return f"Unknown flag --{name}." + (f" Did you mean --{flag}?" if flag in known else "")
 
 
 def _unexpected_word(word: str) -> str:

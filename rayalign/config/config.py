@@ -5,7 +5,7 @@ An algorithm's own flags live with the algorithm.
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rayalign.config.flags import Section, did_you_mean, flags_of, section_from_mapping
@@ -20,12 +20,12 @@ class Config:
     """One run, fully described: the algorithm with its hyper-parameters, and the sections above."""
 
     algorithm: "Algorithm"
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    tuner: TunerConfig = TunerConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    run: RunConfig = RunConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tuner: TunerConfig = field(default_factory=TunerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         if not self.run.safe_serialization and self.algorithm.needs.head != "value":

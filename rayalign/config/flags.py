@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -157,6 +156,30 @@ def section_from_mapping(section: type[AnySection], values: Mapping[str, Any]) -
 
 
 def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """' Did you mean X?' with the known word nearest to a mistyped one; empty where none is near."""
-    near = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.6)
-    return f" Did you mean {prefix}{near[0]}?" if near else ""
+    """' Did you mean X?' with the known word that a mistyped one is meant to be; empty where none is near."""
+    near = nearest(word, known)
+    return f" Did you mean {prefix}{near}?" if near else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that another one begins, or misses by a slip or two of the hand: one for every four letters."""
+    typed = word.replace("-", "_").strip("'\"[]()., ").lower()
+    names = list(known)
+    begun = [name for name in names if len(typed) >= 3 and name.startswith(typed)]
+    if begun:
+        return min(begun, key=len)
+    distance, closest = min(((_slips(typed, name), name) for name in names), default=(len(typed), ""))
+    return closest if distance <= max(1, len(typed) // 4) and distance < len(typed) else None
+
+
+def _slips(typed: str, meant: str) -> int:
+    """Letters added, left out, changed or swapped with their neighbour (optimal string alignment)."""
+    above, row = [0] * (len(meant) + 1), list(range(len(meant) + 1))
+    for i, letter in enumerate(typed):
+        two_above, above, row = above, row, [i + 1]
+        for j, other in enumerate(meant):
+            best = min(above[j] + (letter != other), above[j + 1] + 1, row[j] + 1)
+            if i and j and letter == meant[j - 1] and typed[i - 1] == other:
+                best = min(best, two_above[j - 1] + 1)
+            row.append(best)
+    return row[-1]

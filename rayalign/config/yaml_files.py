@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import yaml
@@ -10,6 +10,7 @@ import yaml
 from rayalign.config.config import Config, section_types
 from rayalign.config.flags import flags_of
 from rayalign.config.sections import PlanConfig, TuneConfig
+from rayalign.config.translate import translate_values
 
 
 def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str:
@@ -27,11 +28,14 @@ def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str
     return "\n".join(lines) + "\n"
 
 
-def read_files(locations: Iterable[str]) -> dict[str, Any]:
-    """The flags of YAML files, local or remote; later files win. Raises ValueError for a file that can't be read."""
+def read_files(locations: Iterable[str], own: Container[str]) -> dict[str, Any]:
+    """The flags of YAML files, local or remote, under our names (those of `own` flags keep theirs); later files win.
+
+    Raises ValueError for a file that can't be read, or that gives a flag twice.
+    """
     values: dict[str, Any] = {}
     for location in locations:
-        values |= _read_file(location)
+        values |= translate_values(_read_file(location), own)
     return values
 
 

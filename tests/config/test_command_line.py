@@ -13,7 +13,7 @@ from rayalign.algorithms import DPO
 from rayalign.config import command_line
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import check_bounds, flag, flags_of
-from rayalign.config.sections import TuneConfig
+from rayalign.config.sections import OptimizerConfig, TuneConfig
 from rayalign.config.yaml_files import to_yaml
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.sweeps.search_space import check_search
@@ -91,6 +91,12 @@ def test_flags_are_read_with_a_space_or_an_equals_sign():
     assert (config.algorithm, config.optimizer.batch_size, config.run.output_dir) == (Dpo(beta=0.2), 4, "a=b")
 
 
+def test_hyphens_are_as_good_as_underscores(tmp_path: Path):
+    assert parse("--learning-rate=1e-4", "--batch-size", "2").optimizer == OptimizerConfig(learning_rate=1e-4, batch_size=2)
+    (tmp_path / "a.yaml").write_text("learning-rate: 1e-4\n")
+    assert parse("--config", f"{tmp_path}/a.yaml").optimizer.learning_rate == 1e-4
+
+
 def test_list_flags_take_several_words_and_may_be_repeated():
     config = parse("--dataset", "a#10", "b#20", "--lora_target_modules", "q_proj", "v_proj", "--dataset", "c")
     assert config.data.dataset == ("a#10", "b#20", "c")
@@ -133,7 +139,10 @@ def test_the_guides_commands_work_as_they_stand(own: str, expected: object):
     ("words", "message"),
     [
         (["--lerning_rate", "1"], "Unknown flag --lerning_rate. Did you mean --learning_rate?"),
-        (["--learning-rate=1"], "Unknown flag --learning-rate. Did you mean --learning_rate?"),
+        (["--lerning-rate=1"], "Unknown flag --lerning_rate. Did you mean --learning_rate?"),
+        (["--seeed", "1"], "Unknown flag --seeed. Did you mean --seed?"),
+        (["--torch_dtypee", "float32"], "Unknown flag --torch_dtypee. Did you mean --dtype?"),
+        (["--beta_of_the_loss", "1"], "Unknown flag --beta_of_the_loss."),
         (["--batch", "1"], "Unknown flag --batch. Did you mean --batch_size?"),  # no abbreviations
         (["--simpo_gamma", "1"], "--simpo_gamma belongs to simpo, not dpo."),
         (["--cpo_alpha", "1"], "--cpo_alpha belongs to simpo and cpo, not dpo."),

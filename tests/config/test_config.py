@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import pytest
 
 from rayalign.config.config import Config, config_from_mapping, section_types
-from rayalign.config.flags import check_bounds, did_you_mean, flag, flags_of
+from rayalign.config.flags import check_bounds, did_you_mean, flag, flags_of, nearest
 from rayalign.config.sections import OptimizerConfig, TuneConfig
 
 
@@ -108,8 +108,31 @@ def test_a_config_is_frozen():
         Config(Toy()).optimizer.batch_size = 2
 
 
-def test_hyphens_are_forgiven_in_suggestions():
-    assert did_you_mean("learning-rate", ["learning_rate", "lora_rank"], prefix="--") == " Did you mean --learning_rate?"
+FLAGS = ["learning_rate", "lora_rank", "seed", "data_seed", "dtype", "beta", "batch_size", "max_steps", "num_workers", "model"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("learning-rate", "learning_rate"),
+        ("lerning_rate", "learning_rate"),
+        ("lora_rnak", "lora_rank"),  # two letters swapped
+        ("batch", "batch_size"),  # its beginning
+        ("bata", "beta"),
+        ("Seed", "seed"),
+        ("num_worker", "num_workers"),
+        ("deepspeed", None),  # not seed
+        ("bf16", None),
+        ("report_to", None),
+        ("gamma", None),
+        ("speed", "seed"),  # one letter too many
+        ("m", None),
+        ("", None),
+    ],
+)
+def test_only_what_is_near_is_suggested(typed: str, meant: str | None):
+    assert nearest(typed, FLAGS) == meant
+    assert did_you_mean(typed, FLAGS, prefix="--") == (f" Did you mean --{meant}?" if meant else "")
 
 
 def test_rows_at_a_time_keep_to_the_pairs_and_to_the_tokens_of_a_batch():
