@@ -91,6 +91,7 @@ def test_a_pipeline_and_the_command_read_the_same_flags(
     assert of_pipeline.startswith(f"usage: python pipelines/{verb}.py [--flag value ...]")
     of_command = output_of(capsys, verb, "--help", code=0)
     assert of_command == of_pipeline.replace(f"python pipelines/{verb}.py", f"rayalign {verb}")
+    assert "pipelines/" not in of_command
 
 
 def test_the_package_can_be_run_as_a_module():
