@@ -4,7 +4,7 @@ Plain data, which the command line, YAML files, error texts and the page for peo
 ms-swift 2.6.1 and 4.6.0, TRL 1.16 and LLaMA-Factory 0.9.5.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -313,11 +313,6 @@ def alias_of(name: str, own: Container[str]) -> Alias | None:
     """The alias of a name, unless it is one of our `own` flags; an alias of its own name only turns words."""
     alias = _ALIASES.get(name)
     return alias if alias and (name not in own or alias.flag == name) else None
-
-
-def names_of_aliases() -> Iterable[str]:
-    """Other tools' names that mean one of ours."""
-    return _ALIASES
 
 
 def advice_for(name: str) -> str | None:

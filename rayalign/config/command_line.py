@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rayalign.config.aliases import advice_for, alias_of, names_of_aliases
+from rayalign.config.aliases import ALIASES, advice_for
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags_of, nearest, section_from_mapping
 from rayalign.config.sections import PlanConfig, TuneConfig
@@ -243,10 +243,9 @@ def _unknown_flag(name: str, known: Collection[str]) -> str:
     advice = advice_for(name)
     if advice:
         return advice
-    meant = nearest(name, (*known, *names_of_aliases()))
-    alias = alias_of(meant, known) if meant else None
-    flag = alias.flag if alias else meant
-    return f"Unknown flag --{name}." + (f" Did you mean --{flag}?" if flag in known else "")
+    meanings = {alias.name: alias.flag for alias in ALIASES if alias.flag in known} | {flag: flag for flag in known}
+    meant = nearest(name, meanings)
+    return f"Unknown flag --{name}." + (f" Did you mean --{meanings[meant]}?" if meant else "")
 
 
 def _unexpected_word(word: str) -> str:

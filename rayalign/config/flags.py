@@ -162,12 +162,12 @@ def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that another one begins, or misses by a slip or two of the hand: one for every four letters."""
+    """The only known word that another one begins, or the one that it misses by few slips of the hand: one in four letters."""
     typed = word.replace("-", "_").strip("'\"[]()., ").lower()
     names = list(known)
     begun = [name for name in names if len(typed) >= 3 and name.startswith(typed)]
-    if begun:
-        return min(begun, key=len)
+    if len(begun) == 1:
+        return begun[0]
     distance, closest = min(((_slips(typed, name), name) for name in names), default=(len(typed), ""))
     return closest if distance <= max(1, len(typed) // 4) and distance < len(typed) else None
 

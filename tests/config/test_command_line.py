@@ -142,6 +142,7 @@ def test_the_guides_commands_work_as_they_stand(own: str, expected: object):
         (["--lerning-rate=1"], "Unknown flag --lerning_rate. Did you mean --learning_rate?"),
         (["--seeed", "1"], "Unknown flag --seeed. Did you mean --seed?"),
         (["--torch_dtypee", "float32"], "Unknown flag --torch_dtypee. Did you mean --dtype?"),
+        (["--max", "5"], "Unknown flag --max."),  # several begin so
         (["--beta_of_the_loss", "1"], "Unknown flag --beta_of_the_loss."),
         (["--batch", "1"], "Unknown flag --batch. Did you mean --batch_size?"),  # no abbreviations
         (["--simpo_gamma", "1"], "--simpo_gamma belongs to simpo, not dpo."),

@@ -124,6 +124,9 @@ FLAGS = ["learning_rate", "lora_rank", "seed", "data_seed", "dtype", "beta", "ba
         ("deepspeed", None),  # not seed
         ("bf16", None),
         ("report_to", None),
+        ("lora", "lora_rank"),  # the only one that begins so
+        ("da", None),
+        ("max_step", "max_steps"),
         ("gamma", None),
         ("speed", "seed"),  # one letter too many
         ("m", None),
