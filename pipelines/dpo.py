@@ -1,15 +1,6 @@
 """Direct preference optimisation of a vision-language model."""
 
-import sys
-
-from rayalign.algorithms import ALGORITHMS
-from rayalign.config import command_line
+from rayalign.main import pipeline
 
 if __name__ == "__main__":
-    config = command_line.parse(ALGORITHMS, sys.argv[1:], prog="pipelines/dpo.py", description=__doc__, algorithm="dpo")
-    command_line.configure_logging()
-
-    from rayalign import main  # here, so that a mistyped flag is answered before Ray is loaded
-
-    with command_line.user_errors():
-        main.run(config)
+    pipeline(__file__)

@@ -1,16 +1,161 @@
-"""What a training pipeline does with its configuration: trains, or, with --dry_run, tells what training would take."""
+"""The command `rayalign VERB --flag value ...`: a table of verbs, each of which reads its flags and starts its work.
 
+`pipelines/VERB.py` and `python -m rayalign VERB` come in here as well. Nothing that computes is imported before the flags are
+understood: `--help` and a mistyped flag are answered at once.
+"""
+
+import functools
+import importlib.metadata
+import platform
 import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
+import rayalign
+from rayalign.algorithms import ALGORITHMS
+from rayalign.config import command_line
 from rayalign.config.config import Config
-from rayalign.training import driver
+from rayalign.config.flags import did_you_mean
+from rayalign.config.sections import ExportConfig
+from rayalign.sweeps.search_space import check_search
+
+LIBRARIES = ("ray", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What `rayalign VERB` does: in a sentence, and from the words behind the verb; `prog` is how the program was started."""
+
+    summary: str
+    start: Callable[[Sequence[str], str, str], None]  # words, prog, summary
+
+
+def main(words: Sequence[str] | None = None, *, prog: str = "rayalign") -> None:
+    """Runs the verb that the words begin with; a mistake ends the program with code 2."""
+    verb, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
+    if verb in ("--help", "-h"):
+        sys.stdout.write(_help(prog))
+    elif verb == "--version":
+        sys.stdout.write(_versions())
+    elif verb not in VERBS:
+        _refuse(verb, prog)
+    else:
+        VERBS[verb].start(rest, f"{prog} {verb}", VERBS[verb].summary)
+
+
+def pipeline(file: str) -> None:
+    """Runs the verb that a script of pipelines/ is named for, with the words behind it."""
+    verb = Path(file).stem
+    VERBS[verb].start(sys.argv[1:], f"pipelines/{verb}.py", VERBS[verb].summary)
 
 
 def run(config: Config) -> None:
-    """Raises ValueError for what the user can mend."""
+    """Trains, or, with --dry_run, tells what training would take; raises ValueError for what the user can mend."""
     if config.run.dry_run:
         from rayalign.estimate.plan import plan_run  # here, so that a run does not wait for what only plans need
 
         sys.stdout.write(plan_run(config))
     else:
+        from rayalign.training import driver  # here and below, so that a mistyped flag is answered before Ray is loaded
+
         driver.run(config)
+
+
+def _train(words: Sequence[str], prog: str, summary: str, *, algorithm: str | None) -> None:
+    config = command_line.parse(ALGORITHMS, words, prog=prog, description=summary, algorithm=algorithm)
+    command_line.configure_logging()
+    with command_line.user_errors():
+        run(config)
+
+
+def _tune(words: Sequence[str], prog: str, summary: str) -> None:
+    config, sweep = command_line.parse_sweep(ALGORITHMS, words, prog=prog, description=summary, check=check_search)
+    command_line.configure_logging()
+    with command_line.user_errors():
+        if config.run.dry_run:
+            from rayalign.estimate.plan import plan_run
+
+            sys.stdout.write(f"One trial, without --search\n{plan_run(config, several_runs=True)}")
+        else:
+            from rayalign.sweeps import tune
+
+            tune.run(config, sweep)
+
+
+def _plan(words: Sequence[str], prog: str, summary: str) -> None:
+    config, gpus = command_line.parse_plan(ALGORITHMS, words, prog=prog, description=summary)
+    command_line.configure_logging()
+
+    from rayalign.estimate.plan import plan_run
+
+    with command_line.user_errors():
+        sys.stdout.write(plan_run(config, gpus))
+
+
+def _export(words: Sequence[str], prog: str, summary: str) -> None:
+    example = "--model output/rm/model --output_dir output/rm/classifier"
+    config = command_line.parse_section(ExportConfig, words, prog=prog, description=summary, example=example)
+    command_line.configure_logging()
+
+    from rayalign.serving import export
+
+    with command_line.user_errors():
+        export.run(config)
+
+
+def _trainer(summary: str, algorithm: str | None) -> Verb:
+    return Verb(summary, functools.partial(_train, algorithm=algorithm))
+
+
+VERBS: Mapping[str, Verb] = {
+    "sft": _trainer("Supervised fine-tuning on the chosen responses, the stage before preference alignment.", "sft"),
+    "rm": _trainer("Training of a reward model: a score for each response, from preference pairs.", "rm"),
+    "dpo": _trainer("Direct preference optimisation of a vision-language model.", "dpo"),
+    "mdpo": _trainer("mDPO: preference optimisation that can't be learnt from the text alone.", "mdpo"),
+    "cpo": _trainer("Contrastive preference optimisation: without a reference, held to the chosen responses.", "cpo"),
+    "simpo": _trainer("Simple preference optimisation: rewards per token, without a reference.", "simpo"),
+    "orpo": _trainer("Odds ratio preference optimisation: SFT and preference in one, without a reference.", "orpo"),
+    "kto": _trainer("Kahneman-Tversky optimisation: responses that are each labelled good or bad, or pairs.", "kto"),
+    "rlhf": _trainer("Any training algorithm by name: `--rlhf_type dpo` and so on.", None),
+    "tune": Verb("A sweep over the flags of any training algorithm: many short runs, ranked by a metric.", _tune),
+    "plan": Verb("What a run will need, before it is started: memory, GPUs, hours and cost.", _plan),
+    "export": Verb("A reward model as one folder with a `score` head, for transformers, ms-swift and vLLM.", _export),
+}
+
+
+def _help(prog: str) -> str:
+    lines = [f"usage: {prog} VERB [--flag value ...] [--config FILE ...]", "", rayalign.__doc__ or "", "", "verbs:"]
+    for name, verb in VERBS.items():
+        lines += textwrap.wrap(verb.summary, 98, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)
+    lines += ["", f"{prog} VERB --help lists the flags of a verb, {prog} --version the versions of what it runs on."]
+    return "\n".join(lines) + "\n"
+
+
+def _versions() -> str:
+    """The versions of rayalign, of the libraries that decide what a run computes, and of Python; nothing is imported for it."""
+    found = {
+        "rayalign": rayalign.__version__,
+        **{name: _version_of(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+    }
+    return "".join(f"{name} {version}\n" for name, version in found.items())
+
+
+def _version_of(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _refuse(verb: str, prog: str) -> NoReturn:
+    problem = (
+        f"{verb}: the verb comes first, then its flags, as in `{prog} dpo {verb} ...`."
+        if verb.startswith("-")
+        else f"Unknown verb {verb}.{did_you_mean(verb, VERBS)}"
+    )
+    sys.stderr.write(f"{prog}: error: {problem}\n(--help lists every verb)\n")
+    raise SystemExit(2)

@@ -37,3 +37,14 @@ def test_a_module_loads_nothing_that_it_has_no_use_for(modules: str, absent: set
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "rayalign" in done.stdout.split()
     assert absent.isdisjoint(done.stdout.split())
+
+
+def test_the_algorithms_flags_are_read_without_torch_and_their_losses_with_it() -> None:
+    script = (
+        "import sys; from rayalign.algorithms import ALGORITHMS; from rayalign.algorithms.terms import logistic_loss\n"
+        "print('torch' in sys.modules)\n"
+        "import torch; zero = torch.zeros(())\n"
+        "print(logistic_loss(zero).item() == -torch.nn.functional.logsigmoid(zero).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

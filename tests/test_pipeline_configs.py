@@ -6,6 +6,7 @@ import pytest
 
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config import command_line
+from rayalign.config.yaml_files import to_yaml
 from rayalign.sweeps.search_space import check_search
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
@@ -26,7 +27,7 @@ def test_every_file_holds_exactly_the_flags_of_its_algorithm(name: str):
     assert config.algorithm.name == name or name not in ALGORITHMS
     assert config.data.dataset
     assert config.model.model_type
-    assert command_line.to_yaml(config) == file.read_text(), STALE
+    assert to_yaml(config) == file.read_text(), STALE
 
 
 def test_the_sweeps_file_holds_exactly_its_flags():
@@ -34,7 +35,7 @@ def test_the_sweeps_file_holds_exactly_its_flags():
     config, tune = command_line.parse_sweep(
         ALGORITHMS, ["--config", str(file)], prog="pipelines/tune.py", description="", check=check_search
     )
-    assert command_line.to_yaml(config, tune) == file.read_text(), STALE
+    assert to_yaml(config, tune) == file.read_text(), STALE
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))

@@ -1,16 +1,21 @@
 """What an algorithm is: a frozen dataclass of hyper-parameters with one method, the loss."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+from rayalign.config.flags import Section
 
-from rayalign.data.batch import PairBatch
-from rayalign.data.companions import Companion
-from rayalign.data.sampler import StepCounts
-from rayalign.formats.records import Responses
-from rayalign.ops.logprobs import PairLogps
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayalign.data.batch import PairBatch
+    from rayalign.data.companions import Companion
+    from rayalign.data.sampler import StepCounts
+    from rayalign.formats.records import Responses
+    from rayalign.ops.logprobs import PairLogps
 
 
 class PolicyForward(Protocol):
@@ -87,8 +92,8 @@ class Needs:
         return self.companion is not None and not self.companion.shares_images
 
 
-class Algorithm(Protocol):
-    """A training objective. Implementations are frozen dataclasses whose fields are their flags (`config.flag`)."""
+class Algorithm(Section, Protocol):
+    """A training objective. Implementations are frozen dataclasses whose fields are their flags (`config.flags.flag`)."""
 
     name: ClassVar[str]
 

@@ -1,21 +1,25 @@
 """Direct Preference Optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290) and its family: the losses of
 `dpo_losses`, one or a weighted list of them, and the NLL term of RPO."""
 
+from __future__ import annotations
+
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rayalign.algorithms import dpo_losses
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.dpo_losses import PAIR_LOSSES, SFT_LOSS, Divergence, LossSettings, PairScores, RankPartners
 from rayalign.algorithms.terms import logp_metrics, negative_log_likelihood, nll_metric, reward_metrics
 from rayalign.config.flags import check_bounds, flag
-from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepCounts
-from rayalign.ops.logprobs import PairLogps
+from rayalign.ops.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayalign.data.batch import PairBatch
+    from rayalign.data.sampler import StepCounts
+    from rayalign.ops.logprobs import PairLogps
 
 ALPHA, TAU = 0.5, 0.05
 

@@ -1,19 +1,22 @@
 """The losses that `--loss_type` of DPO names, each a function of a batch's scores; a new one is a function and a line of the
 table."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from rayalign.algorithms.algorithm import StepStatistics
 from rayalign.algorithms.terms import logistic_loss
-from rayalign.data.batch import PairBatch
-from rayalign.ops.logprobs import PairLogps
+from rayalign.ops.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayalign.data.batch import PairBatch
+    from rayalign.ops.logprobs import PairLogps
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
@@ -64,7 +67,7 @@ class PairScores:
         return self.chosen_score / self.chosen_tokens - self.rejected_score / self.rejected_tokens
 
 
-Loss = Callable[[PairScores, LossSettings], Tensor]
+Loss: TypeAlias = "Callable[[PairScores, LossSettings], Tensor]"
 
 
 def sigmoid(scores: PairScores, settings: LossSettings) -> Tensor:

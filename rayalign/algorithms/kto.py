@@ -1,18 +1,22 @@
 """Kahneman-Tversky Optimization (Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306): responses that are each good or bad
 by themselves; a pair is one of both."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logp_metrics, reward_metrics
 from rayalign.config.flags import check_bounds, flag
-from rayalign.data.batch import PairBatch
 from rayalign.data.companions import Mismatched
-from rayalign.data.sampler import StepCounts
+from rayalign.ops.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayalign.data.batch import PairBatch
+    from rayalign.data.sampler import StepCounts
 
 
 def kto_losses(chosen_logratios: Tensor, rejected_logratios: Tensor, kl: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:

@@ -4,19 +4,22 @@ Beside the usual preference, the chosen response must be likelier with its image
 under the reference.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logistic_loss, logp_metrics, reward_metrics
 from rayalign.config.flags import check_bounds, flag
-from rayalign.data.batch import PairBatch
 from rayalign.data.companions import Damaged
-from rayalign.data.sampler import StepCounts
+from rayalign.ops.lazy import F, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayalign.data.batch import PairBatch
+    from rayalign.data.sampler import StepCounts
 
 
 def conditional_loss(chosen_logratios: Tensor, damaged_logratios: Tensor, *, beta: float) -> Tensor:

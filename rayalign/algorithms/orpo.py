@@ -1,18 +1,22 @@
 """Odds Ratio Preference Optimization (Hong et al. 2024, https://arxiv.org/abs/2403.07691): SFT on the chosen responses, and a
 penalty where the rejected one's odds come near; no reference, no stage before it."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logistic_loss, logp_metrics, negative_log_likelihood, nll_metric, reward_metrics
 from rayalign.config.flags import check_bounds, flag
-from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepCounts
+from rayalign.ops.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayalign.data.batch import PairBatch
+    from rayalign.data.sampler import StepCounts
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """Reward model (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155): a linear head on the last response token scores a
 response."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logistic_loss, reward_metrics
 from rayalign.config.flags import check_bounds, flag
-from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepCounts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayalign.data.batch import PairBatch
+    from rayalign.data.sampler import StepCounts
 
 
 def reward_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, *, center_rewards_coefficient: float) -> Tensor:

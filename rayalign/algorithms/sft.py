@@ -1,12 +1,16 @@
 """Supervised fine-tuning on the chosen responses: the stage before preference optimisation."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import negative_log_likelihood, nll_metric
-from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepCounts
+
+if TYPE_CHECKING:
+    from rayalign.data.batch import PairBatch
+    from rayalign.data.sampler import StepCounts
 
 
 @dataclass(frozen=True)

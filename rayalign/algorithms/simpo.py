@@ -2,16 +2,20 @@
 token, and the chosen one must lead by a margin. With the likelihood term of CPO, as in its guide; `--cpo_alpha 0` is the
 paper's."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.terms import logistic_loss, logp_metrics, negative_log_likelihood, nll_metric, reward_metrics
 from rayalign.config.flags import check_bounds, flag
-from rayalign.data.batch import PairBatch
-from rayalign.data.sampler import StepCounts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayalign.data.batch import PairBatch
+    from rayalign.data.sampler import StepCounts
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float, gamma: float) -> Tensor:

@@ -1,9 +1,15 @@
 """What the losses are made of: the logistic loss, likelihood of the chosen responses, and the metrics of a pair."""
 
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
 
-from rayalign.ops.logprobs import SequenceLogps
+from typing import TYPE_CHECKING
+
+from rayalign.ops.lazy import F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayalign.ops.logprobs import SequenceLogps
 
 
 def logistic_loss(margin: Tensor, *, label_smoothing: float = 0.0) -> Tensor:

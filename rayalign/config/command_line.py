@@ -1,31 +1,33 @@
-"""Words of the command line and YAML files -> a Config, and a Config -> the YAML that runs it again.
+"""Words of the command line, with the YAML files that they name -> a Config.
 
-The flags, their help and their checks are in `config` and the algorithms; a mistake ends the program with exit code 2 and a
-sentence on stderr.
+The flags, their help and their checks are in `sections` and the algorithms, the files are read by `yaml_files`; a mistake ends
+the program with exit code 2 and a sentence on stderr.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import os
 import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import yaml
-
+from rayalign.config.aliases import ALIASES, advice_for
 from rayalign.config.config import Config, config_from_mapping, section_types
-from rayalign.config.flags import Flag, convert, did_you_mean, expected_value, flags_of, section_from_mapping
+from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags_of, nearest, section_from_mapping
 from rayalign.config.sections import PlanConfig, TuneConfig
-from rayalign.storage import Store
+from rayalign.config.translate import translate_words
+from rayalign.config.yaml_files import read_files, to_yaml
+
+if TYPE_CHECKING:
+    from rayalign.algorithms import Algorithm
 
 DEFAULT_ALGORITHM = "dpo"
+STEERING = ("config", "print_config")
+"""What only a command line has."""
 LONGEST_METAVAR = 80
-Section = TypeVar("Section")
 
 
 def configure_logging() -> None:
@@ -48,7 +50,12 @@ def user_errors() -> Iterator[None]:
 
 
 def parse(
-    algorithms: Mapping[str, type[Any]], words: Sequence[str], *, prog: str, description: str, algorithm: str | None = None
+    algorithms: "Mapping[str, type[Algorithm]]",
+    words: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    algorithm: str | None = None,
 ) -> Config:
     """The run that words and the YAML files named by them describe; a mistake ends the program with code 2.
 
@@ -58,7 +65,7 @@ def parse(
 
 
 def parse_sweep(
-    algorithms: Mapping[str, type[Any]],
+    algorithms: "Mapping[str, type[Algorithm]]",
     words: Sequence[str],
     *,
     prog: str,
@@ -75,7 +82,7 @@ def parse_sweep(
 
 
 def parse_plan(
-    algorithms: Mapping[str, type[Any]], words: Sequence[str], *, prog: str, description: str
+    algorithms: "Mapping[str, type[Algorithm]]", words: Sequence[str], *, prog: str, description: str
 ) -> tuple[Config, PlanConfig]:
     """The run that is planned, and the GPUs it is planned for; a mistake ends the program with code 2."""
     config, plan = _Command(algorithms, prog, description, None, PlanConfig).read(words)
@@ -83,41 +90,25 @@ def parse_plan(
     return config, plan
 
 
-def parse_section(section: type[Section], words: Sequence[str], *, prog: str, description: str, example: str) -> Section:
+def parse_section(section: type[AnySection], words: Sequence[str], *, prog: str, description: str, example: str) -> AnySection:
     """The flags of a program that trains nothing, from words and YAML files; a mistake ends the program with code 2."""
-    parser = _new_parser(prog, description, f"example:\n  python {prog} {example}")
+    parser = _new_parser(prog, description, f"example:\n  {_command(prog)} {example}")
     _add_config_flag(parser)
     _add_section(parser, section)
     known = [flag.name for flag in flags_of(section)]
     try:
-        given, rest = parser.parse_known_args(words)
-        from_files = _read_files(given.config)
+        given, rest = parser.parse_known_args(translate_words(words, (*known, "config")))
+        from_files = read_files(given.config, known)
         from_words = {key: value for key, value in vars(given).items() if key in known}
-        problems = [_unknown_flag(key, known) for key in from_files if key not in known]
-        problems += [_unknown_flag(word[2:].split("=")[0], (*known, "config")) for word in rest if word.startswith("--")]
+        unknown = _unknown_names(from_files, known, rest)
+        problems = [_unknown_flag(name, (*known, "config")) for name in unknown]
         if not problems and rest:
             problems = [_unexpected_word(rest[0])]
         if problems:
             raise ValueError("\n".join(problems))
-        built: Section = section_from_mapping(section, from_files | from_words)
+        return section_from_mapping(section, from_files | from_words)
     except ValueError as error:
         parser.error(str(error))
-    return built
-
-
-def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str:
-    """Every flag with its value, by section, each below its help; `--config` reads it back exactly."""
-    values = {**config.to_dict(), **(dataclasses.asdict(extra) if extra else {})}
-    lines = [
-        "# All flags of a run: `--config` with this file runs it, flags beside it win over the file.",
-        f"rlhf_type: {config.algorithm.name}",
-    ]
-    for section in (*section_types(type(config.algorithm)), *((type(extra),) if extra else ())):
-        for index, flag in enumerate(flags_of(section)):
-            lines += ["", f"## {flag.section}"] if index == 0 else []
-            lines += textwrap.wrap(_help_of(flag), 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-            lines.append(f"{flag.name}: {_yaml_value(convert(flag, values[flag.name]))}")
-    return "\n".join(lines) + "\n"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -133,7 +124,7 @@ class _Command:
     """A pipeline's command line: which algorithms it offers, which one it is fixed to, and the section of flags that it has
     besides a run's."""
 
-    algorithms: Mapping[str, type[Any]]
+    algorithms: "Mapping[str, type[Algorithm]]"
     prog: str
     description: str
     algorithm: str | None
@@ -143,9 +134,11 @@ class _Command:
     def read(self, words: Sequence[str]) -> tuple[Config, TuneConfig | PlanConfig | None]:
         first = _Parser(prog=self.prog, add_help=False, allow_abbrev=False)
         _add_steering_flags(first, self.algorithms)
-        steering, _ = first.parse_known_args(words)
+        own = self._own_names()
         try:
-            from_files = _read_files(steering.config)
+            words = translate_words(words, own)
+            steering, _ = first.parse_known_args(words)
+            from_files = read_files(steering.config, own)
             named_in_file = from_files.pop("rlhf_type", None)
             name = self._algorithm_name(steering.rlhf_type or named_in_file)
             parser = self._parser(name)
@@ -167,11 +160,16 @@ class _Command:
             raise SystemExit(0)
         return config, extra
 
-    def _sections(self, name: str) -> tuple[type[Any], ...]:
+    def _sections(self, name: str) -> tuple[type[Section], ...]:
         return (*section_types(self.algorithms[name]), *((self.extra,) if self.extra else ()))
 
     def _flags(self, name: str) -> dict[str, Flag]:
         return {flag.name: flag for section in self._sections(name) for flag in flags_of(section)}
+
+    def _own_names(self) -> set[str]:
+        """The names of all flags that there are, of any algorithm; no other tool's meaning takes one over."""
+        sections = [section for name in self.algorithms for section in self._sections(name)]
+        return {"rlhf_type", *STEERING, *(flag.name for section in sections for flag in flags_of(section))}
 
     def _algorithm_name(self, wanted: Any) -> str:
         name = str(wanted or self.algorithm or DEFAULT_ALGORITHM)
@@ -180,7 +178,8 @@ class _Command:
             raise ValueError(f"--rlhf_type {name}: must be one of {choices}.{did_you_mean(name, self.algorithms)}")
         if self.algorithm not in (None, name):
             raise ValueError(
-                f"--rlhf_type {name}: {self.prog} runs {self.algorithm}; use pipelines/rlhf.py or pipelines/{name}.py."
+                f"--rlhf_type {name}: {self.prog} runs {self.algorithm}; use {_other_verb(self.prog, 'rlhf')} or "
+                f"{_other_verb(self.prog, name)}."
             )
         return name
 
@@ -195,7 +194,7 @@ class _Command:
         chosen = "" if self.algorithm else f" --rlhf_type {DEFAULT_ALGORITHM}"
         searched = ["--search beta=grid:0.05,0.1,0.5 learning_rate=loguniform:1e-6:1e-4"] if self.extra is TuneConfig else []
         lines = [
-            f"example:\n  python {self.prog}{chosen}",
+            f"example:\n  {_command(self.prog)}{chosen}",
             "--model_type llava1_6-mistral-7b-instruct --dataset rlaif-v#1000",
             "--num_train_epochs 2 --learning_rate 5e-5 --output_dir output/first",
             *searched,
@@ -204,8 +203,7 @@ class _Command:
 
     def _refuse_unknown(self, name: str, from_files: Mapping[str, Any], rest: Sequence[str]) -> None:
         known = self._flags(name)
-        problems = [self._unknown(name, key) for key in from_files if key not in known]
-        problems += [self._unknown(name, word[2:].split("=")[0]) for word in rest if word.startswith("--")]
+        problems = [self._unknown(name, unknown) for unknown in _unknown_names(from_files, known, rest)]
         if not problems and rest:
             problems = [_unexpected_word(rest[0])]
         if problems:
@@ -217,17 +215,37 @@ class _Command:
             *others, last = owners
             words = f"{', '.join(others)} and {last}" if others else last
             return f"--{flag_name} belongs to {words}, not {name}."
-        for pipeline, section in (("tune", TuneConfig), ("plan", PlanConfig)):
+        for verb, section in (("tune", TuneConfig), ("plan", PlanConfig)):
             if flag_name in {flag.name for flag in flags_of(section)}:
-                return f"--{flag_name} belongs to pipelines/{pipeline}.py, not {self.prog}."
-        if flag_name in ("config", "print_config"):
+                return f"--{flag_name} belongs to {_other_verb(self.prog, verb)}, not {self.prog}."
+        if flag_name in STEERING:
             return f"--{flag_name} belongs to the command line, not in a file."
-        known = (*self._flags(name), "config", "rlhf_type", "print_config")
+        known = (*self._flags(name), "rlhf_type", *STEERING)
         return _unknown_flag(flag_name, known)
 
 
-def _unknown_flag(name: str, known: Iterable[str]) -> str:
-    return f"Unknown flag --{name}.{did_you_mean(name, known, prefix='--')}"
+def _command(prog: str) -> str:
+    """How a program is started: `python pipelines/dpo.py`, or the command `rayalign dpo`."""
+    return f"python {prog}" if prog.endswith(".py") else prog
+
+
+def _other_verb(prog: str, verb: str) -> str:
+    """The name of another verb's program, beside one that was started as `pipelines/dpo.py` or as `rayalign dpo`."""
+    return f"pipelines/{verb}.py" if prog.endswith(".py") else f"{prog.rpartition(' ')[0]} {verb}"
+
+
+def _unknown_names(from_files: Iterable[str], known: Container[str], rest: Iterable[str]) -> list[str]:
+    """The flags that there are not: of the files' and, in `rest`, of the command line's."""
+    return [key for key in from_files if key not in known] + [word[2:].split("=")[0] for word in rest if word.startswith("--")]
+
+
+def _unknown_flag(name: str, known: Collection[str]) -> str:
+    advice = advice_for(name)
+    if advice:
+        return advice
+    meanings = {alias.name: alias.flag for alias in ALIASES if alias.flag in known} | {flag: flag for flag in known}
+    meant = nearest(name, meanings)
+    return f"Unknown flag --{name}." + (f" Did you mean --{meanings[meant]}?" if meant else "")
 
 
 def _unexpected_word(word: str) -> str:
@@ -238,7 +256,7 @@ def _new_parser(prog: str, description: str, epilog: str) -> _Parser:
     width = min(shutil.get_terminal_size().columns - 2, 98)
     return _Parser(
         prog=prog,
-        usage=f"python {prog} [--flag value ...] [--config FILE ...]",
+        usage=f"{_command(prog)} [--flag value ...] [--config FILE ...]",
         description=description,
         epilog=epilog,
         allow_abbrev=False,
@@ -247,7 +265,7 @@ def _new_parser(prog: str, description: str, epilog: str) -> _Parser:
     )
 
 
-def _add_section(parser: argparse.ArgumentParser, section: type[Any]) -> None:
+def _add_section(parser: argparse.ArgumentParser, section: type[Section]) -> None:
     flags = list(flags_of(section))
     group = parser.add_argument_group(flags[0].section) if flags else None
     for flag in flags:
@@ -281,58 +299,10 @@ def _add_flag(group: Any, flag: Flag) -> None:
     choices = "|".join(flag.choices)
     too_long = len(choices) > LONGEST_METAVAR
     metavar = "NAME" if too_long else choices or metavars[flag.item_type]
-    help_text = _help_of(flag, with_choices=too_long).replace("%", "%%")
+    help_text = flag.full_help(with_choices=too_long).replace("%", "%%")
     if flag.is_list:
         group.add_argument(f"--{flag.name}", nargs="+", action="extend", metavar=metavar, help=help_text)
     elif flag.item_type is bool:
         group.add_argument(f"--{flag.name}", nargs="?", const="true", metavar=metavar, help=help_text)
     else:
         group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text)
-
-
-def _help_of(flag: Flag, *, with_choices: bool = True) -> str:
-    """A flag's help with what it takes and its default; a default of none is told by the help itself."""
-    default = (
-        " ".join(map(str, flag.default))
-        if flag.is_list
-        else str(flag.default).lower()
-        if flag.item_type is bool
-        else flag.default
-    )
-    facts = [expected_value(flag)] if with_choices and flag.choices else []
-    facts += [flag.bounds] if flag.bounds else []
-    facts += [] if default in (None, "") else [f"default: {default}"]
-    return f"{flag.help} ({'; '.join(facts)})" if facts else flag.help
-
-
-def _yaml_value(value: Any) -> str:
-    """A value as YAML on one line."""
-    return yaml.safe_dump([value], default_flow_style=True, width=float("inf"), allow_unicode=True).strip()[1:-1]
-
-
-def _read_files(locations: Iterable[str]) -> dict[str, Any]:
-    """The flags of YAML files, local or remote; later files win."""
-    values: dict[str, Any] = {}
-    for location in locations:
-        values |= _read_file(location)
-    return values
-
-
-def _read_file(location: str) -> dict[str, Any]:
-    try:
-        text = Store.at(location).read_bytes().decode()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise ValueError(f"--config {location}: can't be read ({error.strerror or error}).") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {location}: is not YAML ({error}).") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"--config {location}: must hold lines of `flag: value`.")
-    keys = [key.value for key, _ in root.value]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"--config {location}: {', '.join(twice)} is given more than once.")
-    return {str(key): value for key, value in values.items()}

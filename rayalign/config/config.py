@@ -5,54 +5,27 @@ An algorithm's own flags live with the algorithm.
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from rayalign.config.flags import Flag, check_bounds, did_you_mean, flag, flags_of, section_from_mapping
-from rayalign.config.sections import (
-    ClusterConfig,
-    DataConfig,
-    ExportConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PlanConfig,
-    RunConfig,
-    TuneConfig,
-    TunerConfig,
-)
+from rayalign.config.flags import Section, did_you_mean, flags_of, section_from_mapping
+from rayalign.config.sections import ClusterConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TunerConfig
 
-__all__ = [
-    "ClusterConfig",
-    "Config",
-    "DataConfig",
-    "ExportConfig",
-    "Flag",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PlanConfig",
-    "RunConfig",
-    "TuneConfig",
-    "TunerConfig",
-    "check_bounds",
-    "config_from_mapping",
-    "flag",
-    "flags_of",
-    "section_from_mapping",
-    "section_types",
-]
+if TYPE_CHECKING:
+    from rayalign.algorithms import Algorithm
 
 
 @dataclass(frozen=True)
 class Config:
     """One run, fully described: the algorithm with its hyper-parameters, and the sections above."""
 
-    algorithm: Any
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    tuner: TunerConfig = TunerConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    run: RunConfig = RunConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    algorithm: "Algorithm"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tuner: TunerConfig = field(default_factory=TunerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         if not self.run.safe_serialization and self.algorithm.needs.head != "value":
@@ -88,7 +61,7 @@ class Config:
             return bool(asked)
         return self.tuner.sft_type == "full" or several_runs or several_epochs
 
-    def sections(self) -> tuple[Any, ...]:
+    def sections(self) -> tuple[Section, ...]:
         """The algorithm and the sections, in the order they are shown."""
         return (self.data, self.model, self.tuner, self.algorithm, self.optimizer, self.run, self.cluster)
 
@@ -102,22 +75,12 @@ class Config:
         return config_from_mapping(type(self.algorithm), {**self.to_dict(), **values})
 
 
-SECTIONS: dict[str, Any] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "tuner": TunerConfig,
-    "optimizer": OptimizerConfig,
-    "run": RunConfig,
-    "cluster": ClusterConfig,
-}
-
-
-def section_types(algorithm: type[Any]) -> tuple[type[Any], ...]:
+def section_types(algorithm: "type[Algorithm]") -> tuple[type[Section], ...]:
     """The section classes of a run of an algorithm, in the order of `Config.sections`."""
     return (DataConfig, ModelConfig, TunerConfig, algorithm, OptimizerConfig, RunConfig, ClusterConfig)
 
 
-def config_from_mapping(algorithm: type[Any], values: Mapping[str, Any]) -> Config:
+def config_from_mapping(algorithm: "type[Algorithm]", values: Mapping[str, Any]) -> Config:
     """Builds a Config from flat flag values, as they come from words, YAML or Tune; strings are converted to the flag's type.
 
     Raises ValueError that names the flag, the value and what it should have been, or the flags that do not exist.
@@ -126,5 +89,12 @@ def config_from_mapping(algorithm: type[Any], values: Mapping[str, Any]) -> Conf
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(" ".join(f"Unknown flag --{name}.{did_you_mean(name, known, prefix='--')}" for name in unknown))
-    sections = {name: section_from_mapping(section, values) for name, section in SECTIONS.items()}
-    return Config(algorithm=section_from_mapping(algorithm, values), **sections)
+    return Config(
+        algorithm=section_from_mapping(algorithm, values),
+        data=section_from_mapping(DataConfig, values),
+        model=section_from_mapping(ModelConfig, values),
+        tuner=section_from_mapping(TunerConfig, values),
+        optimizer=section_from_mapping(OptimizerConfig, values),
+        run=section_from_mapping(RunConfig, values),
+        cluster=section_from_mapping(ClusterConfig, values),
+    )

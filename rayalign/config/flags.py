@@ -1,53 +1,55 @@
-"""What a flag is: a dataclass field with help and bounds, and how a word, a YAML scalar or a Tune sample becomes its value.
+"""What a flag is: a dataclass field with help, type and bounds. pydantic checks the last two, here in the words of the user.
 
-`config` and the algorithms declare their flags with it; `cli` and `search` read them.
+`sections` and the algorithms declare their flags with it; the command line, YAML files and sweeps read them.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import pydantic
+
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most"}
+"""Bounds of a number as pydantic and as we call them."""
+
+
+class Section(Protocol):
+    """Flags that belong together: a frozen dataclass whose fields are declared with `flag`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def flag(
     default: Any, help: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
 ) -> Any:
     """Declares a flag: a dataclass field with its help and the bounds its value must keep."""
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
-    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+    bounds = {"ge": at_least, "gt": above, "le": at_most}
+    limits = {name: limit for name, limit in bounds.items() if limit is not None}
+    return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
 
 
-def check_bounds(section: Any) -> None:
-    """Raises ValueError naming the flag whose value lies outside the bounds declared with `flag`."""
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in numbers:
-            if number is None or isinstance(number, (str, bool)):
-                continue
-            at_least, above, at_most = (field.metadata.get(k) for k in ("at_least", "above", "at_most"))
-            if at_least is not None and number < at_least:
-                raise ValueError(f"--{field.name} {number}: must be at least {at_least:.10g}.")
-            if above is not None and number <= above:
-                raise ValueError(f"--{field.name} {number}: must be above {above:.10g}.")
-            if at_most is not None and number > at_most:
-                raise ValueError(f"--{field.name} {number}: must be at most {at_most:.10g}.")
+def check_bounds(section: Section) -> None:
+    """Raises ValueError naming the flag whose value is not of its type, or lies outside its bounds."""
+    for flag in flags_of(type(section)):
+        flag.check(getattr(section, flag.name))
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag as the command line and the docs see it; `bounds` in words, empty where there are none."""
+    """A flag as the command line and the docs see it; `limits` are its bounds, by pydantic's names."""
 
     name: str
     type: Any
     default: Any
     help: str
     section: str
-    bounds: str = ""
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def is_list(self) -> bool:
@@ -68,54 +70,116 @@ class Flag:
         """The words that the flag takes; empty where any will do."""
         return get_args(self.item_type) if get_origin(self.item_type) is Literal else ()
 
+    @property
+    def bounds(self) -> str:
+        """The bounds in words; empty where there are none."""
+        return ", ".join(f"{BOUNDS[name]} {limit:.10g}" for name, limit in self.limits.items())
 
-def flags_of(section: Any) -> Iterator[Flag]:
+    @property
+    def expected(self) -> str:
+        """What the flag takes, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        return words[self.item_type] + (" or none" if self.is_optional else "")
+
+    def full_help(self, *, with_choices: bool = True) -> str:
+        """The help with what the flag takes and its default; a default of none is told by the help itself."""
+        default = (
+            " ".join(map(str, self.default))
+            if self.is_list
+            else str(self.default).lower()
+            if self.item_type is bool
+            else self.default
+        )
+        facts = [self.expected] if with_choices and self.choices else []
+        facts += [self.bounds] if self.bounds else []
+        facts += [] if default in (None, "") else [f"default: {default}"]
+        return f"{self.help} ({'; '.join(facts)})" if facts else self.help
+
+    def check(self, value: Any) -> None:
+        """Raises ValueError unless the value is one that the flag can have."""
+        if value is None and self.is_optional:
+            return
+        if self.is_list and not isinstance(value, tuple):
+            raise ValueError(f"--{self.name} {value}: must be a tuple, each {self.expected}.")
+        for item in value if self.is_list else (value,):
+            self._validate(item, strict=True)
+
+    def convert(self, value: Any) -> Any:
+        """The flag's value from a word, a list of words or a typed value; raises ValueError that says what the flag takes."""
+        if self.is_optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+            return None
+        if not self.is_list:
+            return self._validate(value, strict=False)
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        if self.item_type is not str:  # numbers and choices hold no commas, paths and expressions may
+            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else (item,))]
+        return tuple(self._validate(item, strict=False) for item in items)
+
+    @functools.cached_property
+    def _adapter(self) -> pydantic.TypeAdapter[Any]:
+        """What checks one value of the flag."""
+        limits = pydantic.Field(ge=self.limits.get("ge"), gt=self.limits.get("gt"), le=self.limits.get("le"))
+        bounded: Any = Annotated[self.item_type, limits]
+        return pydantic.TypeAdapter(bounded, config=pydantic.ConfigDict(allow_inf_nan=False))
+
+    def _validate(self, value: Any, *, strict: bool) -> Any:
+        try:
+            # To pydantic true is 1 where words are read.
+            return self._adapter.validate_python(value, strict=strict or isinstance(value, bool))
+        except pydantic.ValidationError as error:
+            broken = {name: limit for name, limit in error.errors()[0].get("ctx", {}).items() if name in BOUNDS}
+        for name, limit in broken.items():
+            raise ValueError(f"--{self.name} {self.item_type(value)}: must be {BOUNDS[name]} {limit:.10g}.")
+        raise ValueError(f"--{self.name} {value}: must be {self.expected}.{did_you_mean(str(value), self.choices)}")
+
+
+def flags_of(section: type[Section]) -> tuple[Flag, ...]:
     """The flags of a section class or algorithm class, in order."""
+    return _flags_of(cast(Hashable, section))
+
+
+@functools.cache
+def _flags_of(section: Any) -> tuple[Flag, ...]:
     types = get_type_hints(section)
     title = (section.__doc__ or section.__name__).strip().splitlines()[0]
-    for field in dataclasses.fields(section):
-        words = {"at_least": "at least", "above": "above", "at_most": "at most"}
-        limits = [f"{words[k]} {field.metadata[k]:.10g}" for k in words if field.metadata[k] is not None]
-        yield Flag(field.name, types[field.name], field.default, field.metadata["help"], title, ", ".join(limits))
+    return tuple(
+        Flag(field.name, types[field.name], field.default, field.metadata["help"], title, field.metadata["limits"])
+        for field in dataclasses.fields(section)
+    )
 
 
-def section_from_mapping(section: type[Any], values: Mapping[str, Any]) -> Any:
+def section_from_mapping(section: type[AnySection], values: Mapping[str, Any]) -> AnySection:
     """Builds one section from those of the flat values that are its flags."""
-    return section(**{flag.name: convert(flag, values[flag.name]) for flag in flags_of(section) if flag.name in values})
-
-
-def convert(flag: Flag, value: Any) -> Any:
-    """The value of a flag from a word, a list of words or a typed value; raises ValueError that says what the flag takes."""
-    if flag.is_optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
-        return None
-    if flag.is_list:
-        items = value if isinstance(value, (list, tuple)) else (value,)
-        if flag.item_type is not str:  # numbers and choices hold no commas, paths and expressions may
-            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else (item,))]
-        return tuple(_convert_item(flag, item) for item in items)
-    return _convert_item(flag, value)
-
-
-def _convert_item(flag: Flag, value: Any) -> Any:
-    adapter = pydantic.TypeAdapter(flag.item_type, config=pydantic.ConfigDict(allow_inf_nan=False))
-    try:
-        if isinstance(value, bool) and flag.item_type is not bool:
-            raise ValueError
-        return adapter.validate_python(value)
-    except ValueError:  # pydantic's ValidationError is one
-        choices = did_you_mean(str(value), flag.choices)
-        raise ValueError(f"--{flag.name} {value}: must be {expected_value(flag)}.{choices}") from None
-
-
-def expected_value(flag: Flag) -> str:
-    """What a flag takes, in words."""
-    if flag.choices:
-        return f"one of {', '.join(flag.choices)}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words[flag.item_type] + (" or none" if flag.is_optional else "")
+    return section(**{flag.name: flag.convert(values[flag.name]) for flag in flags_of(section) if flag.name in values})
 
 
 def did_you_mean(word: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """' Did you mean X?' with the known word nearest to a mistyped one; empty where none is near."""
-    near = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.6)
-    return f" Did you mean {prefix}{near[0]}?" if near else ""
+    """' Did you mean X?' with the known word that a mistyped one is meant to be; empty where none is near."""
+    near = nearest(word, known)
+    return f" Did you mean {prefix}{near}?" if near else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The only known word that another one begins, or the one that it misses by few slips of the hand: one in four letters."""
+    typed = word.replace("-", "_").strip("'\"[]()., ").lower()
+    names = list(known)
+    begun = [name for name in names if len(typed) >= 3 and name.startswith(typed)]
+    if len(begun) == 1:
+        return begun[0]
+    distance, closest = min(((_slips(typed, name), name) for name in names), default=(len(typed), ""))
+    return closest if distance <= max(1, len(typed) // 4) and distance < len(typed) else None
+
+
+def _slips(typed: str, meant: str) -> int:
+    """Letters added, left out, changed or swapped with their neighbour (optimal string alignment)."""
+    above, row = [0] * (len(meant) + 1), list(range(len(meant) + 1))
+    for i, letter in enumerate(typed):
+        two_above, above, row = above, row, [i + 1]
+        for j, other in enumerate(meant):
+            best = min(above[j] + (letter != other), above[j + 1] + 1, row[j] + 1)
+            if i and j and letter == meant[j - 1] and typed[i - 1] == other:
+                best = min(best, two_above[j - 1] + 1)
+            row.append(best)
+    return row[-1]

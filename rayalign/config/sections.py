@@ -224,7 +224,7 @@ class RunConfig:
     overwrite: bool = flag(False, "Delete what --output_dir holds and start anew.")
     dry_run: bool = flag(
         False,
-        "Print what the run would need (memory, operations, GPUs, hours) and stop. pipelines/plan.py does so for GPUs and "
+        "Print what the run would need (memory, operations, GPUs, hours) and stop. The verb plan does so for GPUs and "
         "prices that you name.",
     )
 
@@ -303,7 +303,7 @@ class PlanConfig:
 class ExportConfig:
     """Export"""
 
-    model: str | None = flag(None, "The reward model: the model/ folder of a run of pipelines/rm.py, local or s3:// gs://.")
+    model: str | None = flag(None, "The reward model: the model/ folder of a run of rm, local or s3:// gs://.")
     output_dir: str | None = flag(None, "Folder that is written: local, shared or s3:// gs://.")
     layout: Literal["transformers", "vllm"] = flag(
         "transformers",

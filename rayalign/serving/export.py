@@ -38,7 +38,7 @@ def run(config: ExportConfig) -> Store:
     Raises ValueError where the model has no value head, and where the folder holds anything that must not be overwritten.
     """
     if not config.model or not config.output_dir:
-        raise ValueError("Pass --model with the model/ folder of a run of pipelines/rm.py, and --output_dir with a new folder.")
+        raise ValueError("Pass --model with the model/ folder of a run of rm, and --output_dir with a new folder.")
     output = Store.at(config.output_dir)
     _check_output(output, Store.at(config.model), overwrite=config.overwrite)
     with tempfile.TemporaryDirectory() as temporary:
@@ -46,7 +46,7 @@ def run(config: ExportConfig) -> Store:
         if find_value_head(Path(source.adapter or source.base)) is None:
             raise ValueError(
                 f"--model {config.model}: has neither value_head.safetensors nor value_head.bin, so it is no reward model. "
-                "Give the model/ folder of a run of pipelines/rm.py."
+                "Give the model/ folder of a run of rm."
             )
         folder = Path(temporary) / "export"
         write_sequence_classifier(source, folder, layout=config.layout)
@@ -88,7 +88,7 @@ def load_sequence_classifier(folder: str | Path, **options: Any) -> Any:
     if report["missing_keys"]:
         raise ValueError(
             f"{folder}: lacks the weights {', '.join(sorted(report['missing_keys']))}. Give the folder that "
-            "pipelines/export.py wrote with --layout transformers."
+            "export wrote with --layout transformers."
         )
     bias = config.to_dict().get("score_bias")
     if bias is not None:

@@ -12,9 +12,9 @@ import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from rayalign.cluster import HEAD_NODE, quiet_logging, set_ray_variables
-from rayalign.config.command_line import to_yaml
 from rayalign.config.config import Config
 from rayalign.config.sections import TuneConfig
+from rayalign.config.yaml_files import to_yaml
 from rayalign.data.prepare import cache_of, prepare_run
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.reference.precompute import with_reference

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rayalign.config.command_line import to_yaml
 from rayalign.config.config import Config
+from rayalign.config.yaml_files import to_yaml
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.report.page import render_report
 from rayalign.report.pairs import ScoredPair

@@ -21,10 +21,10 @@ from rayalign.algorithms.mdpo import anchor_loss, conditional_loss
 from rayalign.algorithms.orpo import log_odds_ratio
 from rayalign.algorithms.rm import reward_loss
 from rayalign.algorithms.simpo import simpo_loss
-from rayalign.config.command_line import to_yaml
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.flags import flags_of
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
+from rayalign.config.yaml_files import to_yaml
 from rayalign.data.batch import PairBatch
 from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair

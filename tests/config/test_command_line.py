@@ -13,7 +13,8 @@ from rayalign.algorithms import DPO
 from rayalign.config import command_line
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import check_bounds, flag, flags_of
-from rayalign.config.sections import TuneConfig
+from rayalign.config.sections import OptimizerConfig, TuneConfig
+from rayalign.config.yaml_files import to_yaml
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.sweeps.search_space import check_search
 
@@ -90,6 +91,12 @@ def test_flags_are_read_with_a_space_or_an_equals_sign():
     assert (config.algorithm, config.optimizer.batch_size, config.run.output_dir) == (Dpo(beta=0.2), 4, "a=b")
 
 
+def test_hyphens_are_as_good_as_underscores(tmp_path: Path):
+    assert parse("--learning-rate=1e-4", "--batch-size", "2").optimizer == OptimizerConfig(learning_rate=1e-4, batch_size=2)
+    (tmp_path / "a.yaml").write_text("learning-rate: 1e-4\n")
+    assert parse("--config", f"{tmp_path}/a.yaml").optimizer.learning_rate == 1e-4
+
+
 def test_list_flags_take_several_words_and_may_be_repeated():
     config = parse("--dataset", "a#10", "b#20", "--lora_target_modules", "q_proj", "v_proj", "--dataset", "c")
     assert config.data.dataset == ("a#10", "b#20", "c")
@@ -132,7 +139,11 @@ def test_the_guides_commands_work_as_they_stand(own: str, expected: object):
     ("words", "message"),
     [
         (["--lerning_rate", "1"], "Unknown flag --lerning_rate. Did you mean --learning_rate?"),
-        (["--learning-rate=1"], "Unknown flag --learning-rate. Did you mean --learning_rate?"),
+        (["--lerning-rate=1"], "Unknown flag --lerning_rate. Did you mean --learning_rate?"),
+        (["--seeed", "1"], "Unknown flag --seeed. Did you mean --seed?"),
+        (["--torch_dtypee", "float32"], "Unknown flag --torch_dtypee. Did you mean --dtype?"),
+        (["--max", "5"], "Unknown flag --max."),  # several begin so
+        (["--beta_of_the_loss", "1"], "Unknown flag --beta_of_the_loss."),
         (["--batch", "1"], "Unknown flag --batch. Did you mean --batch_size?"),  # no abbreviations
         (["--simpo_gamma", "1"], "--simpo_gamma belongs to simpo, not dpo."),
         (["--cpo_alpha", "1"], "--cpo_alpha belongs to simpo and cpo, not dpo."),
@@ -281,13 +292,13 @@ AWKWARD = {
 def test_yaml_of_a_config_rebuilds_it_exactly(tmp_path: Path):
     config = config_from_mapping(Dpo, AWKWARD)
     file = tmp_path / "config.yaml"
-    file.write_text(command_line.to_yaml(config))
+    file.write_text(to_yaml(config))
     assert parse("--config", str(file)) == config
     assert parse("--config", str(file), algorithm="dpo") == config
 
 
 def test_yaml_of_a_config_is_complete_and_explained():
-    text = command_line.to_yaml(Config(SimPo()))
+    text = to_yaml(Config(SimPo()))
     assert set(yaml.safe_load(text)) == {"rlhf_type", *Config(SimPo()).to_dict()}
     lines = text.splitlines()
     for index, line in enumerate(lines):
@@ -300,7 +311,7 @@ def test_print_config_shows_the_resolved_flags_and_stops(capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as stopped:
         parse("--beta", "0.3", "--print_config")
     assert stopped.value.code == 0
-    assert capsys.readouterr().out == command_line.to_yaml(Config(Dpo(beta=0.3)))
+    assert capsys.readouterr().out == to_yaml(Config(Dpo(beta=0.3)))
 
 
 def sweep(*words: str) -> tuple[Config, TuneConfig]:
@@ -311,7 +322,7 @@ def test_a_sweep_takes_the_runs_flags_and_its_own(tmp_path: Path):
     config, tune = sweep("--beta", "0.2", "--search", "beta=grid:0.1,0.5", "lora_rank=choice:4,8", "--num_samples", "3")
     assert config == Config(Dpo(beta=0.2))
     assert tune == TuneConfig(search=("beta=grid:0.1,0.5", "lora_rank=choice:4,8"), num_samples=3)
-    (tmp_path / "tune.yaml").write_text(command_line.to_yaml(config, tune))
+    (tmp_path / "tune.yaml").write_text(to_yaml(config, tune))
     assert sweep("--config", f"{tmp_path}/tune.yaml") == (config, tune)
 
 

@@ -5,10 +5,9 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from rayalign.config import config
 from rayalign.config.config import Config, config_from_mapping, section_types
-from rayalign.config.flags import check_bounds, convert, did_you_mean, flag, flags_of
-from rayalign.config.sections import OptimizerConfig
+from rayalign.config.flags import check_bounds, did_you_mean, flag, flags_of, nearest
+from rayalign.config.sections import OptimizerConfig, TuneConfig
 
 
 @dataclass(frozen=True)
@@ -92,15 +91,15 @@ def test_sections_are_listed_in_one_order():
     assert tuple(type(section) for section in Config(Toy()).sections()) == section_types(Toy)
 
 
-@pytest.mark.parametrize("section", [*section_types(Toy), config.TuneConfig])
+@pytest.mark.parametrize("section", [*section_types(Toy), TuneConfig])
 def test_every_flag_has_help_and_a_default_that_it_accepts(section: type):
     for declared in flags_of(section):
         assert declared.help.endswith("."), declared.name
-        assert convert(declared, declared.default) == declared.default
+        assert declared.convert(declared.default) == declared.default
 
 
 def test_no_flag_is_declared_twice():
-    names = [declared.name for section in (*section_types(Toy), config.TuneConfig) for declared in flags_of(section)]
+    names = [declared.name for section in (*section_types(Toy), TuneConfig) for declared in flags_of(section)]
     assert len(names) == len(set(names))
 
 
@@ -109,8 +108,34 @@ def test_a_config_is_frozen():
         Config(Toy()).optimizer.batch_size = 2
 
 
-def test_hyphens_are_forgiven_in_suggestions():
-    assert did_you_mean("learning-rate", ["learning_rate", "lora_rank"], prefix="--") == " Did you mean --learning_rate?"
+FLAGS = ["learning_rate", "lora_rank", "seed", "data_seed", "dtype", "beta", "batch_size", "max_steps", "num_workers", "model"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("learning-rate", "learning_rate"),
+        ("lerning_rate", "learning_rate"),
+        ("lora_rnak", "lora_rank"),  # two letters swapped
+        ("batch", "batch_size"),  # its beginning
+        ("bata", "beta"),
+        ("Seed", "seed"),
+        ("num_worker", "num_workers"),
+        ("deepspeed", None),  # not seed
+        ("bf16", None),
+        ("report_to", None),
+        ("lora", "lora_rank"),  # the only one that begins so
+        ("da", None),
+        ("max_step", "max_steps"),
+        ("gamma", None),
+        ("speed", "seed"),  # one letter too many
+        ("m", None),
+        ("", None),
+    ],
+)
+def test_only_what_is_near_is_suggested(typed: str, meant: str | None):
+    assert nearest(typed, FLAGS) == meant
+    assert did_you_mean(typed, FLAGS, prefix="--") == (f" Did you mean --{meant}?" if meant else "")
 
 
 def test_rows_at_a_time_keep_to_the_pairs_and_to_the_tokens_of_a_batch():
@@ -118,3 +143,24 @@ def test_rows_at_a_time_keep_to_the_pairs_and_to_the_tokens_of_a_batch():
     by_tokens = OptimizerConfig(batch_size=8, max_tokens_per_batch=100)
     assert [by_pairs.rows_at_a_time(longest) for longest in (5, 30, 500)] == [8, 8, 8]
     assert [by_tokens.rows_at_a_time(longest) for longest in (5, 30, 500)] == [8, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"beta": 0}, "--beta 0.0: must be above 0."),
+        ({"beta": "0.5"}, "--beta 0.5: must be a number."),  # a word is a number only where words are read
+        ({"beta": True}, "--beta True: must be a number."),
+        ({"loss_weights": (1.0, -1.0)}, "--loss_weights -1.0: must be at least 0."),
+        ({"loss_weights": [1.0]}, "--loss_weights [1.0]: must be a tuple, each a number."),
+        ({"loss_type": ("sft", "hnge")}, "--loss_type hnge: must be one of sigmoid, hinge, sft. Did you mean hinge?"),
+    ],
+)
+def test_values_that_python_code_gives_are_held_to_type_and_bounds(wrong: dict, message: str):
+    with pytest.raises(ValueError) as error:
+        Toy(**wrong)
+    assert str(error.value) == message
+
+
+def test_equal_configs_have_one_hash_and_can_be_keys():
+    assert {Config(Toy(beta=0.5)): 1}[Config(Toy()).replace({"beta": "0.5"})] == 1

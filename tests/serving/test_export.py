@@ -319,8 +319,7 @@ def test_the_layout_for_vllm_has_the_head_on_the_language_model(
     with pytest.raises(ValueError) as caught:
         load_sequence_classifier(tmp_path / "vllm")
     assert str(caught.value) == (
-        f"{tmp_path}/vllm: lacks the weights score.weight. Give the folder that pipelines/export.py wrote with --layout "
-        "transformers."
+        f"{tmp_path}/vllm: lacks the weights score.weight. Give the folder that export wrote with --layout transformers."
     )
 
 
@@ -335,7 +334,7 @@ def test_a_model_without_a_head_is_refused(model_folder: Callable[..., Path], tm
     for model in (tmp_path / "sft", model_folder("llava")):
         assert complaint(model=str(model), output_dir=str(tmp_path / "out")) == (
             f"--model {model}: has neither value_head.safetensors nor value_head.bin, so it is no reward model. "
-            "Give the model/ folder of a run of pipelines/rm.py."
+            "Give the model/ folder of a run of rm."
         )
     assert complaint(model=f"file://{tmp_path}/none", output_dir=str(tmp_path / "out")) == (
         f"--model file://{tmp_path}/none: there is no such folder."
@@ -363,7 +362,7 @@ def test_a_folder_with_anything_else_in_it_is_never_overwritten(model_folder: Ca
     assert (
         complaint(model=str(model))
         == complaint(output_dir=str(out))
-        == ("Pass --model with the model/ folder of a run of pipelines/rm.py, and --output_dir with a new folder.")
+        == ("Pass --model with the model/ folder of a run of rm, and --output_dir with a new folder.")
     )
 
 

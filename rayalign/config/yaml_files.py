@@ -1,0 +1,66 @@
+"""A run's flags as YAML: files that `--config` names -> flat values, and a Config -> the commented YAML that runs it again."""
+
+import dataclasses
+import textwrap
+from collections.abc import Container, Iterable
+from typing import Any
+
+import yaml
+
+from rayalign.config.config import Config, section_types
+from rayalign.config.flags import flags_of
+from rayalign.config.sections import PlanConfig, TuneConfig
+from rayalign.config.translate import translate_values
+
+
+def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str:
+    """Every flag with its value, by section, each below its help; `--config` reads it back exactly."""
+    values = {**config.to_dict(), **(dataclasses.asdict(extra) if extra else {})}
+    lines = [
+        "# All flags of a run: `--config` with this file runs it, flags beside it win over the file.",
+        f"rlhf_type: {config.algorithm.name}",
+    ]
+    for section in (*section_types(type(config.algorithm)), *((type(extra),) if extra else ())):
+        for index, flag in enumerate(flags_of(section)):
+            lines += ["", f"## {flag.section}"] if index == 0 else []
+            lines += textwrap.wrap(flag.full_help(), 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+            lines.append(f"{flag.name}: {_yaml_value(flag.convert(values[flag.name]))}")
+    return "\n".join(lines) + "\n"
+
+
+def read_files(locations: Iterable[str], own: Container[str]) -> dict[str, Any]:
+    """The flags of YAML files, local or remote, under our names (those of `own` flags keep theirs); later files win.
+
+    Raises ValueError for a file that can't be read, or that gives a flag twice.
+    """
+    values: dict[str, Any] = {}
+    for location in locations:
+        values |= translate_values(_read_file(location), own)
+    return values
+
+
+def _read_file(location: str) -> dict[str, Any]:
+    from rayalign.storage import Store  # here, so that flags without files are read before a file system's library is loaded
+
+    try:
+        text = Store.at(location).read_bytes().decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"--config {location}: can't be read ({error.strerror or error}).") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {location}: is not YAML ({error}).") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--config {location}: must hold lines of `flag: value`.")
+    keys = [key.value for key, _ in root.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"--config {location}: {', '.join(twice)} is given more than once.")
+    return {str(key): value for key, value in values.items()}
+
+
+def _yaml_value(value: Any) -> str:
+    """A value as YAML on one line."""
+    return yaml.safe_dump([value], default_flow_style=True, width=float("inf"), allow_unicode=True).strip()[1:-1]
