@@ -28,7 +28,7 @@ from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError, require
-from rayalign.images.fetch import fetch_image
+from rayalign.images.fetch import fetch_images
 from rayalign.models.source import ModelSource
 from rayalign.sources.files import Dataset, read_rows, resolve_dataset, spans_of
 from rayalign.sources.rows import Span
@@ -254,7 +254,7 @@ def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sou
     record = parse_row(row, id=row_id)
     require(record, spec.responses)
     root = Store.at(sources.image_root) if sources.image_root else None
-    images = [fetch_image(i, folder=folder, image_root=root, allow_urls=sources.allow_image_urls) for i in record.images]
+    images = fetch_images(record.images, folder=folder, image_root=root, allow_urls=sources.allow_image_urls)
     return _encoder(spec).encode(record, images)
 
 

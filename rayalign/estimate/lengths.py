@@ -16,7 +16,7 @@ from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import ImageLoad, VisionCosts
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import PreferenceRecord, RecordError, Responses, require
-from rayalign.images.fetch import fetch_image, image_hash, open_image
+from rayalign.images.fetch import fetch_images, image_hash, open_image
 from rayalign.models.family import Family
 from rayalign.models.processors import describe_images
 from rayalign.sources.files import Dataset, count_rows, read_rows, resolve_dataset
@@ -145,9 +145,7 @@ def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -
     record = parse_row(row, id="")
     require(record, config.algorithm.needs.responses)
     root = Store.at(config.data.image_root) if config.data.image_root else None
-    contents = [
-        fetch_image(ref, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls) for ref in record.images
-    ]
+    contents = fetch_images(record.images, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls)
     loads = {image_hash(content): look(content) for content in contents} if look else {}
     if not all(load.features for load in loads.values()):
         raise ValueError(
