@@ -125,6 +125,12 @@ def prepare_run(config: Config) -> RunData:
     )
     cache = cache_of(config)
     training = prepare(config.data.dataset, spec, config.data, cache)
+    if spec.lent_template:
+        logger.warning(
+            "Model: %s brings no chat template; prompts are written with TRL's %s. A base model must learn its special tokens",
+            source.base,
+            spec.lent_template,
+        )
     held_out = prepare(config.data.val_dataset, spec, config.data, cache) if config.data.val_dataset else None
     return RunData(source, spec, training, held_out)
 
