@@ -211,7 +211,7 @@ def _read_remote(store: Store, inner: str, *, ref: str) -> bytes:
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:
         raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
     except OSError as error:
-        if any(answer in str(error) for answer in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY")):
+        if any(code in str(error) for code in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY")):
             raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
         raise
 
