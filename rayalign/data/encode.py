@@ -23,6 +23,7 @@ from rayalign.data.store import EncodedPair
 from rayalign.data.truncation import TruncationStrategy, count_older_rounds, next_cut, without_oldest_round
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses
 from rayalign.images.fetch import image_hash, open_image
+from rayalign.models.chat_templates import packaged_template
 from rayalign.models.family import Family, ImageInputs, RowLayout
 from rayalign.models.processors import describe_images, load_processor, process_images, tokenizer_of
 from rayalign.models.registry import FAMILIES, find_family, load_config
@@ -43,9 +44,26 @@ class EncoderSpec:
     max_pixels: int | None = None
     trust_remote_code: bool = False
 
-    @cached_property
+    @property
     def processor(self) -> Any:
-        return load_processor(self.model, trust_remote_code=self.trust_remote_code)
+        return self._loaded[0]
+
+    @property
+    def lent_template(self) -> str | None:
+        """The name of the chat template that TRL lends, where neither the model's files nor its family have one."""
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, str | None]:
+        processor = load_processor(self.model, trust_remote_code=self.trust_remote_code)
+        tokenizer = tokenizer_of(processor)
+        lent = None
+        if not (processor.chat_template or tokenizer.chat_template or self.family.chat_template):
+            lent = packaged_template(tokenizer, self.model_config)
+        if lent is None:
+            return processor, None
+        processor.chat_template = lent.text
+        return processor, lent.name
 
     @cached_property
     def tokenizer(self) -> Any:

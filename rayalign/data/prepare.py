@@ -27,7 +27,7 @@ from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError, require
-from rayalign.images.fetch import fetch_image
+from rayalign.images.fetch import fetch_images
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, resolve_model
 from rayalign.progress import Progress, per_second
@@ -94,6 +94,12 @@ def prepare_run(config: Config) -> RunData:
     )
     cache = cache_of(config)
     training = prepare(config.data.dataset, spec, config.data, cache)
+    if spec.lent_template:
+        logger.warning(
+            "Model: %s brings no chat template; prompts are written with TRL's %s. A base model must learn its special tokens",
+            source.base,
+            spec.lent_template,
+        )
     held_out = prepare(config.data.val_dataset, spec, config.data, cache) if config.data.val_dataset else None
     return RunData(source, spec, training, held_out)
 
@@ -284,7 +290,7 @@ def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sou
     record = parse_row(row, id=row_id)
     require(record, spec.responses)
     root = Store.at(sources.image_root) if sources.image_root else None
-    images = [fetch_image(i, folder=folder, image_root=root, allow_urls=sources.allow_image_urls) for i in record.images]
+    images = fetch_images(record.images, folder=folder, image_root=root, allow_urls=sources.allow_image_urls)
     return _encoder(spec).encode(record, images)
 
 

@@ -17,7 +17,7 @@ from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import ImageLoad, VisionCosts
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import Message, PreferenceRecord, RecordError, Responses, require
-from rayalign.images.fetch import fetch_image, image_hash, open_image
+from rayalign.images.fetch import fetch_images, image_hash, open_image
 from rayalign.models.family import Family
 from rayalign.models.processors import describe_images
 from rayalign.sources.files import count_rows, read_rows, resolve_dataset
@@ -140,9 +140,7 @@ def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -
     record = parse_row(row, id="")
     require(record, config.algorithm.needs.responses)
     root = Store.at(config.data.image_root) if config.data.image_root else None
-    contents = [
-        fetch_image(ref, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls) for ref in record.images
-    ]
+    contents = fetch_images(record.images, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls)
     messages, limit, strategy = list(record.messages), config.data.max_length, config.data.truncation_strategy
     while True:
         pair = _shape(messages, contents, _responses(record, config.algorithm.needs.responses), look)

@@ -1,4 +1,8 @@
-"""TRL: prompt, chosen, rejected as text or messages, or chosen and rejected that hold the prompt; completion + label is KTO."""
+"""TRL: prompt, chosen, rejected as text or messages, or chosen and rejected that hold the prompt; completion + label is KTO.
+
+TRL's own code splits responses in plain text that hold their prompt. Importing it costs 0.7 s and 50 MiB in each process, so
+only rows of that kind do; in responses of messages the prompt is the messages before the last, and no splitting is needed.
+"""
 
 from collections.abc import Mapping, Set
 from typing import Any
@@ -8,13 +12,20 @@ from rayalign.formats.records import Message, PreferenceRecord, RecordError, bui
 
 NEEDS = "prompt, chosen, rejected"
 
+BESIDE_TEXTS = ("chosen", "rejected", "system", "images", "image")
+"""What besides numbers a row of plain texts without a prompt may have: any other column could be its prompt."""
+
 
 def matches(columns: Set[str]) -> bool:
     return "chosen" in columns or {"prompt", "completion"} <= columns
 
 
 def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
+    if row.get("chat_template_kwargs"):
+        raise RecordError("unsupported content", "a row can't change the chat template", field="chat_template_kwargs")
     column = "chosen" if "chosen" in row else "completion"
+    if "prompt" not in row and all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
+        row = {**row, **_split_texts(row)}
     given, given_images = _prompt(row)
     prompt, chosen, inline = _response(row, column, given)
     rejected = None
@@ -63,3 +74,42 @@ def _response(row: Mapping[str, Any], column: str, given: list[Message]) -> tupl
     ):  # the text repeats the conversation's question; of it, only a system message is new
         return given[:-1] + before, response, inline
     return given + before, response, inline
+
+
+def _split_texts(row: Mapping[str, Any]) -> dict[str, str]:
+    """Two plain texts as the prompt that both begin with and what each says after it.
+
+    TRL's `extract_prompt` splits where the texts begin to differ; where that is inside a word, the whole word goes to the
+    responses. Raises RecordError where another column could be the prompt, and where the texts don't begin with the same word.
+    """
+    others = [name for name, value in row.items() if name not in BESIDE_TEXTS and value and not isinstance(value, (int, float))]
+    if others:
+        words = (
+            f"'chosen' is plain text, and the question may stand in {' or '.join(others)}; call its column 'prompt', or leave "
+            "out columns that aren't needed, if 'chosen' and 'rejected' begin with it"
+        )
+        raise RecordError("missing field", words, field="prompt")
+    chosen, rejected = cells.text(row, "chosen"), cells.text(row, "rejected")
+    if not chosen or chosen[:1] != rejected[:1]:
+        raise _no_shared_prompt()
+    from trl.data_utils import extract_prompt
+
+    start = _start_of_word(chosen, rejected, len(extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"]))
+    if not chosen[:start].strip():
+        raise _no_shared_prompt()
+    return {"prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:]}
+
+
+def _start_of_word(chosen: str, rejected: str, place: int) -> int:
+    """The last place up to `place` where a word begins in both texts, or the space before it, as TRL has it."""
+    while place and not chosen[place - 1].isspace() and not (chosen[place].isspace() and rejected[place].isspace()):
+        place -= 1
+    return place - 1 if place and chosen[place - 1] == " " else place
+
+
+def _no_shared_prompt() -> RecordError:
+    words = (
+        "the row has no prompt, and 'chosen' and 'rejected' don't begin with the same text; give the question a column of its "
+        "own, called 'prompt'"
+    )
+    return RecordError("missing field", words, field="prompt")

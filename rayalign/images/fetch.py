@@ -1,6 +1,6 @@
 """Locates, fetches, bounds and decodes an image of a record; nothing a record says can reach outside its data set's folder.
 
-`fetch_image` gives the compressed bytes that travel with the record, `open_image` the picture next to the processor.
+`fetch_images` gives the compressed bytes that travel with the record, `open_image` the picture next to the processor.
 """
 
 import base64
@@ -12,6 +12,8 @@ import io
 import math
 import os
 import stat
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,8 @@ MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 64 * 2**20
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 STORE_SCHEMES = ("s3://", "gs://")
+URL_SECONDS = 60
+"""For all the URLs of a record together."""
 
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF87a", b"GIF89a", b"BM", b"II*\x00", b"MM\x00*")
 """First bytes of the formats above; they tell base64 text from a path."""
@@ -42,12 +46,17 @@ TURNS = {
 """What brings an image of each EXIF orientation upright."""
 
 
-def fetch_image(ref: str | bytes, *, folder: Store, image_root: Store | None, allow_urls: bool) -> bytes:
-    """The compressed bytes of an image: from a path, URL, data: URI, base64 text, or given as they are.
+def fetch_images(refs: Sequence[str | bytes], *, folder: Store, image_root: Store | None, allow_urls: bool) -> list[bytes]:
+    """The compressed bytes of a record's images: from a path, URL, data: URI, base64 text, or given as they are.
 
     Relative paths start from `image_root`, or from `folder`, the data set's own; no path may lead out of both.
-    Raises RecordError for what is wrong with the reference or its target; an OSError of failing storage passes through.
+    Raises RecordError for what is wrong with a reference or its target; an OSError of failing storage passes through.
     """
+    deadline = time.monotonic() + URL_SECONDS
+    return [_fetch(ref, folder=folder, image_root=image_root, allow_urls=allow_urls, deadline=deadline) for ref in refs]
+
+
+def _fetch(ref: str | bytes, *, folder: Store, image_root: Store | None, allow_urls: bool, deadline: float) -> bytes:
     if isinstance(ref, bytes):
         content = ref
     elif ref.startswith("data:"):
@@ -55,7 +64,7 @@ def fetch_image(ref: str | bytes, *, folder: Store, image_root: Store | None, al
     elif ref.startswith(("http://", "https://")):
         if not allow_urls:
             raise RecordError("image URLs are off", f"{_short(ref)}: pass --allow_image_urls true to fetch it", field="images")
-        content = fetch_url(ref, max_bytes=MAX_IMAGE_BYTES)
+        content = fetch_url(ref, max_bytes=MAX_IMAGE_BYTES, deadline=deadline)
     elif ref.startswith(STORE_SCHEMES):
         if any(sign in ref for sign in "?#@"):
             raise RecordError(
@@ -202,7 +211,7 @@ def _read_remote(store: Store, inner: str, *, ref: str) -> bytes:
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:
         raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
     except OSError as error:
-        if any(answer in str(error) for answer in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY")):
+        if any(code in str(error) for code in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY")):
             raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
         raise
 

@@ -193,13 +193,13 @@ def _card(pair: ScoredPair, *, score_name: str) -> str:
     if pair.has_both:
         colour = "blue" if pair.margin > 0 else "orange"
         score = f'<span class="score {colour}">margin {"+" if pair.margin > 0 else ""}{format_number(pair.margin)}</span>'
-    answers = "".join(
-        f'<div class="answer {colour}"><h4><b>{name}</b> · {escape(score_name)} {format_number(value)} · {tokens:,} tokens</h4>'
-        f"{_text(words)}</div>"
+    responses = "".join(
+        f'<div class="response {colour}">'
+        f"<h4><b>{name}</b> · {escape(score_name)} {format_number(value)} · {tokens:,} tokens</h4>{_text(words)}</div>"
         for name, colour, words, value, tokens in sides
         if tokens
     )
-    texts = f'<div class="texts"><h4>prompt</h4>{_text(pair.prompt)}<div class="answers">{answers}</div></div>'
+    texts = f'<div class="texts"><h4>prompt</h4>{_text(pair.prompt)}<div class="responses">{responses}</div></div>'
     header = f"<header>{score}<code>{escape(pair.id)}</code></header>"
     return f'<article class="pair">{header}<div class="content">{_images(pair)}{texts}</div></article>'
 

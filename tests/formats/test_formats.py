@@ -1,5 +1,7 @@
 """Every record format, on literal rows: the same pair comes out of each."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -184,6 +186,45 @@ def test_a_kto_row_has_one_response_and_a_label(row: dict[str, Any], label: Any)
     assert (record.chosen, record.rejected, record.label) == ("b", None, True)
 
 
+TEXTS_WITH_THEIR_PROMPT = [
+    # TRL's documentation has this row, and the same one with a prompt of its own.
+    ("The sky is blue.", "The sky is green.", "The sky is"),
+    ("\n\nHuman: Why?\n\nAssistant: So.", "\n\nHuman: Why?\n\nAssistant: It is.", "\n\nHuman: Why?\n\nAssistant:"),
+    ("Why?\nSo.", "Why?\nIt is.", "Why?\n"),
+    # TRL splits in the middle of these words.
+    ("The sky is blue.", "The sky is black.", "The sky is"),
+    ("The sky is it.", "The skylight is.", "The"),
+    ("The sky is", "The sky is blue.", "The sky"),
+]
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "prompt"), TEXTS_WITH_THEIR_PROMPT)
+def test_plain_texts_are_split_where_they_begin_to_differ(chosen: str, rejected: str, prompt: str) -> None:
+    record = parse({"chosen": chosen, "rejected": rejected, "image": "a.png", "system": "Be brief.", "score_chosen": 8.5})
+    assert record.messages == (Message(role="system", content="Be brief."), Message(role="user", content="<image>" + prompt))
+    assert (record.chosen, record.rejected) == (chosen[len(prompt) :], rejected[len(prompt) :])
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "prompt"), TEXTS_WITH_THEIR_PROMPT[:3])
+def test_plain_texts_are_split_as_trl_splits_them(chosen: str, rejected: str, prompt: str) -> None:
+    from trl import extract_prompt
+
+    split = extract_prompt({"chosen": chosen, "rejected": rejected})
+    assert split == {"prompt": prompt, "chosen": chosen[len(prompt) :], "rejected": rejected[len(prompt) :]}
+
+
+def test_trl_is_imported_for_no_row_but_plain_texts_with_their_prompt() -> None:
+    pair = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+    rows = [*SAME_PAIR.values(), {"prompt": "a", **pair}, {"prompt": "a", "completion": "b", "label": True}]
+    script = (
+        "import sys; from rayalign.formats.parse import parse_row\n"
+        "for row, is_needed in eval(sys.stdin.read()):\n"
+        "    parse_row(row, id='a:0'); assert ('trl' in sys.modules) == is_needed, row"
+    )
+    given = repr([*((row, False) for row in rows), (pair, True)])
+    subprocess.run([sys.executable, "-c", script], input=given, text=True, check=True)
+
+
 def test_margin_is_read() -> None:
     assert parse({**SAME_PAIR["ms-swift 4"], "margin": np.float32(0.5)}).margin == 0.5
 
@@ -274,9 +315,46 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
         "rejected_response: the response equals messages, so there is nothing to prefer",
     ),
     (
-        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+        {"chosen": "The sky is blue."},
         "missing field",
         "prompt: 'chosen' is plain text, so the question must stand in a column of its own",
+    ),
+    (
+        {"chosen": [USER, CHOSEN], "rejected": "A dog."},
+        "missing field",
+        "prompt: 'rejected' is plain text, so the question must stand in a column of its own",
+    ),
+    (
+        {"chosen": "It is blue.", "rejected": "It is green.", "instruction": "What is the sky?", "score": 0.5, "notes": ""},
+        "missing field",
+        "prompt: 'chosen' is plain text, and the question may stand in instruction; call its column 'prompt', or leave out "
+        "columns that aren't needed, if 'chosen' and 'rejected' begin with it",
+    ),
+    (
+        {"chosen": "It is blue.", "rejected": "It is green.", "messages": [USER], "topic": "sky"},
+        "missing field",
+        "prompt: 'chosen' is plain text, and the question may stand in messages or topic; call its column 'prompt', or leave "
+        "out columns that aren't needed, if 'chosen' and 'rejected' begin with it",
+    ),
+    *(
+        (
+            {"chosen": chosen, "rejected": rejected},
+            "missing field",
+            "prompt: the row has no prompt, and 'chosen' and 'rejected' don't begin with the same text; give the question a "
+            "column of its own, called 'prompt'",
+        )
+        # The last: TRL itself would split before the last character of the first text.
+        for chosen, rejected in [("", ""), ("blue", "black"), ("blue", "blues"), (" a", " b"), ("yes ", "no ")]
+    ),
+    (
+        {"chosen": "The sky is blue.", "rejected": "The sky is blue."},
+        "identical responses",
+        "rejected: the response equals chosen, so there is nothing to prefer",
+    ),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "chat_template_kwargs": {"enable_thinking": False}},
+        "unsupported content",
+        "chat_template_kwargs: a row can't change the chat template",
     ),
     (
         {"chosen": [USER, CHOSEN], "rejected": [{"role": "user", "content": "Other?"}, REJECTED]},
