@@ -22,10 +22,13 @@ from rayalign.data.chat_template import ChatTemplate, Turns
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses
 from rayalign.images.damage import damage_image
-from rayalign.images.fetch import image_hash, open_image
+from rayalign.images.fetch import check_pixels, image_hash, image_size, open_image
 from rayalign.models.family import Family, ImageInputs, RowLayout
-from rayalign.models.processors import describe_images, load_processor, process_images, tokenizer_of
+from rayalign.models.processors import check_resized, describe_images, load_processor, process_images, tokenizer_of
 from rayalign.models.registry import FAMILIES, find_family, load_config
+
+MAX_BYTES_PER_TOKEN = 64
+"""Texts of more bytes a token than this don't fit --max_length, whatever the tokenizer: they aren't tokenized at all."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Encoder:
         """Encodes a record with its images' bytes; raises RecordError where it cannot be trained on."""
         messages, images = list(record.messages), list(images)
         limit = self.spec.max_length
+        self._check_sizes(record, images)
         while True:
             prompt, responses = self._render(messages, record)
             prompt_ids = self._prompt_ids(prompt, images)
@@ -164,6 +168,22 @@ class Encoder:
             image_hashes=[image_hash(content) for content in images],
             margin=record.margin or 0.0,
         )
+
+    def _check_sizes(self, record: PreferenceRecord, images: Sequence[bytes]) -> None:
+        """Raises RecordError for texts and pictures that can't fit, before any work is done on them."""
+        texts = [*(message.content for message in record.messages), record.chosen, record.rejected or ""]
+        size, most = sum(len(text.encode()) for text in texts), self.spec.max_length * MAX_BYTES_PER_TOKEN
+        if size > most:
+            words = f"{size} bytes of text; --max_length {self.spec.max_length} holds {most} at the most"
+            if self.spec.truncation_strategy == "raise":
+                raise ValueError(
+                    f"Record {record.id} has {words}. Raise --max_length, or choose another --truncation_strategy."
+                )
+            raise RecordError("too long", words, field="messages")
+        sizes = [image_size(content) for content in images]
+        check_pixels(sizes)
+        for width, height in sizes:
+            check_resized(self.processor, width, height)
 
     def plain_row(self, record: PreferenceRecord, images: Sequence[bytes], side: str) -> dict[str, Tensor]:
         """A prompt and one of its responses as transformers documents a row: the processor's own output [1, ...] for the

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import pickle
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -16,6 +18,7 @@ from rayalign.data.encode import Encoder, EncoderSpec, image_processing
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import Message, PreferenceRecord, RecordError
 from rayalign.images.fetch import image_hash
+from rayalign.models import processors
 from tests.tiny_families import chat_template
 from tests.tiny_models import noise_image
 
@@ -428,3 +431,40 @@ def test_a_spec_pickles_without_its_processor(llava: Path) -> None:
     assert len(packed) < 1000
     assert pickle.loads(packed) == spec
     assert pickle.loads(packed).fingerprint() == fingerprint
+
+
+def png_of(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "reason", "words"),
+    [
+        (record("a" * 70_000), [], "too long", "messages: 70015 bytes of text; --max_length 1024 holds 65536 at the most"),
+        (record("why?", chosen="é" * 40_000), [], "too long", "80009 bytes"),
+        (record("<image>" * 3), [png_of(8000, 8000)] * 3, "images too large", "3 pictures of 192000000 pixels together"),
+        (
+            record("<image>"),
+            [png_of(1, 8000)],
+            "image too long",
+            "images: a picture of 1 x 8000 pixels would be resized to 28 x 224000; crop it",
+        ),
+    ],
+)
+def test_what_is_too_large_is_refused_before_work_is_done_on_it(
+    llava: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: PreferenceRecord,
+    images: list[bytes],
+    reason: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(processors, "MAX_RESIZED_PIXELS", 2**20)
+    encoder = Encoder(EncoderSpec(str(llava), responses="both", max_length=1024))
+    monkeypatch.setattr(encoder.chat_template, "render", lambda *arguments, **options: pytest.fail("work was done"))
+    with pytest.raises(RecordError) as caught:
+        encoder.encode(given, images)
+    assert caught.value.reason == reason
+    assert words in str(caught.value)
