@@ -7,6 +7,7 @@ where a record can still be dropped with a reason.
 import dataclasses
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,18 @@ from PIL.Image import Image
 from torch import Tensor
 
 from rayalign.data.batch import ImageChange, ImageProcessing
+from rayalign.data.chat_template import ChatTemplate, Turns
 from rayalign.data.store import EncodedPair
 from rayalign.data.truncation import TruncationStrategy, count_older_rounds, next_cut, without_oldest_round
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses
-from rayalign.images.fetch import image_hash, open_image
+from rayalign.images.fetch import check_pixels, image_hash, image_size, open_image
 from rayalign.models.chat_templates import packaged_template
 from rayalign.models.family import Family, ImageInputs, RowLayout
-from rayalign.models.processors import describe_images, load_processor, process_images, tokenizer_of
+from rayalign.models.processors import check_resized, describe_images, load_processor, process_images, tokenizer_of
 from rayalign.models.registry import FAMILIES, find_family, load_config
+
+MAX_BYTES_PER_TOKEN = 64
+"""Texts of more bytes a token than this don't fit --max_length, whatever the tokenizer: they aren't tokenized at all."""
 
 
 @dataclass(frozen=True)
@@ -125,22 +130,37 @@ class Encoder:
         self.processor = spec.processor
         self.tokenizer = spec.tokenizer
         self.image_token_id = spec.layout.image_token_id
-        own_template = self.processor.chat_template or self.tokenizer.chat_template
-        self.chat_template = own_template or spec.family.chat_template
-        if self.chat_template is None:
+        chat_template = self.processor.chat_template or self.tokenizer.chat_template or spec.family.chat_template
+        if chat_template is None:
             raise ValueError(
                 f"The model {spec.model} has no chat template, so its prompts can't be written. It is probably a base model: "
                 "take the instruction-tuned one, or put a chat_template.jinja into its folder."
             )
+        if self.tokenizer.eos_token is None:
+            raise ValueError(
+                f"The tokenizer of {spec.model} names no end token, with which each response ends. Put its eos_token into "
+                "tokenizer_config.json."
+            )
+
+        def apply(turns: Turns, begin_response: bool) -> str:
+            rendered: str = self.processor.apply_chat_template(
+                turns, chat_template=chat_template, add_generation_prompt=begin_response, tokenize=False
+            )
+            return rendered
+
+        self.chat_template = ChatTemplate(apply, model=spec.model, image_token=self._image_token())
+        self._special_tokens = _pattern_of_special_tokens(self.tokenizer)
+        self._tokens_behind = _tokens_put_behind(self.tokenizer)
 
     def encode(self, record: PreferenceRecord, images: Sequence[bytes]) -> EncodedPair:
         """Encodes a record with its images' bytes; raises RecordError where it cannot be trained on."""
         messages, images = list(record.messages), list(images)
         limit, strategy = self.spec.max_length, self.spec.truncation_strategy
+        self._check_sizes(record, images)
         while True:
             prompt, responses = self._render(messages, record)
             prompt_ids = self._prompt_ids(prompt, images)
-            response_ids = {side: self._response_ids(text, side) for side, text in responses.items()}
+            response_ids = {side: self._response_ids(prompt, text, side) for side, text in responses.items()}
             longest, rounds = max(map(len, response_ids.values())), count_older_rounds(messages)
             cut = next_cut(len(prompt_ids), longest, older_rounds=rounds, max_length=limit, strategy=strategy)
             if cut != "oldest round":
@@ -171,13 +191,29 @@ class Encoder:
             margin=record.margin or 0.0,
         )
 
+    def _check_sizes(self, record: PreferenceRecord, images: Sequence[bytes]) -> None:
+        """Raises RecordError for texts and pictures that can't fit, before any work is done on them."""
+        texts = [*(message.content for message in record.messages), record.chosen, record.rejected or ""]
+        size, most = sum(len(text.encode()) for text in texts), self.spec.max_length * MAX_BYTES_PER_TOKEN
+        if size > most:
+            words = f"{size} bytes of text; --max_length {self.spec.max_length} holds {most} at the most"
+            if self.spec.truncation_strategy == "raise":
+                raise ValueError(
+                    f"Record {record.id} has {words}. Raise --max_length, or choose another --truncation_strategy."
+                )
+            raise RecordError("too long", words, field="messages")
+        sizes = [image_size(content) for content in images]
+        check_pixels(sizes)
+        for width, height in sizes:
+            check_resized(self.processor, width, height)
+
     def plain_row(self, record: PreferenceRecord, images: Sequence[bytes], side: str) -> dict[str, Tensor]:
         """A prompt and one of its responses as transformers documents a row: the processor's own output [1, ...] for the
         prompt, with the response behind it."""
         prompt, responses = self._render(record.messages, record)
         processed = self._processed(prompt, images)
         inputs = {name: torch.as_tensor(value) for name, value in processed.items() if name != "labels"}
-        response = torch.tensor([self._response_ids(responses[side], side)])
+        response = torch.tensor([self._response_ids(prompt, responses[side], side)])
         length = inputs["input_ids"].shape[1]
         for name, value in inputs.items():
             if name.endswith("_type_ids"):
@@ -187,36 +223,32 @@ class Encoder:
         inputs["attention_mask"] = torch.ones(1, length + response.shape[1], dtype=torch.long)
         return inputs
 
+    def _image_token(self) -> str | None:
+        """What stands for an image in the text of a prompt."""
+        if self.spec.family.text_only:
+            return None
+        return str(getattr(self.processor, "image_token", None) or self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
     def _render(self, messages: Sequence[Message], record: PreferenceRecord) -> tuple[str, dict[str, str]]:
         """The prompt's text up to where the model responds, and each response's text as the chat template ends it, by side."""
-        turns = [self._turn(m.role, m.content) for m in messages]
-        prompt = self._apply_template(turns, add_generation_prompt=True)
-        responses = {}
-        eos = self.tokenizer.eos_token
+        for message in messages:
+            self._refuse_special_tokens(message.content.replace(IMAGE_MARK, ""), "messages")
+        prompt, responses, eos = "", {}, self.tokenizer.eos_token
         for side, response in _responses_of(record, self.spec.responses).items():
-            if eos in response:
-                raise RecordError("end mark in response", f"a response holds {eos}, which would end it early", field=side)
-            whole = self._apply_template([*turns, self._turn("assistant", response)], add_generation_prompt=False)
-            if not whole.startswith(prompt):
-                raise ValueError(
-                    f"The chat template of {self.spec.model} renders a prompt differently once it has a response, so it can't "
-                    f"be told where "
-                    f"the response begins. Prompt: {prompt[-80:]!r}; with response: {whole[: len(prompt) + 20][-100:]!r}. "
-                    "Give the processor a template whose generation prompt is a prefix of the conversation with its response."
-                )
-            response = whole[len(prompt) :]
-            responses[side] = response if eos in response else response.rstrip() + eos
+            self._refuse_special_tokens(response, side)
+            rendered = self.chat_template.render(messages, response, side=side)
+            prompt, written = rendered.prompt, rendered.response
+            responses[side] = written if eos in written else written.rstrip() + eos
         return prompt, responses
 
-    def _turn(self, role: str, content: str) -> dict[str, Any]:
-        """A message as chat templates take it: with parts of text and images, or plain for a language model."""
-        return {"role": role, "content": content if self.spec.family.text_only else _content_parts(content)}
-
-    def _apply_template(self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        rendered: str = self.processor.apply_chat_template(
-            turns, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-        return rendered
+    def _refuse_special_tokens(self, text: str, field: str) -> None:
+        found = self._special_tokens.search(text)
+        if found is not None:
+            raise RecordError(
+                "special token in text",
+                f"{found.group()} is no text to this model: it marks a turn, an image or an end. Take it out of the text",
+                field=field,
+            )
 
     def _prompt_ids(self, prompt: str, images: Sequence[bytes]) -> list[int]:
         family = self.spec.family
@@ -237,6 +269,10 @@ class Encoder:
             inputs = self.processor(text=[prompt], images=[opened], add_special_tokens=not has_bos, return_tensors="np")
         else:
             inputs = self.tokenizer([prompt], add_special_tokens=not has_bos, return_tensors="np")
+        extra = self._tokens_behind
+        if extra and inputs["input_ids"][0, -len(extra) :].tolist() == extra:
+            behind = inputs["input_ids"].shape
+            inputs = {name: value[:, : -len(extra)] if value.shape == behind else value for name, value in inputs.items()}
         return inputs
 
     def _agreeing(self, ids: list[int], images: Sequence[bytes], *, expected: int | None) -> list[int]:
@@ -251,11 +287,44 @@ class Encoder:
             )
         return ids
 
-    def _response_ids(self, text: str, side: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _response_ids(self, prompt: str, text: str, side: str) -> list[int]:
+        """The ids of a response as they follow the prompt's in one tokenization of both.
+
+        Where a token would cross the seam, the prompt keeps the ids that generation sees, and the response is tokenized behind
+        a line break instead.
+        """
+        prompt = self.spec.family.text_prompt(prompt, self.tokenizer)
+        ids = self._ids_behind(prompt, text)
+        if ids is None:
+            ids = self._ids_behind("\n", text)
+        if ids is None:
+            ids = self._ids_of(text)
         if self.image_token_id in ids:
             raise RecordError("image mark in response", "a response holds the image token", field=side)
         return ids
+
+    def _ids_behind(self, before: str, text: str) -> list[int] | None:
+        """A text's ids behind another text; None where a token crosses the seam."""
+        first, both = self._ids_of(before), self._ids_of(before + text)
+        return both[len(first) :] if both[: len(first)] == first else None
+
+    def _ids_of(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _pattern_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """What a text must not hold: written there, a special token is not text but what it stands for."""
+    tokens = {str(token) for token in tokenizer.all_special_tokens}
+    tokens |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def _tokens_put_behind(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts behind a text by itself (`add_eos_token`); a prompt goes on."""
+    plain, marked = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = [i for i in range(len(marked)) if marked[i : i + len(plain)] == plain]
+    return list(marked[starts[0] + len(plain) :]) if starts else []
 
 
 def image_processing(spec: EncoderSpec) -> ImageProcessing:
@@ -275,14 +344,3 @@ def _responses_of(record: PreferenceRecord, responses: Responses) -> dict[str, s
         is_bad = responses == "either" and record.label is False
         return {"rejected" if is_bad else "chosen": record.chosen}
     return {"chosen": record.chosen, "rejected": record.rejected}
-
-
-def _content_parts(text: str) -> list[dict[str, str]]:
-    """`"a <image> b"` as the list of text and image parts that chat templates take."""
-    parts: list[dict[str, str]] = []
-    for i, piece in enumerate(text.split(IMAGE_MARK)):
-        if i:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts

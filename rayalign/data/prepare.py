@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 SPAN_ROWS = 256
 """Rows that one task reads, encodes and writes as one shard."""
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of every cache key; raised when the meaning of cached data changes."""
 
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]

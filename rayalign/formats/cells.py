@@ -18,20 +18,29 @@ ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 }
 """Role names of the formats, and ours."""
 
+MAX_DEPTH = 32
+
 INLINE_IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes", "base64")
 
 
-def plain(value: Any) -> Any:
-    """A cell as Python's own types: NumPy arrays as lists, bytes-like objects as bytes, at any depth."""
+def plain(value: Any, *, column: str, depth: int = 0) -> Any:
+    """A cell as Python's own types: NumPy arrays as lists, bytes-like objects as bytes.
+
+    Raises RecordError for lists and objects that are nested more than MAX_DEPTH deep, which no record is.
+    """
+    if depth > MAX_DEPTH:
+        raise RecordError(
+            "nested too deeply", f"lists and objects stand more than {MAX_DEPTH} deep in each other", field=column
+        )
     match value:
         case np.ndarray() | np.generic():
-            return plain(value.tolist())
+            return plain(value.tolist(), column=column, depth=depth)
         case bytearray() | memoryview():
             return bytes(value)
         case Mapping():
-            return {key: plain(item) for key, item in value.items()}
+            return {key: plain(item, column=column, depth=depth + 1) for key, item in value.items()}
         case list() | tuple():
-            return [plain(item) for item in value]
+            return [plain(item, column=column, depth=depth + 1) for item in value]
     return value
 
 

@@ -35,7 +35,7 @@ UNSUPPORTED_COLUMNS = ("videos", "video", "audios", "audio", "tools", "objects")
 
 def parse_row(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
     """The record of a raw row; a cell that holds None counts as absent. Raises RecordError where the row can't be used."""
-    cells = {name: value for name, cell in row.items() if (value := plain(cell)) is not None}
+    cells = {name: value for name, cell in row.items() if (value := plain(cell, column=name)) is not None}
     for column in UNSUPPORTED_COLUMNS:
         if cells.get(column):
             raise RecordError("unsupported content", "records hold text and images only", field=column)

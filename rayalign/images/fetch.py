@@ -26,6 +26,8 @@ from rayalign.storage import Store, is_url
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 64 * 2**20
+MAX_RECORD_PIXELS = 128 * 2**20
+"""Of all pictures of a record: 400 MB once they are decoded."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 STORE_SCHEMES = ("s3://", "gs://")
 URL_SECONDS = 60
@@ -90,17 +92,7 @@ def open_image(content: bytes, *, max_pixels: int | None = None) -> Image.Image:
 
     Only the first frame of an animation is decoded. Raises RecordError for what can't be decoded or is too large to.
     """
-    try:
-        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RecordError("image too large", f"{error}", field="images") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders of hostile bytes raise whatever they like
-        raise _unreadable(content, error) from error
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        size = f"{image.width} x {image.height} pixels; the limit is {MAX_IMAGE_PIXELS}"
-        raise RecordError("image too large", size, field="images")
+    image = _opened(content)
     try:
         image.load()
         upright = TURNS.get(image.getexif().get(0x0112, 1))
@@ -112,6 +104,36 @@ def open_image(content: bytes, *, max_pixels: int | None = None) -> Image.Image:
     if upright is not None:
         flat = flat.transpose(upright)
     return _shrink(flat, max_pixels=max_pixels)
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the head of the file. Raises RecordError for what is no image, or too large."""
+    image = _opened(content)
+    return image.width, image.height
+
+
+def check_pixels(sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises RecordError where the pictures of one record (width, height) have too many pixels together."""
+    total = sum(width * height for width, height in sizes)
+    if total > MAX_RECORD_PIXELS:
+        words = f"{len(sizes)} pictures of {total} pixels together; the limit is {MAX_RECORD_PIXELS}"
+        raise RecordError("images too large", words, field="images")
+
+
+def _opened(content: bytes) -> Image.Image:
+    """The picture, its pixels not yet decoded."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RecordError("image too large", f"{error}", field="images") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of hostile bytes raise whatever they like
+        raise _unreadable(content, error) from error
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        size = f"{image.width} x {image.height} pixels; the limit is {MAX_IMAGE_PIXELS}"
+        raise RecordError("image too large", size, field="images")
+    return image
 
 
 def image_hash(content: bytes) -> str:

@@ -17,9 +17,12 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
+from rayalign.formats.records import RecordError
 from rayalign.models.family import Family, ImageInputs
 
 VIDEO_PART = "video_processor"
+MAX_RESIZED_PIXELS = 2**24
+"""Pixels of one picture after the processor's resize; 200 MB in float32."""
 
 
 def load_processor(model: str, *, trust_remote_code: bool = False) -> Any:
@@ -35,6 +38,22 @@ def load_processor(model: str, *, trust_remote_code: bool = False) -> Any:
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer of a processor; a language model's processor is one."""
     return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+
+
+def check_resized(processor: Any, width: int, height: int) -> None:
+    """Raises RecordError for a picture that the processor would blow up: where only the shorter side is set, the longer one
+    grows with it."""
+    size = getattr(getattr(processor, "image_processor", None), "size", None) or {}
+    shortest = size.get("shortest_edge") if "longest_edge" not in size else None
+    if not shortest:
+        return
+    longest = max(width, height) * shortest // min(width, height)
+    if shortest * longest > MAX_RESIZED_PIXELS:
+        raise RecordError(
+            "image too long",
+            f"a picture of {width} x {height} pixels would be resized to {shortest} x {longest}; crop it",
+            field="images",
+        )
 
 
 def process_images(

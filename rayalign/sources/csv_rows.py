@@ -12,8 +12,15 @@ JSON_COLUMNS = ("images", "image", "history", "messages", "conversations", "reje
 """Columns whose cells may be JSON lists or objects; the others are text, whatever they look like."""
 
 
+UNCLOSED = "unexpected end of data"
+"""What the csv module says where a quote is open at the end."""
+
+
 def items(location: str, *, start: int = 0, end: int | None = None, line: int = 1) -> Iterator[Item]:
-    """The rows below the header as lists of cells, or the csv.Error of one that can't be split."""
+    """The rows below the header as lists of cells, or the csv.Error of one that can't be split.
+
+    Raises ValueError where a quote is never closed: every row behind it would be part of one cell.
+    """
     if not start:
         header = _header(location)
         start, line = header.end, header.line + 1
@@ -72,6 +79,11 @@ def _split(location: str, *, start: int, end: int | None, line: int) -> Iterator
         try:
             cells: list[str] | csv.Error | None = next(reader, None)
         except csv.Error as error:
+            if str(error) == UNCLOSED:
+                raise ValueError(
+                    f"{location}: a quote that is opened in the row of line {first_line} is never closed. Close it, or double "
+                    "it where it is part of the text."
+                ) from None
             cells = error
         if cells is None:
             return

@@ -5,10 +5,12 @@
 
 import difflib
 import fnmatch
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -124,13 +126,35 @@ def _find(store: Store, *, argument: str) -> tuple[SourceFile, ...]:
 
 
 def _inside(folder: Store) -> tuple[SourceFile, ...]:
-    """The data files at any depth of a folder, sorted; hidden files and folders are skipped."""
-    inner = [store.location[len(folder.location) :].lstrip("/") for store in folder.list(recursive=True)]
+    """The data files at any depth of a folder, sorted; hidden files and folders are skipped. Of a local folder each real file
+    counts once, whatever links lead to it, and what is no file (a pipe, a socket) not at all."""
+    inner = [store.location[len(folder.location) :].lstrip("/") for store in _below(folder)]
     visible = [
         name for name in inner if name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
     ]
     found = [(store, store.info()) for store in (folder / name for name in visible)]
     return tuple(_source(store, info) for store, info in found if info.type == pafs.FileType.File)
+
+
+def _below(folder: Store) -> list[Store]:
+    """What lies at any depth of a folder, sorted; of a local one without what is no file or folder, and each real one once."""
+    if folder.local_path is None:
+        return folder.list(recursive=True)
+    return [folder / path for path in sorted(_walk(folder.local_path))]
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """The files and folders below a local folder by their paths inside it; links are followed, to no place twice."""
+    seen = {os.path.realpath(folder)}
+    for where, folders, files in os.walk(folder, followlinks=True):
+        for name in sorted([*folders, *files]):
+            path = os.path.join(where, name)
+            real = os.path.realpath(path)
+            if real not in seen and (os.path.isdir(real) or os.path.isfile(real)):
+                seen.add(real)
+                yield os.path.relpath(path, folder)
+            elif name in folders:
+                folders.remove(name)  # so that it isn't walked through again
 
 
 def _glob(pattern: Store) -> tuple[SourceFile, ...]:
@@ -139,7 +163,7 @@ def _glob(pattern: Store) -> tuple[SourceFile, ...]:
     first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     base, rest = Store("/".join(parts[:first]) or "/"), parts[first:]
     found: list[SourceFile] = []
-    for store in base.list(recursive=len(rest) > 1):
+    for store in _below(base) if len(rest) > 1 else base.list():
         if _matches(store.location[len(base.location) :].strip("/").split("/"), rest):
             info = store.info()
             if info.type == pafs.FileType.Directory:

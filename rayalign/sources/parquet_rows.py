@@ -66,7 +66,9 @@ def _open(location: str) -> pq.ParquetFile:
     filesystem, path = Store(location).resolve()
     try:
         return pq.ParquetFile(filesystem.open_input_file(path))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the storage's own, not what was found in the file
+            raise
         raise ValueError(f"{location} is not a readable parquet file: {error}") from None
 
 

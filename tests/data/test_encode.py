@@ -1,12 +1,16 @@
 import dataclasses
+import io
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -14,6 +18,7 @@ from rayalign.data.encode import Encoder, EncoderSpec, image_processing
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import Message, PreferenceRecord, RecordError
 from rayalign.images.fetch import image_hash
+from rayalign.models import processors
 from tests.tiny_families import chat_template
 from tests.tiny_models import noise_image
 
@@ -155,16 +160,99 @@ def test_a_prompt_begins_with_bos_exactly_once_whoever_adds_it(variant: Callable
     assert BOS not in [*pair.chosen_ids, *pair.rejected_ids]
 
 
-def test_a_template_that_renders_an_answered_prompt_differently_is_refused(variant: Callable[..., Path]) -> None:
+def test_a_prompt_that_a_response_changes_is_the_one_that_generation_begins_from(variant: Callable[..., Path]) -> None:
     folder = variant(template=TEMPLATE.replace("ASSISTANT: {% endif %}", "ASSISTANT: <think>{% endif %}"))
+    pair = encode(folder, record("Which digit?"))
+    assert text_of(folder, pair.prompt_ids) == "<s>USER: Which digit?\nASSISTANT: <think>"
+    assert (pair.chosen_ids, pair.rejected_ids) == ([*IT_IS_TWO, EOS], [*A_CAT, EOS])
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% for m in messages %}{{ m.content | length }}{% endfor %}"])
+def test_a_template_that_writes_no_texts_is_refused(variant: Callable[..., Path], template: str) -> None:
+    folder = variant(template=template)
+    with pytest.raises(ValueError, match="writes a question and its response in no form"):
+        encode(folder, record("Which digit?"))
+
+
+def test_a_conversation_that_the_template_refuses_is_dropped_with_the_templates_words(variant: Callable[..., Path]) -> None:
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No system here') }}{% endif %}"
+    folder = variant(template=refusal + TEMPLATE)
+    assert encode(folder, record("Which digit?")).chosen_ids == [*IT_IS_TWO, EOS]
+    with pytest.raises(RecordError) as caught:
+        encode(folder, record("Which digit?", system="Be brief."))
+    assert caught.value.reason == "chat template"
+    assert str(caught.value) == (
+        "chosen: the model's chat template can't write this conversation: TemplateError: No system here"
+    )
+
+
+def with_tokenizer(folder: Path, change: Callable[[Any], None]) -> Path:
+    """The folder, its tokenizer changed."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_that_ends_each_text_does_not_end_the_prompt(variant: Callable[..., Path]) -> None:
+    def change(tokenizer: Any) -> None:
+        ends = TemplateProcessing(single="<s> $A </s>", pair="$A $B", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+        tokenizer.backend_tokenizer.post_processor = ends
+
+    folder = with_tokenizer(variant(template=TEMPLATE.replace("<s>", "")), change)
+    for given, images in ((record("Which digit?"), []), (record("<image>Which digit?"), [RED])):
+        pair = encode(folder, given, images)
+        assert pair.prompt_ids[0] == BOS
+        assert pair.prompt_ids[-5:] == ANSWER
+        assert pair.prompt_ids.count(EOS) == 0
+        assert pair.chosen_ids == [*IT_IS_TWO, EOS]
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_in_words(variant: Callable[..., Path]) -> None:
+    folder = variant(file="tokenizer_config.json", eos_token=None)
     with pytest.raises(ValueError) as caught:
         encode(folder, record("Which digit?"))
     assert str(caught.value) == (
-        f"The chat template of {folder} renders a prompt differently once it has a response, so it can't be told where "
-        "the response begins. Prompt: '<s>USER: Which digit?\\nASSISTANT: <think>'; "
-        "with response: '<s>USER: Which digit?\\nASSISTANT: It is two.</s>'. "
-        "Give the processor a template whose generation prompt is a prefix of the conversation with its response."
+        f"The tokenizer of {folder} names no end token, with which each response ends. Put its eos_token into "
+        "tokenizer_config.json."
     )
+
+
+@pytest.mark.parametrize(("prompt_ends_in", "response"), [(":", "_is</s>"), (": ", "is</s>")])
+def test_a_response_has_the_ids_that_it_has_behind_its_prompt(
+    variant: Callable[..., Path], prompt_ends_in: str, response: str
+) -> None:
+    """Tokenizers of SentencePiece's kind put a mark of a blank before each text; a response is not a text of its own."""
+
+    def change(tokenizer: Any) -> None:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+
+    folder = with_tokenizer(variant(template=TEMPLATE.replace("ASSISTANT: ", f"ASSISTANT{prompt_ends_in}")), change)
+    pair = encode(folder, record("Which digit?", chosen="is", rejected="It"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(pair.chosen_ids) == response  # and not "__is" or "_is"
+    assert tokenizer.decode([*pair.prompt_ids, *pair.chosen_ids]).endswith("ASSISTANT:_is</s>")
+
+
+def test_a_token_that_would_cross_into_the_response_leaves_the_prompt_as_generation_sees_it(llava: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llava)
+    behind = tokenizer("ASSISTANT: is", add_special_tokens=False)["input_ids"]
+    assert behind[:5] != ANSWER  # " is" is one token
+    pair = encode(llava, record("Which digit?", chosen="is"))
+    assert pair.prompt_ids[-5:] == ANSWER
+    assert tokenizer.decode(pair.chosen_ids) == "is</s>"
+
+
+@pytest.mark.parametrize("text", ["What does <pad> mean?", "It ended</s>, did it?", "<s>Which digit?"])
+def test_a_text_that_holds_a_special_token_is_dropped(llava: Path, text: str) -> None:
+    (token,) = re.findall("</?(?:pad|s)>", text)
+    for given in (record(text), record("Which digit?", text, "Why?"), record("Which digit?", system=text)):
+        with pytest.raises(RecordError) as caught:
+            encode(llava, given)
+        assert caught.value.reason == "special token in text"
+        assert str(caught.value) == (
+            f"messages: {token} is no text to this model: it marks a turn, an image or an end. Take it out of the text"
+        )
 
 
 # Prompt: BOS + 3 + 3 + newline + 5 = 13 ids; the longer response is 6 with EOS.
@@ -267,17 +355,17 @@ def test_the_longest_response_that_a_row_holds_counts_for_max_length(llava: Path
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_an_answer_that_holds_the_end_mark_is_dropped(llava: Path, side: str) -> None:
+def test_a_response_that_holds_the_end_mark_is_dropped(llava: Path, side: str) -> None:
     with pytest.raises(RecordError) as caught:
         encode(llava, record("Which digit?", **{side: "It is </s> two."}))
-    assert caught.value.reason == "end mark in response"
-    assert str(caught.value) == f"{side}: a response holds </s>, which would end it early"
+    assert caught.value.reason == "special token in text"
+    assert str(caught.value).startswith(f"{side}: </s> is no text to this model")
 
 
 def test_a_fault_of_a_single_bad_response_is_told_of_its_side(llava: Path) -> None:
     with pytest.raises(RecordError) as caught:
         encode(llava, record("Which digit?", chosen="It is </s> two.", rejected=None, label=False), responses="either")
-    assert str(caught.value) == "rejected: a response holds </s>, which would end it early"
+    assert str(caught.value).startswith("rejected: </s> is no text to this model")
 
 
 def test_a_processor_whose_patch_size_does_not_fit_the_model_is_found_out(variant: Callable[..., Path]) -> None:
@@ -343,3 +431,40 @@ def test_a_spec_pickles_without_its_processor(llava: Path) -> None:
     assert len(packed) < 1000
     assert pickle.loads(packed) == spec
     assert pickle.loads(packed).fingerprint() == fingerprint
+
+
+def png_of(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "reason", "words"),
+    [
+        (record("a" * 70_000), [], "too long", "messages: 70015 bytes of text; --max_length 1024 holds 65536 at the most"),
+        (record("why?", chosen="é" * 40_000), [], "too long", "80009 bytes"),
+        (record("<image>" * 3), [png_of(8000, 8000)] * 3, "images too large", "3 pictures of 192000000 pixels together"),
+        (
+            record("<image>"),
+            [png_of(1, 8000)],
+            "image too long",
+            "images: a picture of 1 x 8000 pixels would be resized to 28 x 224000; crop it",
+        ),
+    ],
+)
+def test_what_is_too_large_is_refused_before_work_is_done_on_it(
+    llava: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: PreferenceRecord,
+    images: list[bytes],
+    reason: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(processors, "MAX_RESIZED_PIXELS", 2**20)
+    encoder = Encoder(EncoderSpec(str(llava), responses="both", max_length=1024))
+    monkeypatch.setattr(encoder.chat_template, "render", lambda *arguments, **options: pytest.fail("work was done"))
+    with pytest.raises(RecordError) as caught:
+        encoder.encode(given, images)
+    assert caught.value.reason == reason
+    assert words in str(caught.value)

@@ -397,3 +397,13 @@ def test_an_unusable_row_is_a_record_error_that_says_why(row: dict[str, Any], re
         parse(row)
     assert caught.value.reason == reason
     assert str(caught.value).startswith(words)
+
+
+def test_a_cell_that_is_nested_without_end_drops_its_row() -> None:
+    deep: Any = "x"
+    for _ in range(500):
+        deep = [deep]
+    with pytest.raises(RecordError) as caught:
+        parse_row({"query": "q", "response": "a", "rejected_response": "b", "more": deep}, id="r")
+    assert caught.value.reason == "nested too deeply"
+    assert str(caught.value) == "more: lists and objects stand more than 32 deep in each other"

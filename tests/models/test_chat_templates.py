@@ -15,12 +15,11 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from rayalign.algorithms.dpo import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
+from rayalign.data import prepare
 from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.formats.records import Message, PreferenceRecord
 from rayalign.models.chat_templates import PACKAGED, packaged_template
 from rayalign.models.registry import find_family
-from rayalign.training import driver
-from rayalign.training.driver import prepare_run
 from tests.tiny_families import make_tokenizer
 from tests.tiny_models import noise_image
 
@@ -172,11 +171,11 @@ def test_a_run_says_once_that_a_template_is_lent(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(driver, "prepare", lambda *_: None)  # the records don't matter here, and would need a cluster
+    monkeypatch.setattr(prepare, "prepare", lambda *_: None)  # the records don't matter here, and would need a cluster
     folder = without_template("llava_next")
     for model in (folder, model_folder("llava_next")):
         data = DataConfig(dataset=("a.jsonl",), val_dataset=("b.jsonl",))
-        prepare_run(Config(DPO(), model=ModelConfig(model=str(model)), data=data, run=RunConfig(output_dir="out")))
+        prepare.prepare_run(Config(DPO(), model=ModelConfig(model=str(model)), data=data, run=RunConfig(output_dir="out")))
     assert [record.getMessage() for record in caplog.records if record.name.startswith("rayalign")] == [
         f"Model: {folder} brings no chat template; prompts are written with TRL's llava_next. A base model must learn its "
         "special tokens"

@@ -362,3 +362,42 @@ def test_a_registered_name_says_offline_how_to_pass_a_local_copy(monkeypatch: py
         "Download it where there is a network (hf download openbmb/RLAIF-V-Dataset --repo-type dataset --local-dir FOLDER) "
         "and pass the FOLDER instead."
     )
+
+
+def test_links_that_lead_around_and_what_is_no_file_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.jsonl").write_text('{"query": "q"}\n')
+    (tmp_path / "latest").symlink_to(tmp_path)  # around in a circle
+    (tmp_path / "deep" / "up").symlink_to(tmp_path / "latest")
+    (tmp_path / "again.jsonl").symlink_to(tmp_path / "deep" / "a.jsonl")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for argument in (str(tmp_path), f"{tmp_path}/**/*.jsonl"):
+        files = resolve_dataset(argument).files
+        assert [os.path.realpath(file.location) for file in files] == [str(tmp_path / "deep" / "a.jsonl")], argument
+
+
+def test_a_quote_that_is_never_closed_is_told_by_the_line_where_it_begins(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("query,response\none,two\nthree,four\n" + 'five,"six\n' + "seven,eight\n" * 3)
+    with pytest.raises(ValueError) as caught:
+        spans_of(resolve_dataset(str(path)).files[0], 2)
+    assert str(caught.value) == (
+        f"{path}: a quote that is opened in the row of line 4 is never closed. Close it, or double it where it is part of the "
+        "text."
+    )
+
+
+@pytest.mark.parametrize("where", ["footer's length", "footer", "end"])
+def test_a_damaged_parquet_file_is_named(tmp_path: Path, where: str) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"query": ["a"] * 100}), path)
+    content = bytearray(path.read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    start, end = {"footer's length": (-8, -4), "footer": (footer, footer + 40), "end": (-4, len(content))}[where]
+    content[start:end] = b"\xff" * len(content[start:end])
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        list(read_rows(resolve_dataset(str(path)).files[0]))
+    assert str(caught.value).startswith(f"{path} is not a readable parquet file: ")
