@@ -22,7 +22,7 @@ from torch import Tensor
 from rayalign.data.batch import ImageChange, ImageProcessing
 from rayalign.data.chat_template import ChatTemplate, Turns
 from rayalign.data.store import EncodedPair
-from rayalign.data.truncation import TruncationStrategy, count_older_rounds, next_cut, without_oldest_round
+from rayalign.data.truncation import RecordTooLong, TruncationStrategy, count_older_rounds, next_cut, without_oldest_round
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses
 from rayalign.images.fetch import check_pixels, image_hash, image_size, open_image
 from rayalign.models.chat_templates import packaged_template
@@ -169,7 +169,7 @@ class Encoder:
         length = len(prompt_ids) + longest
         match cut:
             case "run":
-                raise ValueError(
+                raise RecordTooLong(
                     f"Record {record.id} has {length} tokens and --max_length is {limit}. "
                     "Raise --max_length, lower --max_pixels, or choose another --truncation_strategy."
                 )
@@ -198,7 +198,7 @@ class Encoder:
         if size > most:
             words = f"{size} bytes of text; --max_length {self.spec.max_length} holds {most} at the most"
             if self.spec.truncation_strategy == "raise":
-                raise ValueError(
+                raise RecordTooLong(
                     f"Record {record.id} has {words}. Raise --max_length, or choose another --truncation_strategy."
                 )
             raise RecordError("too long", words, field="messages")

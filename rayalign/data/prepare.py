@@ -25,8 +25,9 @@ from rayalign.config.config import Config
 from rayalign.config.sections import DataConfig
 from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
+from rayalign.data.truncation import RecordTooLong
 from rayalign.formats.parse import parse_row
-from rayalign.formats.records import RecordError, require
+from rayalign.formats.records import RecordError, record_errors, require
 from rayalign.images.fetch import fetch_images
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, resolve_model
@@ -287,11 +288,15 @@ def _file_label(sources: Sources, task: PrepareTask) -> str:
 
 
 def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> EncodedPair:
-    record = parse_row(row, id=row_id)
-    require(record, spec.responses)
+    encoder = _encoder(spec)  # what keeps the model from encoding anything is no fault of the row
     root = Store.at(sources.image_root) if sources.image_root else None
-    images = fetch_images(record.images, folder=folder, image_root=root, allow_urls=sources.allow_image_urls)
-    return _encoder(spec).encode(record, images)
+    with record_errors():
+        record = parse_row(row, id=row_id)
+        require(record, spec.responses)
+    with record_errors(passing=(OSError,)):  # of failing storage, with which no other row fares better
+        images = fetch_images(record.images, folder=folder, image_root=root, allow_urls=sources.allow_image_urls)
+    with record_errors(passing=(RecordTooLong,)):
+        return encoder.encode(record, images)
 
 
 @functools.lru_cache(maxsize=2)

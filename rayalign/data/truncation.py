@@ -16,6 +16,10 @@ Cut = Literal["nothing", "oldest round", "responses", "record", "run"]
 `record`; or the `run` stops."""
 
 
+class RecordTooLong(ValueError):
+    """A record that does not fit, where --truncation_strategy raise ends the run for it."""
+
+
 def next_cut(prompt: int, response: int, *, older_rounds: int, max_length: int, strategy: TruncationStrategy) -> Cut:
     """What a record has to lose that has so many tokens in its prompt and in its longest response, and so many rounds of
     question and response before its last question."""

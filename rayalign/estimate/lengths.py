@@ -16,7 +16,7 @@ from rayalign.estimate.advice import held_out_of
 from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import ImageLoad, VisionCosts
 from rayalign.formats.parse import parse_row
-from rayalign.formats.records import Message, PreferenceRecord, RecordError, Responses, require
+from rayalign.formats.records import Message, PreferenceRecord, RecordError, Responses, record_errors, require
 from rayalign.images.fetch import fetch_images, image_hash, open_image
 from rayalign.models.family import Family
 from rayalign.models.processors import describe_images
@@ -59,6 +59,10 @@ class ImageLook:
         return self._known[size]
 
 
+class UnknownImageTokens(ValueError):
+    """A kind of model of which only its processor knows how many tokens an image becomes."""
+
+
 def measured(training: PreparedData, held_out: int, *, image_token_id: int | None, look: ImageLook | None) -> DataShapes:
     """Of encoded records: exact lengths. `held_out` of them are not trained on."""
     lengths = training.lengths()
@@ -93,7 +97,8 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
             first += count
             for _, content in read_rows(file, None, rows):
                 try:
-                    pair = _estimate(content, Store(file.location).parent, config, look)
+                    with record_errors(passing=(OSError, UnknownImageTokens)):
+                        pair = _estimate(content, Store(file.location).parent, config, look)
                 except RecordError:
                     unusable += 1
                     continue
@@ -163,7 +168,7 @@ def _shape(
     """The shape of a pair with these messages, images and numbers of response tokens."""
     loads = {image_hash(content): look(content) for content in contents} if look else {}
     if not all(load.features for load in loads.values()):
-        raise ValueError(
+        raise UnknownImageTokens(
             "How many tokens an image becomes is not known of this kind of model without its processor. Give the model's "
             "folder, with its tokenizer."
         )

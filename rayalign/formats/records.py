@@ -4,7 +4,8 @@ Every problem of a single record is a `RecordError`: the record is dropped and c
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import pydantic
@@ -30,6 +31,21 @@ class RecordError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(RecordError, field=self.field), (self.reason, self.words)
+
+
+@contextmanager
+def record_errors(*, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Within it, whatever goes wrong is a fault of the one record at hand, and raised as its RecordError: texts, templates,
+    processors and decoders of hostile content fail in any way. Exceptions of the types `passing` are raised as they are."""
+    try:
+        yield
+    except RecordError:
+        raise
+    except passing:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise RecordError("unusable record", f"{type(error).__name__}: {words[:300]}") from error
 
 
 class Message(pydantic.BaseModel):

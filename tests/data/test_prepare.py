@@ -1,16 +1,21 @@
 """From a raw row to an encoded pair: what each algorithm makes of pairs and of labelled responses (Ray's part: integration)."""
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from rayalign.algorithms import ALGORITHMS
 from rayalign.data.encode import EncoderSpec
-from rayalign.data.prepare import Sources, _encode_row
+from rayalign.data.prepare import PrepareTask, Sources, _encode_row, _write_task
 from rayalign.data.store import EncodedPair
+from rayalign.data.truncation import RecordTooLong
 from rayalign.formats.records import RecordError
+from rayalign.sources.files import resolve_dataset, spans_of
 from rayalign.storage import Store
 
 IT_IS_TWO = [44, 87, 271, 305, 17, 2]  # "I", "t", " is", " two", ".", end
@@ -112,3 +117,34 @@ def test_what_compares_two_responses_drops_single_ones(encode_row: Encode, algor
 
 def test_dpo_and_its_kin_compare_and_kto_and_sft_do_not() -> None:
     assert COMPARING == ["dpo", "mdpo", "rm", "cpo", "orpo", "simpo"]
+
+
+def test_whatever_goes_wrong_with_a_row_drops_that_row(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """A processor refuses one picture by an exception of its own; the rows around it are encoded."""
+    Image.new("RGB", (1, 250)).save(tmp_path / "line.png")  # Qwen's: "absolute aspect ratio must be smaller than 200"
+    Image.new("RGB", (30, 40)).save(tmp_path / "good.png")
+    rows = [PAIR | {"images": [name]} for name in ("good.png", "line.png", "good.png")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False)
+    spec = EncoderSpec(str(model_folder("qwen2_vl")), responses="both")
+    task = PrepareTask(0, 0, spans_of(sources.datasets[0].files[0], 256)[0], None)
+    lines = _write_task(task, Store(str(tmp_path / "shard")), sources, spec)
+    assert [line.get("reason") for line in lines] == [None, "unusable record", None]
+    assert lines[1]["source_row"] == 1
+    assert lines[1]["detail"] == "ValueError: absolute aspect ratio must be smaller than 200, got 250.0"
+
+
+def test_a_model_that_can_encode_nothing_and_a_record_too_long_for_raise_are_no_faults_of_rows(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    spec = EncoderSpec(str(model_folder("llava")), responses="both", max_length=4, truncation_strategy="raise")
+    with pytest.raises(RecordTooLong, match="has 19 tokens and --max_length is 4"):
+        _encode_row(PAIR, "a.jsonl:3", Store(str(tmp_path)), Sources((), None, False), spec)
+    folder = tmp_path / "broken"
+    shutil.copytree(model_folder("llava"), folder)
+    (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    with pytest.raises(ValueError, match="in no form") as caught:
+        _encode_row(
+            PAIR, "a.jsonl:3", Store(str(tmp_path)), Sources((), None, False), EncoderSpec(str(folder), responses="both")
+        )
+    assert not isinstance(caught.value, RecordError)
