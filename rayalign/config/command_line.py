@@ -20,10 +20,14 @@ import yaml
 
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import Flag, convert, did_you_mean, expected_value, flags_of, section_from_mapping
+from rayalign.config.plugins import Plugin, load_plugins
 from rayalign.config.sections import PlanConfig, TuneConfig
 from rayalign.storage import Store
 
 DEFAULT_ALGORITHM = "dpo"
+PLUGIN = "plugin"
+"""The flag that brings algorithms and record formats of one's own; like --rlhf_type it is of no section."""
+
 LONGEST_METAVAR = 80
 Section = TypeVar("Section")
 
@@ -105,6 +109,30 @@ def parse_section(section: type[Section], words: Sequence[str], *, prog: str, de
     return built
 
 
+def build(
+    algorithms: Mapping[str, type[Any]],
+    name: str,
+    values: Mapping[str, Any],
+    *,
+    files: Sequence[str] = (),
+    extra: type[TuneConfig] | type[PlanConfig] | None = None,
+) -> tuple[Config, TuneConfig | PlanConfig | None]:
+    """The run that flags given as values describe, on top of YAML files, with the sentences of the command line.
+
+    `name` is the algorithm. Raises ValueError for what the command line would refuse.
+    """
+    from_files = _read_files(files)
+    named_in_file = from_files.pop("rlhf_type", name)
+    if named_in_file != name:
+        raise ValueError(
+            f"The algorithm is {name}, and the files {', '.join(files)} hold rlhf_type: {named_in_file}. Give one of them."
+        )
+    merged = {**from_files, **values}
+    command = _Command(algorithms, "rayalign", "", None, extra)._with_plugins(merged.pop(PLUGIN, ()))
+    command._refuse_unknown(command._algorithm_name(name), merged, ())
+    return command._build(name, merged, print_config=False)
+
+
 def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str:
     """Every flag with its value, by section, each below its help; `--config` reads it back exactly."""
     values = {**config.to_dict(), **(dataclasses.asdict(extra) if extra else {})}
@@ -112,6 +140,8 @@ def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str
         "# All flags of a run: `--config` with this file runs it, flags beside it win over the file.",
         f"rlhf_type: {config.algorithm.name}",
     ]
+    if config.plugins:
+        lines.append(f"{PLUGIN}: {_yaml_value([plugin.argument for plugin in config.plugins])}")
     for section in (*section_types(type(config.algorithm)), *((type(extra),) if extra else ())):
         for index, flag in enumerate(flags_of(section)):
             lines += ["", f"## {flag.section}"] if index == 0 else []
@@ -139,6 +169,7 @@ class _Command:
     algorithm: str | None
     extra: type[TuneConfig] | type[PlanConfig] | None = None
     check: Callable[[Config, Any], object] | None = None
+    plugins: tuple[Plugin, ...] = ()
 
     def read(self, words: Sequence[str]) -> tuple[Config, TuneConfig | PlanConfig | None]:
         first = _Parser(prog=self.prog, add_help=False, allow_abbrev=False)
@@ -146,20 +177,30 @@ class _Command:
         steering, _ = first.parse_known_args(words)
         try:
             from_files = _read_files(steering.config)
-            named_in_file = from_files.pop("rlhf_type", None)
-            name = self._algorithm_name(steering.rlhf_type or named_in_file)
-            parser = self._parser(name)
+            named_in_file, plugins_in_file = from_files.pop("rlhf_type", None), from_files.pop(PLUGIN, ())
+            command = self._with_plugins(steering.plugin or plugins_in_file)
+            name = command._algorithm_name(steering.rlhf_type or named_in_file)
+            parser = command._parser(name)
             given, rest = parser.parse_known_args(words)
-            from_words = {key: value for key, value in vars(given).items() if key in self._flags(name)}
-            self._refuse_unknown(name, from_files, rest)
-            return self._build(name, {**from_files, **from_words}, print_config=given.print_config)
+            from_words = {key: value for key, value in vars(given).items() if key in command._flags(name)}
+            command._refuse_unknown(name, from_files, rest)
+            return command._build(name, {**from_files, **from_words}, print_config=given.print_config)
         except ValueError as error:
             first.error(str(error))
 
-    def _build(self, name: str, values: dict[str, Any], *, print_config: bool) -> tuple[Config, TuneConfig | PlanConfig | None]:
+    def _with_plugins(self, arguments: str | Sequence[str] | None) -> "_Command":
+        """The same command line with the algorithms of plugins beside its own."""
+        plugins = load_plugins([arguments] if isinstance(arguments, str) else list(arguments or ()), self.algorithms)
+        brought = {name: algorithm for plugin in plugins for name, algorithm in plugin.algorithms.items()}
+        return dataclasses.replace(self, algorithms={**self.algorithms, **brought}, plugins=plugins)
+
+    def _build(
+        self, name: str, values: Mapping[str, Any], *, print_config: bool
+    ) -> tuple[Config, TuneConfig | PlanConfig | None]:
         own = {flag.name for flag in flags_of(self.extra)} if self.extra else set()
         extra = section_from_mapping(self.extra, values) if self.extra else None
-        config = config_from_mapping(self.algorithms[name], {k: v for k, v in values.items() if k not in own})
+        of_run = {k: v for k, v in values.items() if k not in own}
+        config = config_from_mapping(self.algorithms[name], of_run, plugins=self.plugins)
         if self.check is not None:
             self.check(config, extra)
         if print_config:
@@ -222,7 +263,7 @@ class _Command:
                 return f"--{flag_name} belongs to pipelines/{pipeline}.py, not {self.prog}."
         if flag_name in ("config", "print_config"):
             return f"--{flag_name} belongs to the command line, not in a file."
-        known = (*self._flags(name), "config", "rlhf_type", "print_config")
+        known = (*self._flags(name), "config", "rlhf_type", PLUGIN, "print_config")
         return _unknown_flag(flag_name, known)
 
 
@@ -260,6 +301,15 @@ def _add_steering_flags(parser: argparse.ArgumentParser, algorithms: Iterable[st
         "--rlhf_type", default=None, metavar="|".join(algorithms), help="What is trained; decides which flags there are."
     )
     _add_config_flag(parser)
+    parser.add_argument(
+        f"--{PLUGIN}",
+        default=[],
+        nargs="+",
+        action="extend",
+        metavar="MODULE",
+        help="Algorithms and record formats of your own: modules (my_module), or files (my_loss.py) whose text goes to all "
+        "workers. Their algorithms stand beside those of --rlhf_type, with their flags.",
+    )
     parser.add_argument(
         "--print_config", default=False, action="store_true", help="Print all flags with their values as YAML and stop."
     )

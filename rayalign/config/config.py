@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayalign.config.flags import Flag, check_bounds, did_you_mean, flag, flags_of, section_from_mapping
+from rayalign.config.plugins import Plugin
 from rayalign.config.sections import (
     ClusterConfig,
     DataConfig,
@@ -44,7 +45,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """One run, fully described: the algorithm with its hyper-parameters, and the sections above."""
+    """One run, fully described: the algorithm with its hyper-parameters, the sections above, and what --plugin brought."""
 
     algorithm: Any
     data: DataConfig = DataConfig()
@@ -53,6 +54,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
     cluster: ClusterConfig = ClusterConfig()
+    plugins: tuple[Plugin, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.run.safe_serialization and self.algorithm.needs.head != "value":
@@ -99,7 +101,7 @@ class Config:
 
     def replace(self, values: Mapping[str, Any]) -> "Config":
         """A copy with some flags changed, wherever they live; values are converted and checked like the command line's."""
-        return config_from_mapping(type(self.algorithm), {**self.to_dict(), **values})
+        return config_from_mapping(type(self.algorithm), {**self.to_dict(), **values}, plugins=self.plugins)
 
 
 SECTIONS: dict[str, Any] = {
@@ -117,8 +119,9 @@ def section_types(algorithm: type[Any]) -> tuple[type[Any], ...]:
     return (DataConfig, ModelConfig, TunerConfig, algorithm, OptimizerConfig, RunConfig, ClusterConfig)
 
 
-def config_from_mapping(algorithm: type[Any], values: Mapping[str, Any]) -> Config:
+def config_from_mapping(algorithm: type[Any], values: Mapping[str, Any], *, plugins: tuple[Plugin, ...] = ()) -> Config:
     """Builds a Config from flat flag values, as they come from words, YAML or Tune; strings are converted to the flag's type.
+    `plugins` are loaded already.
 
     Raises ValueError that names the flag, the value and what it should have been, or the flags that do not exist.
     """
@@ -127,4 +130,4 @@ def config_from_mapping(algorithm: type[Any], values: Mapping[str, Any]) -> Conf
     if unknown:
         raise ValueError(" ".join(f"Unknown flag --{name}.{did_you_mean(name, known, prefix='--')}" for name in unknown))
     sections = {name: section_from_mapping(section, values) for name, section in SECTIONS.items()}
-    return Config(algorithm=section_from_mapping(algorithm, values), **sections)
+    return Config(algorithm=section_from_mapping(algorithm, values), plugins=plugins, **sections)

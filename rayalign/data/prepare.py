@@ -23,10 +23,11 @@ import ray
 import ray.data
 import transformers
 
+from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
 from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
-from rayalign.formats.parse import parse_row
+from rayalign.formats.parse import Format, own_formats, parse_row
 from rayalign.formats.records import RecordError, require
 from rayalign.images.fetch import fetch_image
 from rayalign.models.source import ModelSource
@@ -71,19 +72,25 @@ class PrepareTask:
 
 @dataclass(frozen=True)
 class Sources:
-    """The data sets of one --dataset or --val_dataset and how their images are found."""
+    """The data sets of one --dataset or --val_dataset, how their images are found, and the plugins that read their rows."""
 
     datasets: tuple[Dataset, ...]
     image_root: str | None
     allow_image_urls: bool
+    plugins: tuple[Plugin, ...] = ()
 
 
-def prepare(arguments: Sequence[str], spec: EncoderSpec, config: DataConfig, cache: Store) -> PreparedData:
-    """The encoded data set for some --dataset arguments: from the cache, or made now on the cluster.
+def prepare(
+    arguments: Sequence[str], spec: EncoderSpec, config: DataConfig, cache: Store, plugins: tuple[Plugin, ...] = ()
+) -> PreparedData:
+    """The encoded data set for some --dataset arguments: from the cache, or made now on the cluster. Rows are read by the
+    record formats of plugins, too.
 
     Raises ValueError where a data set can't be found, and where more than `max_dropped_fraction` of its rows are unusable.
     """
-    sources = Sources(tuple(resolve_dataset(a) for a in arguments), config.image_root, config.allow_image_urls)
+    datasets = tuple(resolve_dataset(a) for a in arguments)
+    reading = tuple(plugin for plugin in plugins if plugin.formats)
+    sources = Sources(datasets, config.image_root, config.allow_image_urls, reading)
     store = cache / cache_key(sources, spec, config)
     found = PreparedData.find(store)
     if found is None:
@@ -95,7 +102,7 @@ def prepare(arguments: Sequence[str], spec: EncoderSpec, config: DataConfig, cac
 
 def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
     """Names an encoded data set by everything it depends on: the files (place, size, time of change), the draw, the images'
-    rules, the processor and model settings."""
+    rules, the processor and model settings, the plugins that read rows."""
     drawn = any(dataset.sample is not None for dataset in sources.datasets)
     parts = {
         "version": CACHE_VERSION,
@@ -104,6 +111,8 @@ def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
         "images": [sources.image_root, sources.allow_image_urls],
         "encoder": spec.fingerprint(),
     }
+    if sources.plugins:
+        parts["plugins"] = [[plugin.name, hashlib.sha256(plugin.text).hexdigest()] for plugin in sources.plugins]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -251,11 +260,16 @@ def _file_label(sources: Sources, task: PrepareTask) -> str:
 
 
 def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> EncodedPair:
-    record = parse_row(row, id=row_id)
+    record = parse_row(row, id=row_id, own=_own_formats(sources.plugins))
     require(record, spec.responses)
     root = Store.at(sources.image_root) if sources.image_root else None
     images = [fetch_image(i, folder=folder, image_root=root, allow_urls=sources.allow_image_urls) for i in record.images]
     return _encoder(spec).encode(record, images)
+
+
+@functools.lru_cache(maxsize=2)
+def _own_formats(plugins: tuple[Plugin, ...]) -> tuple[Format, ...]:
+    return own_formats(plugins)
 
 
 @functools.lru_cache(maxsize=2)

@@ -14,7 +14,7 @@ from rayalign.data.store import PreparedData
 from rayalign.estimate.advice import held_out_of
 from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import ImageLoad, VisionCosts
-from rayalign.formats.parse import parse_row
+from rayalign.formats.parse import own_formats, parse_row
 from rayalign.formats.records import PreferenceRecord, RecordError, Responses, require
 from rayalign.images.fetch import fetch_image, image_hash, open_image
 from rayalign.models.family import Family
@@ -142,7 +142,7 @@ def _wanted(dataset: Dataset, there: int) -> int:
 def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -> PairShape:
     if isinstance(row, RecordError):
         raise row
-    record = parse_row(row, id="")
+    record = parse_row(row, id="", own=own_formats(config.plugins))
     require(record, config.algorithm.needs.responses)
     root = Store.at(config.data.image_root) if config.data.image_root else None
     contents = [

@@ -23,6 +23,7 @@ from rayalign import __version__
 from rayalign.config.config import Config
 from rayalign.data.encode import EncoderSpec
 from rayalign.data.prepare import RunData, TooManyDropped, prepare, quiet_logging, quiet_ray
+from rayalign.formats.parse import own_formats
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import resolve_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
@@ -52,6 +53,7 @@ def run(config: Config) -> Result:
     assert not config.run.dry_run, "pipeline.run sees to it"
     config = with_output_dir(config)
     resolve_model(config.model, REGISTERED_MODELS)
+    own_formats(config.plugins)
     start_ray(config)
     config = resolve_cluster(config)
     folder = open_run(config)
@@ -124,8 +126,10 @@ def prepare_run(config: Config) -> RunData:
         trust_remote_code=config.model.trust_remote_code,
     )
     cache = cache_of(config)
-    training = prepare(config.data.dataset, spec, config.data, cache)
-    held_out = prepare(config.data.val_dataset, spec, config.data, cache) if config.data.val_dataset else None
+    training = prepare(config.data.dataset, spec, config.data, cache, config.plugins)
+    held_out = None
+    if config.data.val_dataset:
+        held_out = prepare(config.data.val_dataset, spec, config.data, cache, config.plugins)
     return RunData(source, spec, training, held_out)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from rayalign.algorithms import ALGORITHMS
+from rayalign.config.plugins import Plugin
+from rayalign.config.sections import DataConfig
 from rayalign.data.encode import EncoderSpec
-from rayalign.data.prepare import Sources, _encode_row
+from rayalign.data.prepare import Sources, _encode_row, cache_key
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import RecordError
 from rayalign.storage import Store
@@ -112,3 +114,14 @@ def test_what_compares_two_responses_drops_single_ones(encode_row: Encode, algor
 
 def test_dpo_and_its_kin_compare_and_kto_and_sft_do_not() -> None:
     assert COMPARING == ["dpo", "mdpo", "rm", "cpo", "orpo", "simpo"]
+
+
+def test_data_read_by_another_plugin_are_other_data(model_folder: Callable[..., Path]) -> None:
+    spec = EncoderSpec(str(model_folder("llava")), responses="both")
+
+    def key(*texts: str) -> str:
+        plugins = tuple(Plugin("/anywhere/my_format.py", text) for text in texts)
+        return cache_key(Sources((), None, False, plugins), spec, DataConfig())
+
+    assert key("FORMATS = (1,)") == key("FORMATS = (1,)")
+    assert len({key(), key("FORMATS = (1,)"), key("FORMATS = (2,)")}) == 3
