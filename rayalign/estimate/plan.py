@@ -38,6 +38,11 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
 
     Raises ValueError for what the user can mend: flags, model, data.
     """
+    return plan_text(estimate_run(config, plan, several_runs=several_runs))
+
+
+def estimate_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bool = False) -> Estimate:
+    """What the plan tells, as figures, most of which are computed when they are first asked for."""
     if not config.data.dataset:
         raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
     config = driver.with_output_dir(_with_folder(config))
@@ -59,7 +64,7 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
     data = _measure(config, blueprint, look) if processor is not None else estimated(config, look)
     known = config.precomputes_reference(several_epochs=schedule_of(config, data).epochs > 1, several_runs=several_runs)
     blueprint = dataclasses.replace(blueprint, reference_known=known)
-    return plan_text(Estimate(config, plan or PlanConfig(), blueprint, data, name, origin))
+    return Estimate(config, plan or PlanConfig(), blueprint, data, name, origin)
 
 
 def _with_folder(config: Config) -> Config:

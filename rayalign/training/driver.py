@@ -3,12 +3,13 @@
 `run` is what pipelines call; `fit` trains on data that is already prepared, which is what the trials of a sweep do.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,26 @@ POLL_SECONDS = "0.2"
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its folder and what summary.json says."""
+    """A finished run: its folder, what summary.json says, and of that the final metrics by the names of metrics.jsonl."""
 
-    output_dir: Store
+    folder: Store
     summary: Mapping[str, Any]
+    metrics: Mapping[str, float]
+
+    @property
+    def output_dir(self) -> str:
+        """The run's folder: an absolute path or a URL."""
+        return self.folder.location
+
+    @property
+    def model_dir(self) -> str:
+        """The folder of the adapter or the weights, with the processor: a path or URL that --model takes."""
+        return (self.folder / "model").location
+
+    @property
+    def report(self) -> str:
+        """The path or URL of report.html."""
+        return (self.folder / "report.html").location
 
 
 def run(config: Config) -> Result:
@@ -67,6 +84,18 @@ def run(config: Config) -> Result:
     from rayalign.reference.precompute import with_reference
 
     return fit(config, with_reference(config, data))
+
+
+@contextlib.contextmanager
+def ray_as_found() -> Iterator[None]:
+    """Leaves Ray as it was before: what is joined or started within is left or ended, so that a caller's next run finds a
+    cluster of the size that it asks for."""
+    was_there = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not was_there:
+            ray.shutdown()
 
 
 def start_ray(config: Config) -> None:
@@ -195,7 +224,7 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     }
     write_results(folder, config, data, summary, outcome.return_value["pairs"])
     logger.info("Done: %s steps in %s s; the result is in %s", summary["steps"], summary["seconds"], folder.location)
-    return Result(folder, summary)
+    return Result(folder, summary, outcome.return_value["final"])
 
 
 def _train_loop(job: dict[Any, Any]) -> dict[str, Any]:
