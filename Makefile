@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test slow gpu unit-tests parity-tests check docs pictures hooks bench configs lock
+.PHONY: help setup quickstart compare test slow gpu unit-tests parity-tests check docs pictures hooks bench configs dist lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -89,6 +89,11 @@ configs: setup ## rewrite pipelines/configs/*.yaml with every flag there is, val
 	$(BIN)/python pipelines/tune.py --config pipelines/configs/tune.yaml --print_config > build/config.yaml
 	mv build/config.yaml pipelines/configs/tune.yaml
 	$(BIN)/python docs/tables.py
+
+dist: setup ## build wheel and source distribution into dist/, and test them
+	rm -rf dist
+	$(BIN)/python .ci/dist.py dist
+	RAYALIGN_DIST=dist $(BIN)/pytest -q tests/integration/test_wheel.py
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	$(PYTHON) -m venv build/lock

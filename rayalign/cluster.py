@@ -4,6 +4,7 @@ Every name of Ray that its documentation does not promise is here, with its plac
 when it can go. tests/test_cluster.py compares each with the installed Ray.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -129,6 +130,18 @@ def start_ray(config: Config) -> None:
             cpus = max(os.cpu_count() or 1, int(cluster.num_workers * cluster.cpus_per_worker) + 1)
             # Ray Train asks the dashboard whether a run that vanished still holds its resources.
             ray.init(num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)
+
+
+@contextlib.contextmanager
+def ray_as_found() -> Iterator[None]:
+    """Leaves Ray as it was before: what is joined or started within is left or ended, so that a caller's next run finds a
+    cluster of the size that it asks for."""
+    was_there = ray.is_initialized()
+    try:
+        yield
+    finally:
+        if not was_there:
+            ray.shutdown()
 
 
 def set_ray_variables() -> None:

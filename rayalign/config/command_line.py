@@ -6,6 +6,7 @@ the program with exit code 2 and a sentence on stderr.
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rayalign.config.aliases import ALIASES, advice_for
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags_of, nearest, section_from_mapping
+from rayalign.config.plugins import PLUGIN, Plugin, load_plugins
 from rayalign.config.sections import PlanConfig, TuneConfig
-from rayalign.config.translate import translate_words
-from rayalign.config.yaml_files import read_files, to_yaml
+from rayalign.config.translate import translate_values, translate_words
+from rayalign.config.yaml_files import plugins_in, read_files, to_yaml
 
 if TYPE_CHECKING:
     from rayalign.algorithms import Algorithm
@@ -111,6 +113,32 @@ def parse_section(section: type[AnySection], words: Sequence[str], *, prog: str,
         parser.error(str(error))
 
 
+def build(
+    algorithms: "Mapping[str, type[Algorithm]]",
+    name: str,
+    values: Mapping[str, Any],
+    *,
+    files: Sequence[str] = (),
+    extra: type[TuneConfig] | type[PlanConfig] | None = None,
+) -> tuple[Config, TuneConfig | PlanConfig | None]:
+    """The run that flags given as values describe, on top of YAML files, with the sentences of the command line.
+
+    `name` is the algorithm. Raises ValueError for what the command line would refuse.
+    """
+    command = _Command(algorithms, "rayalign", "", None, extra)._with_plugins(values.get(PLUGIN) or plugins_in(files))
+    own = command._own_names()
+    from_files = read_files(files, own)
+    named_in_file = from_files.pop("rlhf_type", name)
+    if named_in_file != name:
+        raise ValueError(
+            f"The algorithm is {name}, and the files {', '.join(files)} hold rlhf_type: {named_in_file}. Give one of them."
+        )
+    merged = {**from_files, **translate_values(values, own)}
+    merged.pop(PLUGIN, None)
+    command._refuse_unknown(command._algorithm_name(name), merged, ())
+    return command._build(name, merged, print_config=False)
+
+
 class _Parser(argparse.ArgumentParser):
     """Argparse without abbreviations, whose errors are a sentence and not a page of usage."""
 
@@ -130,29 +158,42 @@ class _Command:
     algorithm: str | None
     extra: type[TuneConfig] | type[PlanConfig] | None = None
     check: Callable[[Config, Any], object] | None = None
+    plugins: tuple[Plugin, ...] = ()
 
     def read(self, words: Sequence[str]) -> tuple[Config, TuneConfig | PlanConfig | None]:
         first = _Parser(prog=self.prog, add_help=False, allow_abbrev=False)
         _add_steering_flags(first, self.algorithms)
-        own = self._own_names()
         try:
+            early, _ = first.parse_known_args(words)  # a plugin's flags are known once it is loaded
+            command = self._with_plugins(early.plugin or plugins_in(early.config))
+            own = command._own_names()
             words = translate_words(words, own)
             steering, _ = first.parse_known_args(words)
             from_files = read_files(steering.config, own)
             named_in_file = from_files.pop("rlhf_type", None)
-            name = self._algorithm_name(steering.rlhf_type or named_in_file)
-            parser = self._parser(name)
+            from_files.pop(PLUGIN, None)
+            name = command._algorithm_name(steering.rlhf_type or named_in_file)
+            parser = command._parser(name)
             given, rest = parser.parse_known_args(words)
-            from_words = {key: value for key, value in vars(given).items() if key in self._flags(name)}
-            self._refuse_unknown(name, from_files, rest)
-            return self._build(name, {**from_files, **from_words}, print_config=given.print_config)
+            from_words = {key: value for key, value in vars(given).items() if key in command._flags(name)}
+            command._refuse_unknown(name, from_files, rest)
+            return command._build(name, {**from_files, **from_words}, print_config=given.print_config)
         except ValueError as error:
             first.error(str(error))
 
-    def _build(self, name: str, values: dict[str, Any], *, print_config: bool) -> tuple[Config, TuneConfig | PlanConfig | None]:
+    def _with_plugins(self, arguments: str | Sequence[str] | None) -> "_Command":
+        """The same command line with the algorithms of plugins beside its own."""
+        plugins = load_plugins([arguments] if isinstance(arguments, str) else list(arguments or ()), self.algorithms)
+        brought = {name: algorithm for plugin in plugins for name, algorithm in plugin.algorithms.items()}
+        return dataclasses.replace(self, algorithms={**self.algorithms, **brought}, plugins=plugins)
+
+    def _build(
+        self, name: str, values: Mapping[str, Any], *, print_config: bool
+    ) -> tuple[Config, TuneConfig | PlanConfig | None]:
         own = {flag.name for flag in flags_of(self.extra)} if self.extra else set()
         extra = section_from_mapping(self.extra, values) if self.extra else None
-        config = config_from_mapping(self.algorithms[name], {k: v for k, v in values.items() if k not in own})
+        of_run = {k: v for k, v in values.items() if k not in own}
+        config = config_from_mapping(self.algorithms[name], of_run, plugins=self.plugins)
         if self.check is not None:
             self.check(config, extra)
         if print_config:
@@ -169,7 +210,7 @@ class _Command:
     def _own_names(self) -> set[str]:
         """The names of all flags that there are, of any algorithm; no other tool's meaning takes one over."""
         sections = [section for name in self.algorithms for section in self._sections(name)]
-        return {"rlhf_type", *STEERING, *(flag.name for section in sections for flag in flags_of(section))}
+        return {"rlhf_type", PLUGIN, *STEERING, *(flag.name for section in sections for flag in flags_of(section))}
 
     def _algorithm_name(self, wanted: Any) -> str:
         name = str(wanted or self.algorithm or DEFAULT_ALGORITHM)
@@ -220,7 +261,7 @@ class _Command:
                 return f"--{flag_name} belongs to {_other_verb(self.prog, verb)}, not {self.prog}."
         if flag_name in STEERING:
             return f"--{flag_name} belongs to the command line, not in a file."
-        known = (*self._flags(name), "rlhf_type", *STEERING)
+        known = (*self._flags(name), "rlhf_type", PLUGIN, *STEERING)
         return _unknown_flag(flag_name, known)
 
 
@@ -278,6 +319,15 @@ def _add_steering_flags(parser: argparse.ArgumentParser, algorithms: Iterable[st
         "--rlhf_type", default=None, metavar="|".join(algorithms), help="What is trained; decides which flags there are."
     )
     _add_config_flag(parser)
+    parser.add_argument(
+        f"--{PLUGIN}",
+        default=[],
+        nargs="+",
+        action="extend",
+        metavar="MODULE",
+        help="Algorithms and record formats of your own: modules (my_module), or files (my_loss.py) whose text goes to all "
+        "workers. Their algorithms stand beside those of --rlhf_type, with their flags.",
+    )
     parser.add_argument(
         "--print_config", default=False, action="store_true", help="Print all flags with their values as YAML and stop."
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rayalign.config.flags import Section, did_you_mean, flags_of, section_from_mapping
+from rayalign.config.plugins import Plugin
 from rayalign.config.sections import ClusterConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TunerConfig
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """One run, fully described: the algorithm with its hyper-parameters, and the sections above."""
+    """One run, fully described: the algorithm with its hyper-parameters, the sections above, and what --plugin brought."""
 
     algorithm: "Algorithm"
     data: DataConfig = field(default_factory=DataConfig)
@@ -26,6 +27,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plugins: tuple[Plugin, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.run.safe_serialization and self.algorithm.needs.head != "value":
@@ -72,7 +74,7 @@ class Config:
 
     def replace(self, values: Mapping[str, Any]) -> "Config":
         """A copy with some flags changed, wherever they live; values are converted and checked like the command line's."""
-        return config_from_mapping(type(self.algorithm), {**self.to_dict(), **values})
+        return config_from_mapping(type(self.algorithm), {**self.to_dict(), **values}, plugins=self.plugins)
 
 
 def section_types(algorithm: "type[Algorithm]") -> tuple[type[Section], ...]:
@@ -80,8 +82,9 @@ def section_types(algorithm: "type[Algorithm]") -> tuple[type[Section], ...]:
     return (DataConfig, ModelConfig, TunerConfig, algorithm, OptimizerConfig, RunConfig, ClusterConfig)
 
 
-def config_from_mapping(algorithm: "type[Algorithm]", values: Mapping[str, Any]) -> Config:
+def config_from_mapping(algorithm: "type[Algorithm]", values: Mapping[str, Any], *, plugins: tuple[Plugin, ...] = ()) -> Config:
     """Builds a Config from flat flag values, as they come from words, YAML or Tune; strings are converted to the flag's type.
+    `plugins` are loaded already.
 
     Raises ValueError that names the flag, the value and what it should have been, or the flags that do not exist.
     """
@@ -97,4 +100,5 @@ def config_from_mapping(algorithm: "type[Algorithm]", values: Mapping[str, Any])
         optimizer=section_from_mapping(OptimizerConfig, values),
         run=section_from_mapping(RunConfig, values),
         cluster=section_from_mapping(ClusterConfig, values),
+        plugins=plugins,
     )

@@ -2,13 +2,14 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import yaml
 
 from rayalign.config.config import Config, section_types
 from rayalign.config.flags import flags_of
+from rayalign.config.plugins import PLUGIN
 from rayalign.config.sections import PlanConfig, TuneConfig
 from rayalign.config.translate import translate_values
 
@@ -20,6 +21,8 @@ def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str
         "# All flags of a run: `--config` with this file runs it, flags beside it win over the file.",
         f"rlhf_type: {config.algorithm.name}",
     ]
+    if config.plugins:
+        lines.append(f"{PLUGIN}: {_yaml_value([plugin.argument for plugin in config.plugins])}")
     for section in (*section_types(type(config.algorithm)), *((type(extra),) if extra else ())):
         for index, flag in enumerate(flags_of(section)):
             lines += ["", f"## {flag.section}"] if index == 0 else []
@@ -37,6 +40,12 @@ def read_files(locations: Iterable[str], own: Container[str]) -> dict[str, Any]:
     for location in locations:
         values |= translate_values(_read_file(location), own)
     return values
+
+
+def plugins_in(locations: Iterable[str]) -> str | Sequence[str]:
+    """What --plugin has in YAML files: the last one that says so."""
+    named: list[str | Sequence[str]] = [found for file in locations if (found := _read_file(file).get(PLUGIN))]
+    return named[-1] if named else ()
 
 
 def _read_file(location: str) -> dict[str, Any]:

@@ -22,11 +22,12 @@ import ray.data
 
 from rayalign.cluster import Stopped, configure_ray_data, outcome_of, report, reports_of, result_of
 from rayalign.config.config import Config
+from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
 from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
 from rayalign.data.truncation import RecordTooLong
-from rayalign.formats.parse import parse_row
+from rayalign.formats.parse import Format, own_formats, parse_row
 from rayalign.formats.records import RecordError, record_errors, require
 from rayalign.images.fetch import fetch_images
 from rayalign.models.registry import REGISTERED_MODELS
@@ -71,11 +72,12 @@ class PrepareTask:
 
 @dataclass(frozen=True)
 class Sources:
-    """The data sets of one --dataset or --val_dataset and how their images are found."""
+    """The data sets of one --dataset or --val_dataset, how their images are found, and the plugins that read their rows."""
 
     datasets: tuple[Dataset, ...]
     image_root: str | None
     allow_image_urls: bool
+    plugins: tuple[Plugin, ...] = ()
 
 
 def prepare_run(config: Config) -> RunData:
@@ -94,14 +96,16 @@ def prepare_run(config: Config) -> RunData:
         trust_remote_code=config.model.trust_remote_code,
     )
     cache = cache_of(config)
-    training = prepare(config.data.dataset, spec, config.data, cache)
+    training = prepare(config.data.dataset, spec, config.data, cache, config.plugins)
     if spec.lent_template:
         logger.warning(
             "Model: %s brings no chat template; prompts are written with TRL's %s. A base model must learn its special tokens",
             source.base,
             spec.lent_template,
         )
-    held_out = prepare(config.data.val_dataset, spec, config.data, cache) if config.data.val_dataset else None
+    held_out = None
+    if config.data.val_dataset:
+        held_out = prepare(config.data.val_dataset, spec, config.data, cache, config.plugins)
     return RunData(source, spec, training, held_out)
 
 
@@ -118,12 +122,17 @@ def cache_of(config: Config) -> Store:
     return Store.at(str(config.run.output_dir)).parent / ".rayalign_cache"
 
 
-def prepare(arguments: Sequence[str], spec: EncoderSpec, config: DataConfig, cache: Store) -> PreparedData:
-    """The encoded data set for some --dataset arguments: from the cache, or made now on the cluster.
+def prepare(
+    arguments: Sequence[str], spec: EncoderSpec, config: DataConfig, cache: Store, plugins: tuple[Plugin, ...] = ()
+) -> PreparedData:
+    """The encoded data set for some --dataset arguments: from the cache, or made now on the cluster. Rows are read by the
+    record formats of plugins, too.
 
     Raises ValueError where a data set can't be found, and where more than `max_dropped_fraction` of its rows are unusable.
     """
-    sources = Sources(tuple(resolve_dataset(a) for a in arguments), config.image_root, config.allow_image_urls)
+    datasets = tuple(resolve_dataset(a) for a in arguments)
+    reading = tuple(plugin for plugin in plugins if plugin.formats)
+    sources = Sources(datasets, config.image_root, config.allow_image_urls, reading)
     store = cache / cache_key(sources, spec, config)
     found = PreparedData.find(store)
     if found is None:
@@ -135,7 +144,7 @@ def prepare(arguments: Sequence[str], spec: EncoderSpec, config: DataConfig, cac
 
 def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
     """Names an encoded data set by everything it depends on: the files (place, size, time of change), the draw, the images'
-    rules, the processor and model settings."""
+    rules, the processor and model settings, the plugins that read rows."""
     drawn = any(dataset.sample is not None for dataset in sources.datasets)
     parts = {
         "version": CACHE_VERSION,
@@ -144,6 +153,8 @@ def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
         "images": [sources.image_root, sources.allow_image_urls],
         "encoder": spec.fingerprint(),
     }
+    if sources.plugins:
+        parts["plugins"] = [[plugin.name, hashlib.sha256(plugin.text).hexdigest()] for plugin in sources.plugins]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -291,12 +302,17 @@ def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sou
     encoder = _encoder(spec)  # what keeps the model from encoding anything is no fault of the row
     root = Store.at(sources.image_root) if sources.image_root else None
     with record_errors():
-        record = parse_row(row, id=row_id)
+        record = parse_row(row, id=row_id, own=_own_formats(sources.plugins))
         require(record, spec.responses)
     with record_errors(passing=(OSError,)):  # of failing storage, with which no other row fares better
         images = fetch_images(record.images, folder=folder, image_root=root, allow_urls=sources.allow_image_urls)
     with record_errors(passing=(RecordTooLong,)):
         return encoder.encode(record, images)
+
+
+@functools.lru_cache(maxsize=2)
+def _own_formats(plugins: tuple[Plugin, ...]) -> tuple[Format, ...]:
+    return own_formats(plugins)
 
 
 @functools.lru_cache(maxsize=2)

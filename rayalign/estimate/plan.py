@@ -40,6 +40,11 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
 
     Raises ValueError for what the user can correct: flags, model, data.
     """
+    return plan_text(estimate_run(config, plan, several_runs=several_runs))
+
+
+def estimate_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bool = False) -> Estimate:
+    """What the plan tells, as figures, most of which are computed when they are first asked for."""
     require_dataset(config.data)
     config = with_output_dir(_with_folder(config))
     name = config.model.model_type or config.model.model or config.model.adapter or ""
@@ -60,7 +65,7 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
     data = _measure(config, blueprint, look) if processor is not None else estimated(config, look)
     known = config.precomputes_reference(several_epochs=schedule_of(config, data).epochs > 1, several_runs=several_runs)
     blueprint = dataclasses.replace(blueprint, reference_known=known)
-    return plan_text(Estimate(config, plan or PlanConfig(), blueprint, data, name, origin))
+    return Estimate(config, plan or PlanConfig(), blueprint, data, name, origin)
 
 
 def _with_folder(config: Config) -> Config:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayalign.config.sections import ModelConfig
+from rayalign.storage import Store, is_url
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -49,6 +50,19 @@ def resolve_model(config: ModelConfig, registered: Mapping[str, str]) -> ModelSo
             f"or, where both hold the same weights, correct base_model_name_or_path in its {ADAPTER_CONFIG}."
         )
     return ModelSource(source.base, of_adapter.adapter)
+
+
+def local_model(model: str, folder: Path) -> str:
+    """The model as --model names it; where that is a URL, the copy that is made below `folder` now. Raises ValueError for a URL
+    without a folder behind it."""
+    if not is_url(model):
+        return model
+    store = Store.at(model)
+    if not store.is_dir():
+        raise ValueError(f"--model {model}: there is no such folder.")
+    (folder / "model").mkdir()
+    store.download(folder / "model")
+    return str(folder / "model")
 
 
 def _source_of(model: str) -> ModelSource:

@@ -22,10 +22,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from rayalign.config.sections import ExportConfig, ModelConfig
 from rayalign.models.registry import REGISTERED_MODELS, find_family
-from rayalign.models.source import ModelSource, resolve_model
+from rayalign.models.source import ModelSource, local_model, resolve_model
 from rayalign.ops.value_head import find_value_head, load_value_head
 from rayalign.policy.compat import keep_weight_names
-from rayalign.storage import Store, is_url
+from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def run(config: ExportConfig) -> Store:
     output = Store.at(config.output_dir)
     _check_output(output, Store.at(config.model), overwrite=config.overwrite)
     with tempfile.TemporaryDirectory() as temporary:
-        source = resolve_model(ModelConfig(model=_local_model(config.model, Path(temporary))), REGISTERED_MODELS)
+        source = resolve_model(ModelConfig(model=local_model(config.model, Path(temporary))), REGISTERED_MODELS)
         if find_value_head(Path(source.adapter or source.base)) is None:
             raise ValueError(
                 f"--model {config.model}: has neither value_head.safetensors nor value_head.bin, so it is no reward model. "
@@ -190,18 +190,6 @@ def _processor_folder(source: ModelSource) -> str:
     if source.adapter and (Path(source.adapter) / "processor_config.json").is_file():
         return source.adapter
     return source.base
-
-
-def _local_model(model: str, folder: Path) -> str:
-    """The model's path, after a download where it is remote."""
-    if not is_url(model):
-        return model
-    store = Store.at(model)
-    if not store.is_dir():
-        raise ValueError(f"--model {model}: there is no such folder.")
-    (folder / "model").mkdir()
-    store.download(folder / "model")
-    return str(folder / "model")
 
 
 def _check_output(output: Store, model: Store, *, overwrite: bool) -> None:

@@ -28,6 +28,7 @@ from rayalign.cluster import (
 )
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData, TooManyDropped, prepare_run
+from rayalign.formats.parse import own_formats
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import resolve_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
@@ -41,10 +42,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its folder and what summary.json says."""
+    """A finished run: its folder, what summary.json says, and of that the final metrics by the names of metrics.jsonl."""
 
-    output_dir: Store
+    folder: Store
     summary: Mapping[str, Any]
+    metrics: Mapping[str, float]
+
+    @property
+    def output_dir(self) -> str:
+        """The run's folder: an absolute path or a URL."""
+        return self.folder.location
+
+    @property
+    def model_dir(self) -> str:
+        """The folder of the adapter or the weights, with the processor: a path or URL that --model takes."""
+        return (self.folder / "model").location
+
+    @property
+    def report(self) -> str:
+        """The path or URL of report.html."""
+        return (self.folder / "report.html").location
 
 
 def run(config: Config) -> Result:
@@ -55,6 +72,7 @@ def run(config: Config) -> Result:
     assert not config.run.dry_run, "main.run makes a plan of it"
     config = with_output_dir(config)
     resolve_model(config.model, REGISTERED_MODELS)
+    own_formats(config.plugins)
     config = join_cluster(config)
     folder = open_run(config)
     try:
@@ -102,7 +120,7 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     summary = _summary(config, data, result, seconds=round(time.time() - started, 1))
     write_results(folder, config, data, summary, result.held_out_pairs)
     logger.info("Done: %s steps in %s s; the result is in %s", summary["steps"], summary["seconds"], folder.location)
-    return Result(folder, summary)
+    return Result(folder, summary, result.metrics)
 
 
 def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequence[Any]) -> TorchTrainer:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTENTS = (
-    *("config.yaml", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, "checkpoints"),
+    *("config.yaml", "plugins", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, "checkpoints"),
     *("model", "report.html", "summary.json"),
 )
 
@@ -58,6 +58,9 @@ def open_run(config: Config) -> Store:
         _check_resumable(folder, config)
         logger.info("Continuing the unfinished run in %s", folder.location)
     folder.make_dir()
+    (folder / "plugins").delete()
+    for plugin in config.plugins:
+        (folder / "plugins" / f"{plugin.name}.py").write_bytes(plugin.text)
     (folder / "config.yaml").write_bytes(to_yaml(config).encode())
     return folder
 
@@ -73,6 +76,11 @@ def _check_resumable(folder: Store, config: Config) -> None:
     changed = {
         name: (before.get(name), now[name]) for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]
     }
+    before_plugins = {file.name.removesuffix(".py"): file.read_bytes() for file in (folder / "plugins").list()}
+    plugins = {plugin.name: plugin.text for plugin in config.plugins}
+    if before_plugins != plugins:
+        edited = " (its text has changed)" if before_plugins.keys() == plugins.keys() else ""
+        changed["plugin"] = (" ".join(before_plugins) or None, (" ".join(plugins) or "None") + edited)
     batches = _global_batch(before), config.global_batch_size
     if batches[0] != batches[1]:
         changed["batch_size x gradient_accumulation_steps x num_workers"] = batches

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from rayalign.algorithms import ALGORITHMS
+from rayalign.config.plugins import Plugin
+from rayalign.config.sections import DataConfig
 from rayalign.data.encode import EncoderSpec
-from rayalign.data.prepare import PrepareTask, Sources, _encode_row, _write_task
+from rayalign.data.prepare import PrepareTask, Sources, _encode_row, _write_task, cache_key
 from rayalign.data.store import EncodedPair
 from rayalign.data.truncation import RecordTooLong
 from rayalign.formats.records import RecordError
@@ -148,3 +150,14 @@ def test_a_model_that_can_encode_nothing_and_a_record_too_long_for_raise_are_no_
             PAIR, "a.jsonl:3", Store(str(tmp_path)), Sources((), None, False), EncoderSpec(str(folder), responses="both")
         )
     assert not isinstance(caught.value, RecordError)
+
+
+def test_data_read_by_another_plugin_are_other_data(model_folder: Callable[..., Path]) -> None:
+    spec = EncoderSpec(str(model_folder("llava")), responses="both")
+
+    def key(*texts: str) -> str:
+        plugins = tuple(Plugin("/anywhere/my_format.py", text) for text in texts)
+        return cache_key(Sources((), None, False, plugins), spec, DataConfig())
+
+    assert key("FORMATS = (1,)") == key("FORMATS = (1,)")
+    assert len({key(), key("FORMATS = (1,)"), key("FORMATS = (2,)")}) == 3

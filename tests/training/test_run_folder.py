@@ -9,6 +9,7 @@ import yaml
 
 from rayalign.algorithms import DPO, KTO, RM, SFT, Algorithm
 from rayalign.config.config import Config, config_from_mapping
+from rayalign.config.plugins import Plugin
 from rayalign.data.encode import EncoderSpec
 from rayalign.data.prepare import RunData
 from rayalign.data.store import EncodedPair, PreparedData
@@ -95,6 +96,23 @@ def test_another_global_batch_is_refused(unfinished: Path) -> None:
         "  batch_size x gradient_accumulation_steps x num_workers: 16 -> 32\n"
         f"{WAY_OUT}"
     )
+
+
+def test_a_run_keeps_the_text_of_its_plugins_and_continues_with_no_other(tmp_path: Path) -> None:
+    folder, text = tmp_path / "run", "FORMATS = (1,)\n"
+
+    def config(*plugins: Plugin) -> Config:
+        return config_from_mapping(DPO, {"output_dir": str(folder), "model": "m", "dataset": "d.jsonl"}, plugins=plugins)
+
+    open_run(config(Plugin("/job_1/my_format.py", text)))
+    assert (folder / "plugins" / "my_format.py").read_text() == text
+    open_run(config(Plugin("/job_2/my_format.py", text)))  # a job's folder has another name each time
+    changed = f"--output_dir {folder} holds an unfinished run with another configuration:\n  plugin: my_format -> "
+    edited = Plugin("/job_2/my_format.py", "FORMATS = (2,)\n")
+    assert refusal(config(edited)) == f"{changed}my_format (its text has changed)\n{WAY_OUT}"
+    assert refusal(config()) == f"{changed}None\n{WAY_OUT}"
+    assert refusal(config(Plugin("/job_1/my_format.py", text), Plugin("json"))) == f"{changed}my_format json\n{WAY_OUT}"
+    assert (folder / "plugins" / "my_format.py").read_text() == text
 
 
 def test_a_refusal_leaves_the_folder_as_it_was(unfinished: Path) -> None:

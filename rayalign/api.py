@@ -1,0 +1,174 @@
+"""rayalign from Python, in a script, a notebook or a Ray job: the flags of the command line as keyword arguments.
+
+`rayalign` shows these functions at its top and loads them when they are first used; each loads what it needs when it is called.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+    from rayalign.config.config import Config
+    from rayalign.config.sections import PlanConfig, TuneConfig
+    from rayalign.policy.scoring import LoadedPolicy
+    from rayalign.training.driver import Result
+
+File: TypeAlias = str | os.PathLike[str]
+FlagValue: TypeAlias = str | int | float | bool | os.PathLike[str] | Sequence[str | int | float | os.PathLike[str]] | None
+"""What a flag takes: a value of its type, a word as on the command line, or a list of them where it takes several."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would need. `text` is the whole plan, as the verb `plan` prints it.
+
+    `memory_bytes` is of one worker at its fullest; `gpus_per_worker` how many GPUs of the size asked for hold it, `hours` what
+    the run takes on `gpus` of them and `cost` what they cost: each None where it is not known or nothing fits.
+    """
+
+    text: str
+    steps: int
+    trainable_parameters: int
+    memory_bytes: int
+    gpus_per_worker: int | None
+    gpus: int | None
+    hours: float | None
+    cost: float | None
+
+
+def train(algorithm: str, *, config: File | Sequence[File] = (), **flags: FlagValue) -> "Result":
+    """Trains as `rayalign ALGORITHM --flag value ...` does, and returns when the run is done.
+
+        result = rayalign.train("dpo", model="llava-hf/llava-1.5-7b-hf", dataset=["pairs.jsonl"], beta=0.1, num_workers=2)
+        result.model_dir, result.metrics["eval_rewards/accuracies"]
+
+    `algorithm` is a name of --rlhf_type, or of an algorithm that `plugin=` brings. `config` names YAML files of flags, local or
+    remote; `flags` win over them. Workers run on the Ray cluster that this process is connected to or that runs on this
+    machine (in a job: the job's), else on one that is started here; what was not there before is closed at the end. An
+    unfinished run of the same output_dir and configuration is continued.
+
+    Raises ValueError, with the sentences of the command line, for flags, models, data and folders that can't be used;
+    FloatingPointError for a loss that is no longer finite.
+    """
+    run = _config(algorithm, config, flags)
+    if run.run.dry_run:
+        raise ValueError("dry_run=True trains nothing: call rayalign.plan with the same flags.")
+
+    from rayalign.cluster import ray_as_found
+    from rayalign.training import driver
+
+    with ray_as_found():
+        return driver.run(run)
+
+
+def plan(algorithm: str, *, config: File | Sequence[File] = (), **flags: FlagValue) -> Plan:
+    """What training with these flags would need, as `rayalign plan` tells: memory, GPUs, hours and cost.
+
+    Besides the flags of `train` there are those of the GPUs: gpu_memory_gb, gpu_tflops, mfu, gpus, price_per_hour. Records are
+    encoded on Ray as `train` would, where the model's processor is at hand, and stay in the cache.
+
+    Raises ValueError, with the sentences of the command line, for flags, models and data that can't be used.
+    """
+    from rayalign.config.sections import PlanConfig
+
+    run, machine = _build(algorithm, config, flags, PlanConfig)
+    assert isinstance(machine, PlanConfig)
+
+    from rayalign.cluster import ray_as_found
+    from rayalign.estimate.plan import estimate_run
+    from rayalign.estimate.table import plan_text
+
+    with ray_as_found():
+        found = estimate_run(run, machine)
+    return Plan(
+        text=plan_text(found),
+        steps=found.schedule.steps,
+        trainable_parameters=found.num_trainable,
+        memory_bytes=found.memory.total,
+        gpus_per_worker=found.gpus_per_worker,
+        gpus=found.time.gpus if found.time else None,
+        hours=found.time.hours if found.time else None,
+        cost=found.time.cost if found.time else None,
+    )
+
+
+def load_policy(
+    model: File,
+    *,
+    device: "str | torch.device | None" = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    image_root: File = ".",
+    max_pixels: int | None = None,
+    trust_remote_code: bool = False,
+) -> "LoadedPolicy":
+    """A model that is ready to score rows: a run's model/ folder (`Result.model_dir`), any model's folder, URL or hub id.
+
+        policy = rayalign.load_policy(result.model_dir)
+        row = {"query": "Which colour?", "images": ["a.png"], "response": "Red.", "rejected_response": "Blue."}
+        logps = policy.logps([row])
+        logps.chosen.total - logps.rejected.total  # [B]
+
+    Rows are in any record format of --dataset; relative image paths start from `image_root`, images with more than
+    `max_pixels` are scaled down. `device` is the first GPU where there is one, else the CPU; `dtype` the type of the arithmetic
+    (auto: bfloat16 on a GPU, float32 on a CPU). A reward model gives `policy.rewards(rows)`. No cluster is needed.
+
+    Raises ValueError for a model that is not there, or of a kind that can't be run.
+    """
+    from rayalign.policy.scoring import load_for_scoring
+
+    return load_for_scoring(
+        os.fspath(model),
+        device=device,
+        dtype=dtype,
+        image_root=os.fspath(image_root),
+        max_pixels=max_pixels,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def export(
+    model: File, output_dir: File, *, layout: Literal["transformers", "vllm"] = "transformers", overwrite: bool = False
+) -> str:
+    """Writes a reward model (the model/ folder of a run of rm) as one folder with a `score` head, which transformers, ms-swift
+    and vLLM load, and returns its path or URL.
+
+    `layout` is the head's name: transformers reads score.weight, vLLM language_model.score.weight. `overwrite` replaces an
+    earlier export. Raises ValueError for a model without a value head, and for a folder that must not be overwritten.
+    """
+    from rayalign.config.flags import section_from_mapping
+    from rayalign.config.sections import ExportConfig
+
+    values = {"model": os.fspath(model), "output_dir": os.fspath(output_dir), "layout": layout, "overwrite": overwrite}
+    flags: ExportConfig = section_from_mapping(ExportConfig, values)
+
+    from rayalign.serving import export as serving
+
+    return serving.run(flags).location
+
+
+def _config(algorithm: str, files: File | Sequence[File], flags: Mapping[str, FlagValue]) -> "Config":
+    return _build(algorithm, files, flags, None)[0]
+
+
+def _build(
+    algorithm: str,
+    files: File | Sequence[File],
+    flags: Mapping[str, FlagValue],
+    extra: "type[TuneConfig] | type[PlanConfig] | None",
+) -> "tuple[Config, TuneConfig | PlanConfig | None]":
+    from rayalign.algorithms import ALGORITHMS
+    from rayalign.config.command_line import build
+
+    named = [files] if isinstance(files, (str, os.PathLike)) else files
+    values = {name: _plain(value) for name, value in flags.items()}
+    return build(ALGORITHMS, algorithm, values, files=[os.fspath(file) for file in named], extra=extra)
+
+
+def _plain(value: Any) -> Any:
+    """A flag's value with paths as text."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
