@@ -83,8 +83,6 @@ SNIPPETS = [(page.name, text) for page in PAGES for language, text in blocks(pag
 def test_a_command_of_the_pages_is_one_that_the_parser_takes(
     page: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "--plugin" in words and importlib.util.find_spec("rayalign.config.plugins") is None:
-        pytest.skip("there are no plugins yet")
     monkeypatch.chdir(ROOT if "--config" in words else tmp_path)
     for name, text in SNIPPETS:
         if "--plugin" in words and name == page and "ALGORITHMS = (" in text:
@@ -138,8 +136,7 @@ def test_a_snippet_compiles_and_uses_only_names_and_flags_that_rayalign_has(page
     }
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("rayalign.")]
     assert {word.arg for call in calls for word in call.keywords} <= FLAGS
-    if hasattr(rayalign, "__all__"):
-        assert used <= set(rayalign.__all__)
+    assert used <= set(rayalign.__all__)
     imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and str(node.module).startswith("rayalign")]
     for node in imported:
         module = importlib.import_module(str(node.module))
@@ -189,7 +186,6 @@ def test_the_pictures_are_small() -> None:
 
 @pytest.mark.parametrize("page", ["moving-over.md", "python.md"])
 def test_what_a_page_shows_of_the_code_is_of_today(page: str) -> None:
-    pytest.importorskip("rayalign.config.aliases")
     tables = _script(ROOT / "docs" / "tables.py")
     assert page in tables.TABLES
     assert tables.filled(page) == (ROOT / "docs" / page).read_text(), "the code has changed: `make configs` writes it again"

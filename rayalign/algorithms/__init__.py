@@ -1,4 +1,4 @@
-"""The shelf of algorithms: one file each, with its flags, its formula and its loss."""
+"""Which algorithms there are: one file each, with its flags, its formula and its loss."""
 
 from rayalign.algorithms.algorithm import Algorithm, AlgorithmWithStatistics, LossOutput, Needs, PolicyForward, StepStatistics
 from rayalign.algorithms.cpo import CPO
