@@ -59,10 +59,6 @@ class ImageLook:
         return self._known[size]
 
 
-class UnknownImageTokens(ValueError):
-    """A kind of model of which only its processor knows how many tokens an image becomes."""
-
-
 def measured(training: PreparedData, held_out: int, *, image_token_id: int | None, look: ImageLook | None) -> DataShapes:
     """Of encoded records: exact lengths. `held_out` of them are not trained on."""
     lengths = training.lengths()
@@ -97,8 +93,7 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
             first += count
             for _, content in read_rows(file, None, rows):
                 try:
-                    with record_errors(passing=(OSError, UnknownImageTokens)):
-                        pair = _estimate(content, Store(file.location).parent, config, look)
+                    pair = _estimate(content, Store(file.location).parent, config, look)
                 except RecordError:
                     unusable += 1
                     continue
@@ -142,10 +137,11 @@ def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -
     """The pair as --truncation_strategy leaves it; None where it goes. Raises RecordError where it can't be used."""
     if isinstance(row, RecordError):
         raise row
-    record = parse_row(row, id="", own=own_formats(config.plugins))
-    require(record, config.algorithm.needs.responses)
     root = Store.at(config.data.image_root) if config.data.image_root else None
-    contents = fetch_images(record.images, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls)
+    with record_errors(passing=(OSError,)):
+        record = parse_row(row, id="", own=own_formats(config.plugins))
+        require(record, config.algorithm.needs.responses)
+        contents = fetch_images(record.images, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls)
     messages, limit, strategy = list(record.messages), config.data.max_length, config.data.truncation_strategy
     while True:
         pair = _shape(messages, contents, _responses(record, config.algorithm.needs.responses), look)
@@ -168,7 +164,7 @@ def _shape(
     """The shape of a pair with these messages, images and numbers of response tokens."""
     loads = {image_hash(content): look(content) for content in contents} if look else {}
     if not all(load.features for load in loads.values()):
-        raise UnknownImageTokens(
+        raise ValueError(
             "How many tokens an image becomes is not known of this kind of model without its processor. Give the model's "
             "folder, with its tokenizer."
         )

@@ -14,6 +14,7 @@ from rayalign.config.sections import TunerConfig
 from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.formats.parse import parse_row
 from rayalign.policy.policy import Policy
+from rayalign.policy.saving import save_policy
 from tests.tiny_models import encode_pair, make_batch, make_policy, noise_image, wake_adapters
 
 QUESTION, CHOSEN, REJECTED = "Which digit is it?", "It is two.", "a cat"
@@ -34,7 +35,7 @@ def trained(folder: Path, run: Path, needs: Any = None) -> Policy:
     """A policy whose model is saved as a run leaves it."""
     options = {} if needs is None else {"needs": needs}
     policy = wake_adapters(make_policy(folder, tuner=TunerConfig(lora_target_modules=("ALL",), lora_rank=4), **options))
-    policy.save(run)
+    save_policy(policy, run)
     EncoderSpec(str(folder), responses="both").processor.save_pretrained(run)
     return policy
 
