@@ -88,9 +88,15 @@ def _adapter_source(adapter: str) -> ModelSource:
     return ModelSource(_base_of(folder), adapter=str(folder.resolve()))
 
 
-def _base_of(folder: Path) -> str:
-    """The base model that a LoRA adapter names."""
-    config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The config of a LoRA adapter. Raises ValueError for one that is damaged, and for what is more than LoRA or none."""
+    file = folder / ADAPTER_CONFIG
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is damaged or cut off ({error}). Copy it again from where the adapter was made.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: holds no settings of an adapter. Copy it again from where the adapter was made.")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(
@@ -104,7 +110,18 @@ def _base_of(folder: Path) -> str:
             f"{folder}: is an adapter with {' and '.join(extras)} beside LoRA's matrices, which can't be turned off for the "
             "reference. Merge it into its model first."
         )
-    return str(config["base_model_name_or_path"])
+    return config
+
+
+def _base_of(folder: Path) -> str:
+    """The base model that a LoRA adapter names."""
+    base = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG}: names no base model. Write the model's folder or hub id there, as "
+            "base_model_name_or_path."
+        )
+    return base
 
 
 def _whole_path(model: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -21,6 +21,7 @@ from rayalign.config.sections import TunerConfig
 from rayalign.models.family import Family
 from rayalign.models.parts import PART_NAMES, Part, find_parts
 from rayalign.models.source import ModelSource
+from rayalign.policy.adapter_files import read_adapter
 from rayalign.policy.compat import fuse_lora_linears, name_in_base, recompute_dora_magnitude, set_active_adapters
 
 TRAINED, REFERENCE, STACKED = "default", "reference", "stacked"
@@ -38,7 +39,8 @@ def trainable_parts(tuner: TunerConfig) -> tuple[Part, ...]:
 def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Family, *, needs_reference: bool) -> PeftModel:
     """Wraps the model with the adapter to train, and with a frozen one: STACKED, or REFERENCE where it is needed.
 
-    Raises ValueError for targets that match nothing, and for flags that the adapter to continue from does not fit.
+    Raises ValueError for targets that match nothing, for an adapter to continue from that does not fit the model whole, and for
+    flags that it does not fit.
     """
     start = source.adapter
     is_new = start is None or tuner.stack_adapter
@@ -55,25 +57,23 @@ def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Fam
         new = get_peft_model(base, fuse_lora_linears(lora), adapter_name=TRAINED)
         _recompute_magnitudes(new)
         return new
-    found: Any = PeftConfig.from_pretrained(start)
+    found = read_adapter(base, start)
     name = STACKED if tuner.stack_adapter else TRAINED
-    model = PeftModel.from_pretrained(
-        base, start, adapter_name=name, is_trainable=not tuner.stack_adapter, config=fuse_lora_linears(found)
-    )
+    model = found.wrap(base, name, trainable=not tuner.stack_adapter, fused=True)
     if tuner.stack_adapter:
         _check_stack(model, start)
         model.add_adapter(TRAINED, fuse_lora_linears(lora))
     else:
         _check_continuation(model, start, tuner, targets)
         if needs_reference:
-            model.load_adapter(start, adapter_name=REFERENCE, is_trainable=False)
+            found.add(model, REFERENCE)
     _set_trainable(model, tuner)
     return model
 
 
 def merge_adapter(base: Any, adapter: str) -> Any:
-    """The model with an adapter worked into its weights."""
-    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    """The model with an adapter worked into its weights. Raises ValueError for one that does not fit the model whole."""
+    return read_adapter(base, adapter).wrap(base, TRAINED, trainable=False, fused=False).merge_and_unload()
 
 
 class AdapterSwitch:

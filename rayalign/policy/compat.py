@@ -12,7 +12,8 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -66,6 +67,24 @@ def recompute_dora_magnitude(layer: LoraLayer, adapter: str) -> None:
     magnitude: Any = layer.lora_magnitude_vector[adapter]
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     magnitude.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=layer.scaling[adapter])
+
+
+def is_targeted(config: LoraConfig, name: str) -> bool:
+    """Whether a config asks for an adapter on a module of this name.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py (`check_target_module_exists`), 0.21.2. Can
+    go when adapters with names of before transformers 4.52 are no more, or peft maps their names itself.
+    """
+    return bool(check_target_module_exists(config, name))
+
+
+def pattern_of(patterns: Sequence[str], name: str) -> str:
+    """The one of a config's patterns that is for a module of this name; the name itself where there is none.
+
+    https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/other.py (`get_pattern_key`), 0.21.2. Can go with
+    `is_targeted`.
+    """
+    return get_pattern_key(patterns, name)
 
 
 @contextmanager

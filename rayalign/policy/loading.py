@@ -22,6 +22,7 @@ from rayalign.ops.value_head import load_value_head
 from rayalign.policy.policy import Policy
 from rayalign.policy.prepare import model_options, prepare_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
+from rayalign.policy.weights import load_weights
 
 
 def load_policy(
@@ -38,8 +39,8 @@ def load_policy(
 
     Trainable weights are float32; all others have the type of `model.dtype`. A value head is that of the source's folder, or a
     new one. Where all weights are trained and a companion's rows need a reference in the step, a frozen copy is kept as such.
-    Raises ValueError for models of unknown families, for flags that do not fit the model or its adapter, and where the machine
-    lacks what quantisation or the attention kernel needs.
+    Raises ValueError for models of unknown families, for weights and adapters that are not whole or do not fit, for flags that
+    do not fit the model or its adapter, and where the machine lacks what quantisation or the attention kernel needs.
     """
     check_tuner(tuner, source, on_gpu=device.type == "cuda")
     check_attention(model, on_gpu=device.type == "cuda")
@@ -49,7 +50,10 @@ def load_policy(
     options = model_options(family, model, tuner, dtype)
     if tuner.quant_bits is not None:
         options["quantization_config"] = _quantisation(family, config, model, tuner, dtype)
-    base = _load_base(source.base, family, options, None if spread_over_gpus else device)
+    torch.manual_seed(seed)  # all workers', before anything that may draw
+    base = _load_base(
+        source.base, family, options, None if spread_over_gpus else device, needs_output_head=needs.head != "value"
+    )
     torch.manual_seed(seed)
     prepared = prepare_model(base, source, model=model, tuner=tuner, family=family, needs=needs, dtype=dtype)
     value_head = None
@@ -74,13 +78,16 @@ def multiplies_bfloat16() -> bool:
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
-def _load_base(model: str, family: Family, options: dict[str, Any], device: torch.device | None) -> Any:
+def _load_base(
+    model: str, family: Family, options: dict[str, Any], device: torch.device | None, *, needs_output_head: bool
+) -> Any:
     """The model with its weights on a device, or spread over all GPUs where there is none."""
     if device is None:
-        return family.auto_class.from_pretrained(model, device_map="auto", **options)
-    if "quantization_config" in options:  # weights become 4 bits where they first arrive
-        return family.auto_class.from_pretrained(model, device_map={"": device}, **options)
-    return family.auto_class.from_pretrained(model, **options).to(device)
+        options = {**options, "device_map": "auto"}
+    elif "quantization_config" in options:  # weights become 4 bits where they first arrive
+        options = {**options, "device_map": {"": device}}
+    loaded = load_weights(family.auto_class, model, needs_output_head=needs_output_head, **options)
+    return loaded if "device_map" in options else loaded.to(device)
 
 
 def _quantisation(

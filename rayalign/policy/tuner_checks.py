@@ -5,11 +5,10 @@
 
 import importlib
 import importlib.util
-import json
 from pathlib import Path
 
 from rayalign.config.sections import ModelConfig, TunerConfig
-from rayalign.models.source import ADAPTER_CONFIG, ModelSource
+from rayalign.models.source import ModelSource, read_adapter_config
 
 
 def check_tuner(tuner: TunerConfig, source: ModelSource, *, on_gpu: bool) -> None:
@@ -34,7 +33,7 @@ def _check_stack(source: ModelSource) -> None:
         raise ValueError(
             "--stack_adapter true: there is no adapter to stand on. Pass its folder with --adapter, or leave the flag out."
         )
-    config = json.loads((Path(source.adapter) / ADAPTER_CONFIG).read_text())
+    config = read_adapter_config(Path(source.adapter))
     for extra in ("use_dora", "lora_bias"):
         if config.get(extra):
             raise ValueError(

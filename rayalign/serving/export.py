@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -24,7 +23,9 @@ from rayalign.config.sections import ExportConfig, ModelConfig
 from rayalign.models.registry import REGISTERED_MODELS, find_family
 from rayalign.models.source import ModelSource, local_model, resolve_model
 from rayalign.ops.value_head import find_value_head, load_value_head
+from rayalign.policy.adapters import merge_adapter
 from rayalign.policy.compat import keep_weight_names
+from rayalign.policy.weights import load_weights
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,10 @@ def write_sequence_classifier(
     source: ModelSource, folder: Path, *, layout: Literal["transformers", "vllm"] = "transformers", max_shard_size: str = "5GB"
 ) -> None:
     """Writes the merged weights with their head, the config and the processor into a folder."""
-    base: Any = AutoModelForImageTextToText.from_pretrained(source.base, dtype="auto")
+    base: Any = load_weights(AutoModelForImageTextToText, source.base, needs_output_head=False, dtype="auto")
     find_family(base.config.model_type)
     if source.adapter:
-        base = PeftModel.from_pretrained(base, source.adapter).merge_and_unload()
+        base = merge_adapter(base, source.adapter)
     config = base.config
     head = load_value_head(Path(source.adapter or source.base), config.get_text_config().hidden_size).summary
     processor = AutoProcessor.from_pretrained(_processor_folder(source))

@@ -1,6 +1,7 @@
 """The export of a reward model: one folder in sequence-classification form, with the scores that training gave it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -340,6 +341,43 @@ def test_a_model_without_a_head_is_refused(model_folder: Callable[..., Path], tm
         f"--model file://{tmp_path}/none: there is no such folder."
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_and_adapters_are_exported_whole_or_not_at_all(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    base, model = Path(shutil.copytree(model_folder("llava"), tmp_path / "base")), tmp_path / "model"
+    source, _ = reward_model(base, model)
+    adapter, weights = load_file(model / "adapter_model.safetensors"), load_file(base / "model.safetensors")
+    half = {name: value for name, value in adapter.items() if ".layers.0." in name}
+    save_file(half, model / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert "it lacks 14 tensors that its config asks for" in complaint(model=str(model), output_dir=str(tmp_path / "out"))
+    save_file(adapter, model / "adapter_model.safetensors", metadata={"format": "pt"})
+    lost = {name: value for name, value in weights.items() if "layers.1.mlp" not in name}
+    save_file(lost, base / "model.safetensors", metadata={"format": "pt"})
+    assert "its files lack 7 tensors" in complaint(model=str(model), output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    # The export has no output head.
+    save_file(
+        {name: value for name, value in weights.items() if name != "lm_head.weight"},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    write_sequence_classifier(source, tmp_path / "out")
+
+
+def test_an_adapter_with_old_names_is_exported_like_one_with_new_names(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, _ = reward_model(model_folder("llava"), tmp_path / "model")
+    write_sequence_classifier(source, tmp_path / "new")
+    file = tmp_path / "model" / "adapter_model.safetensors"
+    old = {name.replace("model.language_model.", "language_model.model."): value for name, value in load_file(file).items()}
+    save_file(old, file, metadata={"format": "pt"})
+    config = tmp_path / "model" / "adapter_config.json"
+    config.write_text(config.read_text().replace("model.language_model.", "language_model.model."))
+    write_sequence_classifier(source, tmp_path / "old")
+    new, mapped = (load_file(tmp_path / name / "model.safetensors") for name in ("new", "old"))
+    assert new.keys() == mapped.keys()
+    assert all(torch.equal(new[name], mapped[name]) for name in new)
 
 
 def test_a_folder_with_anything_else_in_it_is_never_overwritten(model_folder: Callable[..., Path], tmp_path: Path) -> None:
