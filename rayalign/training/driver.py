@@ -106,9 +106,8 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     Raises ValueError or FloatingPointError for what the user can fix.
     """
     folder = Store.at(str(config.run.output_dir))
-    # `newest_checkpoint` decides which checkpoints are whole.
+    # The workers find the newest whole checkpoint by its hashes.
     (folder / "checkpoints" / CHECKPOINT_LIST).delete()
-    prune_checkpoints(folder / "checkpoints", keep=1)
     started = time.time()
     logger.info("Starting %d train workers", config.cluster.num_workers)
     try:
