@@ -103,7 +103,18 @@ class Store:
             stream.write(content)
 
     def read_json(self) -> Any:
-        return json.loads(self.read_bytes())
+        """What the file holds; raises ValueError that names it where that is no JSON."""
+        try:
+            return json.loads(self.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.location} is damaged: it is no JSON ({error}).") from None
+
+    def read_json_object(self) -> dict[str, Any]:
+        """What the file holds; raises ValueError that names it where that is no JSON object."""
+        value = self.read_json()
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.location} is damaged: it holds no JSON object.")
+        return value
 
     def write_json(self, value: Any) -> None:
         self.write_bytes((json.dumps(value, indent=2) + "\n").encode())
