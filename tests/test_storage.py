@@ -1,9 +1,16 @@
+import io
 import os
 import pickle
+import random
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 
+from rayalign import storage
 from rayalign.storage import Store, is_url
 
 
@@ -129,3 +136,205 @@ def test_odd_names_work(folder: Store, name: str) -> None:
     (folder / name / "file").write_bytes(b"x")
     assert (folder / name / "file").read_bytes() == b"x"
     assert names(folder.list(), folder) == [name]
+
+
+class Flaky(pafs.FileSystemHandler):  # type: ignore[misc]  # pyarrow has no types
+    """A local disk below /flaky, behind calls that each fail `failures` times before they work."""
+
+    def __init__(self, root: Path, *, failures: int, error: OSError) -> None:
+        self._root, self._failures, self._error = root, failures, error
+        self._local = pafs.SubTreeFileSystem(str(root), pafs.LocalFileSystem())
+        self.calls: Counter[tuple[str, str]] = Counter()
+
+    def fails(self, failures: int) -> None:
+        self._failures = failures
+        self.calls.clear()
+
+    def fail_first(self, call: str, path: str) -> None:
+        self.calls[call, path] += 1
+        if self.calls[call, path] <= self._failures:
+            raise self._error
+
+    def get_type_name(self) -> str:
+        return "flaky"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        self.fail_first("info", paths[0])
+        return [
+            pafs.FileInfo(path, found.type, size=found.size) for path in paths for found in self._local.get_file_info([path])
+        ]
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        self.fail_first("list", selector.base_dir)
+        found: list[pafs.FileInfo] = self._local.get_file_info(selector)
+        return found
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        self.fail_first("create_dir", path)
+        self._local.create_dir(path, recursive=recursive)
+
+    def delete_dir(self, path: str) -> None:
+        self.fail_first("delete_dir", path)
+        self._local.delete_dir(path)
+
+    def delete_file(self, path: str) -> None:
+        self.fail_first("delete_file", path)
+        self._local.delete_file(path)
+
+    def open_input_stream(self, path: str) -> pa.NativeFile:
+        return self.open_input_file(path)
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        self.fail_first("open", path)
+        return pa.PythonFile(FlakyFile(self._root / path, self), mode="r")
+
+    def open_output_stream(self, path: str, metadata: object) -> pa.NativeFile:
+        self.fail_first("write", path)
+        return self._local.open_output_stream(path)
+
+    open_append_stream = delete_dir_contents = delete_root_dir_contents = move = copy_file = None
+
+
+class FlakyFile(io.BytesIO):
+    """Its first read at each place fails."""
+
+    def __init__(self, path: Path, system: Flaky) -> None:
+        super().__init__(path.read_bytes())
+        self._path, self._system = path, system
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._system.fail_first(f"read at {self.tell()}", str(self._path))
+        return super().read(size)
+
+
+RESET = OSError("When reading: AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 56, Recv failure")
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Store, Flaky]]:
+    """Makes a store on a file system whose calls fail so many times with an error."""
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 1e-4)
+
+    def make(failures: int, error: OSError = RESET) -> tuple[Store, Flaky]:
+        (tmp_path / "remote").mkdir(exist_ok=True)
+        system = Flaky(tmp_path / "remote", failures=failures, error=error)
+        files = pafs.PyFileSystem(system)
+        local = Store.resolve
+        monkeypatch.setattr(
+            Store,
+            "resolve",
+            lambda store: (files, store.location.removeprefix("flaky://")) if is_url(store.location) else local(store),
+        )
+        return Store("flaky://bucket"), system
+
+    return make
+
+
+def test_what_an_object_store_fails_at_is_tried_again(flaky: Callable[..., tuple[Store, Flaky]], tmp_path: Path) -> None:
+    store, system = flaky(1)
+    store.make_dir()
+    (store / "file").write_bytes(b"content")
+    assert (store / "file").read_bytes() == b"content"
+    assert (store / "file").exists()
+    assert store.is_dir()
+    assert [file.name for file in store.list()] == ["file"]
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "one").write_bytes(b"1" * 10_000)
+    (store / "folder").upload(tmp_path / "up")
+    (tmp_path / "down").mkdir()
+    (store / "folder").download(tmp_path / "down")
+    assert (tmp_path / "down" / "one").read_bytes() == b"1" * 10_000
+    (store / "file").delete()
+    (store / "folder").delete()
+    assert store.list() == []
+    tried = {call.split(" at ")[0] for call, _ in system.calls}
+    assert tried == {"create_dir", "write", "open", "read", "info", "list", "delete_file", "delete_dir"}
+
+
+def test_five_failures_in_a_row_are_borne(flaky: Callable[..., tuple[Store, Flaky]]) -> None:
+    store, system = flaky(storage.ATTEMPTS - 1)
+    store.make_dir()
+    (store / "file").write_bytes(b"content")
+    assert set(system.calls.values()) == {storage.ATTEMPTS}
+
+
+def test_single_reads_of_an_arrow_file_are_tried_again(flaky: Callable[..., tuple[Store, Flaky]], tmp_path: Path) -> None:
+    batches = [pa.record_batch({"a": list(range(i, i + 1000))}) for i in range(5)]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    store, system = flaky(0)
+    store.make_dir()
+    (store / "shard").write_bytes(sink.getvalue().to_pybytes())
+    file = (store / "shard").open_arrow()
+    system.fails(1)
+    for i in (3, 0, 4, 3):
+        assert file.get_batch(i) == batches[i]
+    assert max(system.calls.values()) > 1
+
+
+def test_an_object_store_that_goes_on_failing_is_told_with_its_own_words(flaky: Callable[..., tuple[Store, Flaky]]) -> None:
+    store, system = flaky(1000)
+    with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+        (store / "file").write_bytes(b"content")
+    assert system.calls == {("write", "bucket/file"): storage.ATTEMPTS}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("Path does not exist 'bucket/file'"),
+        PermissionError("no"),
+        OSError("When reading: AWS Error ACCESS_DENIED during HeadObject operation: No response body."),
+        OSError("AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation: The specified bucket does not exist"),
+        OSError("google::cloud::Status: could not create a OAuth2 access token: no credentials"),
+        OSError("Not a regular file: 'bucket'"),
+    ],
+)
+def test_what_will_not_change_is_not_asked_again(flaky: Callable[..., tuple[Store, Flaky]], error: OSError) -> None:
+    store, system = flaky(1, error)
+    with pytest.raises(type(error)) as caught:
+        (store / "file").read_bytes()
+    assert str(caught.value) == str(error)
+    assert system.calls == {("open", "bucket/file"): 1}
+
+
+def test_a_disk_is_not_asked_again(tmp_path: Path) -> None:
+    tries = []
+
+    def fail() -> None:
+        tries.append(1)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        Store(str(tmp_path)).retried(fail)
+    assert len(tries) == 1
+
+
+def test_waiting_draws_no_number_of_the_run(flaky: Callable[..., tuple[Store, Flaky]]) -> None:
+    store, _ = flaky(2)
+    before = random.getstate()
+    store.make_dir()
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "it is no JSON"),
+        (b'{"a": ', "it is no JSON"),
+        (b"\xff", "it is no JSON"),
+        (b"[" * 100_000, "it is no JSON"),
+        (b"[]", "it holds no JSON object."),
+        (b"1", "it holds no JSON object."),
+    ],
+)
+def test_a_damaged_json_file_is_told_by_its_name(folder: Store, content: bytes, problem: str) -> None:
+    (folder / "note.json").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        (folder / "note.json").read_json_object()
+    assert str(caught.value).startswith(f"{folder.location}/note.json is damaged: {problem}")

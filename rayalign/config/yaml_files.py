@@ -13,6 +13,9 @@ from rayalign.config.plugins import PLUGIN
 from rayalign.config.sections import PlanConfig, TuneConfig
 from rayalign.config.translate import translate_values
 
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError)
+"""What PyYAML raises for a text that is no YAML, or whose values are not of the type that their form or tag says."""
+
 
 def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str:
     """Every flag with its value, by section, each below its help; `--config` reads it back exactly."""
@@ -52,21 +55,31 @@ def _read_file(location: str) -> dict[str, Any]:
     from rayalign.storage import Store  # here, so that flags without files are read before a file system's library is loaded
 
     try:
-        text = Store.at(location).read_bytes().decode()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        return parse_flags(Store.at(location).read_bytes())
     except OSError as error:
         raise ValueError(f"--config {location}: can't be read ({error.strerror or error}).") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {location}: is not YAML ({error}).") from None
+    except ValueError as error:
+        raise ValueError(f"--config {location}: {error}") from None
+
+
+def parse_flags(content: bytes) -> dict[str, Any]:
+    """The flags in the bytes of a YAML file; raises ValueError that says what is wrong with the file, without its name."""
+    try:
+        text = content.decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("is nested too deep.") from None
+    except YAML_ERRORS as error:
+        raise ValueError(f"is not YAML ({error}).") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"--config {location}: must hold lines of `flag: value`.")
+        raise ValueError("must hold lines of `flag: value`.")
     keys = [key.value for key, _ in root.value]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise ValueError(f"--config {location}: {', '.join(twice)} is given more than once.")
+        raise ValueError(f"{', '.join(twice)} is given more than once.")
     return {str(key): value for key, value in values.items()}
 
 

@@ -60,7 +60,7 @@ def reference_key(
     """The key of the reference of a run. `dtype` is the type of the arithmetic on devices of the type `device`;
     `companion`: the one whose rows are scored, too."""
     is_folder = Path(source.base).is_dir()
-    weights = _content_hashes(Path(source.base)) if is_folder else {source.base: _hub_revision(source.base)}
+    weights = _content_hashes(Path(source.base)) if is_folder else {source.base: hub_revision(source.base)}
     full = tuner.sft_type == "full"
     quantised = tuner.quant_bits is not None
     settings = {
@@ -84,7 +84,7 @@ def check_reference(config: Config, key: ReferenceKey) -> None:
     note = Store.at(str(config.run.output_dir)) / REFERENCE_NOTE
     now = {"weights": dict(key.weights), "adapter": dict(key.adapter)}
     if note.exists():
-        before = note.read_json()
+        before = _weights_before(note)
         changed = sorted(
             f"{kind} {name}"
             for kind, files in now.items()
@@ -100,13 +100,29 @@ def check_reference(config: Config, key: ReferenceKey) -> None:
     note.write_json(now)
 
 
-def _hub_revision(model: str) -> str:
+def _weights_before(note: Store) -> Mapping[str, Mapping[str, str]]:
+    remedy = "Pass --overwrite true to start anew."
+    try:
+        before = note.read_json_object()
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}") from None
+    if not all(isinstance(before.get(kind), dict) for kind in ("weights", "adapter")):
+        raise ValueError(f"{note.location} is damaged: it names no weights. {remedy}")
+    return before
+
+
+def hub_revision(model: str) -> str:
     """The commit of a model of the hub: the name of the cache's folder that its files are in."""
     return Path(str(cached_file(model, "config.json"))).parent.name
 
 
+def hashed_files(folder: Path) -> list[Path]:
+    """The files of a model's or adapter's folder that its outputs depend on, by name."""
+    return sorted(file for file in folder.iterdir() if file.name in HASHED_NAMES or file.name.endswith(HASHED_SUFFIXES))
+
+
 def _content_hashes(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.iterdir() if file.name in HASHED_NAMES or file.name.endswith(HASHED_SUFFIXES))
+    files = hashed_files(folder)
     with ThreadPoolExecutor() as threads:  # hashing lets other threads run
         return dict(zip([file.name for file in files], threads.map(_content_hash, files), strict=True))
 

@@ -21,6 +21,7 @@ from rayalign.reference.precompute import with_reference
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import SearchRange, check_search
 from rayalign.training.driver import fit, join_cluster
+from rayalign.training.origin import check_origin
 from rayalign.training.run_folder import open_run, with_output_dir
 
 logger = logging.getLogger(__name__)
@@ -87,8 +88,9 @@ def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
         {**sampled, "output_dir": folder.location, "cache_dir": cache_of(config).location, "overwrite": False}
     )
     open_run(trial)
-    data = with_reference(trial, prepare_run(trial), several_runs=True)
-    fit(trial, data, callbacks=[TuneReportCallback()])
+    data = prepare_run(trial)
+    check_origin(trial, data)
+    fit(trial, with_reference(trial, data, several_runs=True), callbacks=[TuneReportCallback()])
 
 
 def _to_ray(values: SearchRange) -> Any:

@@ -1,13 +1,15 @@
 """What a checkpoint holds, and how the newest whole one is found.
 
-A checkpoint folder is complete or it does not count: its manifest, which names every file with size and hash, is checked before
-the folder is used, so an upload cut short is passed over. Only safetensors and JSON: nothing is unpickled.
+A checkpoint folder is complete or it does not count: its manifest names every file with size and hash. A run that goes on reads
+the newest checkpoint, and deletes others only when every worker holds its content with the right hashes. Only safetensors and
+JSON: nothing is unpickled.
 """
 
 import hashlib
 import json
 import logging
-import tempfile
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from rayalign.storage import Store
+from rayalign.training.distributed import gather
 
 if TYPE_CHECKING:
     from rayalign.policy.policy import Policy
@@ -26,15 +29,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+WEIGHTS, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 REMEDY = "Continue the run with the flags that it began with, or choose another --output_dir."
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on storage, taken after `step` optimizer steps."""
+    """A checkpoint on storage, taken after `step` optimizer steps."""
 
     store: Store
     step: int
+
+
+@dataclass(frozen=True)
+class FetchedCheckpoint:
+    """A checkpoint whose files are in the local `folder`, each with the hash that it was saved with."""
+
+    store: Store
+    step: int
+    folder: Path
 
 
 def write_checkpoint(
@@ -43,37 +56,28 @@ def write_checkpoint(
     """Writes the trainable weights, the optimizer's moments, the number of steps done and float16's loss scale; the manifest
     last."""
     names = {id(p): name for name, p in policy.trainable.items()}
-    save_file({name: p.detach().contiguous() for name, p in policy.trainable.items()}, folder / "trainable.safetensors")
+    save_file({name: p.detach().contiguous() for name, p in policy.trainable.items()}, folder / WEIGHTS)
     moments = {
         f"{names[id(p)]}|{key}": value.detach().contiguous().clone()
         for p, state in optimizer.state.items()
         for key, value in state.items()
     }
-    save_file(moments, folder / "optimizer.safetensors")
+    save_file(moments, folder / MOMENTS)
     state: dict[str, Any] = {"step": step, "torch": torch.__version__}
     if scaler is not None and scaler.is_enabled():
         state["loss_scale"] = scaler.state_dict()
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / STATE).write_text(json.dumps(state))
     files = {file.name: _file_entry(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(files))
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, policy: "Policy", optimizer: Optimizer, *, scaler: GradScaler | None = None
+    checkpoint: FetchedCheckpoint, policy: "Policy", optimizer: Optimizer, *, scaler: GradScaler | None = None
 ) -> None:
     """Restores weights, optimizer and loss scale in place. Raises ValueError where the checkpoint is of another model, adapter
     or precision."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        checkpoint.store.download(folder)
-        for name, entry in json.loads((folder / MANIFEST).read_text()).items():
-            if _file_entry(folder / name) != entry:
-                raise ValueError(
-                    f"The checkpoint {checkpoint.store.location} is damaged: {name} does not have the hash it was saved with. "
-                    "Delete its folder; the same command then continues from an earlier checkpoint, or from the start."
-                )
-        weights, moments = load_file(folder / "trainable.safetensors"), load_file(folder / "optimizer.safetensors")
-        loss_scale = json.loads((folder / "state.json").read_text()).get("loss_scale")
+    weights, moments = load_file(checkpoint.folder / WEIGHTS), load_file(checkpoint.folder / MOMENTS)
+    loss_scale = json.loads((checkpoint.folder / STATE).read_text()).get("loss_scale")
     parameters = policy.trainable
     if set(weights) != set(parameters):
         odd = sorted(set(weights) ^ set(parameters))[:3]
@@ -107,22 +111,33 @@ def load_checkpoint(
         )
 
 
-def newest_checkpoint(folder: Store) -> Checkpoint | None:
-    """The whole checkpoint with the most steps; incomplete ones are passed over with a warning."""
-    for checkpoint in sorted(_candidates(folder), key=lambda c: c.step, reverse=True):
-        problem = _what_is_wrong(checkpoint.store)
+def fetch_newest(folder: Store, temporary: Path, *, gather: Callable[[Any], list[Any]] = gather) -> FetchedCheckpoint | None:
+    """The checkpoint with the most steps that every worker can read whole, hashes and all, copied into `temporary`; those that
+    are damaged are passed over with a warning. Every worker calls it, and gets the same one."""
+    listed: list[Checkpoint] = gather(_newest_first(folder))[0]
+    for checkpoint in listed:
+        copy = temporary / checkpoint.store.name
+        problem = next(filter(None, gather(_fetch(checkpoint.store, copy))), None)
         if problem is None:
-            return checkpoint
+            return FetchedCheckpoint(checkpoint.store, checkpoint.step, copy)
         logger.warning("Passing over checkpoint %s: %s.", checkpoint.store.location, problem)
+        shutil.rmtree(copy)
     return None
 
 
+def delete_others(folder: Store, keep: FetchedCheckpoint) -> None:
+    """Deletes every checkpoint but the one that a run goes on from, once every worker has read it."""
+    for checkpoint in _newest_first(folder):
+        if checkpoint.store != keep.store:
+            checkpoint.store.delete()
+
+
 def prune_checkpoints(folder: Store, *, keep: int) -> None:
-    """Deletes all but the newest `keep` whole checkpoints, and every incomplete one. Not while a run is writing."""
-    by_step = sorted(_candidates(folder), key=lambda c: c.step, reverse=True)
+    """Deletes all but the newest `keep` checkpoints, and every incomplete one, after a run that has come to its end. Looks at
+    names and sizes only: the result is written, and no content is read for it."""
     whole = 0
-    for checkpoint in by_step:
-        problem = _what_is_wrong(checkpoint.store)
+    for checkpoint in _newest_first(folder):
+        problem = _what_is_missing(checkpoint.store)
         whole += problem is None
         if problem is not None:
             logger.warning("Deleting the damaged checkpoint %s: %s.", checkpoint.store.location, problem)
@@ -130,37 +145,73 @@ def prune_checkpoints(folder: Store, *, keep: int) -> None:
             checkpoint.store.delete()
 
 
+def has_checkpoint(folder: Store) -> bool:
+    """Whether a run got as far as its first finished checkpoint, whatever has happened to it since."""
+    return any((checkpoint.store / MANIFEST).exists() for checkpoint in _newest_first(folder))
+
+
 def checkpoint_name(step: int, attempt: str) -> str:
     """The folder name after `step` steps; `attempt` keeps apart what two starts of one run wrote."""
     return f"step_{step:08d}_{attempt}"
 
 
-def _candidates(folder: Store) -> list[Checkpoint]:
+def _newest_first(folder: Store) -> list[Checkpoint]:
     found = []
     for store in folder.list():
         match store.name.split("_"):
-            case ["step", step, _] if step.isdigit():
+            case ["step", step, _] if step.isdecimal():
                 found.append(Checkpoint(store, int(step)))
-    return found
+    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
-def _what_is_wrong(store: Store) -> str | None:
+def _fetch(store: Store, copy: Path) -> str | None:
+    """Copies a checkpoint's files into the new folder `copy`; returns what is wrong with them."""
+    copy.mkdir()
+    problem = _what_is_missing(store)
+    if problem is not None:
+        return problem
+    store.download(copy)
+    for name, entry in _parse_manifest((copy / MANIFEST).read_bytes()).items():
+        if _file_entry(copy / name) != entry:
+            return f"{name} does not have the hash it was saved with"
+    return None
+
+
+def _what_is_missing(store: Store) -> str | None:
+    """What is wrong with a checkpoint as far as its manifest and the sizes of its files tell."""
     sizes = {file.name: file.info().size for file in store.list()}
     if MANIFEST not in sizes:
         return "it has no manifest, so it was never finished"
     try:
-        manifest = (store / MANIFEST).read_json()
-    except json.JSONDecodeError:
-        return "its manifest is cut short"
+        manifest = _parse_manifest((store / MANIFEST).read_bytes())
+    except ValueError as error:
+        return str(error)
     for name, entry in manifest.items():
         if sizes.get(name) != entry["size"]:
-            return f"{name} has {sizes.get(name, 0)} of {entry['size']} bytes"
+            return f"{name} has {sizes.get(name) or 0} of {entry['size']} bytes"
     return None
 
 
+def _parse_manifest(content: bytes) -> Mapping[str, Any]:
+    """Size and hash of each file by its name; raises ValueError where the manifest is damaged."""
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("its manifest is cut short or no JSON") from None
+    if not isinstance(manifest, dict) or set(manifest) != {WEIGHTS, MOMENTS, STATE}:
+        raise ValueError(f"its manifest does not name {WEIGHTS}, {MOMENTS} and {STATE}")
+    if not all(isinstance(entry, dict) and {"size", "sha256"} <= set(entry) for entry in manifest.values()):
+        raise ValueError("its manifest lacks sizes and hashes")
+    return manifest
+
+
 def _file_entry(file: Path) -> dict[str, Any]:
-    content = file.read_bytes()
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as content:
+        while block := content.read(2**22):
+            digest.update(block)
+            size += len(block)
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def _on_device(step: Tensor, parameter: Tensor, optimizer: Optimizer) -> Tensor:

@@ -34,7 +34,8 @@ from rayalign.models.source import resolve_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.storage import Store
 from rayalign.training.checkpoint import prune_checkpoints
-from rayalign.training.run_folder import open_run, with_output_dir, write_results
+from rayalign.training.origin import check_origin
+from rayalign.training.run_folder import dropped_lines, open_run, with_output_dir, write_results
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def run(config: Config) -> Result:
     except TooManyDropped as error:
         _write_dropped(folder, error.dropped)
         raise
-    _write_dropped(folder, [line for some in (data.training, data.held_out) if some for line in some.dropped()])
+    _write_dropped(folder, dropped_lines(data))
+    check_origin(config, data)
     # It loads what models need; Ray Train's controller imports this module, too, and needs none of it.
     from rayalign.reference.precompute import with_reference
 
@@ -106,9 +108,8 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     Raises ValueError or FloatingPointError for what the user can fix.
     """
     folder = Store.at(str(config.run.output_dir))
-    # `newest_checkpoint` decides which checkpoints are whole.
+    # The workers find the newest whole checkpoint by its hashes.
     (folder / "checkpoints" / CHECKPOINT_LIST).delete()
-    prune_checkpoints(folder / "checkpoints", keep=1)
     started = time.time()
     logger.info("Starting %d train workers", config.cluster.num_workers)
     try:
@@ -162,6 +163,7 @@ def _summary(config: Config, data: RunData, result: WorkerResult, *, seconds: fl
         "steps": result.num_steps,
         "training_records": result.num_training_records,
         "held_out_records": result.num_held_out_records,
+        "dropped_records": len(dropped_lines(data)),
         "seconds": seconds,
         "num_workers": config.cluster.num_workers,
         "global_batch_size": config.global_batch_size,

@@ -122,6 +122,13 @@ class MetricsLog:
         self.flush()
 
     def append(self, line: Mapping[str, float]) -> None:
+        """Adds a line. One that stands already, with the same names at the same step, is replaced: a run that was killed
+        between its last step and its end is evaluated again."""
+        for index, before in enumerate(self.lines):
+            if before["step"] == line["step"] and before.keys() == line.keys():
+                self.lines[index] = dict(line)
+                self.flush()
+                return
         self.lines.append(dict(line))
         local = self._store.local_path
         if local is not None:

@@ -27,7 +27,14 @@ from rayalign.policy.loading import load_policy, multiplies_bfloat16
 from rayalign.policy.saving import save_policy
 from rayalign.progress import Progress
 from rayalign.storage import Store
-from rayalign.training.checkpoint import checkpoint_name, load_checkpoint, newest_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import (
+    FetchedCheckpoint,
+    checkpoint_name,
+    delete_others,
+    fetch_newest,
+    load_checkpoint,
+    write_checkpoint,
+)
 from rayalign.training.distributed import gather, start_alike
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import MetricsLog
@@ -42,14 +49,16 @@ def train_worker(config: Config, data: RunData) -> WorkerResult | Stopped:
     Returns the error where every worker meets it, and would meet it again: flags that don't fit the model, a loss that is no
     longer finite. Any other error is raised, so that Ray ends the workers that wait for this one.
     """
-    worker = outcome_of(lambda: _Worker(config, data), errors=(ValueError,))
+    with tempfile.TemporaryDirectory() as temporary:
+        worker = outcome_of(lambda: _Worker(config, data, Path(temporary)), errors=(ValueError,))
     return worker if isinstance(worker, Stopped) else outcome_of(worker.train, errors=(FloatingPointError,))
 
 
 class _Worker:
     """One train worker: its share of the data, policy and optimizer, and the metrics so far."""
 
-    def __init__(self, config: Config, data: RunData) -> None:
+    def __init__(self, config: Config, data: RunData, temporary: Path) -> None:
+        """Goes on from the newest whole checkpoint, which is fetched into `temporary`."""
         self.config = config
         self.data = data
         self.folder = Store.at(str(config.run.output_dir))
@@ -62,7 +71,7 @@ class _Worker:
         self.sampler = sampler_of(config, data)
         if data.held_out and self.sampler.settings.with_partners:
             require_partners(data.held_out.num_rows, "in --val_dataset")
-        checkpoint = newest_checkpoint(self.folder / "checkpoints")
+        checkpoint = fetch_newest(self.folder / "checkpoints", temporary)
         self.start_step = checkpoint.step if checkpoint else 0
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
         self.tables = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
@@ -82,6 +91,7 @@ class _Worker:
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.sampler.num_steps, rank=self.rank)
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
+            self._delete_others(checkpoint)
         self.held_out_pairs: dict[str, dict[str, float]] = {}
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
         self.latest_metrics: dict[str, float] = {}
@@ -91,6 +101,12 @@ class _Worker:
         if self.device.type == "cpu" and policy.dtype == torch.float32 and multiplies_bfloat16():
             self._say("This CPU multiplies in bfloat16: with --dtype bfloat16 a step takes about 0.6 of the time")
         self.progress = Progress(self.sampler.num_steps - self.start_step)
+
+    def _delete_others(self, loaded: FetchedCheckpoint) -> None:
+        """Deletes what earlier starts of the run left. Those of this start are Ray Train's to count and delete."""
+        all_have_read = gather(ray.train.get_checkpoint() is None)
+        if self.rank == 0 and all(all_have_read):
+            delete_others(self.folder / "checkpoints", loaded)
 
     def train(self) -> WorkerResult:
         stream = pairs_in_order(

@@ -240,6 +240,12 @@ def test_a_file_is_read_by_url(tmp_path: Path):
         ("- beta\n", "--config FILE: must hold lines of `flag: value`."),
         ("beta: 1\nbeta: 2\n", "--config FILE: beta is given more than once."),
         ("batch_size: true\n", "--batch_size True: must be a whole number."),
+        ("a: " + "[" * 900, "--config FILE: is nested too deep."),
+        ("{a: " * 900, "--config FILE: is nested too deep."),
+        ("a: 2024-13-45\n", "--config FILE: is not YAML (month must be in 1..12)."),
+        ("a: !!bool maybe\n", "--config FILE: is not YAML ('maybe')."),
+        ("a: !!int ''\n", "--config FILE: is not YAML (string index out of range)."),
+        ("a: !!timestamp soon\n", "--config FILE: is not YAML ('NoneType' object has no attribute 'groupdict')."),
         ("output_dir:\n  deeper: 1\n", "--output_dir {'deeper': 1}: must be text or none."),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_run_whose_driver_was_killed_resumes_to_the_same_weights_past_a_checkp
     (folder / "checkpoints" / "checkpoint_manager_snapshot.json").write_text('{"cut sho')
     output = cluster_of_four_cpus.run(*words)
     assert "Continuing the unfinished run" in output
-    assert f"Deleting the damaged checkpoint {newest}: trainable.safetensors has 100 of" in output
+    assert f"Passing over checkpoint {newest}: trainable.safetensors has 100 of" in output
     assert f"Training DPO from step {int(older.name.split('_')[1])} to 36" in output
     assert_same_run(undisturbed, folder)
 

@@ -42,7 +42,8 @@ def dpo_run(cluster_of_four_cpus: Cluster, sft_run: Path, good_records: Path) ->
 def test_a_run_leaves_the_whole_folder(dpo_run: Path) -> None:
     names = {path.name for path in dpo_run.iterdir()}
     assert names == {
-        "config.yaml", "metrics.jsonl", "dropped.jsonl", "reference.json", "checkpoints", "model", "report.html", "summary.json"
+        "config.yaml", "metrics.jsonl", "dropped.jsonl", "origin.json", "reference.json", "checkpoints", "model", "report.html",
+        "summary.json",
     }  # fmt: skip
     summary = json.loads((dpo_run / "summary.json").read_text())
     assert summary["training_records"] == 36

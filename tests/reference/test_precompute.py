@@ -551,6 +551,18 @@ def test_an_unfinished_run_does_not_go_on_with_another_model(weights: ModelSourc
     assert json.loads((tmp_path / "run" / "reference.json").read_text()) == note
 
 
+@pytest.mark.parametrize("note", ["[]", "{}", '{"weights": {}, "adapter": "none"}', '{"weights": {', ""])
+def test_a_damaged_note_of_the_reference_is_told_with_its_file(tmp_path: Path, note: str) -> None:
+    file = tmp_path / "reference.json"
+    file.write_text(note)
+    config = config_of(DPO(), output_dir=str(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        check_reference(config, ReferenceKey({}, {}, {}))
+    assert str(caught.value).startswith(f"{file} is damaged: it ")
+    assert str(caught.value).endswith(" Pass --overwrite true to start anew.")
+    assert file.read_text() == note
+
+
 @pytest.mark.parametrize("name", [name for name, algorithm in ALGORITHMS.items() if not algorithm().needs.reference])
 def test_there_is_nothing_to_compute_without_a_reference(name: str) -> None:
     with pytest.raises(ValueError) as caught:

@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from rayalign.data.batch import PairBatch
 from rayalign.data.sampler import StepCounts
 from rayalign.storage import Store
 from rayalign.training.checkpoint import (
-    Checkpoint,
+    FetchedCheckpoint,
     checkpoint_name,
+    delete_others,
+    fetch_newest,
+    has_checkpoint,
     load_checkpoint,
-    newest_checkpoint,
     prune_checkpoints,
     write_checkpoint,
 )
@@ -86,10 +89,24 @@ def checkpoints(tmp_path: Path, trained: Trainer) -> Store:
     return Store(str(tmp_path / "checkpoints"))
 
 
-def newest_of(checkpoints: Store) -> Checkpoint:
-    newest = newest_checkpoint(checkpoints)
+def fetch(checkpoints: Store) -> FetchedCheckpoint | None:
+    return fetch_newest(checkpoints, Path(tempfile.mkdtemp(dir=Path(checkpoints.location.removeprefix("file://")).parent)))
+
+
+def newest_of(checkpoints: Store) -> FetchedCheckpoint:
+    newest = fetch(checkpoints)
     assert newest is not None
     return newest
+
+
+def flip_a_bit(file: Store) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def names_in(folder: Store) -> list[str]:
+    return [store.name for store in folder.list()]
 
 
 def test_weights_and_moments_come_back_bit_for_bit(folder: Path, trained: Trainer, checkpoints: Store) -> None:
@@ -117,13 +134,12 @@ def test_the_next_steps_from_a_checkpoint_equal_the_undisturbed_ones(
 def test_a_checkpoint_before_the_first_step_can_be_loaded(folder: Path, tmp_path: Path) -> None:
     fresh, other = trainer_of(folder, seed=1), trainer_of(folder, seed=2)
     write_checkpoint(tmp_path, fresh.policy, fresh.optimizer, step=0)
-    load_checkpoint(Checkpoint(Store(str(tmp_path)), 0), other.policy, other.optimizer)
+    load_checkpoint(FetchedCheckpoint(Store(str(tmp_path)), 0, tmp_path), other.policy, other.optimizer)
     assert equal(weights_of(fresh), weights_of(other))
 
 
 def test_a_checkpoint_holds_only_safetensors_and_json(checkpoints: Store, trained: Trainer) -> None:
-    place = newest_of(checkpoints).store.local_path
-    assert place is not None
+    place = newest_of(checkpoints).folder
     assert sorted(file.name for file in place.iterdir()) == FILES
     with safe_open(place / "trainable.safetensors", framework="pt") as weights:
         assert set(weights.keys()) == set(trained.policy.trainable)
@@ -135,24 +151,27 @@ def test_a_checkpoint_holds_only_safetensors_and_json(checkpoints: Store, traine
 
 def test_the_newest_is_the_one_with_the_most_steps_whatever_else_lies_there(checkpoints: Store) -> None:
     (checkpoints / "step_99_notes.txt").write_bytes(b"")
-    (checkpoints / "step_x_a" / "manifest.json").write_json({})
+    for name in ("step_x_a", "step_²_a"):
+        (checkpoints / name / "manifest.json").write_json({})
     (checkpoints / "old" / "manifest.json").write_json({})
     with_later_attempt = checkpoints / checkpoint_name(3, "z")
     shutil.copytree((checkpoints / checkpoint_name(3, "a")).location, with_later_attempt.location)
     (checkpoints / "step_99_notes.txt").delete()
-    assert newest_of(checkpoints) == Checkpoint(checkpoints / "step_00000020_a", 20)
+    newest = newest_of(checkpoints)
+    assert (newest.store, newest.step) == (checkpoints / "step_00000020_a", 20)
 
 
 def test_an_empty_or_absent_folder_holds_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_checkpoint(Store(str(tmp_path))) is None
-    assert newest_checkpoint(Store(str(tmp_path / "nothing"))) is None
+    for folder in (Store(str(tmp_path / "nothing")), Store(str(tmp_path))):
+        assert fetch_newest(folder, tmp_path) is None
+        assert not has_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
         ("no manifest", "it has no manifest, so it was never finished"),
-        ("half a manifest", "its manifest is cut short"),
+        ("half a manifest", "its manifest is cut short or no JSON"),
         ("half the weights", "trainable.safetensors has 100 of {size} bytes"),
         ("no moments", "optimizer.safetensors has 0 of {size} bytes"),
     ],
@@ -173,21 +192,87 @@ def test_an_incomplete_checkpoint_is_passed_over_with_the_reason(
     assert caplog.messages == [f"Passing over checkpoint {store.location}: {problem.format(size=size)}."]
 
 
-def test_a_flipped_bit_is_found_out_before_anything_is_restored(folder: Path, checkpoints: Store) -> None:
-    newest = newest_of(checkpoints)
-    file = Path((newest.store / "trainable.safetensors").location)
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+@pytest.mark.parametrize(
+    ("manifest", "problem"),
+    [
+        (b"[]", "does not name trainable.safetensors, optimizer.safetensors and state.json"),
+        (b"{}", "does not name trainable.safetensors, optimizer.safetensors and state.json"),
+        (b"null", "does not name trainable.safetensors, optimizer.safetensors and state.json"),
+        (
+            b'{"../../secret": {"size": 0, "sha256": ""}}',
+            "does not name trainable.safetensors, optimizer.safetensors and state.json",
+        ),
+        (b'{"trainable.safetensors": 1, "optimizer.safetensors": 2, "state.json": 3}', "lacks sizes and hashes"),
+        (b"", "is cut short or no JSON"),
+        (b"\xff\xfe\x00", "is cut short or no JSON"),
+        (b"[" * 100_000, "is cut short or no JSON"),
+    ],
+    ids=["list", "empty", "null", "other files", "numbers", "nothing", "no text", "deep"],
+)
+def test_a_damaged_manifest_is_passed_over_with_the_reason(
+    checkpoints: Store, caplog: pytest.LogCaptureFixture, manifest: bytes, problem: str
+) -> None:
+    store = newest_of(checkpoints).store
+    (store / "manifest.json").write_bytes(manifest)
+    with caplog.at_level(logging.WARNING, logger="rayalign.training.checkpoint"):
+        assert newest_of(checkpoints).step == 3
+    assert caplog.messages == [f"Passing over checkpoint {store.location}: its manifest {problem}."]
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_after_a_flipped_bit_the_checkpoint_before_is_taken_and_only_then_are_others_deleted(
+    folder: Path, trained: Trainer, checkpoints: Store, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    damaged = checkpoints / checkpoint_name(20, "a")
+    flip_a_bit(damaged / name)
+    with caplog.at_level(logging.WARNING, logger="rayalign.training.checkpoint"):
+        newest = newest_of(checkpoints)
+    assert caplog.messages == [f"Passing over checkpoint {damaged.location}: {name} does not have the hash it was saved with."]
+    assert newest.step == 3
+    assert names_in(checkpoints) == ["step_00000003_a", "step_00000020_a"]
     other = trainer_of(folder, seed=2)
-    before = weights_of(other)
-    with pytest.raises(ValueError) as caught:
-        load_checkpoint(newest, other.policy, other.optimizer)
-    assert str(caught.value) == (
-        f"The checkpoint {newest.store.location} is damaged: trainable.safetensors does not have the hash it was saved with. "
-        "Delete its folder; the same command then continues from an earlier checkpoint, or from the start."
-    )
-    assert equal(weights_of(other), before)
+    load_checkpoint(newest, other.policy, other.optimizer)
+    assert equal(weights_of(other), weights_of(trained))
+    delete_others(checkpoints, newest)
+    assert names_in(checkpoints) == ["step_00000003_a"]
+
+
+def test_where_no_checkpoint_is_whole_none_is_taken_and_none_is_deleted(checkpoints: Store) -> None:
+    for store in checkpoints.list():
+        flip_a_bit(store / "optimizer.safetensors")
+    assert fetch(checkpoints) is None
+    assert names_in(checkpoints) == ["step_00000003_a", "step_00000020_a"]
+    assert has_checkpoint(checkpoints)
+
+
+def test_a_checkpoint_that_one_worker_cannot_read_is_taken_by_none(checkpoints: Store, tmp_path: Path) -> None:
+    def gather_with_a_worker_that_reads_badly(value: Any) -> list[Any]:
+        if isinstance(value, list):
+            return [value, []]  # its view of the folder doesn't count, either
+        calls.append(value)
+        return [value, "state.json does not have the hash it was saved with" if len(calls) == 1 else None]
+
+    calls: list[Any] = []
+    newest = fetch_newest(checkpoints, tmp_path, gather=gather_with_a_worker_that_reads_badly)
+    assert newest is not None
+    assert newest.step == 3
+    assert calls == [None, None]
+
+
+def test_what_is_fetched_stays_readable_when_storage_loses_it(folder: Path, trained: Trainer, checkpoints: Store) -> None:
+    newest = newest_of(checkpoints)
+    newest.store.delete()
+    other = trainer_of(folder, seed=2)
+    load_checkpoint(newest, other.policy, other.optimizer)
+    assert equal(weights_of(other), weights_of(trained))
+
+
+def test_a_run_has_a_checkpoint_once_one_was_finished(tmp_path: Path) -> None:
+    checkpoints = Store(str(tmp_path))
+    (checkpoints / checkpoint_name(3, "a") / "trainable.safetensors").write_bytes(b"half")
+    assert not has_checkpoint(checkpoints)
+    (checkpoints / checkpoint_name(3, "a") / "manifest.json").write_bytes(b"damaged since")
+    assert has_checkpoint(checkpoints)
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(folder: Path, checkpoints: Store) -> None:
@@ -218,10 +303,12 @@ def test_a_checkpoint_of_another_precision_is_refused(
     write_checkpoint(tmp_path, one.policy, one.optimizer, step=0, scaler=one.scaler)
     before = weights_of(other)
     with pytest.raises(ValueError) as caught:
-        load_checkpoint(Checkpoint(Store(str(tmp_path)), 0), other.policy, other.optimizer, scaler=other.scaler)
+        load_checkpoint(
+            FetchedCheckpoint(Store(str(tmp_path)), 0, tmp_path), other.policy, other.optimizer, scaler=other.scaler
+        )
     assert str(caught.value) == f"The checkpoint {tmp_path} {types}. Pass the same --dtype."
     assert equal(weights_of(other), before)
-    load_checkpoint(Checkpoint(Store(str(tmp_path)), 0), one.policy, one.optimizer, scaler=one.scaler)
+    load_checkpoint(FetchedCheckpoint(Store(str(tmp_path)), 0, tmp_path), one.policy, one.optimizer, scaler=one.scaler)
 
 
 def test_pruning_keeps_the_newest_whole_ones_and_no_incomplete_one(checkpoints: Store) -> None:
@@ -243,4 +330,4 @@ def test_an_upload_that_was_cut_short_does_not_count(checkpoints: Store, tmp_pat
     newest = newest_of(remote)
     assert newest.step == 20
     (newest.store / "optimizer.safetensors").delete()
-    assert newest_checkpoint(remote) is None
+    assert fetch(remote) is None

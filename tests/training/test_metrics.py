@@ -100,6 +100,19 @@ def test_a_resumed_run_forgets_the_lines_after_its_checkpoint_and_a_line_cut_sho
     assert read_metrics(file) == [{"step": 5, "loss": 1}, {"step": 10, "loss": 2}, {"step": 15, "loss": 4}]
 
 
+def test_an_evaluation_made_again_after_a_kill_stands_once(file: Store) -> None:
+    log = MetricsLog(file, start_step=0)
+    lines = [{"step": 10, "loss": 1}, {"step": 10, "eval_loss": 2}, {"step": 12, "loss": 3}, {"step": 12, "eval_loss": 4}]
+    for line in lines:
+        log.append(line)
+    again = MetricsLog(file, start_step=12)  # killed after the last step
+    again.append({"step": 12, "eval_loss": 4.5})
+    assert read_metrics(file) == again.lines == [*lines[:3], {"step": 12, "eval_loss": 4.5}]
+    again.append({"step": 13, "eval_loss": 5})
+    assert read_metrics(file) == again.lines
+    assert len(again.lines) == 5
+
+
 def test_a_run_without_metrics_has_no_lines(tmp_path: Path) -> None:
     assert read_metrics(Store(str(tmp_path / "nothing.jsonl"))) == []
 

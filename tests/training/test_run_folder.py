@@ -14,7 +14,8 @@ from rayalign.data.encode import EncoderSpec
 from rayalign.data.prepare import RunData
 from rayalign.data.store import EncodedPair, PreparedData
 from rayalign.models.source import ModelSource
-from rayalign.training.run_folder import CONTENTS, FREE_TO_CHANGE, open_run, write_results
+from rayalign.storage import Store
+from rayalign.training.run_folder import CONTENTS, FREE_TO_CHANGE, dropped_lines, open_run, write_results
 
 WAY_OUT = "Pass --overwrite true to delete it, or another --output_dir."
 
@@ -33,7 +34,17 @@ def refusal(config: Config) -> str:
 def unfinished(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     open_run(config_of(folder))
+    finish_a_checkpoint(folder)
     return folder
+
+
+def finish_a_checkpoint(folder: Path) -> None:
+    (folder / "checkpoints" / "step_00000010_a").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000010_a" / "manifest.json").write_text("{}")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_new_run_makes_its_folder_and_writes_every_flag(tmp_path: Path) -> None:
@@ -105,6 +116,7 @@ def test_a_run_keeps_the_text_of_its_plugins_and_continues_with_no_other(tmp_pat
         return config_from_mapping(DPO, {"output_dir": str(folder), "model": "m", "dataset": "d.jsonl"}, plugins=plugins)
 
     open_run(config(Plugin("/job_1/my_format.py", text)))
+    finish_a_checkpoint(folder)
     assert (folder / "plugins" / "my_format.py").read_text() == text
     open_run(config(Plugin("/job_2/my_format.py", text)))  # a job's folder has another name each time
     changed = f"--output_dir {folder} holds an unfinished run with another configuration:\n  plugin: my_format -> "
@@ -126,6 +138,129 @@ def test_an_unfinished_run_is_not_continued_against_the_users_will(unfinished: P
     assert refusal(config_of(unfinished, resume=False)) == expected
 
 
+def test_the_folder_of_a_run_and_its_cache_may_move(unfinished: Path, tmp_path: Path) -> None:
+    moved = unfinished.rename(tmp_path / "renamed")
+    open_run(config_of(moved, cache_dir=str(tmp_path / "cache")))
+    assert (moved / "checkpoints" / "step_00000010_a").exists()
+    assert yaml.safe_load((moved / "config.yaml").read_text())["output_dir"] == str(moved)
+    assert "  beta: 0.1 -> 0.5\n" in refusal(config_of(moved, beta=0.5))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"beta": 0.5}, {"dataset": "corrected.jsonl"}, {"model": "corrected"}, {"num_workers": 2}, {"resume": False}, {}],
+)
+def test_a_run_without_a_checkpoint_is_replaced_by_a_corrected_command(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = tmp_path / "run"
+    open_run(config_of(folder))
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "reference.json").write_text("{}")
+    (folder / "origin.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoints" / "step_00000010_a").mkdir(parents=True)  # killed in the middle of its first checkpoint
+    (folder / "checkpoints" / "step_00000010_a" / "trainable.safetensors").write_bytes(b"half")
+    config = config_of(folder, **changes)
+    open_run(config)
+    assert sorted(contents(folder)) == ["config.yaml", "notes.txt"]
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    values.pop("rlhf_type")
+    assert config_from_mapping(DPO, values) == config
+
+
+def test_a_run_of_another_algorithm_without_a_checkpoint_is_replaced(tmp_path: Path) -> None:
+    open_run(config_from_mapping(SFT, {"output_dir": str(tmp_path), "model": "m", "dataset": "d.jsonl"}))
+    open_run(config_of(tmp_path))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["rlhf_type"] == "dpo"
+
+
+def test_a_model_is_never_lost_to_a_corrected_command(tmp_path: Path) -> None:
+    open_run(config_of(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("trained")
+    assert "  beta: 0.1 -> 0.5\n" in refusal(config_of(tmp_path, beta=0.5))
+    assert (tmp_path / "model" / "weights").read_text() == "trained"
+
+
+def test_files_of_other_programs_are_never_taken_for_a_run_that_may_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "mine.py").write_text("source")
+    open_run(config_of(tmp_path / "run"))
+    (tmp_path / "config.yaml").write_text("site: mine\n")
+    before = contents(tmp_path)
+    refusal(config_of(tmp_path))
+    assert contents(tmp_path) == before
+    (tmp_path / "config.yaml").unlink()
+    open_run(config_of(tmp_path))
+    assert (tmp_path / "plugins" / "mine.py").read_text() == "source"
+
+
+FLAGS = "the flags that the unfinished run began with"
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (
+            lambda text: b"",
+            "lacks dataset, val_dataset, dataset_test_ratio, ...; it was cut short, or written by another version.",
+        ),
+        (lambda text: b"- a\n", "must hold lines of `flag: value`."),
+        (lambda text: b"a: " + b"[" * 900, "is nested too deep."),
+        (lambda text: text[: text.index(b"beta:")], "it was cut short, or written by another version."),
+        (lambda text: text[: text.index(b"beta:") + 3], "is not YAML ("),
+        (lambda text: b"\x80" + text, "is not YAML ("),
+        (lambda text: text.replace(b"num_workers: 1", b"num_workers: one"), "num_workers is 'one' and no whole number."),
+        (lambda text: text.replace(b"batch_size: 1\n", b"batch_size: true\n"), "batch_size is True and no whole number."),
+    ],
+    ids=["empty", "list", "deep", "cut", "cut in a line", "no text", "words for a number", "truth for a number"],
+)
+def test_a_damaged_configuration_is_told_with_its_file(
+    unfinished: Path, damage: Callable[[bytes], bytes], problem: str
+) -> None:
+    file = unfinished / "config.yaml"
+    file.write_bytes(damage(file.read_bytes()))
+    before = contents(unfinished)
+    words = refusal(config_of(unfinished))
+    assert words.startswith(f"{file}, {FLAGS}: ")
+    assert problem in words
+    assert words.endswith(WAY_OUT)
+    assert contents(unfinished) == before
+
+
+def test_checkpoints_without_a_configuration_are_refused(unfinished: Path) -> None:
+    (unfinished / "config.yaml").unlink()
+    assert refusal(config_of(unfinished)) == (
+        f"--output_dir {unfinished} holds checkpoints, and no config.yaml that tells with which flags they were made. {WAY_OUT}"
+    )
+
+
+def test_an_overwriting_cut_short_anywhere_never_leaves_checkpoints_to_a_run_of_other_flags(
+    unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("metrics.jsonl", "summary.json", "report.html"):
+        (unfinished / name).write_text("old")
+    delete, left = Store.delete, 0
+
+    def delete_until_killed(store: Store) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        delete(store)
+
+    for survivor in range(len(CONTENTS)):
+        left = survivor
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "delete", delete_until_killed)
+            with pytest.raises(KeyboardInterrupt):
+                open_run(config_of(unfinished, overwrite=True, beta=0.5))
+        if (unfinished / "checkpoints").exists():
+            refusal(config_of(unfinished, beta=0.5))
+        assert (unfinished / "config.yaml").exists()
+    open_run(config_of(unfinished, beta=0.5))  # what was left of the old run is nothing to keep
+    assert sorted(contents(unfinished)) == ["config.yaml"]
+
+
 def test_a_finished_run_is_never_written_over_by_itself(unfinished: Path) -> None:
     (unfinished / "summary.json").write_text("{}")
     assert refusal(config_of(unfinished)) == f"--output_dir {unfinished} holds a finished run. {WAY_OUT}"
@@ -134,7 +269,7 @@ def test_a_finished_run_is_never_written_over_by_itself(unfinished: Path) -> Non
 def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(unfinished: Path) -> None:
     for name in CONTENTS:
         if name in ("checkpoints", "model"):
-            (unfinished / name).mkdir()
+            (unfinished / name).mkdir(exist_ok=True)
             (unfinished / name / "file").write_text("old")
         else:
             (unfinished / name).write_text("old")
@@ -202,3 +337,25 @@ def test_the_report_shows_what_was_scored_of_each_held_out_record(
     assert page.count("Which digit?") == len(shown)
     assert "not finite" not in page
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"algorithm": algorithm.name}
+
+
+def test_the_report_counts_the_dropped_records_that_dropped_jsonl_lists(
+    tmp_path: Path, model_folder: Callable[..., Path], prepare_pairs: Callable[[Sequence[EncodedPair]], PreparedData]
+) -> None:
+    config = config_of(tmp_path / "run")
+    store = open_run(config)
+    training, held_out = prepare_pairs(RECORDS[:2]), prepare_pairs(RECORDS[2:])
+    for data, reasons in ((training, ["empty", "empty"]), (held_out, ["empty", "too_long", "too_long"])):
+        (data.folder / "dropped.json").write_json([{"reason": reason} for reason in reasons])
+    data = RunData(
+        ModelSource("m"),
+        EncoderSpec(str(model_folder("llava")), responses=config.algorithm.needs.responses),
+        training,
+        held_out,
+    )
+    assert len(dropped_lines(data)) == 5
+    write_results(store, config, data, {"algorithm": "dpo"}, {})
+    page = (tmp_path / "run" / "report.html").read_text()
+    table = page[page.index("Dropped records") :]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", table[: table.index("</table>")])
+    assert cells == ["empty", "3", "too_long", "2", "total", "5"]
