@@ -218,7 +218,7 @@ def _address_given() -> str | None:
     problem = _problem_with(form["host"].strip("[]"), int(form["port"]), seconds=ANSWER_SECONDS)
     if problem:
         raise ValueError(
-            f"{ADDRESS_VARIABLE}={address}: no Ray cluster answers there ({problem}, tried for {ANSWER_SECONDS} s). Start its "
+            f"{ADDRESS_VARIABLE}={address}: no Ray cluster answers there ({problem}). Start its "
             "head again, give the address of another, or unset it to run on this machine alone."
         )
     return address
@@ -243,13 +243,23 @@ def _problem_with(host: str, port: int, *, seconds: float) -> str | None:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            with socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())):
-                return None
+            with socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())) as connection:
+                return "a web server answers, as the dashboard does" if _is_web_server(connection) else None
         except OSError as error:
             problem = (error.strerror or str(error)).lower()
         if time.monotonic() + 1 > deadline:
             return problem
         time.sleep(1)
+
+
+def _is_web_server(connection: socket.socket) -> bool:
+    """Whether HTTP is spoken at the other end, as at the dashboard's port, which is often taken for the head's."""
+    connection.settimeout(2)
+    try:
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        return connection.recv(5) == b"HTTP/"
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

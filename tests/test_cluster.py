@@ -1,9 +1,12 @@
 """Names of Ray that its documentation does not promise, against the installed Ray; errors that cross it; the workers' GPUs."""
 
+import contextlib
+import http.server
 import importlib
 import inspect
 import pickle
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,9 +212,16 @@ def test_a_head_that_is_gone_is_said_at_once_and_not_after_minutes(addressed: Ca
         free.bind(("127.0.0.1", 0))
         address = form.format(free.getsockname()[1])
         assert addressed(address) == (
-            f"RAY_ADDRESS={address}: no Ray cluster answers there (connection refused, tried for 0.1 s). Start its head again, "
+            f"RAY_ADDRESS={address}: no Ray cluster answers there (connection refused). Start its head again, "
             "give the address of another, or unset it to run on this machine alone."
         )
+
+
+def test_the_dashboards_port_is_not_taken_for_the_heads(addressed: Callable[[str], str]) -> None:
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    with contextlib.closing(server.socket):
+        assert "(a web server answers, as the dashboard does)" in addressed(f"127.0.0.1:{server.server_port}")
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.1:", "head:ray", "10.0.0.1:99999", "s3://bucket/head", "a:b:6379"])
