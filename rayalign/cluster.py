@@ -8,7 +8,12 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
+import signal
+import socket
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +22,15 @@ from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import ray
+import ray._private.utils
 import ray.data
+import ray.exceptions
+import ray.train
 import transformers
 
 from rayalign.config.config import Config
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -35,6 +45,21 @@ TUNE_METRIC_CHECK_VARIABLE = "TUNE_DISABLE_STRICT_METRIC_CHECKING"
 """1 lets a trial report before its first evaluation, when it does not have the metric that ranks trials. Can go when Ray Tune
 no longer fails such a trial, or when every report has the metric.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/execution/tune_controller.py"""
+
+TUNE_SIGINT_VARIABLE = "TUNE_DISABLE_SIGINT_HANDLER"
+"""1 keeps Ray Tune from taking Ctrl-C for the regular end of a sweep. Documented, among Ray Tune's environment variables."""
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set in the process that `ray job submit` starts. Can go when Ray documents how a driver knows that it is a job.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/runtime_env/constants.py"""
+
+TEMPORARY_FOLDERS = "/runtime_resources/"
+"""In the path of what Ray unpacks for a job, and deletes. Can go together with JOB_VARIABLE.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/ray_constants.py"""
+
+ADDRESS_VARIABLE = "RAY_ADDRESS"
+ANSWER_SECONDS = 20
+"""How long the head that RAY_ADDRESS names may take to answer."""
 
 HEAD_NODE = "node:__internal_head__"
 """A resource that only the head node has. Can go when Ray documents a way to keep a process on the head node.
@@ -60,6 +85,9 @@ https://github.com/ray-project/ray/tree/ray-2.60.0/python/ray/data/_internal/pro
 
 USER_ERRORS = (ValueError, FloatingPointError)
 """What a user can fix: flags, data, a model's files; a loss that is no longer finite."""
+
+RAY_ERRORS = (ray.exceptions.RayError, ray.train.TrainingFailedError)
+"""How Ray says that a task, an actor or a training run failed."""
 
 STOPPED_COLUMN = "stopped"
 """The column of a task's report that says what stopped it; null in all other lines."""
@@ -107,29 +135,156 @@ def reports_of(tasks: ray.data.Dataset, schema: pa.Schema) -> Iterator[pa.Table]
         yield table.select(schema.names)
 
 
-def user_error_in(failures: Mapping[int, Exception]) -> ValueError | FloatingPointError | None:
-    """The first error that a user can fix among those of Ray Train's workers (`WorkerGroupError.worker_failures`)."""
-    for failure in failures.values():
-        cause = getattr(failure, "cause", failure)  # a RayTaskError has one
-        if isinstance(cause, USER_ERRORS):
+def user_error_in(error: Exception) -> ValueError | FloatingPointError | None:
+    """The first error that a user can fix among those behind one of RAY_ERRORS."""
+    for cause in _causes(error):
+        if isinstance(cause, USER_ERRORS) and not isinstance(cause, RAY_ERRORS):
             return cause
     return None
 
 
+def cause_in_words(error: Exception) -> str:
+    """What is behind one of RAY_ERRORS, in a sentence or two with what helps."""
+    causes = list(_causes(error))
+    texts = " ".join(map(str, causes))
+    if any(isinstance(c, ray.exceptions.OutOfMemoryError) for c in causes) or "low on memory" in texts:
+        return (
+            "Ray ended a process because its machine's memory was full. Fewer --num_workers on a machine, a smaller "
+            "--batch_size with more --gradient_accumulation_steps, or a lower --max_pixels or --max_length need less."
+        )
+    innermost = causes[-1]
+    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()] or [""]
+    first = lines[0].rstrip(".:")
+    if type(innermost).__name__ == "OutOfMemoryError":  # torch's, whose class differs with the kind of device
+        return (
+            f"a GPU's memory was full ({first}). A smaller --batch_size with more --gradient_accumulation_steps makes the same "
+            "update in less; `rayalign plan` tells what fits."
+        )
+    if isinstance(innermost, ray.exceptions.OutOfDiskError | ray.exceptions.ObjectStoreFullError):
+        return f"a machine's disk or Ray's shared memory was full ({first}). Free some, on every node."
+    if isinstance(innermost, ray.exceptions.RayError):
+        return f"a process or machine of the cluster was lost ({type(innermost).__name__}: {first})."
+    return f"{type(innermost).__name__}: {first}."
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that Ray says are behind it, the outermost first."""
+    yield error
+    inner: list[Any] = list(getattr(error, "worker_failures", {}).values())
+    inner += [getattr(error, name, None) for name in ("controller_failure", "cause")] + [error.__cause__]
+    for cause in inner:
+        if isinstance(cause, BaseException) and cause is not error:
+            yield from _causes(cause)
+
+
 def start_ray(config: Config) -> None:
-    """Joins the cluster that the job was submitted to or the one on this machine; without any, starts a local one with room for
-    the workers."""
+    """Joins the cluster that RAY_ADDRESS names (in a job: the job's) or that `ray start` made on this machine; without any,
+    starts one of this process's own, with room for the workers, which no other run finds. Says which.
+
+    Raises ValueError where nobody answers at RAY_ADDRESS.
+    """
     quiet_ray()
     set_ray_variables()
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        return
+    address = _address_given()
+    with _own_sigterm_handler():
+        if address or _started_here():
+            # None is the cluster of `ray start`; "auto" would find the private one of any other process, too.
+            ray.init(address=address, logging_level=logging.WARNING)
+            nodes = sum(node["Alive"] for node in ray.nodes())
+            logger.info("Ray: joined the cluster at %s (%d nodes)", ray.get_runtime_context().gcs_address, nodes)
+            return
+        cluster = config.cluster
+        # One more than the workers take: preparation and fetches must find room beside them.
+        cpus = max(os.cpu_count() or 1, int(cluster.num_workers * cluster.cpus_per_worker) + 1)
+        logger.info("Ray: starting a cluster of this run's own on this machine, for %d CPUs", cpus)
+        # Ray Train asks the dashboard whether a run that vanished still holds its resources.
+        ray.init(address="local", num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)
+
+
+def _address_given() -> str | None:
+    """The address in RAY_ADDRESS, where somebody answers; None where it names none. Ray itself would try for minutes."""
+    address = os.environ.get(ADDRESS_VARIABLE, "").strip()
+    if address in ("", "auto", "local"):
+        return None
+    form = re.fullmatch(r"(?:ray://)?(?P<host>\[[^]]+\]|[^/:]+):(?P<port>[0-9]{1,5})/?", address)
+    if form is None or int(form["port"]) > 65535:
+        jobs = " An http address is for `ray job submit`." if address.startswith("http") else ""
+        raise ValueError(
+            f"{ADDRESS_VARIABLE}={address}: must be the head's HOST:PORT, such as 10.0.0.1:6379.{jobs} Unset it to run on this "
+            "machine alone."
+        )
+    problem = _problem_with(form["host"].strip("[]"), int(form["port"]), seconds=ANSWER_SECONDS)
+    if problem:
+        raise ValueError(
+            f"{ADDRESS_VARIABLE}={address}: no Ray cluster answers there ({problem}). Start its "
+            "head again, give the address of another, or unset it to run on this machine alone."
+        )
+    return address
+
+
+def _started_here() -> bool:
+    """Whether a cluster of `ray start` answers on this machine."""
+    if os.environ.get(ADDRESS_VARIABLE) == "local":
+        return False
+    address = ray._private.utils.read_ray_address()
+    if not address:
+        return False
+    host, _, port = address.rpartition(":")
+    problem = _problem_with(host.strip("[]"), int(port), seconds=2) if port.isdecimal() else "no address"
+    if problem:
+        logger.info("Ray: the cluster that `ray start` made at %s is gone (%s)", address, problem)
+    return not problem
+
+
+def _problem_with(host: str, port: int, *, seconds: float) -> str | None:
+    """Why nobody can be reached at a host and port, tried again until some seconds are over; None where somebody answers."""
+    deadline = time.monotonic() + seconds
+    while True:
         try:
-            ray.init(address="auto", logging_level=logging.WARNING)
-        except ConnectionError:
-            cluster = config.cluster
-            # One more than the workers take: preparation and fetches must find room beside them.
-            cpus = max(os.cpu_count() or 1, int(cluster.num_workers * cluster.cpus_per_worker) + 1)
-            # Ray Train asks the dashboard whether a run that vanished still holds its resources.
-            ray.init(num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)
+            with socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())) as connection:
+                return "a web server answers, as the dashboard does" if _is_web_server(connection) else None
+        except OSError as error:
+            problem = (error.strerror or str(error)).lower()
+        if time.monotonic() + 1 > deadline:
+            return problem
+        time.sleep(1)
+
+
+def _is_web_server(connection: socket.socket) -> bool:
+    """Whether HTTP is spoken at the other end, as at the dashboard's port, which is often taken for the head's."""
+    connection.settimeout(2)
+    try:
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        return connection.recv(5) == b"HTTP/"
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keeps what SIGTERM does in this process, where that is the program's own: `ray.init` would have it leave with code 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def require_lasting_folder(output_dir: str | None) -> None:
+    """Raises ValueError for an --output_dir that Ray would delete: in a job, one inside the folder that the job runs in."""
+    if output_dir and "://" in output_dir:
+        return
+    given = f"--output_dir {output_dir}" if output_dir else "--output_dir is not given"
+    whole = os.path.abspath(os.path.expanduser(output_dir or "output"))
+    relative = not (output_dir and os.path.isabs(os.path.expanduser(output_dir)))
+    if TEMPORARY_FOLDERS in os.path.realpath(whole) or (relative and JOB_VARIABLE in os.environ):
+        raise ValueError(
+            f"{given}: the results would lie in {whole}, in the folder that Ray made for this job and deletes. Pass an "
+            "absolute path that all nodes see, or a URL such as s3://bucket/runs/first."
+        )
 
 
 @contextlib.contextmanager
@@ -148,6 +303,7 @@ def set_ray_variables() -> None:
     """Sets what Ray Train and Ray Tune read from the environment of the process that starts them."""
     os.environ.setdefault(TRAIN_POLL_VARIABLE, POLL_SECONDS)
     os.environ[TUNE_METRIC_CHECK_VARIABLE] = "1"
+    os.environ[TUNE_SIGINT_VARIABLE] = "1"
 
 
 def resolve_cluster(config: Config) -> Config:

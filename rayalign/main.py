@@ -18,6 +18,7 @@ import rayalign
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config import command_line
 from rayalign.config.config import Config
+from rayalign.config.endings import user_errors
 from rayalign.config.flags import did_you_mean
 from rayalign.config.sections import ExportConfig
 from rayalign.sweeps.search_space import check_search
@@ -67,14 +68,14 @@ def run(config: Config) -> None:
 def _train(words: Sequence[str], prog: str, summary: str, *, algorithm: str | None) -> None:
     config = command_line.parse(ALGORITHMS, words, prog=prog, description=summary, algorithm=algorithm)
     command_line.configure_logging()
-    with command_line.user_errors():
+    with user_errors():
         run(config)
 
 
 def _tune(words: Sequence[str], prog: str, summary: str) -> None:
     config, sweep = command_line.parse_sweep(ALGORITHMS, words, prog=prog, description=summary, check=check_search)
     command_line.configure_logging()
-    with command_line.user_errors():
+    with user_errors():
         if config.run.dry_run:
             from rayalign.estimate.plan import plan_run
 
@@ -91,7 +92,7 @@ def _plan(words: Sequence[str], prog: str, summary: str) -> None:
 
     from rayalign.estimate.plan import plan_run
 
-    with command_line.user_errors():
+    with user_errors():
         sys.stdout.write(plan_run(config, gpus))
 
 
@@ -102,7 +103,7 @@ def _export(words: Sequence[str], prog: str, summary: str) -> None:
 
     from rayalign.serving import export
 
-    with command_line.user_errors():
+    with user_errors():
         export.run(config)
 
 

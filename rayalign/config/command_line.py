@@ -5,13 +5,11 @@ the program with exit code 2 and a sentence on stderr.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,19 +34,6 @@ def configure_logging() -> None:
     """Sends rayalign's log to stderr from INFO on, other libraries' from WARNING on."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("rayalign").setLevel(logging.INFO)
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Ends the program with code 2 and one sentence for what the user can mend (ValueError, a loss that is no longer finite);
-    with RAYALIGN_TRACEBACK=1 the traceback is shown, too."""
-    try:
-        yield
-    except (ValueError, FloatingPointError) as error:
-        if os.environ.get("RAYALIGN_TRACEBACK"):
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
 
 
 def parse(

@@ -29,7 +29,7 @@ from rayalign.estimate.table import plan_text
 from rayalign.estimate.vision import VisionCosts
 from rayalign.models.processors import load_processor, process_images
 from rayalign.models.registry import REGISTERED_MODELS
-from rayalign.models.source import ModelSource, resolve_model
+from rayalign.models.source import ModelSource, require_description, resolve_model
 from rayalign.training.run_folder import with_output_dir
 
 logger = logging.getLogger(__name__)
@@ -49,16 +49,18 @@ def estimate_run(config: Config, plan: PlanConfig | None = None, *, several_runs
     config = with_output_dir(_with_folder(config))
     name = config.model.model_type or config.model.model or config.model.adapter or ""
     source = resolve_model(config.model, REGISTERED_MODELS)
-    processor, folder = _processor_of(source, config), source.base
-    origin = f"config of {source.base}"
-    if processor is None and not Path(source.base).is_dir():
+    processor, folder, origin = None, source.base, f"config of {source.base}"
+    try:
+        require_description(config.model, REGISTERED_MODELS)
+    except ValueError as error:
         shipped = shipped_config(source.base)
         if shipped is None:
-            raise ValueError(
-                f"{source.base}: neither its config nor its processor could be loaded, and rayalign brings configs along of "
-                f"{', '.join(shipped_configs())} only. Give the model's folder, or make the hub reachable."
-            )
+            brought = ", ".join(shipped_configs())
+            raise ValueError(f"{error} (A plan needs no files of {brought}, whose configs come with rayalign.)") from None
         folder, origin = str(shipped), "config that comes with rayalign; the model's files are not at hand"
+        logger.info("%s: not at hand, lengths are estimated", source.base)
+    else:
+        processor = _processor_of(source, config)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     blueprint = Blueprint(model_config, source, config.model, config.tuner, config.algorithm.needs)
     look = _image_look(blueprint, processor, folder, config.data.max_pixels)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayalign.config.sections import ModelConfig
+from rayalign.models.missing import no_folder, require_config, require_weights, without
 from rayalign.storage import Store, is_url
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -52,6 +53,32 @@ def resolve_model(config: ModelConfig, registered: Mapping[str, str]) -> ModelSo
     return ModelSource(source.base, of_adapter.adapter)
 
 
+def require_model(config: ModelConfig, registered: Mapping[str, str]) -> ModelSource:
+    """`resolve_model`, with the base model's files looked for: in its folder, in the hub's cache, on the hub.
+
+    Raises ValueError with a sentence that says what was tried and what helps. A run calls it before it takes any resource.
+    """
+    source = require_description(config, registered)
+    require_weights(source.base, _named(config, source))
+    return source
+
+
+def require_description(config: ModelConfig, registered: Mapping[str, str]) -> ModelSource:
+    """`require_model` where the weights are not needed: only the base model's config.json must be there."""
+    source = resolve_model(config, registered)
+    require_config(source.base, _named(config, source), registered.values())
+    return source
+
+
+def _named(config: ModelConfig, source: ModelSource) -> str:
+    """How a sentence about the base model begins: with the flag that names it."""
+    if config.model_type:
+        return f"--model_type {config.model_type} ({source.base})"
+    if config.model and not (source.adapter and not config.adapter):
+        return f"--model {config.model}"
+    return f"{source.adapter} is an adapter of the model {source.base}"
+
+
 def local_model(model: str, folder: Path) -> str:
     """The model as --model names it; where that is a URL, the copy that is made below `folder` now. Raises ValueError for a URL
     without a folder behind it."""
@@ -68,23 +95,23 @@ def local_model(model: str, folder: Path) -> str:
 def _source_of(model: str) -> ModelSource:
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        if model.startswith((".", "/", "~")):
-            raise ValueError(f"--model {model}: there is no such folder.")
+        if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise ValueError(f"--model {model}: {no_folder(model)}")
         return ModelSource(model)
     folder = folder.resolve()
     if (folder / ADAPTER_CONFIG).exists():
         return ModelSource(_base_of(folder), adapter=str(folder))
     if not (folder / "config.json").exists():
-        raise ValueError(f"--model {model}: the folder has neither config.json (a model) nor {ADAPTER_CONFIG} (an adapter).")
+        raise ValueError(f"--model {model}: {without(folder, 'config.json')}")
     return ModelSource(str(folder))
 
 
 def _adapter_source(adapter: str) -> ModelSource:
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"--adapter {adapter}: there is no such folder.")
+        raise ValueError(f"--adapter {adapter}: {no_folder(adapter)}")
     if not (folder / ADAPTER_CONFIG).exists():
-        raise ValueError(f"--adapter {adapter}: the folder has no {ADAPTER_CONFIG}, so it is no adapter.")
+        raise ValueError(f"--adapter {adapter}: {without(folder, ADAPTER_CONFIG)}")
     return ModelSource(_base_of(folder), adapter=str(folder.resolve()))
 
 

@@ -20,7 +20,7 @@ from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError
 from rayalign.images.fetch import fetch_images
 from rayalign.models.registry import FAMILIES, REGISTERED_MODELS
-from rayalign.models.source import local_model, resolve_model
+from rayalign.models.source import local_model, require_model
 from rayalign.ops.logprobs import PairLogps
 from rayalign.ops.value_head import find_value_head
 from rayalign.policy.forward_check import check_forward
@@ -101,7 +101,7 @@ def load_for_scoring(
             gradient_checkpointing=False,
             trust_remote_code=trust_remote_code,
         )
-        source = resolve_model(flags, REGISTERED_MODELS)
+        source = require_model(flags, REGISTERED_MODELS)
         head = find_value_head(Path(source.adapter or source.base))
         # A model without an adapter gets a new one, which adds 0: full tuning would keep its weights in float32.
         needs = Needs(head="value" if head else "language")

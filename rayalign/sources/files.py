@@ -64,6 +64,14 @@ def resolve_dataset(argument: str) -> Dataset:
     return Dataset(argument, store.name, files, sample)
 
 
+def whole_argument(argument: str) -> str:
+    """The same data set named from any working folder: a path is made absolute, a URL or registered name stays."""
+    place, sample = _split_sample(argument)
+    if place in CATALOGUE or is_url(place):
+        return argument
+    return Store.at(place).location + (f"#{sample}" if sample else "")
+
+
 def count_rows(file: SourceFile) -> int:
     """The number of rows of a file, unreadable ones included."""
     return raw.count_rows(file.location)

@@ -1,26 +1,32 @@
 """Ray Tune: a sweep trains many times (`training.driver`) with different flags, all trials on one prepared data set, with one
 reference."""
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from rayalign.cluster import HEAD_NODE, quiet_logging, set_ray_variables
+from rayalign.cluster import HEAD_NODE, quiet_logging, require_lasting_folder, set_ray_variables
 from rayalign.config.config import Config
 from rayalign.config.sections import TuneConfig
 from rayalign.config.yaml_files import to_yaml
 from rayalign.data.prepare import cache_of, prepare_run
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import require_model
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.reference.precompute import with_reference
+from rayalign.sources.files import whole_argument
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import SearchRange, check_search
 from rayalign.training.driver import fit, join_cluster
+from rayalign.training.endings import told_endings
 from rayalign.training.origin import check_origin
 from rayalign.training.run_folder import open_run, with_output_dir
 
@@ -42,7 +48,9 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     Raises ValueError for search spaces and folders that can't work, RuntimeError where every trial failed.
     """
     ranges = check_search(config, sweep)
-    config = with_output_dir(config)
+    require_lasting_folder(config.run.output_dir)
+    config = with_whole_paths(with_output_dir(config))
+    require_model(config.model, REGISTERED_MODELS)
     folder = Store.at(str(config.run.output_dir))
     if config.run.overwrite:
         for name in ("trials", "tune", REFERENCE_NOTE, "sweep.json", "best.yaml"):
@@ -51,10 +59,39 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
         raise ValueError(
             f"--output_dir {folder.location} holds a finished sweep. Pass --overwrite true, or another --output_dir."
         )
-    config = join_cluster(config)
-    with_reference(config, prepare_run(config), several_runs=True)
-    outcome = _tuner(config, sweep, ranges, folder).fit()
+    with told_endings(functools.partial(_sweep_reached, folder)):
+        config = join_cluster(config)
+        logger.info("Results will be in %s", folder.location)
+        with_reference(config, prepare_run(config), several_runs=True)
+        outcome = _tuner(config, sweep, ranges, folder).fit()
     return _finish(config, sweep, ranges, folder, outcome)
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The same configuration with absolute paths: a trial runs in a folder of Ray Tune's own. Registered data sets, hub ids and
+    URLs stay as they are."""
+    data, model = config.data, config.model
+    return config.replace(
+        {
+            "dataset": [whole_argument(argument) for argument in data.dataset],
+            "val_dataset": [whole_argument(argument) for argument in data.val_dataset],
+            **{
+                name: Store.at(place).location
+                for name, place in (("image_root", data.image_root), ("cache_dir", data.cache_dir))
+                if place
+            },
+            **{
+                name: str(Path(place).expanduser().resolve())
+                for name, place in (("model", model.model), ("adapter", model.adapter))
+                if place and Path(place).expanduser().is_dir()
+            },
+        }
+    )
+
+
+def _sweep_reached(folder: Store) -> str:
+    done = sum((trial / "summary.json").exists() for trial in (folder / "trials").list())
+    return f"with {done} trials done, which are kept; the same command (without --overwrite) goes on with the others."
 
 
 def _tuner(config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange], folder: Store) -> ray.tune.Tuner:

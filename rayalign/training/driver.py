@@ -3,6 +3,7 @@
 `run` is what pipelines call; `fit` trains on data that is already prepared, which is what the trials of a sweep do.
 """
 
+import functools
 import json
 import logging
 import time
@@ -21,19 +22,20 @@ from rayalign.cluster import (
     CHECKPOINT_LIST,
     Stopped,
     quiet_logging,
+    require_lasting_folder,
     resolve_cluster,
     result_of,
     start_ray,
-    user_error_in,
 )
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData, TooManyDropped, prepare_run
 from rayalign.formats.parse import own_formats
 from rayalign.models.registry import REGISTERED_MODELS
-from rayalign.models.source import resolve_model
+from rayalign.models.source import require_model, resolve_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.storage import Store
 from rayalign.training.checkpoint import prune_checkpoints
+from rayalign.training.endings import run_reached, told_endings
 from rayalign.training.origin import check_origin
 from rayalign.training.run_folder import dropped_lines, open_run, with_output_dir, write_results
 from rayalign.training.worker_result import WorkerResult
@@ -68,14 +70,22 @@ class Result:
 def run(config: Config) -> Result:
     """Prepares, trains and writes the run's folder; continues an unfinished run of the same configuration.
 
-    Raises ValueError for what the user can fix: flags, data, a folder that holds another run.
+    Raises ValueError for what the user can fix: flags, data, a folder that holds another run; KeyboardInterrupt and RunFailed
+    with a sentence that says what is kept.
     """
     assert not config.run.dry_run, "main.run makes a plan of it"
+    require_lasting_folder(config.run.output_dir)
     config = with_output_dir(config)
-    resolve_model(config.model, REGISTERED_MODELS)
+    require_model(config.model, REGISTERED_MODELS)
+    with told_endings(functools.partial(run_reached, config)):
+        return _run(config)
+
+
+def _run(config: Config) -> Result:
     own_formats(config.plugins)
     config = join_cluster(config)
     folder = open_run(config)
+    logger.info("Results will be in %s", folder.location)
     try:
         data = prepare_run(config)
     except TooManyDropped as error:
@@ -112,10 +122,8 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     (folder / "checkpoints" / CHECKPOINT_LIST).delete()
     started = time.time()
     logger.info("Starting %d train workers", config.cluster.num_workers)
-    try:
+    with told_endings(functools.partial(run_reached, config)):
         outcome: Any = _torch_trainer(config, data, folder, callbacks).fit()
-    except ray.train.WorkerGroupError as error:
-        raise user_error_in(error.worker_failures) or error from None
     result: WorkerResult = result_of(outcome.return_value)
     prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit)
     summary = _summary(config, data, result, seconds=round(time.time() - started, 1))

@@ -110,4 +110,4 @@ def test_what_can_not_be_scored_is_said(model_folder: Callable[..., Path], pictu
     assert str(caught.value) == "The model has no value head, so it is no reward model. Load the model/ folder of a run of rm."
     with pytest.raises(ValueError) as caught:
         rayalign.load_policy(pictures / "gone")
-    assert str(caught.value) == f"--model {pictures}/gone: there is no such folder."
+    assert str(caught.value) == f"--model {pictures}/gone: there is no such folder (looked for {pictures}/gone)."
