@@ -44,8 +44,15 @@ class DataConfig:
         at_least=0,
         at_most=1,
     )
+    columns: tuple[str, ...] = flag(
+        (), "FROM=TO ...: columns of the rows renamed before their format is recognised, such as image_path=images."
+    )
     image_root: str | None = flag(None, "Folder that relative image paths start from. Default: the data set file's own folder.")
-    allow_image_urls: bool = flag(False, "Fetch images named by http(s) URLs. Private addresses stay refused.")
+    allow_image_urls: bool = flag(
+        False,
+        "Fetch images named by http(s) URLs, and by s3:// gs:// ones outside of the data set's folder and --image_root. "
+        "Private addresses stay refused.",
+    )
     data_seed: int = flag(42, "Seed of NAME#N draws, the held-out split and the training order.", at_least=0)
     cache_dir: str | None = flag(
         None,

@@ -25,8 +25,10 @@ from rayalign.config.config import Config
 from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
 from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.remarks import SEEN_SCHEMA, ColumnsSeen, printable, remarks, unread_pictures
 from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
 from rayalign.data.truncation import RecordTooLong
+from rayalign.formats.columns import Renames, parse_renames, renamed, require_pictures_read
 from rayalign.formats.parse import Format, own_formats, parse_row
 from rayalign.formats.records import RecordError, record_errors, require
 from rayalign.images.fetch import fetch_images
@@ -39,6 +41,9 @@ from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
 
+REMARKS = "remarks.json"
+"""The file beside the encoded records with what there is to say about them."""
+
 SPAN_ROWS = 256
 """Rows that one task reads, encodes and writes as one shard."""
 
@@ -46,8 +51,12 @@ CACHE_VERSION = 2
 """Part of every cache key; raised when the meaning of cached data changes."""
 
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
-OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS])
-"""What a task reports: a line of the index for each pair written, or the reason (not null) for each record dropped."""
+OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS, *SEEN_SCHEMA])
+"""What a task reports: a line of the index for each pair written, or the reason (not null) for each record dropped; and what
+was seen in either's row."""
+
+LONGEST_DETAIL = 2000
+"""Characters of what is said about a dropped record."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +81,14 @@ class PrepareTask:
 
 @dataclass(frozen=True)
 class Sources:
-    """The data sets of one --dataset or --val_dataset, how their images are found, and the plugins that read their rows."""
+    """The data sets of one --dataset or --val_dataset, how their images are found, the plugins that read their rows, and the
+    columns that are renamed before."""
 
     datasets: tuple[Dataset, ...]
     image_root: str | None
     allow_image_urls: bool
     plugins: tuple[Plugin, ...] = ()
+    columns: Renames = ()
 
 
 def prepare_run(config: Config) -> RunData:
@@ -130,21 +141,30 @@ def prepare(
 
     Raises ValueError where a data set can't be found, and where more than `max_dropped_fraction` of its rows are unusable.
     """
-    datasets = tuple(resolve_dataset(a) for a in arguments)
     reading = tuple(plugin for plugin in plugins if plugin.formats)
-    sources = Sources(datasets, config.image_root, config.allow_image_urls, reading)
+    renames = parse_renames(config.columns, own_formats(reading))
+    datasets = tuple(resolve_dataset(a) for a in arguments)
+    sources = Sources(datasets, config.image_root, config.allow_image_urls, reading, renames)
     store = cache / cache_key(sources, spec, config)
     found = PreparedData.find(store)
     if found is None:
         found = _prepare_now(sources, spec, config, store)
     else:
         logger.info("Data: %d records of %s, encoded before, from %s", found.num_rows, " ".join(arguments), store.location)
+    _say_remarks(found)
     return found
+
+
+def _say_remarks(data: PreparedData) -> None:
+    """What the preparation had to say about the data sets, now or when they were encoded."""
+    kept = data.folder / REMARKS
+    for level, words in kept.read_json() if kept.exists() else ():
+        logger.log(level, "Data: %s", words)
 
 
 def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
     """Names an encoded data set by everything it depends on: the files (place, size, time of change), the draw, the images'
-    rules, the processor and model settings, the plugins that read rows."""
+    rules, the processor and model settings, the plugins that read rows, the renamed columns."""
     drawn = any(dataset.sample is not None for dataset in sources.datasets)
     parts = {
         "version": CACHE_VERSION,
@@ -155,6 +175,8 @@ def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
     }
     if sources.plugins:
         parts["plugins"] = [[plugin.name, hashlib.sha256(plugin.text).hexdigest()] for plugin in sources.plugins]
+    if sources.columns:
+        parts["columns"] = sorted(sources.columns)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -180,12 +202,17 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     if dropped:
         logger.warning("Data: %s", table_of_reasons(dropped, total))
     index = outcome.filter(pa.compute.invert(is_dropped)).select(INDEX_SCHEMA.names)
+    _refuse_unread_pictures(dropped, outcome, sources, limit=config.max_dropped_fraction)
     if len(dropped) > config.max_dropped_fraction * total or not index.num_rows:
         raise TooManyDropped(
             f"{table_of_reasons(dropped, total)}\nThat is more than --max_dropped_fraction {config.max_dropped_fraction:g} "
             f"allows. First: {_first_dropped(dropped)}. Fix the data, or raise the limit.",
             dropped,
         )
+    arguments = [dataset.argument for dataset in sources.datasets]
+    looks_at_pictures = None if spec.family.text_only else spec.model
+    said = remarks(outcome, arguments, sources.columns, looks_at_pictures=looks_at_pictures)
+    (store / attempt / REMARKS).write_json(said)
     data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped)
     seconds = time.monotonic() - started
     speed = per_second(total / seconds)
@@ -205,6 +232,14 @@ def _encode(tasks: Sequence[PrepareTask], sources: Sources, spec: EncoderSpec, f
         if progress.add(table.num_rows):
             logger.info("Data: %s", progress.line("records encoded"))
     return pa.concat_tables(tables) if tables else OUTCOME_SCHEMA.empty_table()
+
+
+def _refuse_unread_pictures(dropped: Sequence[Mapping[str, Any]], outcome: pa.Table, sources: Sources, *, limit: float) -> None:
+    """Raises TooManyDropped where pictures of a data set stand in columns that nothing reads."""
+    rows = Counter(sources.datasets[number].argument for number in outcome["dataset"].to_pylist())
+    words = unread_pictures(dropped, rows, limit=limit)
+    if words is not None:
+        raise TooManyDropped(words, dropped)
 
 
 class TooManyDropped(ValueError):
@@ -273,16 +308,23 @@ def _write_task(task: PrepareTask, shard: Store, sources: Sources, spec: Encoder
     file = sources.datasets[task.dataset].files[task.file]
     pairs: list[EncodedPair] = []
     outcomes: list[dict[str, Any]] = []
+    seen = ColumnsSeen(sources.columns, _own_formats(sources.plugins))
     for row, content in read_rows(file, task.span, task.rows):
         outcome: dict[str, Any] = {"dataset": task.dataset, "file": task.file, "source_row": row}
         try:
             if isinstance(content, RecordError):
                 raise content
+            with record_errors():
+                outcome |= seen.add(content)
             pair = _encode_row(content, f"{_file_label(sources, task)}:{row}", Store(file.location).parent, sources, spec)
         except RecordError as error:
-            outcome |= {"reason": error.reason, "field": error.field, "detail": str(error)}
+            outcome |= {
+                "reason": error.reason,
+                "field": printable(error.field),
+                "detail": printable(str(error), longest=LONGEST_DETAIL),
+            }
         else:
-            outcome |= {"id": pair.id, "shard": shard.name, "position": len(pairs)}
+            outcome |= {"id": pair.id, "shard": shard.name, "position": len(pairs), "num_images": len(pair.images)}
             outcome |= {f"{side}_tokens": len(getattr(pair, f"{side}_ids")) for side in ("prompt", "chosen", "rejected")}
             pairs.append(pair)
         outcomes.append(outcome)
@@ -301,8 +343,12 @@ def _file_label(sources: Sources, task: PrepareTask) -> str:
 def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> EncodedPair:
     encoder = _encoder(spec)  # what keeps the model from encoding anything is no fault of the row
     root = Store.at(sources.image_root) if sources.image_root else None
+    own = _own_formats(sources.plugins)
     with record_errors():
-        record = parse_row(row, id=row_id, own=_own_formats(sources.plugins))
+        row = renamed(row, sources.columns)
+        record = parse_row(row, id=row_id, own=own)
+        if not encoder.spec.family.text_only:
+            require_pictures_read(row, record, own)
         require(record, spec.responses)
     with record_errors(passing=(OSError,)):  # of failing storage, with which no other row fares better
         images = fetch_images(record.images, folder=folder, image_root=root, allow_urls=sources.allow_image_urls)

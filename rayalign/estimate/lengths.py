@@ -15,6 +15,7 @@ from rayalign.data.truncation import count_older_rounds, next_cut, without_oldes
 from rayalign.estimate.advice import held_out_of
 from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import ImageLoad, VisionCosts
+from rayalign.formats.columns import parse_renames, renamed, require_pictures_read
 from rayalign.formats.parse import own_formats, parse_row
 from rayalign.formats.records import Message, PreferenceRecord, RecordError, Responses, record_errors, require
 from rayalign.images.fetch import fetch_images, image_hash, open_image
@@ -80,6 +81,7 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
 
     Raises ValueError where a data set can't be found or holds no usable record.
     """
+    parse_renames(config.data.columns, own_formats(config.plugins))
     pairs: list[PairShape] = []
     total, unusable, too_long = 0, 0, 0
     for argument in config.data.dataset:
@@ -137,9 +139,14 @@ def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -
     """The pair as --truncation_strategy leaves it; None where it goes. Raises RecordError where it can't be used."""
     if isinstance(row, RecordError):
         raise row
+    own = own_formats(config.plugins)
+    renames = parse_renames(config.data.columns, own)
     root = Store.at(config.data.image_root) if config.data.image_root else None
     with record_errors(passing=(OSError,)):
-        record = parse_row(row, id="", own=own_formats(config.plugins))
+        row = renamed(row, renames)
+        record = parse_row(row, id="", own=own)
+        if look:
+            require_pictures_read(row, record, own)
         require(record, config.algorithm.needs.responses)
         contents = fetch_images(record.images, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls)
     messages, limit, strategy = list(record.messages), config.data.max_length, config.data.truncation_strategy

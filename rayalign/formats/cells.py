@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rayalign.formats.pictures import looks_like_picture
 from rayalign.formats.records import IMAGE_MARK, Message, RecordError
 
 Images = tuple[str | bytes, ...]
@@ -17,6 +18,12 @@ ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "gpt": "assistant",
 }
 """Role names of the formats, and ours."""
+
+COMMON_COLUMNS = frozenset(("system", "images", "image", "rejected_images", "rejected_image", "margin", "label"))
+"""Columns that every format reads."""
+
+MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "tool_calls"))
+"""What is read of a message."""
 
 MAX_DEPTH = 32
 
@@ -126,11 +133,20 @@ def conversation(value: Any, *, column: str) -> tuple[list[Message], Images]:
             raise RecordError("unknown role", f"{role!r} is none of {', '.join(ROLES)}", field=column)
         if item.get("tool_calls"):
             raise RecordError("unsupported content", "tool calls can't be trained on", field=column)
+        _refuse_pictures_beside(item, column=column)
         if isinstance(content, list):
             content, found = _content_list(content, column=column)
             inline.extend(found)
         messages.append(Message(role=ROLES[role], content=as_text(content, column=column)))
     return messages, tuple(inline)
+
+
+def _refuse_pictures_beside(message: Mapping[str, Any], *, column: str) -> None:
+    """Raises RecordError for a message with pictures in a key of its own, where nothing would read them."""
+    for key, value in message.items():
+        if key not in MESSAGE_KEYS and looks_like_picture(key, value):
+            words = f"a message holds pictures under {key!r}; put them into 'images' of the row, or into the message's content"
+            raise RecordError("unsupported content", words, field=column)
 
 
 def _content_list(parts: Sequence[Any], *, column: str) -> tuple[str, Images]:
@@ -157,6 +173,14 @@ def all_images(row: Mapping[str, Any], inline: Images) -> Images:
             "ambiguous images", "images stand both in their column and inside the messages; keep one", field="images"
         )
     return listed or inline
+
+
+def refuse_other_rejected_images(row: Mapping[str, Any], images: Images) -> None:
+    """Raises RecordError for a rejected response with other images than the chosen one's `images`."""
+    for column in ("rejected_images", "rejected_image"):
+        if column in row and as_images(row[column], column=column) not in ((), images):
+            words = "the rejected response has other images than the chosen one"
+            raise RecordError("unsupported content", words, field=column)
 
 
 def split_response(messages: Sequence[Message], *, column: str) -> tuple[list[Message], str]:

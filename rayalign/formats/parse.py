@@ -3,30 +3,32 @@
 `sources` finds and reads the rows; `data.encode` takes the records on.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from rayalign.config.plugins import Plugin
 from rayalign.formats import rlaif_v, sharegpt, swift2, swift4, trl
-from rayalign.formats.cells import plain
+from rayalign.formats.cells import COMMON_COLUMNS, plain, refuse_other_rejected_images
 from rayalign.formats.records import PreferenceRecord, RecordError
 
 
 class Format(NamedTuple):
-    """A record format: the columns it needs, in words; whether a row's columns are its own; and the row's record."""
+    """A record format: the columns it needs, in words; whether a row's columns are its own; the row's record; and all columns
+    that it reads (None: not known)."""
 
     name: str
     needs: str
     matches: Callable[[Set[str]], bool]
     parse: Callable[..., PreferenceRecord]
+    reads: Set[str] | None = None
 
 
 FORMATS = (
-    Format("ms-swift 4", swift4.NEEDS, swift4.matches, swift4.parse),
-    Format("ShareGPT", sharegpt.NEEDS, sharegpt.matches, sharegpt.parse),
-    Format("RLAIF-V", rlaif_v.NEEDS, rlaif_v.matches, rlaif_v.parse),
-    Format("TRL", trl.NEEDS, trl.matches, trl.parse),
-    Format("ms-swift 2", swift2.NEEDS, swift2.matches, swift2.parse),
+    Format("ms-swift 4", swift4.NEEDS, swift4.matches, swift4.parse, COMMON_COLUMNS | swift4.READS),
+    Format("ShareGPT", sharegpt.NEEDS, sharegpt.matches, sharegpt.parse, COMMON_COLUMNS | sharegpt.READS),
+    Format("RLAIF-V", rlaif_v.NEEDS, rlaif_v.matches, rlaif_v.parse, COMMON_COLUMNS | rlaif_v.READS),
+    Format("TRL", trl.NEEDS, trl.matches, trl.parse, COMMON_COLUMNS | trl.READS),
+    Format("ms-swift 2", swift2.NEEDS, swift2.matches, swift2.parse, COMMON_COLUMNS | swift2.READS),
 )
 """A row may hold the columns of several formats; the first of these that matches reads it."""
 
@@ -59,9 +61,22 @@ def parse_row(row: Mapping[str, Any], *, id: str, own: Sequence[Format] = ()) ->
     for column in UNSUPPORTED_COLUMNS:
         if cells.get(column):
             raise RecordError("unsupported content", "records hold text and images only", field=column)
-    formats = (*own, *FORMATS)
-    for format in formats:
-        if format.matches(cells.keys()):
-            return format.parse(cells, id=id)
-    known = "; ".join(f"{format.name} ({format.needs})" for format in formats)
-    raise RecordError("unknown format", f"the row has the columns {', '.join(cells) or '(none)'}; known formats: {known}")
+    format = format_of(cells.keys(), own)
+    if format is None:
+        known = "; ".join(f"{format.name} ({format.needs})" for format in (*own, *FORMATS))
+        raise RecordError("unknown format", f"the row has the columns {', '.join(cells) or '(none)'}; known formats: {known}")
+    record = format.parse(cells, id=id)
+    if format in FORMATS:
+        refuse_other_rejected_images(cells, record.images)
+    return record
+
+
+def format_of(columns: Set[str], own: Sequence[Format] = ()) -> Format | None:
+    """The format that reads a row with these filled columns."""
+    return next((format for format in (*own, *FORMATS) if format.matches(columns)), None)
+
+
+def known_columns(own: Sequence[Format] = ()) -> Collection[str] | None:
+    """The columns that any format reads; None where a plugin's format doesn't say."""
+    reads = [format.reads for format in (*own, *FORMATS)]
+    return None if None in reads else sorted({column for columns in reads if columns is not None for column in columns})

@@ -4,6 +4,7 @@ Every problem of a single record is a `RecordError`: the record is dropped and c
 """
 
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -12,6 +13,9 @@ import pydantic
 
 IMAGE_MARK = "<image>"
 """Marks in a user message where an image goes."""
+
+IMAGE_TAG = re.compile(r"<img>([^<>\n]*)</img>")
+"""An image's path inside of the text, as ms-swift 1 and Qwen-VL write it."""
 
 LARGEST_MARGIN = 1e6
 """Beyond it a single record would drown the step's loss, and near 1e38 make it infinite."""
@@ -98,11 +102,19 @@ def build_record(
     label: bool | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> PreferenceRecord:
-    """Makes a record, with missing `<image>` marks put in front of the first round's query.
+    """Makes a record, with missing `<image>` marks put in front of the first round's query. An `<img>path</img>` in the text
+    becomes a mark, and its path an image.
 
     `columns` says what the row calls `system`, `query`, `history`, `images`, `chosen`, `rejected` and `margin`, for the errors.
     Raises RecordError.
     """
+    tagged = [path for message in messages for path in _paths_in(message.content, columns or {})]
+    if tagged:
+        if images and tuple(images) != tuple(tagged):
+            words = "images stand both in their column and as <img>...</img> in the text, and they differ; keep one"
+            raise RecordError("ambiguous images", words, field=(columns or {}).get("images", "images"))
+        images = tagged
+        messages = [m.model_copy(update={"content": IMAGE_TAG.sub(IMAGE_MARK, m.content)}) for m in messages]
     values = {
         "id": id,
         "messages": place_marks(messages, len(images)),
@@ -121,6 +133,14 @@ def build_record(
             raise cause from None
         field = str(first["loc"][0]) if first["loc"] else ""
         raise RecordError("wrong type", first["msg"], field=(columns or {}).get(field, field)) from None
+
+
+def _paths_in(text: str, columns: Mapping[str, str]) -> list[str]:
+    """What the `<img>path</img>` of a text name; raises RecordError for an empty one."""
+    paths = [path.strip() for path in IMAGE_TAG.findall(text)]
+    if not all(paths):
+        raise RecordError("image missing", "an <img></img> in the text is empty", field=columns.get("query", "query"))
+    return paths
 
 
 def place_marks(messages: Sequence[Message], num_images: int) -> tuple[Message, ...]:
@@ -213,9 +233,10 @@ def _check_responses(chosen: str, rejected: str | None, columns: Mapping[str, st
             continue
         if not response.strip():
             raise RecordError("empty response", "the response is empty", field=name)
-        if IMAGE_MARK in response:
+        if IMAGE_MARK in response or IMAGE_TAG.search(response):
+            held = IMAGE_MARK if IMAGE_MARK in response else "<img>...</img>"
             raise RecordError(
-                "image mark in response", f"a response can't hold an image, but this one holds {IMAGE_MARK}", field=name
+                "image mark in response", f"a response can't hold an image, but this one holds {held}", field=name
             )
     if rejected is not None and chosen.strip() == rejected.strip():
         raise RecordError(

@@ -7,6 +7,7 @@ from rayalign.formats import cells
 from rayalign.formats.records import Message, PreferenceRecord, build_record
 
 NEEDS = "question, chosen, rejected, image"
+READS = frozenset(("question", "chosen", "rejected"))
 
 
 def matches(columns: Set[str]) -> bool:

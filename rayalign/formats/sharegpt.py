@@ -7,6 +7,7 @@ from rayalign.formats import cells
 from rayalign.formats.records import PreferenceRecord, RecordError, build_record
 
 NEEDS = "conversations, chosen, rejected"
+READS = frozenset(("conversations", "chosen", "rejected", "rejected_response"))
 
 
 def matches(columns: Set[str]) -> bool:

@@ -7,6 +7,7 @@ from rayalign.formats import cells
 from rayalign.formats.records import Message, PreferenceRecord, RecordError, build_record
 
 NEEDS = "query, response, rejected_response"
+READS = frozenset(("query", "response", "rejected_response", "history"))
 
 
 def matches(columns: Set[str]) -> bool:

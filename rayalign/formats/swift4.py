@@ -7,6 +7,7 @@ from rayalign.formats import cells
 from rayalign.formats.records import Message, PreferenceRecord, RecordError, build_record
 
 NEEDS = "messages, rejected_response (or rejected_messages)"
+READS = frozenset(("messages", "rejected_response", "rejected_messages"))
 
 
 def matches(columns: Set[str]) -> bool:
@@ -19,32 +20,29 @@ def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
         messages = cells.system_message(row) + messages
     prompt, chosen = cells.split_response(messages, column="messages")
     images = cells.all_images(row, inline)
-    if "rejected_images" in row and cells.as_images(row["rejected_images"], column="rejected_images") not in ((), images):
-        raise RecordError(
-            "unsupported content",
-            "the rejected response has other images than the chosen one",
-            field="rejected_images",
-        )
     column = "rejected_messages" if "rejected_messages" in row else "rejected_response"
     return build_record(
         id=id,
         messages=prompt,
         images=images,
         chosen=chosen,
-        rejected=_rejected(row[column], prompt, column=column) if column in row else None,
+        rejected=_rejected(row[column], prompt, inline, column=column) if column in row else None,
         margin=cells.margin(row),
         label=cells.label(row),
         columns={"system": "messages", "query": "messages", "history": "messages", "chosen": "messages", "rejected": column},
     )
 
 
-def _rejected(value: Any, prompt: list[Message], *, column: str) -> str:
-    """The rejected response: text, its message alone, or the whole conversation, which must agree with `messages` before it."""
+def _rejected(value: Any, prompt: list[Message], images: cells.Images, *, column: str) -> str:
+    """The rejected response: text, its message alone, or the whole conversation, which must agree with `messages` before it,
+    and with the images inside of them."""
     if isinstance(value, str):
         return cells.as_text(value, column=column)
-    conversation, _ = cells.conversation(value, column=column)
+    conversation, inline = cells.conversation(value, column=column)
     before, response = cells.split_response(conversation, column=column)
     without_system = [m for m in prompt if m.role != "system"]
     if before not in ([], prompt, without_system):
         raise RecordError("prompts differ", "only the last response may differ from 'messages'", field=column)
+    if inline not in ((), images):
+        raise RecordError("unsupported content", "the rejected response has other images than the chosen one", field=column)
     return response

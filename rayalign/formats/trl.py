@@ -11,6 +11,7 @@ from rayalign.formats import cells
 from rayalign.formats.records import Message, PreferenceRecord, RecordError, build_record
 
 NEEDS = "prompt, chosen, rejected"
+READS = frozenset(("prompt", "chosen", "rejected", "completion", "chat_template_kwargs"))
 
 BESIDE_TEXTS = ("chosen", "rejected", "system", "images", "image")
 """What besides numbers a row of plain texts without a prompt may have: any other column could be its prompt."""

@@ -12,14 +12,17 @@ import io
 import math
 import os
 import stat
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
 import pyarrow.fs as pafs
 from PIL import Image
 
+from rayalign.formats.pictures import SIGNATURES
 from rayalign.formats.records import RecordError
 from rayalign.images.urls import fetch_url
 from rayalign.storage import Store, is_url
@@ -31,10 +34,10 @@ MAX_RECORD_PIXELS = 128 * 2**20
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 STORE_SCHEMES = ("s3://", "gs://")
 URL_SECONDS = 60
-"""For all the URLs of a record together."""
+"""For all the URLs and the objects of remote stores of a record together."""
 
-SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF", b"GIF87a", b"GIF89a", b"BM", b"II*\x00", b"MM\x00*")
-"""First bytes of the formats above; they tell base64 text from a path."""
+OF_THE_OBJECT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY", "Not a regular file")
+"""Words of a remote store's errors that are about the one object, and not about the storage."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,7 +54,8 @@ TURNS = {
 def fetch_images(refs: Sequence[str | bytes], *, folder: Store, image_root: Store | None, allow_urls: bool) -> list[bytes]:
     """The compressed bytes of a record's images: from a path, URL, data: URI, base64 text, or given as they are.
 
-    Relative paths start from `image_root`, or from `folder`, the data set's own; no path may lead out of both.
+    Relative paths start from `image_root`, or from `folder`, the data set's own; no path may lead out of both, nor may the URL
+    of a remote store, unless `allow_urls`.
     Raises RecordError for what is wrong with a reference or its target; an OSError of failing storage passes through.
     """
     deadline = time.monotonic() + URL_SECONDS
@@ -68,18 +72,15 @@ def _fetch(ref: str | bytes, *, folder: Store, image_root: Store | None, allow_u
             raise RecordError("image URLs are off", f"{_short(ref)}: pass --allow_image_urls true to fetch it", field="images")
         content = fetch_url(ref, max_bytes=MAX_IMAGE_BYTES, deadline=deadline)
     elif ref.startswith(STORE_SCHEMES):
-        if any(sign in ref for sign in "?#@"):
-            raise RecordError(
-                "image URL refused", f"{_short(ref)}: options and credentials don't belong in a record", field="images"
-            )
-        content = _read_remote(Store(ref), "", ref=ref)
+        store, inner = _place_of(ref, folder=folder, image_root=image_root, allow_urls=allow_urls)
+        content = _read_remote(store, inner, ref=ref, deadline=deadline)
     elif is_url(ref) and not ref.startswith("file://"):
         known = ", ".join(("http://", "https://", "file://", *STORE_SCHEMES))
         raise RecordError("image URL refused", f"{_short(ref)}: known are {known}", field="images")
     elif _looks_like_base64(ref):
         content = _decode_base64(ref)
     else:
-        content = _read_path(ref.removeprefix("file://"), folder=folder, image_root=image_root)
+        content = _read_path(ref.removeprefix("file://"), folder=folder, image_root=image_root, deadline=deadline)
     if not content:
         raise RecordError("image unreadable", "the image has no bytes", field="images")
     if len(content) > MAX_IMAGE_BYTES:
@@ -188,12 +189,42 @@ def _decode_base64(payload: str) -> bytes:
         raise RecordError("image unreadable", f"broken base64 text: {error}", field="images") from None
 
 
-def _read_path(path: str, *, folder: Store, image_root: Store | None) -> bytes:
+def _place_of(url: str, *, folder: Store, image_root: Store | None, allow_urls: bool) -> tuple[Store, str]:
+    """The store that the URL of a remote one is read from, and the path inside of it: the store that it lies below, or itself.
+
+    The cluster's credentials may open more than the record's author may see, so that what lies elsewhere needs `allow_urls`.
+    """
+    if any(sign in url for sign in "?#@"):
+        raise RecordError(
+            "image URL refused", f"{_short(url)}: options and credentials don't belong in a record", field="images"
+        )
+    bucket, _, key = url.partition("://")[2].partition("/")
+    if not bucket or not key.strip("/") or key.endswith("/"):
+        raise RecordError("image missing", f"{_short(url)} names no object, but a bucket or a folder", field="images")
+    roots = [root for root in (image_root, folder) if root is not None]
+    if ".." not in key.split("/"):
+        for root in roots:
+            base = root.location.partition("?")[0].rstrip("/")
+            if url.startswith(f"{base}/"):
+                return root, url[len(base) :]
+    if allow_urls:
+        return Store(url), ""
+    inside = " or ".join(root.location for root in roots)
+    words = (
+        f"{_short(url)} lies outside of {inside}; pass --image_root with the folder that holds the images, or "
+        "--allow_image_urls true to fetch them from anywhere"
+    )
+    raise RecordError("image outside root", words, field="images")
+
+
+def _read_path(path: str, *, folder: Store, image_root: Store | None, deadline: float) -> bytes:
     start = image_root or folder
     if start.local_path is None and not path.startswith("/"):
         if ".." in path.split("/"):
             raise _outside(path, [start])
-        return _read_remote(start, f"/{path}", ref=path)
+        if path.endswith("/"):
+            raise RecordError("image missing", f"{_short(path)} is a folder", field="images")
+        return _read_remote(start, f"/{path}", ref=path, deadline=deadline)
     roots = [store for store in (image_root, folder) if store is not None and store.local_path is not None]
     try:
         real = Path(os.path.realpath(Path(start.local_path or "/") / path))
@@ -220,22 +251,48 @@ def _read_path(path: str, *, folder: Store, image_root: Store | None) -> bytes:
         raise RecordError("image missing", f"{_short(path)}: {error.strerror}", field="images") from None
 
 
-def _read_remote(store: Store, inner: str, *, ref: str) -> bytes:
+def _read_remote(store: Store, inner: str, *, ref: str, deadline: float) -> bytes:
     """An object at or below a remote store; `inner` stays a plain path, so that it can't hold URL options."""
-    try:
+
+    def read() -> bytes:
         filesystem, path = _file_system(store)
         with filesystem.open_input_file(path + inner) as file:
             if file.size() > MAX_IMAGE_BYTES:
                 raise _too_many_bytes(_short(ref))
             return bytes(file.read())
+
+    try:
+        return _until(deadline, read, ref=ref)
     except RecordError:
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:
         raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
     except OSError as error:
-        if any(code in str(error) for code in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY")):
+        if any(cause in str(error) for cause in OF_THE_OBJECT):
             raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
         raise
+
+
+def _until(deadline: float, work: Callable[[], bytes], *, ref: str) -> bytes:
+    """The result of some work, waited for until `deadline` (of time.monotonic, seconds); raises RecordError where it is late.
+
+    The clients of object stores try again for minutes, and can't be told to stop: the thread is left to end by itself, and does
+    not keep the process.
+    """
+    result: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - for the thread that waits
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    wait([result], timeout=max(0.0, deadline - time.monotonic()))
+    if not result.done():
+        words = f"{_short(ref)}: the {URL_SECONDS} seconds for a record's images are over"
+        raise RecordError("image URL failed", words, field="images")
+    return result.result()
 
 
 @functools.lru_cache(maxsize=16)

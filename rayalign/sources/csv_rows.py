@@ -4,13 +4,9 @@ import csv
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rayalign.formats.columns import from_text
 from rayalign.formats.records import RecordError
-from rayalign.sources.json_rows import parse_json
 from rayalign.sources.lines import Item, raw_lines
-
-JSON_COLUMNS = ("images", "image", "history", "messages", "conversations", "rejected_messages", "rejected_images")
-"""Columns whose cells may be JSON lists or objects; the others are text, whatever they look like."""
-
 
 UNCLOSED = "unexpected end of data"
 """What the csv module says where a quote is open at the end."""
@@ -43,7 +39,7 @@ def parser(location: str) -> Callable[[Item], dict[str, Any] | RecordError]:
         for name, cell in zip(header, item.raw, strict=False):
             try:
                 cell.encode()
-                row[name] = _value(name, cell)
+                row[name] = from_text(name, cell) if cell else None
             except UnicodeEncodeError:
                 return RecordError("not UTF-8", f"line {item.line}: not UTF-8 text", field=name)
             except ValueError as error:
@@ -89,15 +85,3 @@ def _split(location: str, *, start: int, end: int | None, line: int) -> Iterator
             return
         if cells:
             yield Item(begin, taken.end, first_line, cells)
-
-
-def _value(name: str, cell: str) -> Any:
-    if not cell:
-        return None
-    if name in JSON_COLUMNS and cell.startswith(("[", "{")):
-        return parse_json(cell)
-    if name == "margin":
-        return float(cell)
-    if name == "label":
-        return {"true": True, "1": True, "false": False, "0": False}.get(cell.lower(), cell)
-    return cell

@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 from rayalign.sources import rows as raw
 from rayalign.sources.catalogue import CATALOGUE, registered_files
 from rayalign.sources.rows import SUFFIXES, Row, Span
+from rayalign.sources.saved_datasets import without_their_notes
 from rayalign.storage import Store, is_url
 
 
@@ -137,9 +138,8 @@ def _inside(folder: Store) -> tuple[SourceFile, ...]:
     """The data files at any depth of a folder, sorted; hidden files and folders are skipped. Of a local folder each real file
     counts once, whatever links lead to it, and what is no file (a pipe, a socket) not at all."""
     inner = [store.location[len(folder.location) :].lstrip("/") for store in _below(folder)]
-    visible = [
-        name for name in inner if name.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
-    ]
+    visible = without_their_notes(folder, [name for name in inner if not any(part.startswith(".") for part in name.split("/"))])
+    visible = [name for name in visible if name.lower().endswith(SUFFIXES)]
     found = [(store, store.info()) for store in (folder / name for name in visible)]
     return tuple(_source(store, info) for store, info in found if info.type == pafs.FileType.File)
 

@@ -58,7 +58,7 @@ def _group_rows(
             raise ValueError(f"{location}: row group {group} can't be read: {error}") from error
         for i in range(batch.num_rows):
             if start + i in inside and (wanted is None or start + i in wanted):
-                yield start + i, _row(batch, i)
+                yield start + i, row_of(batch, i)
         start += batch.num_rows
 
 
@@ -72,7 +72,8 @@ def _open(location: str) -> pq.ParquetFile:
         raise ValueError(f"{location} is not a readable parquet file: {error}") from None
 
 
-def _row(batch: pa.RecordBatch, i: int) -> dict[str, Any] | RecordError:
+def row_of(batch: pa.RecordBatch, i: int) -> dict[str, Any] | RecordError:
+    """A row of a batch as Python's own types, or the RecordError of one that can't be."""
     try:
         row: dict[str, Any] = batch.slice(i, 1).to_pylist()[0]
     except UnicodeDecodeError as error:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rayalign.formats.records import RecordError
-from rayalign.sources import csv_rows, json_rows, parquet_rows
+from rayalign.sources import arrow_rows, csv_rows, json_rows, parquet_rows
 from rayalign.sources.lines import Item
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
 """The containers that are read."""
 
 Row = dict[str, Any] | RecordError
@@ -19,7 +19,8 @@ Row = dict[str, Any] | RecordError
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of a file that can be read without the ones before: in a text file, the bytes [start, end) from line `line` on."""
+    """Rows of a file that can be read without the ones before: in a text file, the bytes [start, end) from line `line` on; in
+    an Arrow file, those from row `line` on of the batch at [start, end)."""
 
     first_row: int
     num_rows: int
@@ -37,12 +38,16 @@ class TextReader(NamedTuple):
 
 def count_rows(location: str) -> int:
     """The number of rows, unreadable ones included; raises ValueError where the file as a whole can't be read."""
+    if _is_arrow(location):
+        return arrow_rows.count_rows(location)
     reader = _reader(location)
     return parquet_rows.count_rows(location) if reader is None else sum(1 for _ in reader.items(location))
 
 
 def spans_of(location: str, num_rows: int) -> list[Span]:
     """The file cut into spans of about `num_rows` rows; raises ValueError as `count_rows` does."""
+    if _is_arrow(location):
+        return [Span(*place) for place in arrow_rows.cut(location, num_rows)]
     reader = _reader(location)
     if reader is None:
         return [Span(first, size) for first, size in parquet_rows.cut(location, num_rows)]
@@ -63,6 +68,10 @@ def spans_of(location: str, num_rows: int) -> list[Span]:
 def read_rows(location: str, span: Span | None = None, rows: Sequence[int] | None = None) -> Iterator[tuple[int, Row]]:
     """The rows of a span (None: the file) with the given numbers (None: all); one that can't be read is a RecordError."""
     wanted = None if rows is None else set(rows)
+    if _is_arrow(location):
+        place = arrow_rows.Place(span.first_row, span.num_rows, span.start, span.end, span.line) if span else None
+        yield from arrow_rows.read(location, place, wanted=wanted)
+        return
     reader = _reader(location)
     first = span.first_row if span else 0
     if reader is None:
@@ -75,6 +84,10 @@ def read_rows(location: str, span: Span | None = None, rows: Sequence[int] | Non
             return
         if wanted is None or row in wanted:
             yield row, reader.parse(item)
+
+
+def _is_arrow(location: str) -> bool:
+    return location.lower().endswith(".arrow")
 
 
 def _reader(location: str) -> TextReader | None:

@@ -150,6 +150,11 @@ def has_checkpoint(folder: Store) -> bool:
     return any((checkpoint.store / MANIFEST).exists() for checkpoint in _newest_first(folder))
 
 
+def newest_complete(folder: Store) -> Checkpoint | None:
+    """The checkpoint with the most steps whose files are all there, by their sizes: what a run would go on from."""
+    return next((found for found in _newest_first(folder) if _what_is_missing(found.store) is None), None)
+
+
 def checkpoint_name(step: int, attempt: str) -> str:
     """The folder name after `step` steps; `attempt` keeps apart what two starts of one run wrote."""
     return f"step_{step:08d}_{attempt}"

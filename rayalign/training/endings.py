@@ -8,7 +8,7 @@ from rayalign.cluster import RAY_ERRORS, cause_in_words, user_error_in
 from rayalign.config.config import Config
 from rayalign.config.endings import TRACEBACK_VARIABLE, RunFailed, Terminated
 from rayalign.storage import Store
-from rayalign.training.checkpoint import newest_checkpoint
+from rayalign.training.checkpoint import newest_complete
 from rayalign.training.metrics import read_metrics
 
 OF_RAY = (0, signal.SIGTERM)
@@ -42,7 +42,7 @@ def run_reached(config: Config) -> str:
     """How far a run came, what is kept and how it goes on: what follows the words `interrupted` or `It ended`."""
     folder = Store.at(str(config.run.output_dir))
     again = _same_command(config)
-    checkpoint = newest_checkpoint(folder / "checkpoints")
+    checkpoint = newest_complete(folder / "checkpoints")
     step = max((int(line["step"]) for line in read_metrics(folder / "metrics.jsonl") if "step" in line), default=0)
     if checkpoint is None:
         reached = f"at step {step}, before the first checkpoint (--save_steps)" if step else "before the first step"

@@ -1,11 +1,13 @@
 """From a raw row to an encoded pair: what each algorithm makes of pairs and of labelled responses (Ray's part: integration)."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -13,9 +15,11 @@ from rayalign.algorithms import ALGORITHMS
 from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
 from rayalign.data.encode import EncoderSpec
-from rayalign.data.prepare import PrepareTask, Sources, _encode_row, _write_task, cache_key
+from rayalign.data.prepare import OUTCOME_SCHEMA, PrepareTask, Sources, _encode_row, _write_task, cache_key
+from rayalign.data.remarks import remarks, unread_pictures
 from rayalign.data.store import EncodedPair
 from rayalign.data.truncation import RecordTooLong
+from rayalign.formats.columns import Renames
 from rayalign.formats.records import RecordError
 from rayalign.sources.files import resolve_dataset, spans_of
 from rayalign.storage import Store
@@ -161,3 +165,108 @@ def test_data_read_by_another_plugin_are_other_data(model_folder: Callable[..., 
 
     assert key("FORMATS = (1,)") == key("FORMATS = (1,)")
     assert len({key(), key("FORMATS = (1,)"), key("FORMATS = (2,)")}) == 3
+
+
+def test_renamed_columns_are_other_data_and_none_are_the_data_of_before(model_folder: Callable[..., Path]) -> None:
+    spec = EncoderSpec(str(model_folder("llava")), responses="both")
+
+    def key(*columns: tuple[str, str]) -> str:
+        return cache_key(Sources((), None, False, (), columns), spec, DataConfig())
+
+    assert key() == cache_key(Sources((), None, False), spec, DataConfig())
+    assert key(("a", "images"), ("b", "query")) == key(("b", "query"), ("a", "images"))
+    assert len({key(), key(("a", "images")), key(("a", "image")), key(("b", "images"))}) == 4
+
+
+@pytest.fixture
+def outcome_of_rows(model_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., pa.Table]:
+    """`outcome_of_rows(rows, columns, model)`: what a task reports of a file with these rows."""
+    Image.new("RGB", (30, 40)).save(tmp_path / "a.png")
+
+    def outcome(rows: list[dict[str, Any]], columns: Renames = (), model: str = "llava") -> pa.Table:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False, (), columns)
+        spec = EncoderSpec(str(model_folder(model)), responses="both")
+        lines = _write_task(
+            PrepareTask(0, 0, spans_of(sources.datasets[0].files[0], 256)[0], None),
+            Store(str(tmp_path / "shard")),
+            sources,
+            spec,
+        )
+        return pa.Table.from_pylist(lines, schema=OUTCOME_SCHEMA)
+
+    return outcome
+
+
+Outcome = Callable[..., pa.Table]
+WITH_PATH = PAIR | {"image_path": "a.png"}
+
+
+def test_a_picture_in_a_column_that_nothing_reads_drops_the_record_until_it_is_renamed(outcome_of_rows: Outcome) -> None:
+    rows = [WITH_PATH, PAIR, PAIR | {"images": ["a.png"], "image_path": "b.png"}, PAIR | {"picture": "x/y.jpg"}]
+    assert outcome_of_rows(rows)["reason"].to_pylist() == ["picture not read", None, None, "picture not read"]
+    renamed = outcome_of_rows([WITH_PATH, PAIR], (("image_path", "images"),))
+    assert (renamed["reason"].to_pylist(), renamed["num_images"].to_pylist()) == ([None, None], [1, 0])
+
+
+def test_a_language_model_has_no_use_for_pictures(outcome_of_rows: Outcome) -> None:
+    assert outcome_of_rows([WITH_PATH], (), "qwen2")["reason"].to_pylist() == [None]
+
+
+def test_columns_are_said_once_a_task_and_hostile_names_do_no_harm(outcome_of_rows: Outcome) -> None:
+    rows = [
+        PAIR | {"id": 1},
+        PAIR | {"id": 2, "source": "x"},
+        {"\ud800": 1},
+        PAIR | {"\ud800 \n": "a" * 9},
+        PAIR | {"\ud800": "a.png"},
+    ]
+    rows += [PAIR | {f"{'long' * 999}{i}": 1 for i in range(100)}]
+    table = outcome_of_rows(rows, (("none", "images"), ("id", "history")))
+    assert table["unread"].to_pylist()[1] == ["source"]
+    assert table["renamed"].to_pylist()[:2] == [["id"], []]
+    table = outcome_of_rows(rows)
+    assert table["unread"].to_pylist()[:5] == [["id"], ["source"], [], ["?"], []]
+    assert max(map(len, table["unread"].to_pylist()[5])) < 70
+    assert table["field"].to_pylist()[4] == "?"
+
+
+def said(table: pa.Table, columns: Renames = (), model: str | None = "my/model") -> list[tuple[int, str]]:
+    return remarks(table, ["a.jsonl"], columns, looks_at_pictures=model)
+
+
+def test_what_is_left_out_is_said_once_for_a_data_set(outcome_of_rows: Outcome) -> None:
+    words = (
+        "a.jsonl: NO RECORD HAS A PICTURE, and my/model is a vision-language model: of these records it learns from the text "
+        "alone. If their pictures stand in a column of another name, pass --columns NAME=images."
+    )
+    rows = [PAIR | {"id": 1, "sytem": "x"}, PAIR | {"id": 2}]
+    unread = "a.jsonl: columns that are not read: id, sytem. Did you mean --columns sytem=system?"
+    table = outcome_of_rows(rows)
+    assert said(table) == [(logging.INFO, unread), (logging.WARNING, words)]
+    assert said(table, model=None) == [(logging.INFO, unread)]
+    assert said(outcome_of_rows([PAIR, PAIR | {"images": ["a.png"]}])) == []
+    absent = (("none", "images"),)
+    assert said(outcome_of_rows([PAIR | {"images": ["a.png"]}], absent), absent) == [
+        (logging.WARNING, "a.jsonl: --columns none=images: no row has a column none.")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lost", "refused"), [({"a": 1}, False), ({"a": 2}, True), ({"b": 2}, False), ({"a": 1, "b": 6}, True), ({}, False)]
+)
+def test_a_data_set_whose_pictures_are_not_read_is_refused(lost: Mapping[str, int], refused: bool) -> None:
+    """Two data sets of 20 and 100 rows, 5 % of which may be dropped."""
+    dropped = [
+        {"dataset": dataset, "reason": "picture not read", "field": field}
+        for dataset, count in lost.items()
+        for field in (["img"] + ["photo"] * count)[-count:]
+    ]
+    dropped += [{"dataset": "a", "reason": "image missing", "field": "images"}] * 9
+    words = unread_pictures(dropped, {"a": 20, "b": 100}, limit=0.05)
+    assert (words is not None) == refused
+    if lost == {"a": 2}:
+        assert words == (
+            "a: 2 of 20 records have what looks like their picture in a column that no record format reads: photo. Pass "
+            "--columns photo=images, or take the column out of the rows."
+        )

@@ -5,10 +5,12 @@ import contextlib
 import io
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -316,3 +318,111 @@ def test_max_pixels_shrinks_and_keeps_the_shape(size: tuple[int, int], max_pixel
 def test_the_hash_names_the_bytes() -> None:
     assert image_hash(b"abc") == "ba7816bf8f01cfea414140de5dae2223"
     assert image_hash(b"abd") != image_hash(b"abc")
+
+
+PLACES = [
+    # folder of the data set, --image_root, URL, whether it is read without --allow_image_urls
+    ("/data", None, "s3://other/secret.png", False),
+    ("/data", None, "gs://other/secret.png", False),
+    ("s3://bucket/data", None, "s3://bucket/data/a.png", True),
+    ("s3://bucket/data", None, "s3://bucket/data/x/a.png", True),
+    ("s3://bucket/data", None, "s3://bucket/data2/a.png", False),
+    ("s3://bucket/data", None, "s3://bucket/data/../secret.png", False),
+    ("s3://bucket/data", None, "s3://bucket/other/a.png", False),
+    ("s3://bucket/data", None, "s3://bucket2/data/a.png", False),
+    ("s3://bucket/data", None, "gs://bucket/data/a.png", False),
+    ("s3://bucket", None, "s3://bucket/a.png", True),
+    ("s3://bucket/data", "s3://pictures/all", "s3://pictures/all/a.png", True),
+    ("s3://bucket/data", "s3://pictures/all", "s3://pictures/a.png", False),
+    ("/data", "gs://pictures", "gs://pictures/x/a.png", True),
+]
+
+
+@pytest.mark.parametrize(("folder", "image_root", "url", "is_read"), PLACES)
+def test_a_remote_store_is_read_below_the_data_set_and_image_root_unless_urls_are_allowed(
+    monkeypatch: pytest.MonkeyPatch, folder: str, image_root: str | None, url: str, is_read: bool
+) -> None:
+    monkeypatch.setattr(fetching, "_read_remote", lambda store, inner, **_: f"{store.location}{inner}".encode())
+    root = Store(image_root) if image_root else None
+
+    def fetched(*, allow_urls: bool) -> list[bytes]:
+        return fetch_images([url], folder=Store(folder), image_root=root, allow_urls=allow_urls)
+
+    assert fetched(allow_urls=True) == [url.encode()]
+    if is_read:
+        assert fetched(allow_urls=False) == [url.encode()]
+        return
+    with pytest.raises(RecordError) as caught:
+        fetched(allow_urls=False)
+    inside = f"{image_root} or {folder}" if image_root else folder
+    assert (caught.value.reason, caught.value.words) == (
+        "image outside root",
+        f"{url} lies outside of {inside}; pass --image_root with the folder that holds the images, or --allow_image_urls true "
+        "to fetch them from anywhere",
+    )
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://", "gs://", "s3://bucket", "s3://bucket/", "s3://bucket//", "s3:///a.png", "s3://bucket/x/"]
+)
+@pytest.mark.parametrize("allow_urls", [False, True])
+def test_a_bucket_or_a_folder_is_no_image(url: str, allow_urls: bool) -> None:
+    with pytest.raises(RecordError) as caught:
+        fetch_images([url], folder=Store("s3://bucket"), image_root=None, allow_urls=allow_urls)
+    assert (caught.value.reason, caught.value.words) == ("image missing", f"{url} names no object, but a bucket or a folder")
+
+
+class FakeStore:
+    """A file system whose files open as told."""
+
+    def __init__(self, outcome: Any) -> None:
+        self.outcome = outcome
+
+    def open_input_file(self, path: str) -> Any:
+        if isinstance(self.outcome, float):
+            time.sleep(self.outcome)
+            return pa.BufferReader(PNG)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return pa.BufferReader(self.outcome)
+
+
+def fetch_remote(outcome: Any, monkeypatch: pytest.MonkeyPatch, *, num_refs: int = 1) -> list[bytes]:
+    monkeypatch.setattr(fetching, "_file_system", lambda store: (FakeStore(outcome), "bucket"))
+    refs = [f"{i}.png" for i in range(num_refs)]
+    return fetch_images(refs, folder=Store("s3://bucket"), image_root=None, allow_urls=False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("Not a regular file: 'bucket/0.png'"),
+        OSError("AWS Error NO_SUCH_BUCKET"),
+        OSError("AWS Error ACCESS_DENIED"),
+        FileNotFoundError("bucket/0.png"),
+        ValueError("Empty path component"),
+    ],
+)
+def test_what_is_no_object_of_a_store_drops_its_record(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(RecordError) as caught:
+        fetch_remote(error, monkeypatch)
+    assert (caught.value.reason, str(caught.value)) == ("image missing", f"images: 0.png: {error}")
+
+
+@pytest.mark.parametrize("error", [OSError("AWS Error NETWORK_CONNECTION"), TimeoutError("timed out"), ConnectionResetError()])
+def test_a_store_that_fails_is_no_fault_of_the_record(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(OSError) as caught:
+        fetch_remote(error, monkeypatch)
+    assert caught.value is error
+
+
+def test_images_of_a_remote_store_have_seconds_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fetch_remote(PNG, monkeypatch, num_refs=3) == [PNG] * 3
+    monkeypatch.setattr(fetching, "URL_SECONDS", 0.3)
+    for seconds, num_refs in ((30.0, 1), (0.2, 5)):
+        started = time.monotonic()
+        with pytest.raises(RecordError) as caught:
+            fetch_remote(seconds, monkeypatch, num_refs=num_refs)
+        assert time.monotonic() - started < 5
+        assert (caught.value.reason, caught.value.field) == ("image URL failed", "images")
+        assert caught.value.words.endswith("the 0.3 seconds for a record's images are over")

@@ -174,13 +174,12 @@ def test_an_adapter_whose_model_is_gone_names_both(tmp_path: Path) -> None:
     [
         (
             "{",
-            "is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)). "
-            "Copy the adapter again.",
+            "is damaged or cut off (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)). "
+            "Copy it again from where the adapter was made.",
         ),
         (
             '{"peft_type": "LORA"}',
-            "does not name the model that it was made for. Write the model's folder or hub id there "
-            "as base_model_name_or_path.",
+            "names no base model. Write the model's folder or hub id there, as base_model_name_or_path.",
         ),
     ],
 )

@@ -1,0 +1,101 @@
+"""What is said once about each data set: columns that nothing reads, data without pictures for a model that looks at them,
+renamed columns that no row has. `prepare` collects it from its tasks, and keeps it beside the encoded records.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from rayalign.config.flags import nearest
+from rayalign.formats.columns import PICTURE_NOT_READ, Renames, renamed, unread_columns
+from rayalign.formats.parse import Format, known_columns
+
+SEEN_SCHEMA = pa.schema([("num_images", pa.int32()), ("unread", pa.list_(pa.string())), ("renamed", pa.list_(pa.string()))])
+"""Of a record: its pictures; and the columns not read and those renamed, where its task meets them for the first time."""
+
+MOST_NAMES, LONGEST_NAME = 30, 60
+
+Remark = tuple[int, str]
+"""A level of `logging`, and words."""
+
+
+class ColumnsSeen:
+    """The columns that one task has met in its rows."""
+
+    def __init__(self, renames: Renames, own: Sequence[Format]) -> None:
+        self._renames, self._own = renames, own
+        self._unread: set[str] = set()
+        self._renamed: set[str] = set()
+
+    def add(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        """What is new in a row, for SEEN_SCHEMA. Raises RecordError as `renamed` does."""
+        sources = (source for source, _ in self._renames if row.get(source) is not None)
+        unread = unread_columns(renamed(row, self._renames), self._own)
+        return {"unread": _new(unread, self._unread), "renamed": _new(sources, self._renamed)}
+
+
+def _new(names: Iterable[str], known: set[str]) -> list[str]:
+    new = sorted({short for name in names if (short := printable(name)) not in known})[: MOST_NAMES + 1 - len(known)]
+    known.update(new)
+    return new
+
+
+def printable(words: str, *, longest: int = LONGEST_NAME) -> str:
+    """Text out of a row, fit for a log and for files: on one line, valid Unicode, and not too long."""
+    line = " ".join(words[: 2 * longest].encode(errors="replace").decode().split())
+    return line if len(line) <= longest else f"{line[:longest]}..."
+
+
+def remarks(outcome: pa.Table, arguments: Sequence[str], renames: Renames, *, looks_at_pictures: str | None) -> list[Remark]:
+    """What to say about the data sets `arguments`, from the outcomes of their tasks. `looks_at_pictures`: the model that does
+    (None: it reads text only)."""
+    said: list[Remark] = []
+    for number, argument in enumerate(arguments):
+        own = outcome.filter(pa.compute.equal(outcome["dataset"], number))
+        unread = sorted(_names(own, "unread"))
+        if unread:
+            said.append((logging.INFO, f"{argument}: columns that are not read: {_listed(unread)}.{_misspelt(unread)}"))
+        kept = own.filter(pa.compute.is_null(own["reason"]))
+        if looks_at_pictures is not None and kept.num_rows and not pa.compute.sum(kept["num_images"]).as_py():
+            words = (
+                f"{argument}: NO RECORD HAS A PICTURE, and {looks_at_pictures} is a vision-language model: of these records it "
+                "learns from the text alone. If their pictures stand in a column of another name, pass --columns NAME=images."
+            )
+            said.append((logging.WARNING, words))
+    met = _names(outcome, "renamed")
+    for source, target in renames:
+        if printable(source) not in met:
+            said.append((logging.WARNING, f"{' '.join(arguments)}: --columns {source}={target}: no row has a column {source}."))
+    return said
+
+
+def unread_pictures(dropped: Sequence[Mapping[str, Any]], num_rows: Mapping[str, int], *, limit: float) -> str | None:
+    """Words for the first data set of which more than this fraction of the rows have their only picture in a column that
+    nothing reads; `num_rows` are those of each data set."""
+    for dataset, total in num_rows.items():
+        fields = Counter(line["field"] for line in dropped if (line["dataset"], line["reason"]) == (dataset, PICTURE_NOT_READ))
+        if fields.total() > limit * total:
+            names = [name for name, _ in fields.most_common()]
+            renames = " ".join(f"{name}=images" for name in names[:MOST_NAMES])
+            return (
+                f"{dataset}: {fields.total()} of {total} records have what looks like their picture in a column that no record "
+                f"format reads: {_listed(names)}. Pass --columns {renames}, or take the column out of the rows."
+            )
+    return None
+
+
+def _names(outcome: pa.Table, column: str) -> set[str]:
+    return {name for names in outcome[column].drop_null().to_pylist() for name in names}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (" and others" if len(names) > MOST_NAMES else "")
+
+
+def _misspelt(unread: Sequence[str]) -> str:
+    """Advice on the columns whose names are almost those of columns that are read."""
+    meant = [(name, near) for name in unread if (near := nearest(name, known_columns() or ()))]
+    return f" Did you mean --columns {' '.join(f'{name}={near}' for name, near in meant)}?" if meant else ""
