@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.utils.hub import cached_file
 
 from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.companions import Companion
+from rayalign.models.compat import hub_revision
 from rayalign.models.source import ModelSource
 from rayalign.storage import Store
 
@@ -60,7 +60,7 @@ def reference_key(
     """The key of the reference of a run. `dtype` is the type of the arithmetic on devices of the type `device`;
     `companion`: the one whose rows are scored, too."""
     is_folder = Path(source.base).is_dir()
-    weights = _content_hashes(Path(source.base)) if is_folder else {source.base: _hub_revision(source.base)}
+    weights = _content_hashes(Path(source.base)) if is_folder else {source.base: hub_revision(source.base)}
     full = tuner.sft_type == "full"
     quantised = tuner.quant_bits is not None
     settings = {
@@ -98,11 +98,6 @@ def check_reference(config: Config, key: ReferenceKey) -> None:
                 "start anew."
             )
     note.write_json(now)
-
-
-def _hub_revision(model: str) -> str:
-    """The commit of a model of the hub: the name of the cache's folder that its files are in."""
-    return Path(str(cached_file(model, "config.json"))).parent.name
 
 
 def _content_hashes(folder: Path) -> dict[str, str]:
