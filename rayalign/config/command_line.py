@@ -40,7 +40,7 @@ def configure_logging() -> None:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Ends the program with code 2 and one sentence for what the user can mend (ValueError, a loss that is no longer finite);
+    """Ends the program with code 2 and one sentence for what the user can correct (ValueError, a loss no longer finite);
     with RAYALIGN_TRACEBACK=1 the traceback is shown, too."""
     try:
         yield
