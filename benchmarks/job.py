@@ -212,9 +212,9 @@ class Benchmark:
         (manifest,) = (self.folder / f"cache{number}").glob("*/manifest.json")
         data = PreparedData.find(Store.at(str(manifest.parent)))
         assert data is not None
-        lengths = data.lengths()
-        responses = int(lengths.chosen.sum() + lengths.rejected.sum())
-        prompts = int(lengths.prompt.sum())
+        token_counts = data.token_counts()
+        responses = int(token_counts.chosen.sum() + token_counts.rejected.sum())
+        prompts = int(token_counts.prompt.sum())
         return {
             "rayalign": self.settings.epochs * (prompts + responses),
             "trl": self.settings.epochs * (2 * prompts + responses),

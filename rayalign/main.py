@@ -54,7 +54,7 @@ def pipeline(file: str) -> None:
 
 
 def run(config: Config) -> None:
-    """Trains, or, with --dry_run, tells what training would take; raises ValueError for what the user can mend."""
+    """Trains, or, with --dry_run, tells what training would take; raises ValueError for what the user can correct."""
     if config.run.dry_run:
         from rayalign.estimate.plan import plan_run  # here, so that a run does not wait for what only plans need
 

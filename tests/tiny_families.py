@@ -8,6 +8,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rayalign.models.compat import without_video_part
+
 SENTENCES = ["Which digit is it? The digit is two.", "USER ASSISTANT SYSTEM: describe the image. A cat sits on the mat."]
 
 VISION = {
@@ -115,9 +117,7 @@ def _llava_next_processor() -> Any:
 
 
 def _without_video(name: str) -> Any:
-    from rayalign.models.processors import _without_video  # what a machine without torchvision gets
-
-    return _without_video(getattr(transformers, name))
+    return without_video_part(getattr(transformers, name))  # what a machine without torchvision gets
 
 
 def _llava_onevision_processor() -> Any:

@@ -164,7 +164,7 @@ ELSEWHERE: Sequence[Elsewhere] = (
     ),
     Elsewhere("hub_token hf_hub_token use_hf", (*SWIFT, FACTORY), "hub ids are Hugging Face's; a token goes into HF_TOKEN."),
     Elsewhere("model_revision", ALL, "download that revision, and pass its folder as --model."),
-    Elsewhere("pure_bf16", (FACTORY,), "what learns is always kept in float32. Pass --dtype bfloat16 for the rest."),
+    Elsewhere("pure_bf16", (FACTORY,), "trainable weights are always kept in float32. Pass --dtype bfloat16 for the rest."),
     Elsewhere("tf32", HF, "products of float32 stay exact here. Pass --dtype bfloat16 for speed."),
     Elsewhere("load_in_8bit", (TRL,), "only 4 bits are supported: --quant_bits 4."),
     Elsewhere("quant_method quantization_method", (*SWIFT, FACTORY), "--quant_bits 4 is bitsandbytes'; leave the method out."),
@@ -199,7 +199,7 @@ ELSEWHERE: Sequence[Elsewhere] = (
     Elsewhere(
         "aligner_lr vit_lr lora_lr_ratio lorap_lr_ratio loraplus_lr_ratio",
         (*SWIFT, FACTORY),
-        "all that learns has one --learning_rate.",
+        "all trainable weights have one --learning_rate.",
     ),
     Elsewhere("neftune_noise_alpha", ALL, "embeddings get no noise here. Leave it out."),
     Elsewhere("disable_dropout", (TRL,), "--lora_dropout is for SFT only, and always off elsewhere. Leave it out."),

@@ -71,13 +71,13 @@ class ModelConfig:
     model_type: str | None = flag(None, "Registered model name, such as llava1_6-mistral-7b-instruct; stands in for --model.")
     adapter: str | None = flag(
         None,
-        "Folder of a LoRA adapter of --model. Training continues from it; with --stack_adapter true a new adapter learns on "
-        "top of it; with --sft_type full it is merged into the weights first.",
+        "Folder of a LoRA adapter of --model. Training continues from it; with --stack_adapter true a new adapter is trained "
+        "on top of it; with --sft_type full it is merged into the weights first.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto",
-        "Type of the arithmetic and of frozen weights; what learns is kept in float32. auto: bfloat16 on a GPU, float32 on "
-        "CPUs. float16 scales the loss, and skips steps whose gradients overflow (skipped_steps).",
+        "Type of the arithmetic and of frozen weights; trainable weights are kept in float32. auto: bfloat16 on a GPU, float32 "
+        "on CPUs. float16 scales the loss, and skips steps whose gradients overflow (skipped_steps).",
     )
     attn_implementation: Literal["sdpa", "flex_attention", "eager"] = flag(
         "sdpa",
@@ -112,14 +112,12 @@ class ModelConfig:
 class TunerConfig:
     """Tuner"""
 
-    sft_type: Literal["lora", "full"] = flag(
-        "lora", "lora: adapters on the parts that learn; full: all weights of these parts."
-    )
+    sft_type: Literal["lora", "full"] = flag("lora", "lora: adapters on the trainable parts; full: all weights of these parts.")
     freeze_vit: bool = flag(
-        True, "The vision tower does not learn. It runs in evaluation mode either way: no dropout, no running statistics."
+        True, "The vision tower is not trained. It runs in evaluation mode either way: no dropout, no running statistics."
     )
-    freeze_aligner: bool = flag(True, "What stands between vision tower and language model (projector, merger) does not learn.")
-    freeze_llm: bool = flag(False, "The language model and its output head do not learn.")
+    freeze_aligner: bool = flag(True, "What stands between vision tower and language model (projector, merger) is not trained.")
+    freeze_llm: bool = flag(False, "The language model and its output head are not trained.")
     lora_target_modules: tuple[str, ...] = flag(
         ("DEFAULT",),
         "Where adapters go, in parts that are not frozen. DEFAULT: attention q, k, v of language model and vision tower, every "
@@ -159,7 +157,7 @@ def _check_tuner(tuner: TunerConfig) -> None:
     """Raises ValueError for flags that contradict each other."""
     if tuner.freeze_vit and tuner.freeze_aligner and tuner.freeze_llm:
         raise ValueError(
-            "--freeze_llm true: with --freeze_vit and --freeze_aligner nothing is left to learn. Turn one of the three off."
+            "--freeze_llm true: with --freeze_vit and --freeze_aligner nothing is left to train. Turn one of the three off."
         )
     if tuner.quant_bits not in (None, 4):
         raise ValueError(f"--quant_bits {tuner.quant_bits}: only 4 is supported. Pass 4, or leave the flag out.")

@@ -93,7 +93,7 @@ def epoch_order(rows: Rows, *, seed: int, epoch: int) -> Rows:
 
 def cut_micro_batches(
     rows: Rows,
-    lengths: TokenCounts,
+    token_counts: TokenCounts,
     *,
     batch_size: int,
     max_tokens: int | None = None,
@@ -108,13 +108,13 @@ def cut_micro_batches(
     packs rows there is none: without `max_tokens`, micro-batches are then made to have about as many tokens each, so that
     workers need not wait for one another.
     """
-    by_length = rows[np.argsort(-lengths.row_tokens(rows), kind="stable")]
+    by_length = rows[np.argsort(-token_counts.row_tokens(rows), kind="stable")]
     if packs_rows and max_tokens is None:
         cut = _deal(by_length, math.ceil(len(rows) / batch_size))
     else:
         cut, start = [], 0
         while start < len(by_length):
-            tokens = lengths.row_tokens(by_length[start : start + batch_size])
+            tokens = token_counts.row_tokens(by_length[start : start + batch_size])
             total = np.cumsum(tokens if packs_rows else np.full_like(tokens, tokens[0]))
             size = len(tokens) if max_tokens is None else max(1, int(np.searchsorted(total, max_tokens, side="right")))
             cut.append(by_length[start : start + size])
@@ -144,12 +144,12 @@ class StepSampler:
     dealt to the workers in turn. Raises ValueError where there is nothing to train on.
     """
 
-    def __init__(self, lengths: TokenCounts, settings: SamplerSettings) -> None:
-        if lengths.num_rows == 0:
+    def __init__(self, token_counts: TokenCounts, settings: SamplerSettings) -> None:
+        if token_counts.num_rows == 0:
             raise ValueError("There are no records to train on.")
-        self.lengths = lengths
+        self.token_counts = token_counts
         self.settings = settings
-        self.rows, self.held_out = hold_out(lengths.num_rows, ratio=settings.held_out_ratio, seed=settings.seed)
+        self.rows, self.held_out = hold_out(token_counts.num_rows, ratio=settings.held_out_ratio, seed=settings.seed)
         if settings.with_partners:
             require_partners(len(self.rows), "to train on")
         self.steps_per_epoch, self.num_steps = steps_of_run(
@@ -169,7 +169,7 @@ class StepSampler:
 
     def counts(self, step: int) -> StepCounts:
         """Counts over the whole step, on all workers."""
-        return StepCounts.of(self.lengths.take(self.rows_of_step(step)))
+        return StepCounts.of(self.token_counts.take(self.rows_of_step(step)))
 
     def micro_batches(self, step: int, rank: int) -> list[Rows]:
         """A worker's micro-batches of a step; a worker may have one less than another, or none."""
@@ -177,7 +177,7 @@ class StepSampler:
         rows = self.rows_of_step(step)
         return cut_micro_batches(
             rows,
-            self.lengths,
+            self.token_counts,
             batch_size=settings.batch_size,
             max_tokens=settings.max_tokens_per_batch,
             packs_rows=settings.packs_rows,
@@ -223,4 +223,4 @@ def fetch_chunk(
 
 @functools.lru_cache(maxsize=4)
 def _open(data: PreparedData, settings: SamplerSettings) -> tuple[StepSampler, PairReader]:
-    return StepSampler(data.lengths(), settings), data.reader()
+    return StepSampler(data.token_counts(), settings), data.reader()

@@ -179,7 +179,7 @@ class PreparedData:
         dropped: list[dict[str, Any]] = (self.folder / "dropped.json").read_json()
         return dropped
 
-    def lengths(self) -> TokenCounts:
+    def token_counts(self) -> TokenCounts:
         index = self.index()
         columns = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
         return TokenCounts(*(index[name].to_numpy().astype(np.int64) for name in columns))

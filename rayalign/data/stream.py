@@ -44,7 +44,7 @@ def sampler_of(config: Config, data: RunData) -> StepSampler:
         max_tokens_per_batch=config.optimizer.max_tokens_per_batch,
         packs_rows=packs_rows(data.spec.family, config.model.attn_implementation),
     )
-    return StepSampler(data.training.lengths(), settings)
+    return StepSampler(data.training.token_counts(), settings)
 
 
 def fetch_pairs(data: PreparedData, sampler: StepSampler, *, rank: int, start_step: int) -> Iterator[pa.Table]:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rayalign.models.family import Family
 from rayalign.models.parts import Parts, find_parts
 from rayalign.models.registry import find_family, packs_rows
 from rayalign.models.source import ModelSource
+from rayalign.ops.attention import SHARED_PREFIX, Windows, can_pack, layer_windows
 from rayalign.policy.adapters import trainable_parts
 from rayalign.policy.prepare import model_options, prepare_model
 
@@ -58,10 +60,15 @@ class Blueprint:
         layers: int = self.config.get_text_config().num_hidden_layers
         return layers
 
-    @property
-    def packs_rows(self) -> bool:
-        """Whether rows are packed, and attention takes a row's prompt and its responses apart."""
-        return packs_rows(self.family, self.model.attn_implementation)
+    @cached_property
+    def windows(self) -> Windows:
+        """The sliding window of each kind of layer of the language model. Raises ValueError for other kinds."""
+        return layer_windows(self.config.get_text_config().to_dict())
+
+    def packs(self, length: int) -> bool:
+        """Whether rows of at most `length` tokens are packed, as by `Policy`: attention then takes a row's prompt and its
+        responses apart."""
+        return packs_rows(self.family, self.model.attn_implementation) and can_pack(SHARED_PREFIX, self.windows, length)
 
     def with_checkpointing(self, *, on: bool) -> "Blueprint":
         return dataclasses.replace(self, model=dataclasses.replace(self.model, gradient_checkpointing=on))

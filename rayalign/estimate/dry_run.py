@@ -115,7 +115,7 @@ class DryRun:
 
     def _states(self, base: Any, rows: int, tokens: int, *, prompt: int) -> Tensor:
         """The language model's last states [rows * tokens, H]."""
-        packs = {"row_lengths": ((prompt, tokens),) * rows} if self.blueprint.packs_rows else {}
+        packs = {"row_lengths": ((prompt, tokens),) * rows} if self.blueprint.packs(tokens) else {}
         masks: Any = torch.ones(rows, 1, tokens - prompt if packs else tokens, tokens, dtype=torch.bool)
         kinds = set(getattr(base.get_decoder().config, "layer_types", None) or ())
         if "sliding_attention" in kinds:

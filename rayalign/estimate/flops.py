@@ -107,7 +107,8 @@ def pair_flops(data: DataShapes, costs: LanguageCosts, dry_run: DryRun, options:
     forward = others = head = recomputation = backward = 0.0
     for item in (*statistics, *step):
         for tokens, responses, share in _rows(data, item, shared_prompt=options.shared_prompt):
-            squares = tokens**2 if not dry_run.blueprint.packs_rows else (tokens - responses) ** 2 + responses * tokens
+            packed = np.array([dry_run.blueprint.packs(int(length)) for length in tokens])
+            squares = np.where(packed, (tokens - responses) ** 2 + responses * tokens, tokens**2)
             positions = (responses if options.responses_only else tokens) * share
             head += float(np.mean(positions)) * (costs.head_train if item.trains else costs.head_read)
             read = float(np.mean(costs.read(tokens, squares) * share))

@@ -62,8 +62,8 @@ class ImageLook:
 
 def measured(training: PreparedData, held_out: int, *, image_token_id: int | None, look: ImageLook | None) -> DataShapes:
     """Of encoded records: exact lengths. `held_out` of them are not trained on."""
-    lengths = training.lengths()
-    rows = np.unique(np.append(_spread(lengths.num_rows), lengths.row_tokens(np.arange(lengths.num_rows)).argmax()))
+    counts = training.token_counts()
+    rows = np.unique(np.append(_spread(counts.num_rows), counts.row_tokens(np.arange(counts.num_rows)).argmax()))
     table = training.reader().read(rows)
     pairs = []
     for row in table.to_pylist():
@@ -72,8 +72,8 @@ def measured(training: PreparedData, held_out: int, *, image_token_id: int | Non
         loads = tuple(look(content) for content in distinct.values()) if look else ()
         prompt, chosen, rejected = (len(row[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected"))
         pairs.append(PairShape(prompt, chosen, rejected, image_tokens, loads))
-    seen = "" if len(pairs) == lengths.num_rows else f"; {len(pairs)} of them looked at, among these the longest"
-    return DataShapes(tuple(pairs), lengths.num_rows, held_out, held_out, f"encoded with the model's own processor{seen}")
+    seen = "" if len(pairs) == counts.num_rows else f"; {len(pairs)} of them looked at, among these the longest"
+    return DataShapes(tuple(pairs), counts.num_rows, held_out, held_out, f"encoded with the model's own processor{seen}")
 
 
 def estimated(config: Config, look: ImageLook | None) -> DataShapes:

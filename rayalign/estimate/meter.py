@@ -21,7 +21,11 @@ aten = torch.ops.aten
 class Meter(TorchDispatchMode):
     """Within it, `live` and `peak` are the bytes of the storages made since, and `flops` the operations of matrix products,
     convolutions and attention. Tensors that were `there_before` don't count, nor does what kernels take for themselves inside a
-    call."""
+    call.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/_python_dispatch.py (`TorchDispatchMode`, of a private module),
+    2.13.0.
+    """
 
     def __init__(self, there_before: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -72,7 +76,8 @@ CPU_FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: _attention_flops(q, k),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda out, q, k, *_, **__: _attention_backward_flops(q, k),
 }
-"""What torch's own table lacks: operations of these kernels, from their arguments' shapes."""
+"""What torch's own table lacks: operations of these kernels, from their arguments' shapes. The table and `shape_wrapper` are
+not documented: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/flop_counter.py, 2.13.0."""
 
 FLOPS: dict[Any, Callable[..., int]] = {**flop_registry, **{op: shape_wrapper(count) for op, count in CPU_FLOPS.items()}}
 

@@ -21,7 +21,7 @@ LARGEST_MARGIN = 1e6
 """Beyond it a single record would drown the step's loss, and near 1e38 make it infinite."""
 
 Responses = Literal["chosen", "both", "either"]
-"""Which responses an algorithm learns from: the chosen one; both of a pair; or either, a pair's both or a labelled one."""
+"""Which responses an algorithm trains on: the chosen one; both of a pair; or either, a pair's both or a labelled one."""
 
 
 class RecordError(ValueError):

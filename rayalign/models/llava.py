@@ -4,12 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayalign.models.family import Family
-
-
-def features_per_tile(config: Any) -> int:
-    """Features of one square input of the vision tower; the `default` selection drops the class token."""
-    side: int = config.vision_config.image_size // config.vision_config.patch_size
-    return side * side + int(config.vision_feature_select_strategy == "full")
+from rayalign.models.features import features_per_tile
 
 
 def image_token_counts(config: Any, inputs: Mapping[str, Any]) -> list[int]:

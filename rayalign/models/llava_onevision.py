@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayalign.models.family import Family
-from rayalign.models.llava_next import features_per_side, grid_features
+from rayalign.models.features import features_per_side, grid_features
 
 SHRINK_FROM = 1.1
 """Grids are scaled down where they are larger than allowed by this factor, squared."""

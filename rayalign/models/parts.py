@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from rayalign.models.compat import vision_tower
+
 Part = Literal["vit", "aligner", "llm"]
 
 ALIGNERS_INSIDE_A_TOWER = ("merger", "deepstack_merger_list")
@@ -41,12 +43,9 @@ def find_parts(base: Any) -> Parts:
     """The parts of a transformers model; a language model has no tower."""
     names = {id(module): name for name, module in base.named_modules()}
     decoder = names[id(base.get_decoder())]
-    # It answers with the model itself where it finds no tower, and with None where the model may have one and has not.
-    encoder = base.get_encoder(modality="image")
-    tower = names.get(id(encoder)) or None
-    if tower is not None and _is_below(decoder, tower):
-        tower = None
-    mergers = tuple(f"{tower}.{name}" for name in ALIGNERS_INSIDE_A_TOWER if tower and hasattr(encoder, name))
+    module = vision_tower(base)
+    tower = names.get(id(module))
+    mergers = tuple(f"{tower}.{name}" for name in ALIGNERS_INSIDE_A_TOWER if tower and hasattr(module, name))
     return Parts((decoder, names[id(base.get_output_embeddings())]), tower, mergers)
 
 

@@ -5,22 +5,9 @@ Qwen3-VL's tower also feeds the first layers of the language model.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-from rayalign.models.family import Family, Grid
-
-
-def image_grids(config: Any, inputs: Mapping[str, Any]) -> list[Grid]:
-    """Rows and columns of each image's features, from `image_grid_thw` [num_images, 3], its grid of patches."""
-    merge = config.vision_config.spatial_merge_size
-    return [(int(rows) // merge, int(columns) // merge) for _, rows, columns in inputs["image_grid_thw"]]
-
-
-def image_token_counts(config: Any, inputs: Mapping[str, Any]) -> list[int]:
-    """Features of each image, from the same."""
-    return [rows * columns for rows, columns in image_grids(config, inputs)]
-
+from rayalign.models.family import Family
+from rayalign.models.features import patch_grid_counts, patch_grids
 
 QWEN2 = Family(
     model_type="qwen2_vl",
@@ -29,8 +16,8 @@ QWEN2 = Family(
         "qwen2-vl-7b-instruct": "Qwen/Qwen2-VL-7B-Instruct",
         "qwen2-vl-72b-instruct": "Qwen/Qwen2-VL-72B-Instruct",
     },
-    image_token_counts=image_token_counts,
-    image_grids=image_grids,
+    image_token_counts=patch_grid_counts,
+    image_grids=patch_grids,
 )
 QWEN2_5 = dataclasses.replace(
     QWEN2,

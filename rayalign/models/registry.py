@@ -2,11 +2,7 @@
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers import AutoConfig
 
 from rayalign.models import (
     aya_vision,
@@ -22,8 +18,8 @@ from rayalign.models import (
     paligemma,
     qwen_vl,
 )
-from rayalign.models.family import Family, ImageInputs, RowLayout
-from rayalign.models.source import ModelSource, resolve_model
+from rayalign.models.compat import config_settings, is_language_model, is_vision_language
+from rayalign.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -47,7 +43,6 @@ FAMILIES: dict[str, Family] = {
     )
 }
 REGISTERED_MODELS: dict[str, str] = {name: hub_id for f in FAMILIES.values() for name, hub_id in f.registered.items()}
-
 
 ORIGINAL_FORMATS = {
     "internvl_chat": "InternVL's own format. transformers has a port (`internvl`): take a model whose id ends in -hf, such as "
@@ -74,9 +69,9 @@ def find_family(model_type: str) -> Family:
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if is_vision_language(model_type):
         return Family(model_type)
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if is_language_model(model_type):
         return Family(model_type, text_only=True)
     if model_type in ORIGINAL_FORMATS:
         raise ValueError(f"Models of type {model_type!r} can't be trained: it is {ORIGINAL_FORMATS[model_type]}.")
@@ -89,20 +84,5 @@ def find_family(model_type: str) -> Family:
 def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a folder or hub id. Raises ValueError for a model type that can't be trained, before any code
     that comes with the model is asked for."""
-    settings, _ = PreTrainedConfig.get_config_dict(model)
-    find_family(str(settings.get("model_type")))
+    find_family(str(config_settings(model).get("model_type")))
     return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-
-
-__all__ = [
-    "FAMILIES",
-    "REGISTERED_MODELS",
-    "Family",
-    "ImageInputs",
-    "ModelSource",
-    "RowLayout",
-    "find_family",
-    "load_config",
-    "packs_rows",
-    "resolve_model",
-]

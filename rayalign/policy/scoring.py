@@ -34,7 +34,7 @@ NO_LIMIT = 2**20
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A model that does not learn, with what encodes rows for it: `policy` runs batches, `encoder` makes pairs of records.
+    """A model that is not trained, with what encodes rows for it: `policy` runs batches, `encoder` makes pairs of records.
 
     Rows are mappings in any record format of --dataset, with a response and, for pairs, a rejected one. All rows of a call run
     as one batch.

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.utils.hub import cached_file
 
 from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.companions import Companion
+from rayalign.models.compat import hub_revision
 from rayalign.models.source import ModelSource
 from rayalign.storage import Store
 
@@ -109,11 +109,6 @@ def _weights_before(note: Store) -> Mapping[str, Mapping[str, str]]:
     if not all(isinstance(before.get(kind), dict) for kind in ("weights", "adapter")):
         raise ValueError(f"{note.location} is damaged: it names no weights. {remedy}")
     return before
-
-
-def hub_revision(model: str) -> str:
-    """The commit of a model of the hub: the name of the cache's folder that its files are in."""
-    return Path(str(cached_file(model, "config.json"))).parent.name
 
 
 def hashed_files(folder: Path) -> list[Path]:

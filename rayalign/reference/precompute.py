@@ -72,7 +72,7 @@ def key_of(config: Config, data: RunData) -> ReferenceKey:
 def needed_rows(sampler: StepSampler) -> Rows:
     """The rows that a run trains on or holds out."""
     if sampler.num_steps >= sampler.steps_per_epoch:
-        return np.arange(sampler.lengths.num_rows)
+        return np.arange(sampler.token_counts.num_rows)
     return np.concatenate([sampler.held_out, *(sampler.rows_of_step(step) for step in range(sampler.num_steps))])
 
 
@@ -140,7 +140,7 @@ class ShardScorer:
         self._records = dataclasses.replace(records, reference=None)
         self._folder = records.folder / folder
         self._reader = self._records.reader()
-        self._lengths = records.lengths()
+        self._token_counts = records.token_counts()
         self._make_batch = batch_maker(data.spec, self._needs.companion)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -153,7 +153,7 @@ class ShardScorer:
         optimizer = self._config.optimizer
         cut = cut_micro_batches(
             rows,
-            self._lengths,
+            self._token_counts,
             batch_size=optimizer.batch_size,
             max_tokens=optimizer.max_tokens_per_batch,
             packs_rows=packs_rows(self._spec.family, self._config.model.attn_implementation),

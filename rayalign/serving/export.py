@@ -16,10 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from rayalign.config.sections import ExportConfig, ModelConfig
+from rayalign.models.compat import headless_class
 from rayalign.models.registry import REGISTERED_MODELS, find_family
 from rayalign.models.source import ModelSource, local_model, require_model
 from rayalign.ops.value_head import find_value_head, load_value_head
@@ -98,7 +98,11 @@ def load_sequence_classifier(folder: str | Path, **options: Any) -> Any:
 
 
 class _Scorer(GenericForSequenceClassification):
-    """As in training, the head is float32 and reads float32 states, whatever the type of the other weights."""
+    """As in training, the head is float32 and reads float32 states, whatever the type of the other weights.
+
+    The class below it is not documented, and the name of the types to keep is private; both in
+    https://github.com/huggingface/transformers/tree/v5.23.0/src/transformers (modeling_layers.py, modeling_utils.py), 5.23.0.
+    """
 
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"score"}
 
@@ -108,11 +112,12 @@ class _Scorer(GenericForSequenceClassification):
 
 
 def sequence_classifier_class(config: Any) -> type[PreTrainedModel]:
-    """`LlavaForSequenceClassification` and the like: parts that transformers 5 has and puts together for few models only.
+    """`LlavaForSequenceClassification` and the like: parts that transformers has and puts together for few models only, as in
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/llama/modeling_llama.py, 5.23.0.
 
     It can go for a model that AutoModelForSequenceClassification knows by itself.
     """
-    model_class: Any = MODEL_MAPPING[type(config)]
+    model_class: Any = headless_class(config)
     pretrained = next(parent for parent in model_class.__mro__ if PreTrainedModel in parent.__bases__)
     name = f"{model_class.__name__.removesuffix('Model')}ForSequenceClassification"
     # transformers translates the names of weights on disk for classes of its own modules only.

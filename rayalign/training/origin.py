@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayalign.config.config import Config
-from rayalign.reference.key import hashed_files, hub_revision
+from rayalign.models.compat import hub_revision
+from rayalign.reference.key import hashed_files
 from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store
 

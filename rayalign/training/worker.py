@@ -157,10 +157,10 @@ class _Worker:
         data, rows = self._held_out()
         if not len(rows):
             return
-        lengths = data.lengths()
+        token_counts = data.token_counts()
         mine = cut_micro_batches(
             rows,
-            lengths,
+            token_counts,
             batch_size=self.config.optimizer.batch_size,
             max_tokens=self.config.optimizer.max_tokens_per_batch,
             packs_rows=self.sampler.settings.packs_rows,
@@ -172,7 +172,7 @@ class _Worker:
         if self.sampler.settings.with_partners:
             order = rows if self.data.held_out else self.sampler.held_out_order
         batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order)
-        metrics, pairs = self.trainer.evaluate(batches, StepCounts.of(lengths.take(rows)))
+        metrics, pairs = self.trainer.evaluate(batches, StepCounts.of(token_counts.take(rows)))
         self.held_out_pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
         line = {f"eval_{name}": value for name, value in metrics.items()}
         self.latest_metrics |= line

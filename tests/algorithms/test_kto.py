@@ -118,7 +118,7 @@ def test_mismatched_rows_find_their_images_where_the_vision_tower_learns(folder:
 def test_a_frozen_tower_runs_once_for_statistics_and_loss(
     folder: Path, pairs: list[EncodedPair], frozen: bool, runs: int
 ) -> None:
-    """Two micro-batches with images; one that learns runs in each of both, for policy and reference."""
+    """Two micro-batches with images; one that is trained runs in each of both, for policy and reference."""
     pairs[1] = encode_pair(folder, "b", "describe the image.", "The digit is two.", "no", images=[noise_image(30, 40, seed=2)])
     batches = [
         make_batch(folder, pairs[:1], needs=NEEDS, partners=pairs[1:2]),

@@ -24,23 +24,23 @@ STEPS_4_TO_6 = pa.table({"first": [4], "last": [7]})
 SETTINGS = SamplerSettings(global_batch_size=8, batch_size=2, num_workers=1, num_epochs=2, max_steps=None, seed=7)
 
 
-def lengths_of(num_rows: int) -> TokenCounts:
+def token_counts_of(num_rows: int) -> TokenCounts:
     generator = np.random.default_rng(0)
     prompt, chosen, rejected = (generator.integers(1, high, num_rows) for high in (50, 20, 30))
     return TokenCounts(prompt, chosen, rejected)
 
 
 def sampler_of(num_rows: int = NUM_ROWS, **changes: object) -> StepSampler:
-    return StepSampler(lengths_of(num_rows), SamplerSettings(**{**vars(SETTINGS), **changes}))
+    return StepSampler(token_counts_of(num_rows), SamplerSettings(**{**vars(SETTINGS), **changes}))
 
 
 @pytest.fixture
 def data(prepare_pairs: Callable[[Sequence[EncodedPair]], PreparedData]) -> PreparedData:
     """Prepared rows of the lengths that the samplers here are made for."""
-    lengths = lengths_of(NUM_ROWS)
+    counts = token_counts_of(NUM_ROWS)
     return prepare_pairs(
         [
-            EncodedPair(str(row), [3] * lengths.prompt[row], [4] * lengths.chosen[row], [5] * lengths.rejected[row], [], [])
+            EncodedPair(str(row), [3] * counts.prompt[row], [4] * counts.chosen[row], [5] * counts.rejected[row], [], [])
             for row in range(NUM_ROWS)
         ]
     )
@@ -107,24 +107,24 @@ def test_the_cut_into_micro_batches_is_the_same_for_any_number_of_workers(packs_
 def test_micro_batches_hold_rows_of_similar_length_longest_first() -> None:
     sampler = sampler_of()
     for step in range(6):
-        in_order = [sampler.lengths.row_tokens(batch) for batch in sampler.micro_batches(step, 0)]
+        in_order = [sampler.token_counts.row_tokens(batch) for batch in sampler.micro_batches(step, 0)]
         tokens = np.concatenate(in_order)
         assert (np.diff(tokens) <= 0).all()
 
 
 def test_micro_batches_without_padding_have_about_as_many_tokens_each() -> None:
-    lengths = TokenCounts(np.arange(1, 9), np.ones(8, dtype=int), np.zeros(8, dtype=int))  # rows of 2 to 9 tokens
+    counts = TokenCounts(np.arange(1, 9), np.ones(8, dtype=int), np.zeros(8, dtype=int))  # rows of 2 to 9 tokens
     cut = [
-        cut_micro_batches(np.arange(8), lengths, batch_size=4, packs_rows=True, rank=rank, num_workers=2)[0] for rank in (0, 1)
+        cut_micro_batches(np.arange(8), counts, batch_size=4, packs_rows=True, rank=rank, num_workers=2)[0] for rank in (0, 1)
     ]
-    assert [lengths.row_tokens(rows).tolist() for rows in cut] == [[9, 6, 5, 2], [8, 7, 4, 3]]
+    assert [counts.row_tokens(rows).tolist() for rows in cut] == [[9, 6, 5, 2], [8, 7, 4, 3]]
 
 
 def test_micro_batches_are_dealt_to_and_fro() -> None:
     """The longest rows are not always the first worker's."""
-    lengths = TokenCounts(np.arange(9, 0, -1), np.zeros(9, dtype=int), np.zeros(9, dtype=int))
+    counts = TokenCounts(np.arange(9, 0, -1), np.zeros(9, dtype=int), np.zeros(9, dtype=int))
     cut = [
-        [batch.tolist() for batch in cut_micro_batches(np.arange(9), lengths, batch_size=2, rank=rank, num_workers=2)]
+        [batch.tolist() for batch in cut_micro_batches(np.arange(9), counts, batch_size=2, rank=rank, num_workers=2)]
         for rank in (0, 1)
     ]
     assert cut == [[[0, 1], [6, 7], [8]], [[2, 3], [4, 5]]]
@@ -141,7 +141,7 @@ def test_totals_are_the_sums_over_the_whole_step() -> None:
     for step in range(6):
         rows = rows_of_workers(sampler, step)
         chosen, rejected = (
-            sum(int(tokens[row]) for row in rows) for tokens in (sampler.lengths.chosen, sampler.lengths.rejected)
+            sum(int(tokens[row]) for row in rows) for tokens in (sampler.token_counts.chosen, sampler.token_counts.rejected)
         )
         assert sampler.counts(step) == StepCounts(len(rows), 2 * len(rows), chosen, rejected)
 
@@ -270,10 +270,10 @@ def test_one_record_alone_has_no_partner(num_rows: int, held_out_ratio: float) -
 
 
 def test_a_response_that_a_record_does_not_have_counts_in_no_total() -> None:
-    lengths = TokenCounts(prompt=np.array([9, 9, 9]), chosen=np.array([4, 0, 5]), rejected=np.array([3, 2, 0]))
+    counts = TokenCounts(prompt=np.array([9, 9, 9]), chosen=np.array([4, 0, 5]), rejected=np.array([3, 2, 0]))
     # Row 0 is a pair, row 1 a single bad response, row 2 a single good one.
-    assert StepCounts.of(lengths) == StepCounts(pairs=3, responses=4, chosen_tokens=9, rejected_tokens=5)
-    assert StepCounts.of(lengths.take(np.array([2]))) == StepCounts(pairs=1, responses=1, chosen_tokens=5, rejected_tokens=0)
+    assert StepCounts.of(counts) == StepCounts(pairs=3, responses=4, chosen_tokens=9, rejected_tokens=5)
+    assert StepCounts.of(counts.take(np.array([2]))) == StepCounts(pairs=1, responses=1, chosen_tokens=5, rejected_tokens=0)
 
 
 def test_counts_of_encoded_pairs_are_those_of_their_tokens() -> None:
@@ -294,21 +294,21 @@ def test_a_single_held_out_record_finds_its_partner_among_the_training_records()
 
 
 def test_a_batch_holds_no_more_tokens_than_allowed_unless_one_row_alone_does() -> None:
-    lengths = TokenCounts(*(np.array(side) for side in ([2, 7, 1, 3, 1, 9, 1], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0])))
+    counts = TokenCounts(*(np.array(side) for side in ([2, 7, 1, 3, 1, 9, 1], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0])))
     # Tokens of the rows: 4, 9, 3, 4, 2, 10, 1. Longest first, each batch is as wide as its first row.
     cut = [
-        batch.tolist() for batch in cut_micro_batches(np.arange(7), lengths, batch_size=3, max_tokens=9, rank=0, num_workers=1)
+        batch.tolist() for batch in cut_micro_batches(np.arange(7), counts, batch_size=3, max_tokens=9, rank=0, num_workers=1)
     ]
     assert cut == [[5], [1], [0, 3], [2, 4, 6]]
-    assert [len(batch) * lengths.row_tokens(np.array(batch)).max() for batch in cut] == [10, 9, 8, 9]
+    assert [len(batch) * counts.row_tokens(np.array(batch)).max() for batch in cut] == [10, 9, 8, 9]
 
 
 def test_tokens_that_are_limited_are_counted_without_padding_where_there_is_none() -> None:
-    lengths = TokenCounts(np.array([8, 2, 2, 1, 1]), np.zeros(5, dtype=int), np.zeros(5, dtype=int))
+    counts = TokenCounts(np.array([8, 2, 2, 1, 1]), np.zeros(5, dtype=int), np.zeros(5, dtype=int))
     limits: dict[str, Any] = {"batch_size": 4, "max_tokens": 11, "rank": 0, "num_workers": 1}
     rows = np.arange(5)
-    assert [batch.tolist() for batch in cut_micro_batches(rows, lengths, **limits)] == [[0], [1, 2, 3, 4]]
-    assert [batch.tolist() for batch in cut_micro_batches(rows, lengths, packs_rows=True, **limits)] == [[0, 1], [2, 3, 4]]
+    assert [batch.tolist() for batch in cut_micro_batches(rows, counts, **limits)] == [[0], [1, 2, 3, 4]]
+    assert [batch.tolist() for batch in cut_micro_batches(rows, counts, packs_rows=True, **limits)] == [[0, 1], [2, 3, 4]]
 
 
 def test_a_limit_on_tokens_changes_the_cut_of_a_step_and_not_its_rows() -> None:

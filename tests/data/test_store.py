@@ -76,13 +76,13 @@ def test_the_index_is_sorted_by_source_whatever_order_it_was_gathered_in(data: P
     assert other.index().equals(data.index())
 
 
-def test_lengths_are_those_of_the_rows(data: PreparedData) -> None:
-    lengths = data.lengths()
-    assert lengths.num_rows == data.num_rows == 5
-    assert lengths.prompt.tolist() == [1, 3, 600, 1, 1]
-    assert lengths.chosen.tolist() == [2, 1, 1, 1, 1]
-    assert lengths.rejected.tolist() == [0, 2, 2, 1, 1]
-    assert lengths.row_tokens(lengths.chosen - 1).tolist() == [6, 3, 3, 3, 3]  # rows 1, 0, 0, 0, 0
+def test_token_counts_are_those_of_the_rows(data: PreparedData) -> None:
+    token_counts = data.token_counts()
+    assert token_counts.num_rows == data.num_rows == 5
+    assert token_counts.prompt.tolist() == [1, 3, 600, 1, 1]
+    assert token_counts.chosen.tolist() == [2, 1, 1, 1, 1]
+    assert token_counts.rejected.tolist() == [0, 2, 2, 1, 1]
+    assert token_counts.row_tokens(token_counts.chosen - 1).tolist() == [6, 3, 3, 3, 3]  # rows 1, 0, 0, 0, 0
     assert [pair.num_tokens for pair in from_batch(data.reader().read(range(5)))] == [3, 6, 603, 3, 3]
 
 

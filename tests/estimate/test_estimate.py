@@ -1,6 +1,7 @@
 """The memory and operations of the estimate, against steps that are really made, at a size where the language model
 outweighs everything else; and the figures of the models whose configs come along."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,22 @@ def test_memory_and_operations_of_a_step_are_estimated(
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("window", [None, 4096, 64])
+def test_rows_longer_than_a_sliding_window_are_not_packed_as_in_the_policy(
+    model_folder: Callable[..., Path], window: int | None
+):
+    without, folder = model_folder("llava_next", **TEXT), model_folder("llava_next", **{**TEXT, "sliding_window": window})
+    pairs = pairs_with(folder, 0)
+    pairs[0] = dataclasses.replace(pairs[0], prompt_ids=pairs[0].prompt_ids[:99])  # so that there is padding
+    batch, config = make_batch(folder, pairs), Config(ALGORITHMS["dpo"](), optimizer=OptimizerConfig(batch_size=2))
+    found, unbounded = estimate_of(folder, config, pairs), estimate_of(without, config, pairs)
+    packs = make_policy(folder).num_tokens_with_padding(batch) < batch.input_ids.numel()
+    assert packs == (window != 64)
+    assert all(found.blueprint.packs(pair.num_tokens) == packs for pair in pairs)
+    assert (found.flops().forward == unbounded.flops().forward) == packs
+    assert (found.memory.working == unbounded.memory.working) == packs
 
 
 def test_a_reference_that_comes_with_the_data_is_left_out_of_the_step(model_folder: Callable[..., Path]):

@@ -101,7 +101,7 @@ def one_shared_row(policy: Policy, batch: PairBatch) -> tuple[Tensor, Tensor]:
 
 
 def loss_and_gradient(policy: Policy, totals: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A loss in which every pair's responses depend on each other, and the gradient of all that learns as one vector."""
+    """A loss in which every pair's responses depend on each other, and the gradient of all trainable weights as one vector."""
     chosen, rejected = totals
     loss = -F.logsigmoid(0.1 * (chosen - rejected)).sum() - 0.05 * chosen.sum()
     gradients = torch.autograd.grad(loss, list(policy.trainable.values()))

@@ -113,11 +113,11 @@ def test_the_model_on_disk_scores_the_held_out_pairs_as_the_run_did(runs: Mappin
         device=torch.device("cpu"),
         needs=config.algorithm.needs,
     )
-    lengths = data.lengths()
-    _, rows = hold_out(lengths.num_rows, ratio=config.data.dataset_test_ratio, seed=config.data.data_seed)
-    batches = cut_micro_batches(rows, lengths, batch_size=5, rank=0, num_workers=1)
+    token_counts = data.token_counts()
+    _, rows = hold_out(token_counts.num_rows, ratio=config.data.dataset_test_ratio, seed=config.data.data_seed)
+    batches = cut_micro_batches(rows, token_counts, batch_size=5, rank=0, num_workers=1)
     trainer = Trainer(policy, config.algorithm, OptimizerConfig(), num_steps=1)
-    metrics, _ = trainer.evaluate(lambda: held_out_pairs(data, batches, spec), StepCounts.of(lengths.take(rows)))
+    metrics, _ = trainer.evaluate(lambda: held_out_pairs(data, batches, spec), StepCounts.of(token_counts.take(rows)))
     expected = {metric: summary[f"eval_{metric}"] for metric in metrics}
     assert set(expected) == METRICS[name] | {"loss"}
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)  # float32, in other micro-batches

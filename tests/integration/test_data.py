@@ -119,7 +119,7 @@ def test_workers_stream_exactly_their_part_of_the_plan_from_any_step(
     monkeypatch.setattr("rayalign.data.sampler.CHUNK_PAIRS", 4)  # all but the first fetch come through Ray Data
     data = prepare_all(sources, spec, tmp_path)
     settings = SamplerSettings(global_batch_size=8, batch_size=2, num_workers=2, num_epochs=3, max_steps=None, seed=3)
-    sampler = StepSampler(data.lengths(), settings)
+    sampler = StepSampler(data.token_counts(), settings)
     ids = np.array(data.index()["id"].to_pylist())
     for rank, start in ((0, 0), (1, 0), (1, sampler.num_steps - 4)):
         expected = [

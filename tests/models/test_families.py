@@ -147,7 +147,7 @@ def one_shared_row(policy: Policy, batch: PairBatch) -> tuple[Tensor, Tensor]:
 
 
 def loss_and_gradients(policy: Policy, totals: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """A loss in which every pair's responses depend on each other, and the gradients of everything that learns."""
+    """A loss in which every pair's responses depend on each other, and the gradients of all trainable weights."""
     chosen, rejected = totals
     loss = -F.logsigmoid(0.1 * (chosen - rejected)).sum() - 0.05 * chosen.sum()
     gradients = torch.autograd.grad(loss, list(policy.trainable.values()), allow_unused=True)

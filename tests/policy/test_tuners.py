@@ -1,4 +1,4 @@
-"""What learns, in which type, from which start: LoRA and its variants, full fine-tuning, frozen parts, QLoRA, stacks."""
+"""What is trained, in which type, from which start: LoRA and its variants, full fine-tuning, frozen parts, QLoRA, stacks."""
 
 import importlib.util
 import json
@@ -104,7 +104,7 @@ def plain_logps(model: Any, folder: Path, pairs: list[EncodedPair]) -> Tensor:
 
 
 def shaken(policy: Policy, *, scale: float = 0.02) -> Policy:
-    """The policy with everything that learns moved a little."""
+    """The policy with everything that is trained moved a little."""
     with torch.no_grad():
         for parameter in policy.trainable.values():
             parameter.add_(scale * torch.randn_like(parameter))
@@ -112,7 +112,7 @@ def shaken(policy: Policy, *, scale: float = 0.02) -> Policy:
 
 
 def adapted(policy: Policy) -> set[str]:
-    """The linears whose adapters learn."""
+    """The linears whose adapters are trained."""
     return {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in policy.trainable}
 
 
@@ -120,7 +120,7 @@ def names(roots: list[str], linears: list[str]) -> set[str]:
     return {f"{root}.{linear}" for root in roots for linear in linears}
 
 
-# Which parts learn
+# Which parts are trained
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_full_fine_tuning_trains_all_weights_of_every_part_that_is_not_frozen(
         ),
     ],
 )
-def test_targets_that_match_nothing_in_the_parts_that_learn_are_refused(
+def test_targets_that_match_nothing_in_the_trainable_parts_are_refused(
     model_folder: Callable[..., Path], flags: dict[str, Any], error: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
@@ -202,7 +202,7 @@ def test_a_part_without_linears_takes_no_adapter(model_folder: Callable[..., Pat
     [
         (
             {"freeze_llm": True},
-            "--freeze_llm true: with --freeze_vit and --freeze_aligner nothing is left to learn. Turn one of the three off.",
+            "--freeze_llm true: with --freeze_vit and --freeze_aligner nothing is left to train. Turn one of the three off.",
         ),
         ({"quant_bits": 8}, "--quant_bits 8: only 4 is supported. Pass 4, or leave the flag out."),
         *(
@@ -242,7 +242,7 @@ def test_a_frozen_tower_runs_in_bfloat16_beside_a_fully_trained_language_model(
     assert policy.logps(batch, features).chosen.total.isfinite().all()
 
 
-# A tower that learns
+# A tower that is trained
 
 
 def loss_of(totals: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ def test_the_reference_is_the_base_model_to_the_bit_before_and_after_training(
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_every_familys_parts_are_told_apart_and_learn(model_folder: Callable[..., Path], family: str) -> None:
+def test_every_familys_parts_are_told_apart_and_trained(model_folder: Callable[..., Path], family: str) -> None:
     folder = model_folder(family)
     model = make_policy(folder, tuner=TunerConfig(sft_type="full")).base
     found = {}
@@ -354,7 +354,7 @@ def test_rslora_divides_by_the_root_of_the_rank(model_folder: Callable[..., Path
     assert scales == [{8 / 16}, {8 / 4}]
 
 
-def test_dora_learns_a_magnitude_for_each_output(model_folder: Callable[..., Path]) -> None:
+def test_dora_trains_a_magnitude_for_each_output(model_folder: Callable[..., Path]) -> None:
     policy = make_policy(model_folder("llava"), tuner=TunerConfig(use_dora=True))
     magnitudes = {name: p for name, p in policy.trainable.items() if "lora_magnitude_vector" in name}
     assert len(magnitudes) == 6
@@ -499,7 +499,7 @@ def test_full_weights_are_saved_in_the_type_of_the_run_and_stay_as_they_are(
     ],
     ids=["rslora", "dora", "all parts", "aligner", "full aligner", "full all parts"],
 )
-def test_what_was_learnt_gives_the_same_log_probs_when_it_is_loaded(
+def test_what_was_trained_gives_the_same_log_probs_when_it_is_loaded(
     model_folder: Callable[..., Path], tmp_path: Path, flags: dict[str, Any]
 ) -> None:
     folder = model_folder("llava_next")

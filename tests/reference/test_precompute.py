@@ -210,7 +210,7 @@ def test_numbers_stay_with_their_rows_across_parts_and_in_any_order(prepare_pair
     records = dataclasses.replace(prepare_pairs(pairs), reference=REFERENCE)
     write_all(records, pairs)
     settings = SamplerSettings(8, 2, 2, num_epochs=2, max_steps=None, seed=3, held_out_ratio=0.1)
-    sampler = StepSampler(records.lengths(), settings)
+    sampler = StepSampler(records.token_counts(), settings)
     chunk = pa.table({"first": [0], "last": [sampler.num_steps]})
     found = [pair for rank in (0, 1) for pair in from_batch(fetch_chunk(chunk, data=records, settings=settings, rank=rank))]
     assert len(found) == 2 * len(sampler.rows)
@@ -309,7 +309,7 @@ def test_what_keeps_the_model_from_loading_ends_the_run_in_words(
 def test_rows_that_a_run_never_sees_are_not_needed(prepare_pairs: Prepare, flags: dict[str, Any], rows: range | None) -> None:
     records = prepare_pairs(many_pairs(40))
     settings = SamplerSettings(4, 2, 1, **{"num_epochs": 1, "max_steps": None, **flags}, seed=1, held_out_ratio=0.1)
-    sampler = StepSampler(records.lengths(), settings)
+    sampler = StepSampler(records.token_counts(), settings)
     needed = sorted(needed_rows(sampler).tolist())
     if rows is not None:
         assert needed == list(rows)

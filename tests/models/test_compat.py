@@ -1,0 +1,171 @@
+"""The private names that models and processors rely on, so that a release of transformers that changes one is noticed here
+first.
+
+A test whose name says that a workaround is still needed fails when the workaround can go.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+
+from rayalign.models import compat
+from tests.tiny_families import PINPOINTS
+from tests.tiny_models import make_model, make_processor
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WITH_TOWER = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "idefics3", "gemma3", "paligemma")
+VIDEO = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 7}
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model of the hub whose config is in the cache of this machine; its id."""
+    cached = tmp_path / "models--someone--tiny"
+    (cached / "snapshots" / COMMIT).mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(COMMIT)
+    (cached / "snapshots" / COMMIT / "config.json").write_text('{"model_type": "llava"}')
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return "someone/tiny"
+
+
+# Configs and classes
+
+
+def test_settings_are_read_before_a_model_brings_code(tmp_path: Path) -> None:
+    settings = {"model_type": "its_own", "auto_map": {"AutoConfig": "its_own.Config"}, "hidden_size": 3}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert settings.items() <= dict(compat.config_settings(str(tmp_path))).items()
+
+
+def test_auto_config_still_asks_for_a_models_code_before_it_tells_the_type(tmp_path: Path) -> None:
+    settings = {"model_type": "its_own", "auto_map": {"AutoConfig": "its_own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoConfig.from_pretrained(str(tmp_path), trust_remote_code=False)
+
+
+def test_the_types_of_models_are_told_apart() -> None:
+    assert all(compat.is_vision_language(kind) for kind in ("llava", "qwen2_vl", "gemma3", "smolvlm"))
+    assert not any(compat.is_vision_language(kind) for kind in ("llama", "qwen2", "bert", "unheard_of"))
+    assert all(compat.is_language_model(kind) for kind in ("llama", "qwen2", "mistral"))
+    assert not any(compat.is_language_model(kind) for kind in ("llava", "clip", "unheard_of"))
+
+
+def test_the_class_without_a_head_is_what_the_model_with_one_is_made_of() -> None:
+    for family in ("llava", "llava_next", "qwen2_vl", "llama"):
+        model = make_model(family)
+        assert compat.headless_class(model.config) is type(model.model)
+
+
+@pytest.mark.parametrize("family", WITH_TOWER)
+def test_a_vision_language_model_has_a_tower_beside_its_language_model(family: str) -> None:
+    model = make_model(family)
+    tower = compat.vision_tower(model)
+    assert isinstance(tower, nn.Module)
+    assert tower in model.modules()
+    assert set(tower.parameters()).isdisjoint(model.get_decoder().parameters())
+    assert any(isinstance(module, nn.Conv2d | nn.Conv3d) for module in tower.modules())  # where pixels enter
+
+
+def test_a_language_model_still_gives_itself_for_its_tower() -> None:
+    model = make_model("llama")
+    assert model.get_encoder(modality="image") is model
+    assert compat.vision_tower(model) is None
+
+
+# Files
+
+
+def test_the_revision_of_a_model_is_the_commit_in_the_cache(hub_cache: str) -> None:
+    assert compat.hub_revision(hub_cache) == COMMIT
+
+
+def test_a_file_beside_a_model_may_be_missing(tmp_path: Path) -> None:
+    assert compat.read_optional_json(str(tmp_path), "settings.json") is None
+    (tmp_path / "settings.json").write_text('{"fps": 2}')
+    assert compat.read_optional_json(str(tmp_path), "settings.json") == {"fps": 2}
+
+
+def test_a_file_of_a_model_of_the_hub_may_be_missing_and_the_hub_away(hub_cache: str) -> None:
+    assert compat.read_optional_json(hub_cache, "config.json") == {"model_type": "llava"}
+    assert compat.read_optional_json(hub_cache, "settings.json") is None
+    assert compat.read_optional_json("nobody/nothing", "settings.json") is None
+
+
+# Processors and images
+
+
+def test_the_processor_of_a_config_is_found_by_its_class() -> None:
+    assert compat.processor_class(transformers.LlavaConfig()) is transformers.LlavaProcessor
+    assert compat.processor_class(transformers.Qwen2VLConfig()) is transformers.Qwen2VLProcessor
+    assert compat.processor_class(transformers.LlamaConfig()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "has_video"), [("LlavaProcessor", False), ("Qwen2VLProcessor", True), ("InternVLProcessor", True)]
+)
+def test_processors_with_a_video_part_are_known(name: str, has_video: bool) -> None:
+    own: Any = getattr(transformers, name)
+    assert compat.has_video_part(own) == has_video
+    assert not compat.has_video_part(compat.without_video_part(own))
+
+
+def save_with_video(folder: Path, settings: dict[str, Any]) -> None:
+    """A processor as transformers saves it where it has a video part."""
+    make_processor("qwen2_vl").save_pretrained(folder)
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {compat.VIDEO_PART: settings}))
+
+
+@pytest.mark.skipif(transformers.is_torchvision_available(), reason="with torchvision nothing is missing")
+def test_a_processor_with_a_video_part_still_needs_torchvision(tmp_path: Path) -> None:
+    save_with_video(tmp_path, VIDEO)
+    with pytest.raises(ImportError, match=r"[Tt]orchvision"):
+        transformers.Qwen2VLProcessor.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_the_settings_of_a_video_part_are_kept_and_saved_again(tmp_path: Path, is_apart: bool) -> None:
+    if is_apart:
+        make_processor("qwen2_vl").save_pretrained(tmp_path)
+        (tmp_path / compat.VIDEO_SETTINGS_FILE).write_text(json.dumps(VIDEO))
+    else:
+        save_with_video(tmp_path, VIDEO)
+    processor = compat.without_video_part(transformers.Qwen2VLProcessor).from_pretrained(str(tmp_path))
+    assert type(processor).__name__ == "Qwen2VLProcessor"
+    processor.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "processor_config.json").read_text())[compat.VIDEO_PART] == VIDEO
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "internvl", "gemma3", "idefics3"])
+def test_images_alone_are_processed_as_beside_a_text(family: str) -> None:
+    processor = make_processor(family)
+    image = Image.effect_noise((60, 40), 64).convert("RGB")
+    mark = {"qwen2_vl": "<|image_pad|>", "internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"}.get(family, "<image>")
+    expected = processor(text=[mark], images=[[image]], return_tensors="pt")["pixel_values"]
+    found = processor.image_processor([[image]], **compat.image_options(processor))["pixel_values"]
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(found, expected)
+
+
+def test_the_best_resolution_wastes_least() -> None:
+    # What the canvas keeps of the picture first, then what it leaves empty.
+    assert compat.best_resolution(28, 56, PINPOINTS) == (28, 56)
+    assert compat.best_resolution(60, 20, PINPOINTS) == (56, 28)
+    assert compat.best_resolution(300, 310, PINPOINTS) == (56, 56)
+
+
+@pytest.mark.parametrize("size", [(28, 56), (60, 20), (300, 310), (31, 90)])
+def test_the_best_resolution_is_what_the_processor_cuts_into_tiles(size: tuple[int, int]) -> None:
+    images = make_processor("llava_next").image_processor
+    height, width = compat.best_resolution(*size, PINPOINTS)
+    tiles = images([Image.new("RGB", (size[1], size[0]))], return_tensors="pt")["pixel_values"].shape[1]
+    assert tiles == 1 + (height // 28) * (width // 28)
