@@ -85,7 +85,6 @@ def prepare_run(config: Config) -> RunData:
 
     Raises ValueError for what the user can fix.
     """
-    require_dataset(config.data)
     source = resolve_model(config.model, REGISTERED_MODELS)
     spec = EncoderSpec(
         model=source.base,
@@ -107,12 +106,6 @@ def prepare_run(config: Config) -> RunData:
     if config.data.val_dataset:
         held_out = prepare(config.data.val_dataset, spec, config.data, cache, config.plugins)
     return RunData(source, spec, training, held_out)
-
-
-def require_dataset(config: DataConfig) -> None:
-    """Raises ValueError where no data is given."""
-    if not config.dataset:
-        raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
 
 
 def cache_of(config: Config) -> Store:
@@ -177,8 +170,6 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     is_dropped = pa.compute.is_valid(outcome["reason"])
     dropped = [_dropped_line(line, sources) for line in outcome.filter(is_dropped).to_pylist()]
     dropped.sort(key=lambda line: (line["dataset"], line["file"], line["row"]))
-    if dropped:
-        logger.warning("Data: %s", table_of_reasons(dropped, total))
     index = outcome.filter(pa.compute.invert(is_dropped)).select(INDEX_SCHEMA.names)
     if len(dropped) > config.max_dropped_fraction * total or not index.num_rows:
         raise TooManyDropped(
@@ -186,6 +177,8 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
             f"allows. First: {_first_dropped(dropped)}. Fix the data, or raise the limit.",
             dropped,
         )
+    if dropped:
+        logger.warning("Data: %s", table_of_reasons(dropped, total))
     data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped)
     seconds = time.monotonic() - started
     speed = per_second(total / seconds)

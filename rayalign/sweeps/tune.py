@@ -40,6 +40,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
 
     Raises ValueError for search spaces and folders that can't work, RuntimeError where every trial failed.
     """
+    config.check_inputs()
     ranges = check_search(config, sweep)
     config = with_output_dir(config)
     folder = Store.at(str(config.run.output_dir))

@@ -70,6 +70,7 @@ def run(config: Config) -> Result:
     Raises ValueError for what the user can fix: flags, data, a folder that holds another run.
     """
     assert not config.run.dry_run, "main.run makes a plan of it"
+    config.check_inputs()
     config = with_output_dir(config)
     resolve_model(config.model, REGISTERED_MODELS)
     own_formats(config.plugins)
@@ -110,7 +111,8 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     (folder / "checkpoints" / CHECKPOINT_LIST).delete()
     prune_checkpoints(folder / "checkpoints", keep=1)
     started = time.time()
-    logger.info("Starting %d train workers", config.cluster.num_workers)
+    workers = config.cluster.num_workers
+    logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
     try:
         outcome: Any = _torch_trainer(config, data, folder, callbacks).fit()
     except ray.train.WorkerGroupError as error:
