@@ -337,7 +337,7 @@ def configure_ray_data() -> None:
 
 
 def quiet_logging() -> None:
-    """In a Ray process: rayalign's own lines, and of Ray and other libraries only what goes wrong."""
+    """In a process of Ray or of the command: rayalign's own lines, and of Ray and other libraries only what goes wrong."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("rayalign").setLevel(logging.INFO)

@@ -23,6 +23,7 @@ from rayalign.config.flags import did_you_mean
 from rayalign.config.sections import ExportConfig
 from rayalign.sweeps.search_space import check_search
 
+OWN_FLAGS = ("help", "version")
 LIBRARIES = ("ray", "torch", "transformers", "peft")
 
 
@@ -37,7 +38,7 @@ class Verb:
 def main(words: Sequence[str] | None = None, *, prog: str = "rayalign") -> None:
     """Runs the verb that the words begin with; a mistake ends the program with code 2."""
     verb, *rest = (sys.argv[1:] if words is None else words) or ["--help"]
-    if verb in ("--help", "-h"):
+    if verb in ("--help", "-h", "help"):
         sys.stdout.write(_help(prog))
     elif verb == "--version":
         sys.stdout.write(_versions())
@@ -69,6 +70,7 @@ def _train(words: Sequence[str], prog: str, summary: str, *, algorithm: str | No
     config = command_line.parse(ALGORITHMS, words, prog=prog, description=summary, algorithm=algorithm)
     command_line.configure_logging()
     with user_errors():
+        config.check_inputs()  # here and below, so that it is told before Ray and torch are loaded
         run(config)
 
 
@@ -76,6 +78,7 @@ def _tune(words: Sequence[str], prog: str, summary: str) -> None:
     config, sweep = command_line.parse_sweep(ALGORITHMS, words, prog=prog, description=summary, check=check_search)
     command_line.configure_logging()
     with user_errors():
+        config.check_inputs()
         if config.run.dry_run:
             from rayalign.estimate.plan import plan_run
 
@@ -89,10 +92,15 @@ def _tune(words: Sequence[str], prog: str, summary: str) -> None:
 def _plan(words: Sequence[str], prog: str, summary: str) -> None:
     config, gpus = command_line.parse_plan(ALGORITHMS, words, prog=prog, description=summary)
     command_line.configure_logging()
-
-    from rayalign.estimate.plan import plan_run
-
     with user_errors():
+        config.check_inputs()
+
+        from rayalign.cluster import quiet_logging
+
+        quiet_logging()
+
+        from rayalign.estimate.plan import plan_run
+
         sys.stdout.write(plan_run(config, gpus))
 
 
@@ -100,6 +108,10 @@ def _export(words: Sequence[str], prog: str, summary: str) -> None:
     example = "--model output/rm/model --output_dir output/rm/classifier"
     config = command_line.parse_section(ExportConfig, words, prog=prog, description=summary, example=example)
     command_line.configure_logging()
+
+    from rayalign.cluster import quiet_logging
+
+    quiet_logging()
 
     from rayalign.serving import export
 
@@ -153,10 +165,12 @@ def _version_of(library: str) -> str:
 
 
 def _refuse(verb: str, prog: str) -> NoReturn:
-    problem = (
-        f"{verb}: the verb comes first, then its flags, as in `{prog} dpo {verb} ...`."
-        if verb.startswith("-")
-        else f"Unknown verb {verb}.{did_you_mean(verb, VERBS)}"
-    )
+    if not verb.startswith("-"):
+        hint = did_you_mean(verb, VERBS) or f" There are {', '.join(VERBS)}."
+        problem = f"Unknown verb {verb}.{hint}"
+    elif hint := did_you_mean(verb.strip("-"), OWN_FLAGS, prefix="--"):
+        problem = f"Unknown flag {verb}.{hint}"
+    else:
+        problem = f"{verb}: the verb comes first, then its flags, as in `{prog} dpo {verb} ...`."
     sys.stderr.write(f"{prog}: error: {problem}\n(--help lists every verb)\n")
     raise SystemExit(2)

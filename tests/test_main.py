@@ -1,4 +1,5 @@
 import importlib.metadata
+import os
 import platform
 import runpy
 import subprocess
@@ -28,7 +29,7 @@ def output_of(capsys: pytest.CaptureFixture[str], *words: str, code: int | None 
     return out + err
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
 def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str], words: list[str]):
     lines = output_of(capsys, *words).splitlines()
     assert lines[0] == "usage: rayalign VERB [--flag value ...] [--config FILE ...]"
@@ -56,7 +57,8 @@ def test_version_names_what_a_run_depends_on(capsys: pytest.CaptureFixture[str])
     ("words", "message"),
     [
         (["pdo"], "Unknown verb pdo. Did you mean dpo?"),
-        (["train"], "Unknown verb train."),
+        (["train"], f"Unknown verb train. There are {', '.join(VERBS)}."),
+        (["--verson"], "Unknown flag --verson. Did you mean --version?"),
         (["--beta", "1"], "--beta: the verb comes first, then its flags, as in `rayalign dpo --beta ...`."),
     ],
 )
@@ -115,6 +117,38 @@ def test_help_and_mistakes_are_answered_without_what_computes(words: list[str], 
     loaded = set(done.stdout.rpartition("LOADED")[2].split())
     assert "rayalign" in loaded
     assert HEAVY.isdisjoint(loaded), HEAVY & loaded
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["dpo"], "No model given: pass --model FOLDER_OR_HUB_ID, or --model_type with a registered name."),
+        (["dpo", "--model", "m"], "No data given: pass --dataset with files, folders, globs or registered names."),
+        (
+            ["dpo", "--adapter", "a", "--dry_run"],
+            "No data given: pass --dataset with files, folders, globs or registered names.",
+        ),
+        (["plan", "--model", "m"], "No data given: pass --dataset with files, folders, globs or registered names."),
+        (
+            ["tune", "--model", "m", "--search", "beta=grid:1,2"],
+            "No data given: pass --dataset with files, folders, globs or registered names.",
+        ),
+    ],
+)
+def test_a_command_without_model_or_data_is_refused_before_anything_is_loaded_or_written(
+    tmp_path: Path, words: list[str], told: str
+):
+    script = (
+        f"import atexit, sys; atexit.register(lambda: print(*{{m.split('.')[0] for m in sys.modules}}));"
+        f"from rayalign.main import main; main({words!r})"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, f"error: {told}\n")
+    assert {"ray", "torch", "transformers"}.isdisjoint(done.stdout.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_rayalign_loads_nothing_else():

@@ -50,6 +50,13 @@ class Config:
                 "weights are gone after the first step. Leave the flag out, or use --sft_type lora."
             )
 
+    def check_inputs(self) -> None:
+        """Raises ValueError where no model or no data is given, without which no run can begin."""
+        if not (self.model.model or self.model.model_type or self.model.adapter):
+            raise ValueError("No model given: pass --model FOLDER_OR_HUB_ID, or --model_type with a registered name.")
+        if not self.data.dataset:
+            raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
+
     @property
     def global_batch_size(self) -> int:
         """Pairs per optimizer step over all workers and accumulation steps."""

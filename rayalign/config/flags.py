@@ -85,13 +85,11 @@ class Flag:
 
     def full_help(self, *, with_choices: bool = True) -> str:
         """The help with what the flag takes and its default; a default of none is told by the help itself."""
-        default = (
-            " ".join(map(str, self.default))
-            if self.is_list
-            else str(self.default).lower()
-            if self.item_type is bool
-            else self.default
-        )
+        default = self.default
+        if self.is_list:
+            default = " ".join(map(str, default))
+        elif isinstance(default, bool):
+            default = str(default).lower()
         facts = [self.expected] if with_choices and self.choices else []
         facts += [self.bounds] if self.bounds else []
         facts += [] if default in (None, "") else [f"default: {default}"]

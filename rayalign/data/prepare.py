@@ -96,7 +96,6 @@ def prepare_run(config: Config) -> RunData:
 
     Raises ValueError for what the user can fix.
     """
-    require_dataset(config.data)
     source = resolve_model(config.model, REGISTERED_MODELS)
     spec = EncoderSpec(
         model=source.base,
@@ -118,12 +117,6 @@ def prepare_run(config: Config) -> RunData:
     if config.data.val_dataset:
         held_out = prepare(config.data.val_dataset, spec, config.data, cache, config.plugins)
     return RunData(source, spec, training, held_out)
-
-
-def require_dataset(config: DataConfig) -> None:
-    """Raises ValueError where no data is given."""
-    if not config.dataset:
-        raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
 
 
 def cache_of(config: Config) -> Store:
@@ -199,8 +192,6 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     is_dropped = pa.compute.is_valid(outcome["reason"])
     dropped = [_dropped_line(line, sources) for line in outcome.filter(is_dropped).to_pylist()]
     dropped.sort(key=lambda line: (line["dataset"], line["file"], line["row"]))
-    if dropped:
-        logger.warning("Data: %s", table_of_reasons(dropped, total))
     index = outcome.filter(pa.compute.invert(is_dropped)).select(INDEX_SCHEMA.names)
     _refuse_unread_pictures(dropped, outcome, sources, limit=config.max_dropped_fraction)
     if len(dropped) > config.max_dropped_fraction * total or not index.num_rows:
@@ -209,6 +200,8 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
             f"allows. First: {_first_dropped(dropped)}. Fix the data, or raise the limit.",
             dropped,
         )
+    if dropped:
+        logger.warning("Data: %s", table_of_reasons(dropped, total))
     arguments = [dataset.argument for dataset in sources.datasets]
     looks_at_pictures = None if spec.family.text_only else spec.model
     said = remarks(outcome, arguments, sources.columns, looks_at_pictures=looks_at_pictures)

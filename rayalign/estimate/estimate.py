@@ -39,11 +39,12 @@ class Estimate:
 
     @cached_property
     def adapters(self) -> dict[str, int]:
-        """Parameters that LoRA would train by --lora_target_modules DEFAULT and ALL, with the run's rank."""
+        """Parameters that a new LoRA of the run's rank would train by --lora_target_modules DEFAULT and ALL."""
         counts = {}
+        source = dataclasses.replace(self.blueprint.source, adapter=None)
         for modules in ("DEFAULT", "ALL"):
-            tuner = dataclasses.replace(self.config.tuner, sft_type="lora", lora_target_modules=(modules,))
-            blueprint = dataclasses.replace(self.blueprint, tuner=tuner)
+            tuner = dataclasses.replace(self.config.tuner, sft_type="lora", lora_target_modules=(modules,), stack_adapter=False)
+            blueprint = dataclasses.replace(self.blueprint, source=source, tuner=tuner)
             counts[modules] = sum(p.numel() for p in blueprint.build().trainable)
         return counts
 

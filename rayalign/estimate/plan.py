@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from rayalign.cluster import start_ray
 from rayalign.config.config import Config
 from rayalign.config.sections import PlanConfig
-from rayalign.data.prepare import prepare_run, require_dataset
+from rayalign.data.prepare import prepare_run
 from rayalign.estimate.advice import held_out_of, schedule_of
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.catalogue import shipped_config, shipped_configs
@@ -45,7 +45,7 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
 
 def estimate_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bool = False) -> Estimate:
     """What the plan tells, as figures, most of which are computed when they are first asked for."""
-    require_dataset(config.data)
+    config.check_inputs()
     config = with_output_dir(_with_folder(config))
     name = config.model.model_type or config.model.model or config.model.adapter or ""
     source = resolve_model(config.model, REGISTERED_MODELS)

@@ -37,7 +37,7 @@ def resolve_model(config: ModelConfig, registered: Mapping[str, str]) -> ModelSo
     elif config.adapter:
         return _adapter_source(config.adapter)
     else:
-        raise ValueError("No model given: pass --model FOLDER_OR_HUB_ID, or --model_type with a registered name.")
+        raise ValueError("The model is named by an empty text: give a folder or a hub id.")
     if config.adapter is None:
         return source
     if source.adapter:

@@ -47,6 +47,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
 
     Raises ValueError for search spaces and folders that can't work, RuntimeError where every trial failed.
     """
+    config.check_inputs()
     ranges = check_search(config, sweep)
     require_lasting_folder(config.run.output_dir)
     config = with_whole_paths(with_output_dir(config))

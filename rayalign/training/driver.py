@@ -74,6 +74,7 @@ def run(config: Config) -> Result:
     with a sentence that says what is kept.
     """
     assert not config.run.dry_run, "main.run makes a plan of it"
+    config.check_inputs()
     require_lasting_folder(config.run.output_dir)
     config = with_output_dir(config)
     require_model(config.model, REGISTERED_MODELS)
@@ -121,7 +122,8 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     # The workers find the newest whole checkpoint by its hashes.
     (folder / "checkpoints" / CHECKPOINT_LIST).delete()
     started = time.time()
-    logger.info("Starting %d train workers", config.cluster.num_workers)
+    workers = config.cluster.num_workers
+    logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
     with told_endings(functools.partial(run_reached, config)):
         outcome: Any = _torch_trainer(config, data, folder, callbacks).fit()
     result: WorkerResult = result_of(outcome.return_value)

@@ -23,6 +23,7 @@ from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import VisionCosts
 from rayalign.models.processors import process_images
 from rayalign.models.source import ModelSource
+from rayalign.policy.saving import save_policy
 from rayalign.training.loop import Trainer
 from tests.tiny_models import counts_of, encode_pair, make_batch, make_policy, noise_image
 
@@ -161,3 +162,17 @@ def test_each_saving_is_what_its_work_would_be(model_folder: Callable[..., Path]
     assert found.flops(responses_only=False).head / now.head == pytest.approx(row / (chosen + rejected))
     assert found.flops(checkpointing=False).recomputation == 0
     assert now.recomputation < now.forward  # the last product of a layer whose weights are frozen is not made again
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_a_run_that_goes_on_from_an_adapter_is_told_what_a_new_one_would_train(
+    model_folder: Callable[..., Path], tmp_path: Path, stack: bool
+):
+    folder = model_folder("llava")
+    save_policy(make_policy(folder), tmp_path)
+    plain = estimate_of(folder, Config(ALGORITHMS["dpo"]()), pairs_with(folder, 0))
+    tuner = dataclasses.replace(plain.config.tuner, stack_adapter=stack)
+    source = dataclasses.replace(plain.blueprint.source, adapter=str(tmp_path))
+    blueprint = dataclasses.replace(plain.blueprint, tuner=tuner, source=source)
+    config = dataclasses.replace(plain.config, tuner=tuner)
+    assert dataclasses.replace(plain, config=config, blueprint=blueprint).adapters == plain.adapters
