@@ -21,7 +21,7 @@ from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.policy.policy import Policy
 from rayalign.storage import Store
 from rayalign.training import distributed
-from rayalign.training.checkpoint import Checkpoint, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import FetchedCheckpoint, load_checkpoint, write_checkpoint
 from rayalign.training.distributed import start_alike, sum_over_workers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import MetricSums
@@ -137,7 +137,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path,
     run_steps(undisturbed, sampler, stream, run, events(log=lines["undisturbed"].append, save=save), start_step=0)
     torch.manual_seed(1234)  # whatever the process did before it resumed
     resumed = trainer_of(folder, algorithm, seed=7)
-    load_checkpoint(Checkpoint(Store(str(tmp_path)), 3), resumed.policy, resumed.optimizer)
+    load_checkpoint(FetchedCheckpoint(Store(str(tmp_path)), 3, tmp_path), resumed.policy, resumed.optimizer)
     stream = stream_of(folder, sampler, 3, algorithm)
     run_steps(resumed, sampler, stream, run, events(log=lines["resumed"].append), start_step=3)
     assert equal(weights_of(resumed.policy), weights_of(undisturbed.policy))
@@ -248,7 +248,7 @@ def test_a_float16_run_resumes_with_its_loss_scale(folder: Path, tmp_path: Path)
     calls = events(log=lambda line: skipped.append(line["skipped_steps"]), save=save)
     run_steps(undisturbed, sampler, stream, run, calls, start_step=0)
     resumed = trainer_of(folder, DPO(), num_steps=8, seed=7, dtype="float16")
-    checkpoint = Checkpoint(Store(str(tmp_path)), 4)
+    checkpoint = FetchedCheckpoint(Store(str(tmp_path)), 4, tmp_path)
     load_checkpoint(checkpoint, resumed.policy, resumed.optimizer, scaler=resumed.scaler)
     run_steps(resumed, sampler, stream_of(folder, sampler, 4, DPO()), run, events(), start_step=4)
     assert equal(weights_of(resumed.policy), weights_of(undisturbed.policy))
