@@ -109,10 +109,6 @@ def _export(words: Sequence[str], prog: str, summary: str) -> None:
     config = command_line.parse_section(ExportConfig, words, prog=prog, description=summary, example=example)
     command_line.configure_logging()
 
-    from rayalign.cluster import quiet_logging
-
-    quiet_logging()
-
     from rayalign.serving import export
 
     with user_errors():

@@ -96,7 +96,10 @@ def test_values_are_those_of_the_command_line_and_win_over_files(tmp_path: Path)
 
 def test_paths_are_taken_as_text(tmp_path: Path) -> None:
     model = tmp_path / "gone"
-    assert refusal("dpo", model=model, dataset=[tmp_path / "a.jsonl"]) == f"--model {model}: there is no such folder."
+    assert (
+        refusal("dpo", model=model, dataset=[tmp_path / "a.jsonl"])
+        == f"--model {model}: there is no such folder (looked for {model})."
+    )
 
 
 def test_a_dry_run_is_a_plan() -> None:

@@ -57,7 +57,7 @@ def test_the_step_and_the_checkpoint_that_is_kept_are_said(tmp_path: Path, monke
         "records that are encoded."
     )
     checkpoint = Checkpoint(Store.at(str(tmp_path)), 5)
-    monkeypatch.setattr(endings, "newest_checkpoint", lambda folder: checkpoint)
+    monkeypatch.setattr(endings, "newest_complete", lambda folder: checkpoint)
     for flags, again in (
         ({}, "the same command"),
         ({"overwrite": True}, "the same command without --overwrite"),
