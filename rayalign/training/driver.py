@@ -35,7 +35,7 @@ from rayalign.models.source import require_model, resolve_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.storage import Store
 from rayalign.training.checkpoint import prune_checkpoints
-from rayalign.training.endings import run_reached, told_endings
+from rayalign.training.endings import beside_signals, run_reached, told_endings
 from rayalign.training.origin import check_origin
 from rayalign.training.run_folder import dropped_lines, open_run, with_output_dir, write_results
 from rayalign.training.worker_result import WorkerResult
@@ -125,7 +125,7 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     workers = config.cluster.num_workers
     logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
     with told_endings(functools.partial(run_reached, config)):
-        outcome: Any = _torch_trainer(config, data, folder, callbacks).fit()
+        outcome: Any = beside_signals(_torch_trainer(config, data, folder, callbacks).fit)
     result: WorkerResult = result_of(outcome.return_value)
     prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit)
     summary = _summary(config, data, result, seconds=round(time.time() - started, 1))

@@ -2,7 +2,11 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import TypeVar
 
 from rayalign.cluster import RAY_ERRORS, cause_in_words, user_error_in
 from rayalign.config.config import Config
@@ -10,6 +14,8 @@ from rayalign.config.endings import TRACEBACK_VARIABLE, RunFailed, Terminated
 from rayalign.storage import Store
 from rayalign.training.checkpoint import newest_complete
 from rayalign.training.metrics import read_metrics
+
+T = TypeVar("T")
 
 OF_RAY = (0, signal.SIGTERM)
 """Exit codes with which Ray's own handlers of signals leave the program (in Ray Train's `fit`, and as `ray.init` sets one)."""
@@ -36,6 +42,27 @@ def told_endings(reached: Callable[[], str]) -> Iterator[None]:
             f"the run was ended by a failure of the cluster: {cause_in_words(error)} It ended {reached()} "
             f"({TRACEBACK_VARIABLE}=1 shows the traceback.)"
         ) from error
+
+
+def beside_signals(work: Callable[[], T]) -> T:
+    """The result of some work, which a thread does while this one waits for it and for signals. In the main thread Ray Train's
+    `fit` would handle Ctrl-C itself, by leaving the program with code 1 and without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001  # raised again below
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="beside-signals", daemon=True).start()
+    while True:
+        with contextlib.suppress(FutureTimeout):
+            return done.result(timeout=0.5)
+        if done.done():  # a TimeoutError of the work itself
+            return done.result()
 
 
 def run_reached(config: Config) -> str:

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -85,3 +88,20 @@ def test_the_users_mistake_behind_a_failure_of_the_cluster_is_told_as_such(tmp_p
     ended = told(error.as_instanceof_cause(), output_dir=str(tmp_path))
     assert type(ended) is ValueError
     assert str(ended) == "bad flag"
+
+
+def test_a_signal_reaches_the_program_while_it_waits_for_the_work_of_a_thread() -> None:
+    ended = threading.Event()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        endings.beside_signals(lambda: ended.wait(20))
+    ended.set()
+
+
+def test_the_work_of_a_thread_has_a_result_or_an_error() -> None:
+    def fail() -> None:
+        raise TimeoutError("its own")
+
+    assert endings.beside_signals(lambda: threading.current_thread().name) == "beside-signals"
+    with pytest.raises(TimeoutError, match="its own"):
+        endings.beside_signals(fail)
