@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
-from rayalign.algorithms.terms import logistic_loss, logp_metrics, reward_metrics
+from rayalign.algorithms.terms import logistic_loss, logp_metrics, reward_metrics, wins
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.companions import Damaged
 from rayalign.ops.lazy import F, torch
@@ -69,7 +69,7 @@ class MDPO:
             losses = losses + self.conditional_weight * conditional_loss(with_images, damaged_logratios, beta=self.beta).sum()
             lead = self.beta * (with_images - damaged_logratios).detach()
             count = torch.tensor(len(rows))
-            means = {"conditional/margins": (lead.sum(), count), "conditional/accuracies": ((lead > 0).sum(), count)}
+            means = {"conditional/margins": (lead.sum(), count), "conditional/accuracies": (wins(lead).sum(), count)}
         return LossOutput(
             loss=losses / counts.pairs,
             pair_metrics=reward_metrics(self.beta * chosen_logratios, self.beta * rejected_logratios)

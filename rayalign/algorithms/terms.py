@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rayalign.ops.lazy import F
+from rayalign.ops.lazy import F, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +31,11 @@ def nll_metric(chosen: SequenceLogps) -> dict[str, tuple[Tensor, Tensor]]:
     return {"nll_loss": (-chosen.total.detach().sum(), chosen.tokens.sum())}
 
 
+def wins(margins: Tensor) -> Tensor:
+    """1 where a margin is above 0, 0 where it is below, and a half for a tie: their mean is an accuracy."""
+    return (torch.sign(margins) + 1) / 2
+
+
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     """`rewards/*` of pairs [B], from the rewards of both responses."""
     chosen, rejected = chosen.detach(), rejected.detach()
@@ -38,7 +43,7 @@ def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/accuracies": wins(chosen - rejected),
     }
 
 

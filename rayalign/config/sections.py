@@ -220,6 +220,12 @@ class RunConfig:
     )
     logging_steps: int = flag(5, "Steps between two lines of metrics.", at_least=1)
     eval_steps: int = flag(50, "Steps between two passes over the held-out records (also at the end).", at_least=1)
+    eval_on_start: bool = flag(
+        True, "A pass over the held-out records before the first step, too: what the training changes is told from there."
+    )
+    max_eval_records: int = flag(
+        1000, "Of more held-out records than this, so many are drawn once and evaluated, the same ones each time.", at_least=2
+    )
     save_steps: int = flag(50, "Steps between two checkpoints (also at the end).", at_least=1)
     save_total_limit: int = flag(2, "Checkpoints kept.", at_least=1)
     safe_serialization: bool = flag(

@@ -188,6 +188,30 @@ def assemble(
     )
 
 
+def assemble_changed(
+    pairs: Sequence[EncodedPair],
+    change: Callable[[Image.Image, int, int], Image.Image],
+    *,
+    layout: RowLayout,
+    process_images: ImageProcessing,
+) -> PairBatch:
+    """The batch of some pairs, each of whose images is changed in its own way, so that none is shared: `change` gets an opened
+    image, the number of its pair, and its number in that pair."""
+    alone_each = [
+        dataclasses.replace(pair, image_hashes=[f"{b}/{i}" for i in range(len(pair.images))]) for b, pair in enumerate(pairs)
+    ]
+    uses = [(b, i) for b, pair in enumerate(pairs) for i in range(len(pair.images))]
+    _, _, slots = _distinct_images(alone_each, by_company=layout.features_by_company)
+    use_of_slot = dict(zip(slots, uses, strict=True))
+
+    def change_all(images: Sequence[Image.Image]) -> list[Image.Image]:
+        return [change(image, *use_of_slot[slot]) for slot, image in enumerate(images)]
+
+    return assemble(
+        alone_each, layout=layout, process_images=lambda contents, alone: process_images(contents, alone, change_all)
+    )
+
+
 def _aligned(reference: list[float], pairs: Sequence[EncodedPair]) -> Tensor | None:
     """The reference's log-probabilities of all response tokens of some pairs, which have them all or none."""
     if all(pair.reference is None for pair in pairs):

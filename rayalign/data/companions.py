@@ -124,25 +124,21 @@ class Damaged:
         """A row for each pair that has images, each of them damaged in its own way, so that none is shared."""
         import torch
 
-        from rayalign.data.batch import CompanionRows, assemble
+        from rayalign.data.batch import CompanionRows, assemble_changed
         from rayalign.data.reference_store import ReferenceLogps
         from rayalign.images.damage import damage_image
 
         numbers = [number for number, pair in enumerate(pairs) if pair.images]
         if not numbers:
             return None
-        seeds = [[f"{pairs[number].id}/{i}" for i in range(len(pairs[number].images))] for number in numbers]
-        damaged = []
-        for number, own in zip(numbers, seeds, strict=True):
+        with_images = []
+        for number in numbers:
             pair = pairs[number]
             reference = None if pair.reference is None else ReferenceLogps(pair.reference.companion, [], [])
-            damaged.append(dataclasses.replace(pair, rejected_ids=[], image_hashes=own, reference=reference))
-        # In the order of the distinct images: those that are alone first, where that matters.
-        in_order = sorted(seeds, key=lambda own: layout.features_by_company and len(own) > 1)
-        every_seed = [seed for own in in_order for seed in own]
+            with_images.append(dataclasses.replace(pair, rejected_ids=[], reference=reference))
 
-        def damage(images: Sequence[Image]) -> list[Image]:
-            return [damage_image(image, seed=seed) for image, seed in zip(images, every_seed, strict=True)]
+        def damage(image: Image, pair: int, number: int) -> Image:
+            return damage_image(image, seed=f"{with_images[pair].id}/{number}")
 
-        rows = assemble(damaged, layout=layout, process_images=lambda contents, alone: process_images(contents, alone, damage))
+        rows = assemble_changed(with_images, damage, layout=layout, process_images=process_images)
         return CompanionRows(rows, torch.tensor(numbers))

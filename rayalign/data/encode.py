@@ -23,7 +23,7 @@ from rayalign.data.batch import ImageChange, ImageProcessing
 from rayalign.data.chat_template import ChatTemplate, Turns
 from rayalign.data.store import EncodedPair
 from rayalign.data.truncation import RecordTooLong, TruncationStrategy, count_older_rounds, next_cut, without_oldest_round
-from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses
+from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses, record_errors
 from rayalign.images.fetch import check_pixels, image_hash, image_size, open_image
 from rayalign.models.chat_templates import packaged_template
 from rayalign.models.family import Family, ImageInputs, RowLayout
@@ -189,7 +189,21 @@ class Encoder:
             images=images,
             image_hashes=[image_hash(content) for content in images],
             margin=record.margin or 0.0,
+            eval_rejected_ids=self._eval_rejected_ids(messages, record, prompt, limit - len(prompt_ids)),
         )
+
+    def _eval_rejected_ids(self, messages: Sequence[Message], record: PreferenceRecord, prompt: str, room: int) -> list[int]:
+        """The rejected response of a row that trains on the chosen one, to compare the two; none where it could not be trained
+        on, which is no reason to drop the record."""
+        if self.spec.responses != "chosen" or record.rejected is None:
+            return []
+        try:
+            with record_errors():
+                self._refuse_special_tokens(record.rejected, "rejected")
+                ids = self._response_ids(prompt, self._written(messages, record.rejected, "rejected")[1], "rejected")
+        except RecordError:
+            return []
+        return ids if len(ids) <= room else []
 
     def _check_sizes(self, record: PreferenceRecord, images: Sequence[bytes]) -> None:
         """Raises RecordError for texts and pictures that can't fit, before any work is done on them."""
@@ -233,13 +247,16 @@ class Encoder:
         """The prompt's text up to where the model responds, and each response's text as the chat template ends it, by side."""
         for message in messages:
             self._refuse_special_tokens(message.content.replace(IMAGE_MARK, ""), "messages")
-        prompt, responses, eos = "", {}, self.tokenizer.eos_token
+        prompt, responses = "", {}
         for side, response in _responses_of(record, self.spec.responses).items():
             self._refuse_special_tokens(response, side)
-            rendered = self.chat_template.render(messages, response, side=side)
-            prompt, written = rendered.prompt, rendered.response
-            responses[side] = written if eos in written else written.rstrip() + eos
+            prompt, responses[side] = self._written(messages, response, side)
         return prompt, responses
+
+    def _written(self, messages: Sequence[Message], response: str, side: str) -> tuple[str, str]:
+        """The prompt's text, and a response's with its end token."""
+        rendered, eos = self.chat_template.render(messages, response, side=side), self.tokenizer.eos_token
+        return rendered.prompt, rendered.response if eos in rendered.response else rendered.response.rstrip() + eos
 
     def _refuse_special_tokens(self, text: str, field: str) -> None:
         found = self._special_tokens.search(text)

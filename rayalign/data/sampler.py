@@ -84,6 +84,13 @@ def hold_out(num_rows: int, *, ratio: float, seed: int) -> tuple[Rows, Rows]:
     return np.sort(order[held:]), np.sort(order[:held])
 
 
+def draw_rows(rows: Rows, *, at_most: int, seed: int) -> Rows:
+    """The rows, or so many of them, drawn and ascending."""
+    if len(rows) <= at_most:
+        return rows
+    return np.sort(np.random.default_rng([seed, 0xE7A1]).permutation(rows)[:at_most])
+
+
 def epoch_order(rows: Rows, *, seed: int, epoch: int) -> Rows:
     """All rows once, in the order of an epoch: windows shuffled, and rows shuffled within each window."""
     generator = np.random.default_rng([seed, epoch])

@@ -4,6 +4,7 @@ A data set is complete or absent: the manifest is written last, and it names the
 record batch per pair, so that one pair is one small read, on a disk and on an object store alike.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ ENCODED_SCHEMA = pa.schema(
         pa.field("images", pa.list_(pa.binary()), nullable=False),
         pa.field("image_hashes", pa.list_(pa.string()), nullable=False),
         pa.field("margin", pa.float64(), nullable=False),
+        pa.field("eval_rejected_ids", pa.list_(pa.int32()), nullable=False),
     ]
 )
 """One encoded pair. Images are the compressed bytes of the source. A response that a row doesn't have is empty: the rejected
-one of SFT's rows, one of the two of a record with a single labelled response."""
+one of SFT's rows, one of the two of a record with a single labelled response. `eval_rejected_ids`: the rejected response of
+SFT's pairs, which is compared with the chosen one where the pair is held out, and never trained on."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,13 @@ class EncodedPair:
     images: list[bytes]
     image_hashes: list[str]
     margin: float = 0.0
+    eval_rejected_ids: Sequence[int] = ()
     reference: ReferenceLogps | None = None
     """The log-probabilities under the reference, where they were computed beforehand; in columns of their own."""
+
+    def as_evaluated(self) -> "EncodedPair":
+        """The pair with both responses, where it was trained on with one of them only."""
+        return dataclasses.replace(self, rejected_ids=list(self.eval_rejected_ids)) if self.eval_rejected_ids else self
 
     @property
     def num_tokens(self) -> int:

@@ -23,6 +23,7 @@ from rayalign.data.companions import Companion, with_companion
 from rayalign.data.encode import EncoderSpec, image_processing
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk, partners_in
+from rayalign.data.shuffled_pictures import Pictures, with_pictures_of
 from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
 from rayalign.models.registry import packs_rows
 
@@ -102,14 +103,36 @@ def held_out_pairs(
     *,
     companion: Companion | None = None,
     order: Rows | None = None,
+    seen: dict[int, Pictures] | None = None,
 ) -> Iterator[PairBatch]:
-    """Batches of given rows, a few ahead of their use; `order` has all held-out rows where each needs a partner."""
+    """Batches of given rows, with both responses, a few ahead of their use; `order` has all held-out rows where each needs a
+    partner. What `shuffle_pictures` must know of the rows is put into `seen`."""
     reader, make_batch = data.reader(), batch_maker(spec, companion)
 
     def batches() -> Iterator[PairBatch]:
         for rows in micro_batches:
             partners = from_batch(reader.read(partners_in(order, rows))) if order is not None else ()
-            yield make_batch(from_batch(reader.read(rows)), partners)
+            pairs = [pair.as_evaluated() for pair in from_batch(reader.read(rows))]
+            if seen is not None:
+                seen.update(zip(rows.tolist(), map(Pictures.of, pairs), strict=True))
+            yield make_batch(pairs, partners)
+
+    return ahead(batches(), depth=2)
+
+
+def with_pictures_of_others(
+    data: PreparedData, micro_batches: Sequence[Rows], partners: Mapping[int, int], spec: EncoderSpec
+) -> Iterator[PairBatch]:
+    """Batches of those of the given rows that have a partner, with the partner's pictures in place of their own."""
+    reader, layout, process = data.reader(), spec.layout, image_processing(spec)
+
+    def batches() -> Iterator[PairBatch]:
+        for rows in micro_batches:
+            own = [row for row in rows.tolist() if row in partners]
+            if own:
+                pairs = [pair.as_evaluated() for pair in from_batch(reader.read(own))]
+                others = from_batch(reader.read([partners[row] for row in own]))
+                yield with_pictures_of(pairs, others, layout=layout, process_images=process, max_pixels=spec.max_pixels)
 
     return ahead(batches(), depth=2)
 

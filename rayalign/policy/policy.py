@@ -136,10 +136,15 @@ class Policy:
         """The same by the reference policy, without a graph: computed now where they do not come with the batch."""
         if batch.reference_logps is not None:
             return _by_response(batch.reference_logps.to(self.base.get_output_embeddings().weight.device), batch)
-        assert self._adapters.layers or self.start, "the weights of the reference are gone"
+        assert self.can_run_reference, "the weights of the reference are gone"
         with torch.no_grad(), self.reference_weights():
             frozen = self.start or self
             return frozen.logps(batch, frozen.image_features(batch) if self.trains_vision else images)
+
+    @property
+    def can_run_reference(self) -> bool:
+        """Whether the reference's weights are at hand: under adapters, or as a copy."""
+        return bool(self._adapters.layers or self.start)
 
     def reference_weights(self) -> AbstractContextManager[None]:
         """Within it, the model is the reference policy."""

@@ -13,20 +13,20 @@ def curve(metrics: Metrics, name: str) -> list[Point]:
     return sorted({line["step"]: line[name] for line in metrics if name in line}.items())
 
 
-def find_problems(metrics: Metrics, *, margins: Sequence[float], length_correlation: float) -> list[str]:
-    """A sentence or two for all that looks unhealthy; `margins` are the held-out pairs', nan for single responses."""
+def find_problems(metrics: Metrics, *, margins: Sequence[float], length_correlation: float) -> dict[str, str]:
+    """A sentence or two for all that looks unhealthy, by kind; `margins` are the held-out pairs', nan for single responses."""
     known = [value for value in margins if math.isfinite(value)]
-    found = [
-        _not_finite(metrics),
-        _no_gradient(metrics),
-        _coin_toss(metrics, num_pairs=len(known)),
-        _chosen_falls(metrics),
-        _memorised(metrics),
-        _eval_loss_rises(metrics),
-        _follows_length(length_correlation, num_pairs=len(known)),
-        _waits_for_data(metrics),
-    ]
-    return [words for words in found if words]
+    found = {
+        "not finite": _not_finite(metrics),
+        "no gradient": _no_gradient(metrics),
+        "coin toss": _coin_toss(metrics, num_pairs=len(known)),
+        "chosen falls": _chosen_falls(metrics),
+        "memorised": _memorised(metrics),
+        "eval loss rises": _eval_loss_rises(metrics),
+        "length": _follows_length(length_correlation, num_pairs=len(known)),
+        "waits": _waits_for_data(metrics),
+    }
+    return {kind: words for kind, words in found.items() if words}
 
 
 def _finite(metrics: Metrics, name: str) -> list[Point]:

@@ -136,7 +136,7 @@ def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair]) -> str:
     problems = find_problems(metrics, margins=[pair.margin for pair in pairs], length_correlation=lengths)
     if not problems:
         return '<p class="fine">✓ No warning signs in the metrics.</p>'
-    items = "".join(f"<li>{escape(words)}</li>" for words in problems)
+    items = "".join(f"<li>{escape(words)}</li>" for words in problems.values())
     return f'<section class="warnings" role="alert"><b>This run needs a look</b><ul>{items}</ul></section>'
 
 

@@ -23,6 +23,7 @@ from rayalign.data.batch import PairBatch
 from rayalign.data.sampler import StepCounts, StepSampler
 from rayalign.policy.policy import Policy
 from rayalign.training.distributed import gather, sum_over_workers
+from rayalign.training.evaluation import PAIR_TOKENS, WatchedForward, response_tokens, shuffled_accuracies, with_preferences
 from rayalign.training.metrics import Clock, MetricSums
 from rayalign.training.optimizer import learning_rate, make_optimizer
 
@@ -146,15 +147,34 @@ class Trainer:
         sums = MetricSums()
         pairs: dict[str, dict[str, float]] = {}
         with torch.no_grad(), _dropout_off(self.policy):
-            for batch, output in self._outputs(batches, counts):
+            for batch, statistics in self._with_statistics(batches):
+                forward = WatchedForward(self.policy, batch.to(self.policy.device))
+                output = with_preferences(self.algorithm.loss(forward, forward.batch, counts, statistics), forward)
                 sums.add(output)
+                of_batch: list[dict[str, float]] = [{} for _ in batch.ids]
                 for name, values in output.pair_metrics.items():
                     missing = output.missing[name].tolist() if name in output.missing else [False] * batch.num_pairs
-                    for pair_id, value, is_missing in zip(batch.ids, values.tolist(), missing, strict=True):
-                        of_pair = pairs.setdefault(pair_id, {})
+                    for of_pair, value, is_missing in zip(of_batch, values.tolist(), missing, strict=True):
                         if not is_missing:
                             of_pair[name] = value
+                for of_pair, *tokens in zip(of_batch, *response_tokens(batch), strict=True):
+                    of_pair |= zip(PAIR_TOKENS, tokens, strict=True)
+                pairs |= zip(batch.ids, of_batch, strict=True)
         return sums.reduce(steps=1), pairs
+
+    def evaluate_shuffled(self, batches: Iterable[PairBatch]) -> dict[str, dict[str, float]]:
+        """The accuracies of this worker's pairs of two responses, by id, whose pictures are those of other records."""
+        beside_reference = self.algorithm.needs.reference and self.policy.can_run_reference
+        pairs = {}
+        with torch.no_grad(), _dropout_off(self.policy):
+            for batch in batches:
+                moved = batch.to(self.policy.device)
+                found = shuffled_accuracies(self.policy, moved, beside_reference=beside_reference)
+                values = {name: of_pairs.tolist() for name, of_pairs in found.items()}
+                for number, (pair_id, *tokens) in enumerate(zip(batch.ids, *response_tokens(batch), strict=True)):
+                    if all(tokens):
+                        pairs[pair_id] = {name: of_pairs[number] for name, of_pairs in values.items()}
+        return pairs
 
     def _with_features(self, batch: PairBatch) -> PairBatch:
         """The batch with its images' features, which a frozen tower need not make twice."""
@@ -166,14 +186,15 @@ class Trainer:
     def _outputs(
         self, batches: Callable[[], Iterable[PairBatch]], counts: StepCounts
     ) -> Iterator[tuple[PairBatch, LossOutput]]:
-        """Each micro-batch with what the algorithm makes of it, after the step's statistics if it needs them."""
-        paired: Iterable[tuple[PairBatch, StepStatistics | None]]
-        if self.algorithm.needs.statistics:
-            paired = zip(batches(), self._step_statistics(batches), strict=True)
-        else:
-            paired = ((batch, None) for batch in batches())
-        for batch, statistics in paired:
+        """Each micro-batch with what the algorithm makes of it."""
+        for batch, statistics in self._with_statistics(batches):
             yield batch, self.algorithm.loss(self.policy, batch.to(self.policy.device), counts, statistics)
+
+    def _with_statistics(self, batches: Callable[[], Iterable[PairBatch]]) -> Iterable[tuple[PairBatch, StepStatistics | None]]:
+        """Each micro-batch with the step's statistics, if the algorithm needs them."""
+        if self.algorithm.needs.statistics:
+            return zip(batches(), self._step_statistics(batches), strict=True)
+        return ((batch, None) for batch in batches())
 
     def _step_statistics(self, batches: Callable[[], Iterable[PairBatch]]) -> list[StepStatistics]:
         """The statistics of all workers as each of this worker's micro-batches sees them. Every worker calls it, an idle one,

@@ -32,7 +32,17 @@ made with, and a deletion cut short is never taken for a run of other flags."""
 
 FREE_TO_CHANGE = frozenset(
     {
-        *("resume", "overwrite", "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+        *(
+            "resume",
+            "overwrite",
+            "output_dir",
+            "logging_steps",
+            "eval_steps",
+            "eval_on_start",
+            "max_eval_records",
+            "save_steps",
+            "save_total_limit",
+        ),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
         *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures", "cache_dir", "max_dropped_fraction"),
         *("gradient_checkpointing", "attn_implementation", "torch_compile", "precompute_ref_log_probs"),

@@ -3,11 +3,12 @@ around it."""
 
 import functools
 import logging
+import math
 import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray.train
@@ -18,14 +19,17 @@ from rayalign.algorithms import Algorithm
 from rayalign.cluster import Stopped, outcome_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
-from rayalign.data.sampler import StepCounts, cut_micro_batches, require_partners
+from rayalign.data.sampler import StepCounts, cut_micro_batches, draw_rows, require_partners
+from rayalign.data.shuffled_pictures import Pictures, shuffle_pictures
 from rayalign.data.store import PreparedData, Rows
-from rayalign.data.stream import fetch_pairs, held_out_pairs, pairs_in_order, sampler_of
+from rayalign.data.stream import fetch_pairs, held_out_pairs, pairs_in_order, sampler_of, with_pictures_of_others
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
 from rayalign.policy.saving import save_policy
 from rayalign.progress import Progress
+from rayalign.report.health import find_problems
+from rayalign.report.pairs import correlation
 from rayalign.storage import Store
 from rayalign.training.checkpoint import (
     FetchedCheckpoint,
@@ -36,11 +40,24 @@ from rayalign.training.checkpoint import (
     write_checkpoint,
 )
 from rayalign.training.distributed import gather, start_alike
+from rayalign.training.evaluation import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, CHOSEN_TOKENS, REJECTED_TOKENS, image_metrics
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import MetricsLog
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+SHOWN_EVALUATION = tuple(
+    f"eval_{name}"
+    for name in (
+        *("loss", BY_SUM, BY_TOKEN, BY_REWARD_MODEL, "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
+        *("conditional/accuracies", "image_reliance"),
+    )
+)
+"""What the log's line of an evaluation shows; all are in metrics.jsonl."""
 
 
 def train_worker(config: Config, data: RunData) -> WorkerResult | Stopped:
@@ -93,6 +110,7 @@ class _Worker:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
             self._delete_others(checkpoint)
         self.held_out_pairs: dict[str, dict[str, float]] = {}
+        self.warned: set[str] = set()
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
         self.latest_metrics: dict[str, float] = {}
         for line in self.metrics_log.lines if self.metrics_log is not None else []:
@@ -119,6 +137,8 @@ class _Worker:
             pin_memory=self.device.type == "cuda",
         )
         events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
+        if self.config.run.eval_on_start and not self.start_step:
+            self._evaluate(0)
         run_steps(
             self.trainer,
             self.sampler,
@@ -128,7 +148,7 @@ class _Worker:
             start_step=self.start_step,
             tokens_before=self.latest_metrics.get("num_tokens", 0),
         )
-        if not self.held_out_pairs:
+        if self.start_step == self.sampler.num_steps:
             self._evaluate(self.sampler.num_steps)
         if self.rank == 0:
             self._write_model()
@@ -154,6 +174,7 @@ class _Worker:
         self._say("Step %d/%d  %s  %s", step, self.sampler.num_steps, figures, rate)
 
     def _evaluate(self, step: int) -> None:
+        """A pass over the held-out records; after the last step another one on their pictures shuffled."""
         data, rows = self._held_out()
         if not len(rows):
             return
@@ -170,15 +191,34 @@ class _Worker:
         companion = self.trainer.algorithm.needs.companion
         order = None
         if self.sampler.settings.with_partners:
-            order = rows if self.data.held_out else self.sampler.held_out_order
-        batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order)
+            order = np.arange(data.num_rows) if self.data.held_out else self.sampler.held_out_order
+        seen: dict[int, Pictures] = {}
+        batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order, seen=seen)
         metrics, pairs = self.trainer.evaluate(batches, StepCounts.of(token_counts.take(rows)))
-        self.held_out_pairs = {pair_id: values for worker in gather(pairs) for pair_id, values in worker.items()}
+        self.held_out_pairs = _together(pairs)
+        if step == self.sampler.num_steps:
+            partners = shuffle_pictures(_together(seen), seed=self.config.data.data_seed)
+            shuffled = self.trainer.evaluate_shuffled(with_pictures_of_others(data, mine, partners, self.data.spec))
+            metrics |= image_metrics(self.held_out_pairs, _together(shuffled))
         line = {f"eval_{name}": value for name, value in metrics.items()}
         self.latest_metrics |= line
         if self.metrics_log is not None:
             self.metrics_log.append({"step": step, **line})
-        self._say("Evaluation at step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+        shown = "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN_EVALUATION if name in line)
+        self._say("Evaluation at step %d  %s", step, shown)
+        self._warn()
+
+    def _warn(self) -> None:
+        """Says what looks wrong in the run so far; each thing once."""
+        if self.metrics_log is None:
+            return
+        margins = [values.get("rewards/margins", math.nan) for values in self.held_out_pairs.values()]
+        extra_tokens = [values[CHOSEN_TOKENS] - values[REJECTED_TOKENS] for values in self.held_out_pairs.values()]
+        lengths = correlation(list(zip(extra_tokens, margins, strict=True)))
+        for kind, words in find_problems(self.metrics_log.lines, margins=margins, length_correlation=lengths).items():
+            if kind not in self.warned:
+                logger.warning("Warning: %s", words)
+            self.warned.add(kind)
 
     def _save(self, step: int) -> None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -200,10 +240,17 @@ class _Worker:
             (self.folder / "model").upload(Path(temporary))
 
     def _held_out(self) -> tuple[PreparedData, Rows]:
+        """The held-out records, and the rows of them that are evaluated."""
+        data, rows = self.data.training, self.sampler.held_out
         if self.data.held_out:
-            return self.data.held_out, np.arange(self.data.held_out.num_rows)
-        return self.data.training, self.sampler.held_out
+            data, rows = self.data.held_out, np.arange(self.data.held_out.num_rows)
+        return data, draw_rows(rows, at_most=self.config.run.max_eval_records, seed=self.config.data.data_seed)
 
     def _say(self, message: str, *values: Any) -> None:
         if self.rank == 0:
             logger.info(message, *values)
+
+
+def _together(mine: Mapping[K, T]) -> dict[K, T]:
+    """The entries of all workers."""
+    return {key: value for worker in gather(mine) for key, value in worker.items()}
