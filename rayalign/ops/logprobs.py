@@ -13,11 +13,13 @@ CHUNK_TOKENS = 256
 class SequenceLogps:
     """Log-probabilities of B responses: `total` [B] is the sum over response tokens, `tokens` [B] their number (0 where a row
     has no such response), `shared` [B] the sum over its first tokens, as many as the shorter of the pair's two responses
-    has."""
+    has. `first_choices` [B]: how many of its tokens are the policy's own first choice behind those before them; a response of
+    nothing else is the greedy answer."""
 
     total: Tensor
     tokens: Tensor
     shared: Tensor
+    first_choices: Tensor | None = None
 
     @property
     def average(self) -> Tensor:
@@ -33,9 +35,9 @@ class PairLogps:
     rejected: SequenceLogps
 
 
-def sum_by_response(logps: Tensor, response_ids: Tensor, num_pairs: int) -> PairLogps:
+def sum_by_response(logps: Tensor, response_ids: Tensor, num_pairs: int, *, is_first_choice: Tensor | None = None) -> PairLogps:
     """Token log-probabilities [N] summed by response; `response_ids` [N] names each token's (`PairBatch.response_ids`), and the
-    tokens of a response stand together in reading order."""
+    tokens of a response stand together in reading order. `is_first_choice` [N] is counted, if given."""
     # Not by bincount, for which a GPU stops to find the largest number.
     tokens = response_ids.new_zeros(2 * num_pairs).index_add(0, response_ids, torch.ones_like(response_ids))
     index = torch.arange(len(response_ids), device=response_ids.device)
@@ -45,22 +47,36 @@ def sum_by_response(logps: Tensor, response_ids: Tensor, num_pairs: int) -> Pair
     nothing = logps.new_zeros(2 * num_pairs)
     total = nothing.index_add(0, response_ids, logps)
     shared = nothing.index_add(0, response_ids, logps * is_shared)
-    sides = (slice(num_pairs), slice(num_pairs, None))
-    return PairLogps(*(SequenceLogps(total[side], tokens[side], shared[side]) for side in sides))
+    choices = (
+        None
+        if is_first_choice is None
+        else tokens.new_zeros(2 * num_pairs).index_add(0, response_ids, is_first_choice.to(tokens))
+    )
+
+    def of(side: slice) -> SequenceLogps:
+        return SequenceLogps(total[side], tokens[side], shared[side], None if choices is None else choices[side])
+
+    return PairLogps(of(slice(num_pairs)), of(slice(num_pairs, None)))
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None) -> Tensor:
-    """log p(target) for each row.
+    """log p(target) for each row: the first of what `score_tokens` gives."""
+    return score_tokens(hidden, weight, targets, softcap=softcap)[0]
+
+
+def score_tokens(hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """log p(target) for each row, and whether no other token is likelier.
 
     `hidden` [N, H] are the states that predict, `weight` [V, H] is the output head, `targets` [N] are token ids. `softcap`:
     logits l become softcap tanh(l / softcap), as in Gemma 2 (https://arxiv.org/abs/2408.00118, section 2). Returns [N] in
-    float32 (float64 for float64 input). Products are computed in the type of autocast, or of `hidden`. At most CHUNK_TOKENS x V
-    logits and as many probabilities exist at a time, in the backward pass too; half as much again with a softcap.
+    float32 (float64 for float64 input), and [N] of bool. Products are computed in the type of autocast, or of `hidden`. At most
+    CHUNK_TOKENS x V logits and as many probabilities exist at a time, in the backward pass too; half as much again with a
+    softcap.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    logps: Tensor = _TokenLogps.apply(hidden, weight, targets, softcap, dtype)  # type: ignore[no-untyped-call]  # apply is untyped
-    return logps
+    scored: tuple[Tensor, Tensor] = _TokenLogps.apply(hidden, weight, targets, softcap, dtype)  # type: ignore[no-untyped-call]  # apply is untyped
+    return scored
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -68,15 +84,17 @@ class _TokenLogps(torch.autograd.Function):
     probabilities are at hand, up to the factor that arrives in backward; a trainable head has its logits computed again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         keep_gradient = hidden.requires_grad
         gradient = torch.empty_like(hidden) if keep_gradient else None
         head = weight.to(dtype)
         chunks = []
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logps, probabilities, softcap_grad = _chunk(hidden[part].to(dtype), head, targets[part], softcap)
-            chunks.append(logps)
+            logps, choices, probabilities, softcap_grad = _chunk(hidden[part].to(dtype), head, targets[part], softcap)
+            chunks.append((logps, choices))
             if gradient is not None:
                 own = head[targets[part]]
                 if softcap_grad is not None:
@@ -86,11 +104,14 @@ class _TokenLogps(torch.autograd.Function):
         ctx.trains_head = weight.requires_grad
         ctx.save_for_backward(*([gradient] if keep_gradient else []), *([hidden, weight, targets] if ctx.trains_head else []))
         ctx.keep_gradient, ctx.softcap, ctx.dtype = keep_gradient, softcap, dtype
-        return torch.cat(chunks) if chunks else hidden.new_zeros(0, dtype=_loss_dtype(dtype))
+        nothing = hidden.new_zeros(0, dtype=_loss_dtype(dtype)), hidden.new_zeros(0, dtype=torch.bool)
+        logps, is_first_choice = map(torch.cat, zip(*chunks, strict=True)) if chunks else nothing
+        ctx.mark_non_differentiable(is_first_choice)
+        return logps, is_first_choice
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (grad_output,) = outputs
+        grad_output = outputs[0]
         saved = list(ctx.saved_tensors)
         grad_hidden = None
         if ctx.keep_gradient:
@@ -103,7 +124,7 @@ class _TokenLogps(torch.autograd.Function):
             for start in range(0, len(targets), CHUNK_TOKENS):
                 part = slice(start, start + CHUNK_TOKENS)
                 states = hidden[part].to(ctx.dtype)
-                _, probabilities, softcap_grad = _chunk(states, head, targets[part], ctx.softcap)
+                _, _, probabilities, softcap_grad = _chunk(states, head, targets[part], ctx.softcap)
                 grad_logits = probabilities.neg_()
                 grad_logits[torch.arange(len(states), device=states.device), targets[part]] += 1
                 if softcap_grad is not None:
@@ -117,8 +138,11 @@ def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log p(target) [n] of a chunk, all its probabilities [n, V], and with a softcap d(capped logits) / d(logits) [n, V]."""
+def _chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """log p(target) [n] of a chunk, whether no other token is likelier [n], all its probabilities [n, V], and with a softcap
+    d(capped logits) / d(logits) [n, V]."""
     logits = hidden @ weight.t()
     softcap_grad = None
     if softcap is not None:
@@ -131,4 +155,4 @@ def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | Non
     largest, index = logits.max(dim=-1, keepdim=True)
     normaliser = largest.to(probabilities.dtype) - probabilities.gather(1, index).log()
     logps = logits.gather(1, targets[:, None]).to(probabilities.dtype) - normaliser
-    return logps.squeeze(1), probabilities, softcap_grad
+    return logps.squeeze(1), index.squeeze(1) == targets, probabilities, softcap_grad

@@ -26,7 +26,7 @@ from rayalign.ops.attention import (
     response_mask,
     unpacked,
 )
-from rayalign.ops.logprobs import PairLogps, sum_by_response, token_logps
+from rayalign.ops.logprobs import PairLogps, score_tokens, sum_by_response
 from rayalign.ops.value_head import ValueHead
 from rayalign.policy.adapters import AdapterSwitch
 from rayalign.policy.compat import attention_kernel, image_arguments
@@ -91,14 +91,19 @@ class Policy:
 
     def logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
         """Log-probabilities of both responses of each pair, by the weights under training."""
-        return _by_response(self.token_logps(batch, images), batch)
+        logps, is_first_choice = self._score_tokens(batch, images)
+        return _by_response(logps, batch, is_first_choice)
 
     def token_logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> Tensor:
         """The log-probability of each of the batch's targets [N]."""
+        return self._score_tokens(batch, images)[0]
+
+    def _score_tokens(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Of each of the batch's targets [N] the log-probability, and whether no other token is likelier."""
         head = self.base.get_output_embeddings().weight
         states = self._states(batch, images, batch.predictors).to(head.device)
         with self._arithmetic():
-            return token_logps(states, head, batch.targets.to(head.device), softcap=self._softcap)
+            return score_tokens(states, head, batch.targets.to(head.device), softcap=self._softcap)
 
     def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected responses by the value head, each at the response's last token."""
@@ -201,8 +206,9 @@ class Policy:
         return attention_kernel(self.base.get_decoder())
 
 
-def _by_response(logps: Tensor, batch: PairBatch) -> PairLogps:
-    return sum_by_response(logps, batch.response_ids.to(logps.device), batch.num_pairs)
+def _by_response(logps: Tensor, batch: PairBatch, is_first_choice: Tensor | None = None) -> PairLogps:
+    response_ids = batch.response_ids.to(logps.device)
+    return sum_by_response(logps, response_ids, batch.num_pairs, is_first_choice=is_first_choice)
 
 
 def _trains_outside_language(base: Any) -> bool:

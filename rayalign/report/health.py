@@ -1,4 +1,4 @@
-"""What looks wrong in a run, in plain words and with what to do about it: the warnings at the top of the page of `report`."""
+"""What looks wrong in a run, in plain words and with what to do about it: warnings for the log and for the page of `report`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,25 +7,50 @@ from rayalign.report.charts import Point, format_number
 
 Metrics = Sequence[Mapping[str, float]]
 
+WORSE_PERPLEXITY, FAR_WORSE_PERPLEXITY = 1.25, 4
+"""By these factors the chosen responses' perplexity must have risen to be named: where the policy has other first choices than
+their tokens, and in any case. Over the quickstart's sound runs it rises by up to 3 with LOST_CHOICES below 0.005; where answers
+break, by 3.4 and more with 0.045 and more."""
+
+LOST_CHOICES = 0.02
+"""The share of the chosen responses' tokens that are no longer the policy's first choice, to be named."""
+
+SMALL_RELIANCE = 0.05
+"""An accuracy that falls by less than this on shuffled pictures (two standard errors included) does not come from them."""
+
+SATURATED = 0.995
+"""A held-out accuracy with nothing left to gain."""
+
+FEW_PAIRS = 20
+"""Of fewer pairs nothing is said that the next few could turn round."""
+
 
 def curve(metrics: Metrics, name: str) -> list[Point]:
     """A metric over steps; where a resumed run logged a step again, the later line counts."""
     return sorted({line["step"]: line[name] for line in metrics if name in line}.items())
 
 
-def find_problems(metrics: Metrics, *, margins: Sequence[float], length_correlation: float) -> dict[str, str]:
-    """A sentence or two for all that looks unhealthy, by kind; `margins` are the held-out pairs', nan for single responses."""
-    known = [value for value in margins if math.isfinite(value)]
+def find_problems(
+    metrics: Metrics, *, margins: Sequence[float], length_correlation: float, is_finished: bool = True
+) -> dict[str, str]:
+    """A sentence or two for all that looks unhealthy, by kind; `margins` are the held-out pairs', nan for single responses.
+    What more steps may still mend is told of a finished run only."""
+    num_pairs = sum(map(math.isfinite, margins))
     found = {
         "not finite": _not_finite(metrics),
         "no gradient": _no_gradient(metrics),
-        "coin toss": _coin_toss(metrics, num_pairs=len(known)),
         "chosen falls": _chosen_falls(metrics),
-        "memorised": _memorised(metrics),
+        "answers change": _answers_change(metrics, num_pairs=num_pairs),
+        "likelihood accuracy falls": _likelihood_accuracy_falls(metrics, num_pairs=num_pairs),
+        "memorised": _memorised(metrics, num_pairs=num_pairs),
         "eval loss rises": _eval_loss_rises(metrics),
-        "length": _follows_length(length_correlation, num_pairs=len(known)),
+        "saturated": _saturated(metrics, num_pairs=num_pairs),
+        "length": _follows_length(length_correlation, num_pairs=num_pairs) if curve(metrics, "eval_rewards/margins") else "",
+        "picture ignored": _picture_ignored(metrics),
         "waits": _waits_for_data(metrics),
     }
+    if is_finished:
+        found["coin toss"] = _coin_toss(metrics, num_pairs=num_pairs)
     return {kind: words for kind, words in found.items() if words}
 
 
@@ -83,26 +108,69 @@ def _coin_toss(metrics: Metrics, *, num_pairs: int) -> str:
 
 
 def _chosen_falls(metrics: Metrics) -> str:
-    logps, accuracies = _start_and_end(metrics, "logps/chosen"), _start_and_end(metrics, "rewards/accuracies")
-    if logps is None or accuracies is None:
+    """Preference losses lower the chosen responses' log-probs in sound runs, too, as long as their tokens stay the policy's
+    first choice: it only becomes less sure of them."""
+    losses = _start_and_end(metrics, "nll_loss")
+    if losses is None:
         return ""
-    if logps[1] >= logps[0] - 0.1 * abs(logps[0]) or accuracies[1] <= accuracies[0] + 0.02:
+    rise, choices = losses[1] - losses[0], _start_and_end(metrics, "mean_token_accuracy")
+    lost = choices[0] - choices[1] if choices else 0.0
+    if not (rise >= math.log(FAR_WORSE_PERPLEXITY) or (rise >= math.log(WORSE_PERPLEXITY) and lost >= LOST_CHOICES)):
         return ""
+    perplexities = [format_number(round(math.exp(min(loss, 50)), 2)) for loss in losses]
+    words = (
+        f"The chosen responses became less likely: log-prob per token {format_number(-losses[0])} at the start, "
+        f"{format_number(-losses[1])} now (perplexity {perplexities[0]} to {perplexities[1]})"
+    )
+    if choices:
+        words += f"; {choices[0]:.1%} of their tokens were the policy's first choice, {choices[1]:.1%} are now"
+    margins = _start_and_end(metrics, "rewards/margins")
+    if margins is not None and margins[1] > margins[0]:
+        words += ". The margin grows only because the rejected ones fall even more"
     return (
-        f"The chosen responses became less likely (log-prob {format_number(logps[0])} to {format_number(logps[1])}) while "
-        f"accuracy rose ({format_number(accuracies[0])} to {format_number(accuracies[1])}): margins grow by making the "
-        "rejected responses even less likely, and what the policy writes may get worse. A larger weight of the chosen "
-        "response's likelihood (--rpo_alpha, --cpo_alpha), with a reference a larger --beta, or a lower --learning_rate "
-        "counters this."
+        f"{words}. What the policy writes gets worse: read its answers. A larger weight of the chosen responses' likelihood "
+        "(--rpo_alpha, --cpo_alpha), with a reference a larger --beta, or a lower --learning_rate counters this."
     )
 
 
-def _memorised(metrics: Metrics) -> str:
+def _answers_change(metrics: Metrics, *, num_pairs: int) -> str:
+    points = _finite(metrics, "eval_exact_match")
+    if len(points) < 2 or num_pairs < FEW_PAIRS:
+        return ""
+    (_, start), (_, end) = points[0], points[-1]
+    if start - end <= max(0.03, _noise(start, end, num_pairs)):
+        return ""
+    return (
+        f"The policy would answer with exactly the chosen response in {end:.0%} of the held-out records, and did so in "
+        f"{start:.0%} before the training: its answers get worse. A lower --learning_rate or fewer steps helps."
+    )
+
+
+def _noise(start: float, end: float, num_pairs: int) -> float:
+    """Two standard errors of the difference of two shares."""
+    return 2 * math.sqrt((start * (1 - start) + end * (1 - end)) / num_pairs)
+
+
+def _likelihood_accuracy_falls(metrics: Metrics, *, num_pairs: int) -> str:
+    points = _finite(metrics, "eval_accuracy/likelihood")
+    if len(points) < 2 or num_pairs < FEW_PAIRS:
+        return ""
+    (_, start), (_, end) = points[0], points[-1]
+    if start - end <= max(0.03, _noise(start, end, num_pairs)):
+        return ""
+    return (
+        f"The policy finds the chosen response the likelier one in {end:.0%} of the held-out pairs, and did so in {start:.0%} "
+        "before: by its own likelihoods it prefers them less than at the start. A lower --learning_rate or fewer steps helps."
+    )
+
+
+def _memorised(metrics: Metrics, *, num_pairs: int) -> str:
     train, held_out = _finite(metrics, "rewards/accuracies"), _finite(metrics, "eval_rewards/accuracies")
     if not train or not held_out:
         return ""
     late = _mean(train[-max(1, len(train) // 5) :])
-    if late - held_out[-1][1] <= 0.15:
+    noise = 1 / math.sqrt(num_pairs) if num_pairs else 0.0
+    if late - held_out[-1][1] <= max(0.15, noise):
         return ""
     return (
         f"Accuracy is {format_number(late)} on training records but {format_number(held_out[-1][1])} on held-out ones: "
@@ -123,13 +191,53 @@ def _eval_loss_rises(metrics: Metrics) -> str:
     )
 
 
+def _saturated(metrics: Metrics, *, num_pairs: int) -> str:
+    """Held-out pairs that are all decided early, after which margins only grow at the cost of the chosen responses."""
+    accuracies, losses = _finite(metrics, "eval_rewards/accuracies"), dict(_finite(metrics, "eval_nll_loss"))
+    if not accuracies or num_pairs < FEW_PAIRS:
+        return ""
+    last = accuracies[-1][0]
+    since = next((step for step, _ in accuracies if all(value >= SATURATED for at, value in accuracies if at >= step)), last)
+    if since > last / 2 or losses.get(last, 0.0) - losses.get(since, math.inf) < math.log(WORSE_PERPLEXITY):
+        return ""
+    return (
+        f"Held-out accuracy has been {format_number(accuracies[-1][1])} since step {format_number(since)} of "
+        f"{format_number(last)}, and since then margins grew while the chosen responses became less likely: the pairs have "
+        "nothing more to teach. Stop there, or take harder pairs."
+    )
+
+
 def _follows_length(correlation: float, *, num_pairs: int) -> str:
-    if num_pairs < 20 or not abs(correlation) >= 0.5:
+    if num_pairs < FEW_PAIRS or not abs(correlation) >= 0.5:
         return ""
     kind = "longer" if correlation > 0 else "shorter"
     return (
         f"Margins follow length (correlation {correlation:+.2f}): much of what was learned is to prefer {kind} responses. "
         "Compare the accuracies in the section on length."
+    )
+
+
+def _picture_ignored(metrics: Metrics) -> str:
+    reliance = _finite(metrics, "eval_image_reliance")
+    if not reliance:
+        return ""
+    (_, fall), (_, error), (_, pairs) = (_finite(metrics, f"eval_image_reliance{end}")[-1] for end in ("", "/stderr", "/pairs"))
+    accuracy = next(
+        (
+            found[-1][1]
+            for name in ("rewards/accuracies", "accuracy/reward_model", "accuracy/likelihood")
+            if (found := _finite(metrics, f"eval_{name}/shuffled"))
+        ),
+        math.nan,
+    )
+    is_a_coin_toss = not accuracy + fall - 0.5 > 1 / math.sqrt(pairs)
+    if pairs < FEW_PAIRS or is_a_coin_toss or fall + 2 * error > SMALL_RELIANCE:
+        return ""
+    return (
+        f"The pictures hardly matter: with those of other records the accuracy on {pairs:,.0f} held-out pairs is "
+        f"{format_number(accuracy)}, with their own {format_number(accuracy + fall)}. What was learned can be told from the "
+        "texts alone. Pairs whose responses differ in what the picture shows help, and mdpo, which also prefers the true "
+        "picture to a damaged one."
     )
 
 

@@ -63,8 +63,9 @@ def with_preferences(output: LossOutput, forward: WatchedForward) -> LossOutput:
     """A loss's output on held-out pairs with the accuracies of this module beside its own metrics; a pair of one response has
     none.
 
-    `drift` is the sum over the chosen response of log p - log p_ref; `nll_loss` and `logps/rejected` are added where the
-    algorithm has none of its own.
+    `drift` is the sum over the chosen response of log p - log p_ref; `mean_token_accuracy` the share of its tokens that are the
+    policy's first choice, and `exact_match` whether all are, so that the greedy answer would be the same; `nll_loss` and
+    `logps/rejected` are added where the algorithm has none of its own.
     """
     pair_metrics, missing = dict(output.pair_metrics), dict(output.missing)
     mean_metrics = dict(output.mean_metrics)
@@ -80,6 +81,10 @@ def with_preferences(output: LossOutput, forward: WatchedForward) -> LossOutput:
             pair_metrics["logps/rejected"] = logps.rejected.total
             missing["logps/rejected"] = no_rejected
         mean_metrics = nll_metric(logps.chosen) | mean_metrics
+        if logps.chosen.first_choices is not None:
+            mean_metrics["mean_token_accuracy"] = (logps.chosen.first_choices.sum(), logps.chosen.tokens.sum())
+            pair_metrics["exact_match"] = (logps.chosen.first_choices == logps.chosen.tokens).to(logps.chosen.total)
+            missing["exact_match"] = no_chosen
         if forward.pair_reference is not None:
             pair_metrics["drift"] = logps.chosen.total - forward.pair_reference.chosen.total
             missing["drift"] = no_chosen

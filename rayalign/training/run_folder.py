@@ -190,6 +190,7 @@ def _scored_pairs(held_out: Any, data: "RunData", scores: Mapping[str, Mapping[s
     tokenizer = data.spec.tokenizer
     pairs = []
     for line in held_out.reader().read(rows).to_pylist():
+        line["rejected_ids"] = line["rejected_ids"] or line["eval_rejected_ids"]
         score = scores[line["id"]]
         pairs.append(
             ScoredPair(

@@ -206,16 +206,23 @@ class _Worker:
             self.metrics_log.append({"step": step, **line})
         shown = "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN_EVALUATION if name in line)
         self._say("Evaluation at step %d  %s", step, shown)
-        self._warn()
+        self._warn(step)
 
-    def _warn(self) -> None:
+    def _warn(self, step: int) -> None:
         """Says what looks wrong in the run so far; each thing once."""
         if self.metrics_log is None:
             return
-        margins = [values.get("rewards/margins", math.nan) for values in self.held_out_pairs.values()]
-        extra_tokens = [values[CHOSEN_TOKENS] - values[REJECTED_TOKENS] for values in self.held_out_pairs.values()]
+        pairs = self.held_out_pairs.values()
+        margins = [values.get("rewards/margins", values.get(BY_SUM, math.nan)) for values in pairs]
+        extra_tokens = [values[CHOSEN_TOKENS] - values[REJECTED_TOKENS] for values in pairs]
         lengths = correlation(list(zip(extra_tokens, margins, strict=True)))
-        for kind, words in find_problems(self.metrics_log.lines, margins=margins, length_correlation=lengths).items():
+        problems = find_problems(
+            self.metrics_log.lines,
+            margins=margins,
+            length_correlation=lengths,
+            is_finished=step == self.sampler.num_steps,
+        )
+        for kind, words in problems.items():
             if kind not in self.warned:
                 logger.warning("Warning: %s", words)
             self.warned.add(kind)

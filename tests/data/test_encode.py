@@ -137,6 +137,25 @@ def test_sft_takes_the_chosen_response_of_a_pair(llava: Path, label: bool | None
     assert (pair.chosen_ids, pair.rejected_ids) == ([*IT_IS_TWO, EOS], [])
 
 
+def test_a_pair_of_sft_keeps_its_rejected_response_for_evaluation_only(llava: Path) -> None:
+    pair = encode(llava, record("Which digit?"), responses="chosen")
+    assert (pair.rejected_ids, pair.eval_rejected_ids) == ([], [*A_CAT, EOS])
+    both = encode(llava, record("Which digit?"))
+    assert pair.as_evaluated().rejected_ids == both.rejected_ids
+    assert both.eval_rejected_ids == []
+    assert both.as_evaluated() == both
+
+
+@pytest.mark.parametrize("rejected", ["a cat</s>", "<image>"[:3] + "</s>", "a cat " * 50])
+def test_a_rejected_response_that_could_not_be_trained_on_is_no_reason_for_sft_to_drop_its_record(
+    llava: Path, rejected: str
+) -> None:
+    pair = encode(llava, record("Which digit?", rejected=rejected), responses="chosen", max_length=40)
+    assert (pair.chosen_ids, pair.eval_rejected_ids) == ([*IT_IS_TWO, EOS], [])
+    with pytest.raises(RecordError):
+        encode(llava, record("Which digit?", rejected=rejected), max_length=40)
+
+
 WITHOUT_EOS = TEMPLATE.replace("'</s>' if message['role'] == 'assistant' else ", "")
 WITHOUT_BOS = TEMPLATE.replace("{{ '<s>' if loop.first else '' }}", "")
 

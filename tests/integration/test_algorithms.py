@@ -42,6 +42,22 @@ METRICS = {
 }
 """What each logs beside the loss and what every training logs."""
 
+LIKELIHOOD = {"accuracy/likelihood", "accuracy/per_token", "nll_loss", "mean_token_accuracy", "exact_match"}
+EVALUATED = {
+    "rm": {"accuracy/reward_model"},
+    **dict.fromkeys(("cpo", "orpo", "simpo"), LIKELIHOOD),
+    **dict.fromkeys(("kto", "mdpo"), LIKELIHOOD | {"drift"}),
+}
+"""What the held-out records tell beside METRICS."""
+
+
+def on_shuffled_images(name: str) -> set[str]:
+    """What the last evaluation tells besides."""
+    accuracies = {metric for metric in EVALUATED[name] if metric.startswith("accuracy/")}
+    accuracies |= {"rewards/accuracies"} if name in ("kto", "mdpo") else set()
+    reliance = {"image_reliance", "image_reliance/stderr", "image_reliance/pairs"}
+    return reliance | {f"{metric}/shuffled" for metric in accuracies}
+
 
 @pytest.fixture(scope="module")
 def labelled_records(good_records: Path) -> Path:
@@ -87,8 +103,11 @@ def test_a_run_of_every_algorithm_logs_its_metrics_and_leaves_a_model_that_learn
     lines = [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()]
     of_all = {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens"}
     of_all |= {"pairs_per_second", "tokens_per_second", "data_wait_fraction", "padding_fraction"}
-    assert set(lines[0]) == METRICS[name] | of_all
-    assert set(lines[-1]) == {"step", "eval_loss"} | {f"eval_{metric}" for metric in METRICS[name]}
+    evaluated = {"step", "eval_loss"} | {f"eval_{metric}" for metric in METRICS[name] | EVALUATED[name]}
+    assert [line["step"] for line in lines] == [0, 2, 4, 4]
+    assert set(lines[0]) == evaluated
+    assert set(lines[1]) == METRICS[name] | of_all
+    assert set(lines[-1]) == evaluated | {f"eval_{metric}" for metric in on_shuffled_images(name)}
     assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line)
     learnt = load_file(runs[name] / "model" / "adapter_model.safetensors")
     assert all(weight.any() for weight in learnt.values())  # LoRA's B starts at zero
@@ -119,7 +138,7 @@ def test_the_model_on_disk_scores_the_held_out_pairs_as_the_run_did(runs: Mappin
     trainer = Trainer(policy, config.algorithm, OptimizerConfig(), num_steps=1)
     metrics, _ = trainer.evaluate(lambda: held_out_pairs(data, batches, spec), StepCounts.of(token_counts.take(rows)))
     expected = {metric: summary[f"eval_{metric}"] for metric in metrics}
-    assert set(expected) == METRICS[name] | {"loss"}
+    assert set(expected) == METRICS[name] | EVALUATED[name] | {"loss"}
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)  # float32, in other micro-batches
     assert metrics["rewards/chosen"] != 0
 

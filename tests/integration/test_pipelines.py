@@ -58,7 +58,7 @@ def test_metrics_have_the_names_of_the_field(dpo_run: Path) -> None:
     training = [line for line in lines if "loss" in line]
     evaluation = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6]
-    assert [line["step"] for line in evaluation] == [4, 6]
+    assert [line["step"] for line in evaluation] == [0, 4, 6]
     rewards = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"}
     others = {
         "grad_norm",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rayalign.estimate.meter import Meter
 from rayalign.ops import logprobs
-from rayalign.ops.logprobs import SequenceLogps, sum_by_response, token_logps
+from rayalign.ops.logprobs import SequenceLogps, score_tokens, sum_by_response, token_logps
 from tests.watching import LargestTensor
 
 CHUNK = 4
@@ -36,6 +36,15 @@ def test_two_tokens_with_known_probabilities() -> None:
     # Logits: row 0 [0, 0] -> 1/2 each; row 1 [log 3, 0] -> 3/4 and 1/4.
     logps = token_logps(hidden, weight, torch.tensor([1, 0]))
     torch.testing.assert_close(logps, torch.tensor([math.log(1 / 2), math.log(3 / 4)]))
+
+
+def test_a_target_is_the_first_choice_where_no_token_is_likelier() -> None:
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(CHUNK, 1)  # logits [2, 3, 1] and [1, 0, 4], over several chunks
+    weight = torch.tensor([[2.0, 1.0], [3.0, 0.0], [1.0, 4.0]])
+    for targets, expected in (((1, 2), (True, True)), ((0, 2), (False, True)), ((1, 0), (True, False))):
+        logps, is_first_choice = score_tokens(hidden, weight, torch.tensor(targets).repeat(CHUNK), softcap=5.0)
+        assert is_first_choice.tolist() == [*expected] * CHUNK
+        assert torch.equal(logps, token_logps(hidden, weight, torch.tensor(targets).repeat(CHUNK), softcap=5.0))
 
 
 @pytest.mark.parametrize("n", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 2])
@@ -186,6 +195,13 @@ def test_tokens_are_summed_by_response_as_a_loop_does(lengths: list[tuple[int, i
     ]
     assert lines == [pytest.approx(line, abs=FLOAT64) for line in summed_one_by_one(logps.detach(), sequences, num_pairs)]
     assert [(int(c), int(r)) for c, r in zip(found.chosen.tokens, found.rejected.tokens, strict=True)] == lengths
+    assert found.chosen.first_choices is None
+    is_first_choice = torch.arange(len(sequences)) % 2 == 0
+    counted = sum_by_response(logps.detach(), sequences, num_pairs, is_first_choice=is_first_choice)
+    for number, side in enumerate((counted.chosen, counted.rejected)):
+        assert side.first_choices is not None
+        own = [is_first_choice[sequences == b + number * num_pairs].sum().item() for b in range(num_pairs)]
+        assert side.first_choices.tolist() == own
     found.rejected.total.sum().backward()
     assert logps.grad is not None
     assert logps.grad.tolist() == [float(s >= num_pairs) for s in sequences]

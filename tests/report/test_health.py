@@ -1,17 +1,27 @@
 import math
 
+import pytest
+
 from rayalign.report.health import curve, find_problems
 
+MANY = (1.0,) * 400
 
-def problems(*lines: dict[str, float], margins: tuple[float, ...] = (), length_correlation: float = 0.0) -> list[str]:
-    numbered = [{"step": step, **line} for step, line in enumerate(lines, start=1)]
-    return find_problems(numbered, margins=margins, length_correlation=length_correlation)
+
+def problems(
+    *lines: dict[str, float],
+    margins: tuple[float, ...] = (),
+    length_correlation: float = 0.0,
+    is_finished: bool = True,
+) -> dict[str, str]:
+    """Lines of metrics, the first of step 0."""
+    numbered = [{"step": 10 * number, **line} for number, line in enumerate(lines)]
+    return find_problems(numbered, margins=margins, length_correlation=length_correlation, is_finished=is_finished)
 
 
 def test_a_healthy_run_has_no_problems() -> None:
-    start = {"loss": 0.7, "eval_loss": 0.7, "eval_rewards/accuracies": 0.5, "eval_logps/chosen": -100.0, "grad_norm": 1.0}
-    end = {"loss": 0.4, "eval_loss": 0.5, "eval_rewards/accuracies": 0.8, "eval_logps/chosen": -99.0, "grad_norm": 0.5}
-    assert problems(start, end, margins=(1.0,) * 100, length_correlation=0.2) == []
+    start = {"loss": 0.7, "eval_loss": 0.7, "eval_rewards/accuracies": 0.5, "eval_nll_loss": 1.0, "grad_norm": 1.0}
+    end = {"loss": 0.4, "eval_loss": 0.5, "eval_rewards/accuracies": 0.8, "eval_nll_loss": 0.9, "grad_norm": 0.5}
+    assert problems(start, end, margins=MANY, length_correlation=0.2) == {}
 
 
 def test_a_repeated_step_counts_once_with_its_later_value() -> None:
@@ -20,53 +30,127 @@ def test_a_repeated_step_counts_once_with_its_later_value() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_first_step() -> None:
-    (words,) = problems({"loss": 1.0}, {"loss": math.nan}, {"loss": math.inf})
-    assert words.startswith("Not finite (NaN or infinite): loss, at 2 of 3 logged steps, first at step 2.")
+    words = problems({"loss": 1.0}, {"loss": math.nan}, {"loss": math.inf})["not finite"]
+    assert words.startswith("Not finite (NaN or infinite): loss, at 2 of 3 logged steps, first at step 10.")
 
 
 def test_a_zero_gradient_at_every_step_is_reported() -> None:
-    assert "gradient was exactly zero" in problems({"grad_norm": 0.0}, {"grad_norm": 0.0})[0]
-    assert problems({"grad_norm": 0.0}, {"grad_norm": 0.1}) == []
+    assert "gradient was exactly zero" in problems({"grad_norm": 0.0}, {"grad_norm": 0.0})["no gradient"]
+    assert problems({"grad_norm": 0.0}, {"grad_norm": 0.1}) == {}
 
 
-def test_an_accuracy_within_the_noise_of_a_coin_toss_is_reported() -> None:
-    assert "(0.5 ± 0.25 with 16 pairs)" in problems({"eval_rewards/accuracies": 0.7}, margins=(1.0,) * 16)[0]
-    assert problems({"eval_rewards/accuracies": 0.7}, margins=(1.0,) * 400) == []
+def test_an_accuracy_within_the_noise_of_a_coin_toss_is_reported_once_the_run_has_ended() -> None:
+    line = {"eval_rewards/accuracies": 0.7}
+    assert "(0.5 ± 0.25 with 16 pairs)" in problems(line, margins=(1.0,) * 16)["coin toss"]
+    assert problems(line, margins=MANY) == {}
+    assert problems(line, margins=(1.0,) * 16, is_finished=False) == {}
 
 
 def test_an_accuracy_far_below_a_half_asks_for_swapped_columns() -> None:
-    assert "swapped" in problems({"eval_rewards/accuracies": 0.1}, margins=(-1.0,) * 400)[0]
+    assert "swapped" in problems({"eval_rewards/accuracies": 0.1}, margins=(-1.0,) * 400)["coin toss"]
 
 
-def test_chosen_log_probs_that_fall_while_accuracy_rises_are_reported() -> None:
-    start = {"eval_logps/chosen": -100.0, "eval_rewards/accuracies": 0.5}
-    (words,) = problems(start, {"eval_logps/chosen": -150.0, "eval_rewards/accuracies": 0.9}, margins=(1.0,) * 400)
-    assert "(log-prob -100 to -150) while accuracy rose (0.5 to 0.9)" in words
-    assert problems(start, {"eval_logps/chosen": -101.0, "eval_rewards/accuracies": 0.9}, margins=(1.0,) * 400) == []
+# What runs of the quickstart's task logged before the first step and at the end, and the share of right greedy answers: DPO at
+# the rate of its example, KTO at five times its rate, SimPO; DPO without the NLL term, and that at five times the rate.
+START = {"eval_nll_loss": 0.4356, "eval_mean_token_accuracy": 0.7719, "eval_rewards/margins": 0.0}
+SOUND = {
+    "dpo, 0 to 0.56": {"eval_nll_loss": 0.9489, "eval_mean_token_accuracy": 0.7738, "eval_rewards/margins": 0.5332},
+    "kto, 0 to 0.52": {"eval_nll_loss": 1.5209, "eval_mean_token_accuracy": 0.7679, "eval_rewards/margins": 0.8121},
+    "simpo, 0 to 0.49": {"eval_nll_loss": 1.2519, "eval_mean_token_accuracy": 0.7691, "eval_rewards/margins": 1.4222},
+}
+BROKEN = {
+    "dpo, 0.56 to 0.20": {"eval_nll_loss": 1.6661, "eval_mean_token_accuracy": 0.7263, "eval_rewards/margins": 0.8177},
+    "dpo, 0.56 to 0": {"eval_nll_loss": 4.968, "eval_mean_token_accuracy": 0.2149, "eval_rewards/margins": 1.0527},
+}
+
+
+@pytest.mark.parametrize("end", SOUND.values(), ids=SOUND)
+def test_chosen_responses_that_become_less_likely_and_stay_the_first_choice_are_no_problem(end: dict[str, float]) -> None:
+    assert problems(START, end, margins=MANY) == {}
+
+
+@pytest.mark.parametrize("end", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_chosen_responses_that_the_policy_would_no_longer_write_are_reported(end: dict[str, float], is_finished: bool) -> None:
+    found = problems(START, end, margins=MANY, is_finished=is_finished)
+    assert found.keys() == {"chosen falls"}
+    assert "log-prob per token -0.4356 at the start" in found["chosen falls"]
+    assert "77.2% of their tokens were the policy's first choice" in found["chosen falls"]
+    assert "The margin grows only because the rejected ones fall even more" in found["chosen falls"]
 
 
 def test_training_values_serve_where_there_was_no_evaluation() -> None:
-    falling = [{"logps/chosen": -100.0 - 10 * k, "rewards/accuracies": 0.5 + 0.04 * k} for k in range(10)]
-    (words,) = problems(*falling)
-    assert "became less likely" in words
+    falling = [{"nll_loss": 1.0 + 0.2 * k} for k in range(10)]
+    assert "(perplexity 3 to 14.88)" in problems(*falling)["chosen falls"]
+    assert problems(*falling[:6]) == {}
+
+
+def test_answers_that_were_right_and_no_longer_are_are_reported() -> None:
+    start, end = {"eval_exact_match": 23 / 60}, {"eval_exact_match": 9 / 60}
+    words = problems(start, end, margins=(1.0,) * 60)["answers change"]
+    assert "in 15% of the held-out records, and did so in 38% before" in words
+    assert problems(start, {"eval_exact_match": 18 / 60}, margins=(1.0,) * 60) == {}
+    assert problems(start, end, margins=(1.0,) * 15) == {}
+
+
+def test_likelihoods_that_prefer_the_chosen_responses_less_than_at_the_start_are_reported() -> None:
+    start = {"eval_accuracy/likelihood": 0.7}
+    words = problems(start, {"eval_accuracy/likelihood": 0.6}, margins=MANY)["likelihood accuracy falls"]
+    assert "in 60% of the held-out pairs, and did so in 70% before" in words
+    assert problems(start, {"eval_accuracy/likelihood": 0.66}, margins=MANY) == {}
 
 
 def test_training_accuracy_far_above_the_held_out_one_is_reported() -> None:
-    (words,) = problems({"rewards/accuracies": 0.97, "eval_rewards/accuracies": 0.7}, margins=(1.0,) * 400)
-    assert words.startswith("Accuracy is 0.97 on training records but 0.7 on held-out ones")
+    line = {"rewards/accuracies": 0.97, "eval_rewards/accuracies": 0.7}
+    assert problems(line, margins=MANY)["memorised"].startswith("Accuracy is 0.97 on training records but 0.7 on held-out ones")
+    assert "memorised" not in problems(line, margins=(1.0,) * 9)  # 0.7 of nine pairs may be chance
 
 
 def test_a_held_out_loss_past_its_minimum_is_reported() -> None:
-    (words,) = problems({"eval_loss": 0.6}, {"eval_loss": 0.5}, {"eval_loss": 0.8})
-    assert words.startswith("Held-out loss was lowest at step 2 (0.5) and has risen to 0.8")
+    words = problems({"eval_loss": 0.6}, {"eval_loss": 0.5}, {"eval_loss": 0.8})["eval loss rises"]
+    assert words.startswith("Held-out loss was lowest at step 10 (0.5) and has risen to 0.8")
+
+
+def test_pairs_that_were_decided_early_and_then_only_stretched_are_reported() -> None:
+    lines = [
+        {"eval_rewards/accuracies": accuracy, "eval_nll_loss": loss}
+        for accuracy, loss in ((0.5, 1.0), (0.9, 0.9), (1.0, 1.0), (1.0, 1.1), (1.0, 1.3))
+    ]
+    assert "since step 20 of 40" in problems(*lines, margins=MANY)["saturated"]
+    assert problems(*lines[:4], margins=MANY) == {}  # half of that run was before
+    still = [{**line, "eval_nll_loss": 1.0} for line in lines]
+    assert problems(*still, margins=MANY) == {}
 
 
 def test_margins_that_follow_length_are_reported_from_twenty_pairs_on() -> None:
-    assert "prefer longer" in problems(margins=(1.0,) * 20, length_correlation=0.7)[0]
-    assert "prefer shorter" in problems(margins=(1.0,) * 20, length_correlation=-0.7)[0]
-    assert problems(margins=(1.0,) * 19, length_correlation=0.7) == []
-    assert problems(margins=(1.0,) * 20, length_correlation=math.nan) == []
+    line = {"eval_rewards/margins": 1.0}
+    assert "prefer longer" in problems(line, margins=(1.0,) * 20, length_correlation=0.7)["length"]
+    assert "prefer shorter" in problems(line, margins=(1.0,) * 20, length_correlation=-0.7)["length"]
+    assert problems(line, margins=(1.0,) * 19, length_correlation=0.7) == {}
+    assert problems(line, margins=(1.0,) * 20, length_correlation=math.nan) == {}
+    assert problems(margins=(1.0,) * 20, length_correlation=0.7) == {}  # SFT
+
+
+def relying(fall: float, error: float, *, accuracy: float = 0.9, pairs: int = 400) -> dict[str, float]:
+    """An evaluation in which the accuracy falls by this much on shuffled pictures."""
+    reliance = {"": fall, "/stderr": error, "/pairs": pairs}
+    line = {f"eval_image_reliance{end}": value for end, value in reliance.items()}
+    return {**line, "eval_accuracy/likelihood/shuffled": 0.2, "eval_rewards/accuracies/shuffled": accuracy - fall}
+
+
+def test_a_preference_that_does_not_come_from_the_pictures_is_reported() -> None:
+    words = problems(relying(0.01, 0.005))["picture ignored"]
+    assert "accuracy on 400 held-out pairs is 0.89, with their own 0.9" in words
+    assert "mdpo" in words
+    assert problems(relying(-0.01, 0.01))["picture ignored"]
+    assert problems(relying(0.04, 0.01)) == {}  # two standard errors reach 0.06
+    assert problems(relying(0.4, 0.03)) == {}
+
+
+def test_where_there_is_no_preference_or_few_pairs_nothing_is_said_of_the_pictures() -> None:
+    assert problems(relying(0.0, 0.0, accuracy=0.53)) == {}
+    assert problems(relying(0.0, 0.0, accuracy=0.9, pairs=19)) == {}
 
 
 def test_waiting_for_data_is_reported() -> None:
-    assert "waited for data 45% of the time" in problems({"data_wait_fraction": 0.4}, {"data_wait_fraction": 0.5})[0]
+    assert "waited for data 45% of the time" in problems({"data_wait_fraction": 0.4}, {"data_wait_fraction": 0.5})["waits"]

@@ -288,12 +288,17 @@ def test_an_evaluation_gives_a_single_response_the_values_of_its_own_side(folder
     trainer = trainer_of(folder, KTO())
     batches = [make_batch(folder, pairs[start : start + 3], needs=KTO().needs) for start in (0, 3)]
     metrics, by_pair = trainer.evaluate(lambda: batches, counts_of(pairs[:6]))
-    both = {f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")}
+    both = {f"{kind}/{side}" for kind in ("rewards", "logps", "tokens") for side in ("chosen", "rejected")}
     keys = {pair_id: set(values) for pair_id, values in by_pair.items()}
-    whole = both | {"rewards/margins", "rewards/accuracies"}
-    good, bad = {"rewards/chosen", "logps/chosen"}, {"rewards/rejected", "logps/rejected"}
+    whole = both | {"rewards/margins", "rewards/accuracies", "accuracy/likelihood", "accuracy/per_token"}
+    whole |= {"drift", "exact_match"}
+    tokens = {"tokens/chosen", "tokens/rejected"}
+    good, bad = (
+        {"rewards/chosen", "logps/chosen", "drift", "exact_match"} | tokens,
+        {"rewards/rejected", "logps/rejected"} | tokens,
+    )
     assert keys == {"0": whole, "1": good, "2": whole, "3": whole, "4": good, "5": bad}
-    for name in whole:
+    for name in whole - tokens:
         values = [values[name] for values in by_pair.values() if name in values]
         assert metrics[name] == pytest.approx(sum(values) / len(values))
 
