@@ -24,7 +24,8 @@ from rayalign.cluster import Stopped, configure_ray_data, outcome_of, report, re
 from rayalign.config.config import Config
 from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
-from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.remarks import SEEN_SCHEMA, ColumnsSeen, printable, remarks, unread_pictures
 from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
 from rayalign.data.truncation import RecordTooLong

@@ -15,7 +15,8 @@ from torch import Tensor
 from rayalign.algorithms import Needs
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.batch import PairBatch, assemble
-from rayalign.data.encode import Encoder, EncoderSpec, image_processing
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError
 from rayalign.images.fetch import fetch_images

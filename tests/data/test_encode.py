@@ -14,7 +14,8 @@ from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from rayalign.data.encode import Encoder, EncoderSpec, image_processing
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import Message, PreferenceRecord, RecordError
 from rayalign.images.fetch import image_hash

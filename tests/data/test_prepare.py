@@ -14,7 +14,7 @@ from PIL import Image
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
-from rayalign.data.encode import EncoderSpec
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.prepare import OUTCOME_SCHEMA, PrepareTask, Sources, _encode_row, _write_task, cache_key
 from rayalign.data.remarks import remarks, unread_pictures
 from rayalign.data.store import EncodedPair

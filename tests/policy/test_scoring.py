@@ -11,7 +11,8 @@ from transformers import AutoModelForImageTextToText
 import rayalign
 from rayalign.algorithms import RM
 from rayalign.config.sections import TunerConfig
-from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.formats.parse import parse_row
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
