@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rayalign.config.aliases import ALIASES, advice_for
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags_of, nearest, section_from_mapping
+from rayalign.config.methods import advice_for_method
 from rayalign.config.parser import Parser, add_config_flag, add_section, add_steering_flags, new_parser, started_as
 from rayalign.config.plugins import PLUGIN, Plugin, load_plugins
 from rayalign.config.sections import PlanConfig, TuneConfig
@@ -190,6 +191,9 @@ class _Command:
     def _algorithm_name(self, wanted: Any) -> str:
         name = str(wanted or self.algorithm or DEFAULT_ALGORITHM)
         if name not in self.algorithms:
+            advice = advice_for_method(name, self.algorithms)
+            if advice:
+                raise ValueError(f"--rlhf_type {name}: {advice}")
             choices = ", ".join(self.algorithms)
             raise ValueError(f"--rlhf_type {name}: must be one of {choices}.{did_you_mean(name, self.algorithms)}")
         if self.algorithm not in (None, name):
