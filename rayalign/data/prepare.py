@@ -26,6 +26,7 @@ from rayalign.config.sections import DataConfig
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.remarks import remarks, unread_pictures
 from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, write_task
+from rayalign.data.sampler import nothing_held_out
 from rayalign.data.store import INDEX_SCHEMA, PreparedData
 from rayalign.data.tasks import cut_into_tasks
 from rayalign.formats.columns import parse_renames
@@ -80,6 +81,8 @@ def prepare_run(config: Config) -> RunData:
     held_out = None
     if config.data.val_dataset:
         held_out = prepare(config.data.val_dataset, spec, config.data, cache, config.plugins)
+    elif words := nothing_held_out(training.num_rows, config.data.dataset_test_ratio):
+        logger.warning("Data: %s", words)
     return RunData(source, spec, training, held_out)
 
 
