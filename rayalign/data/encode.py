@@ -6,7 +6,7 @@ where a record can still be dropped with a reason.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ from rayalign.models.processors import check_resized, describe_images
 
 MAX_BYTES_PER_TOKEN = 64
 """Texts of more bytes a token than this don't fit --max_length, whatever the tokenizer: they aren't tokenized at all."""
+
+
+class Encoded(NamedTuple):
+    """An encoded pair, and whether a token would cross from its prompt into a response, if both were tokenized as one text."""
+
+    pair: EncodedPair
+    crosses_seam: bool
 
 
 class Encoder:
@@ -55,13 +62,18 @@ class Encoder:
 
     def encode(self, record: PreferenceRecord, images: Sequence[bytes]) -> EncodedPair:
         """Encodes a record with its images' bytes; raises RecordError where it cannot be trained on."""
+        return self.encode_seen(record, images).pair
+
+    def encode_seen(self, record: PreferenceRecord, images: Sequence[bytes]) -> Encoded:
+        """`encode`, with what there is to say about the record."""
         messages, images = list(record.messages), list(images)
         limit, strategy = self.spec.max_length, self.spec.truncation_strategy
         self._check_sizes(record, images)
         while True:
             prompt, responses = self._render(messages, record)
             prompt_ids = self._prompt_ids(prompt, images)
-            response_ids = {side: self._response_ids(prompt, text, side) for side, text in responses.items()}
+            found = {side: self._response_ids(prompt, text, side) for side, text in responses.items()}
+            response_ids = {side: ids for side, (ids, _) in found.items()}
             longest, rounds = max(map(len, response_ids.values())), count_older_rounds(messages)
             cut = next_cut(len(prompt_ids), longest, older_rounds=rounds, max_length=limit, strategy=strategy)
             if cut != "oldest round":
@@ -82,7 +94,7 @@ class Encoder:
                     raise RecordError(
                         "identical responses", f"the responses are the same after the cut to {limit} tokens", field="rejected"
                     )
-        return EncodedPair(
+        pair = EncodedPair(
             id=record.id,
             prompt_ids=prompt_ids,
             chosen_ids=response_ids.get("chosen", []),
@@ -91,6 +103,7 @@ class Encoder:
             image_hashes=[image_hash(content) for content in images],
             margin=record.margin or 0.0,
         )
+        return Encoded(pair, any(crosses for _, crosses in found.values()))
 
     def _check_sizes(self, record: PreferenceRecord, images: Sequence[bytes]) -> None:
         """Raises RecordError for texts and pictures that can't fit, before any work is done on them."""
@@ -114,7 +127,7 @@ class Encoder:
         prompt, responses = self._render(record.messages, record)
         processed = self._processed(prompt, images)
         inputs = {name: torch.as_tensor(value) for name, value in processed.items() if name != "labels"}
-        response = torch.tensor([self._response_ids(prompt, responses[side], side)])
+        response = torch.tensor([self._response_ids(prompt, responses[side], side)[0]])
         length = inputs["input_ids"].shape[1]
         for name, value in inputs.items():
             if name.endswith("_type_ids"):
@@ -188,21 +201,20 @@ class Encoder:
             )
         return ids
 
-    def _response_ids(self, prompt: str, text: str, side: str) -> list[int]:
-        """The ids of a response as they follow the prompt's in one tokenization of both.
-
-        Where a token would cross the seam, the prompt keeps the ids that generation sees, and the response is tokenized behind
-        a line break instead.
+    def _response_ids(self, prompt: str, text: str, side: str) -> tuple[list[int], bool]:
+        """The ids of a response as they follow the prompt's in one tokenization of both, and whether a token would cross the
+        seam: then the prompt keeps the ids that generation sees, and the response is tokenized behind a line break instead.
         """
         prompt = self.spec.family.text_prompt(prompt, self.tokenizer)
         ids = self._ids_behind(prompt, text)
+        crosses = ids is None
         if ids is None:
             ids = self._ids_behind("\n", text)
         if ids is None:
             ids = self._ids_of(text)
         if self.image_token_id in ids:
             raise RecordError("image mark in response", "a response holds the image token", field=side)
-        return ids
+        return ids, crosses
 
     def _ids_behind(self, before: str, text: str) -> list[int] | None:
         """A text's ids behind another text; None where a token crosses the seam."""

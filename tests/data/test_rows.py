@@ -36,7 +36,7 @@ def encode(model_folder: Callable[..., Path], tmp_path: Path) -> Callable[[str, 
     def encode_one(algorithm: str, row: Mapping[str, Any]) -> EncodedPair:
         needs = ALGORITHMS[algorithm]().needs
         spec = EncoderSpec(str(model_folder("llava")), responses=needs.responses)
-        return encode_row(row, "a.jsonl:3", Store(str(tmp_path)), Sources((), None, False), spec)
+        return encode_row(row, id="a.jsonl:3", folder=Store(str(tmp_path)), sources=Sources((), None, False), spec=spec).pair
 
     return encode_one
 
@@ -143,14 +143,13 @@ def test_a_model_that_can_encode_nothing_and_a_record_too_long_for_raise_are_no_
 ) -> None:
     spec = EncoderSpec(str(model_folder("llava")), responses="both", max_length=4, truncation_strategy="raise")
     with pytest.raises(RecordTooLong, match="has 19 tokens and --max_length is 4"):
-        encode_row(PAIR, "a.jsonl:3", Store(str(tmp_path)), Sources((), None, False), spec)
+        encode_row(PAIR, id="a", folder=Store(str(tmp_path)), sources=Sources((), None, False), spec=spec)
     folder = tmp_path / "broken"
     shutil.copytree(model_folder("llava"), folder)
     (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    spec = EncoderSpec(str(folder), responses="both")
     with pytest.raises(ValueError, match="in no form") as caught:
-        encode_row(
-            PAIR, "a.jsonl:3", Store(str(tmp_path)), Sources((), None, False), EncoderSpec(str(folder), responses="both")
-        )
+        encode_row(PAIR, id="a", folder=Store(str(tmp_path)), sources=Sources((), None, False), spec=spec)
     assert not isinstance(caught.value, RecordError)
 
 
@@ -225,6 +224,20 @@ def test_what_is_left_out_is_said_once_for_a_data_set(outcome_of_rows: Outcome) 
     absent = (("none", "images"),)
     assert said(outcome_of_rows([PAIR | {"images": ["a.png"]}], absent), absent) == [
         (logging.WARNING, "a.jsonl: --columns none=images: no row has a column none.")
+    ]
+
+
+def test_records_in_which_a_token_would_cross_into_a_response_are_counted(outcome_of_rows: Outcome) -> None:
+    crossing = [PAIR | {"response": "is"}, PAIR | {"rejected_response": "is"}]  # " is" is one token, behind "ASSISTANT: "
+    table = outcome_of_rows([PAIR, *crossing, PAIR | {"response": "is "}, {"query": "?"}])
+    assert table["crosses_seam"].to_pylist() == [False, True, True, True, None]
+    assert said(table, model=None) == [
+        (
+            logging.INFO,
+            "a.jsonl: in 3 of 4 records, a token would cross from the prompt into a response (such as a line break at the end "
+            "of the one and at the beginning of the other). They keep the prompt's tokens as generation sees them, and the "
+            "response's behind these.",
+        )
     ]
 
 
