@@ -38,12 +38,7 @@ class Encoder:
         self.processor = spec.processor
         self.tokenizer = spec.tokenizer
         self.image_token_id = spec.layout.image_token_id
-        chat_template = self.processor.chat_template or self.tokenizer.chat_template or spec.family.chat_template
-        if chat_template is None:
-            raise ValueError(
-                f"The model {spec.model} has no chat template, so its prompts can't be written. It is probably a base model: "
-                "take the instruction-tuned one, or put a chat_template.jinja into its folder."
-            )
+        chat_template = _text_of_template(spec)
         if self.tokenizer.eos_token is None:
             raise ValueError(
                 f"The tokenizer of {spec.model} names no end token, with which each response ends. Put its eos_token into "
@@ -224,6 +219,22 @@ class Encoder:
     def _ids_of(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _text_of_template(spec: EncoderSpec) -> str:
+    """The model's chat template, or its family's; of several, the default one. Raises ValueError where there is none."""
+    template = spec.processor.chat_template or spec.tokenizer.chat_template or spec.family.chat_template
+    if template is None:
+        raise ValueError(
+            f"The model {spec.model} has no chat template, so its prompts can't be written. It is probably a base model: "
+            "take the instruction-tuned one, or put a chat_template.jinja into its folder."
+        )
+    if isinstance(template, Mapping) and "default" not in template:
+        raise ValueError(
+            f"The model {spec.model} has the chat templates {', '.join(sorted(template))}, and none called default. Put the "
+            "one to train with into its folder as chat_template.jinja."
+        )
+    return str(template["default"] if isinstance(template, Mapping) else template)
 
 
 def _pattern_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:

@@ -162,9 +162,9 @@ def test_a_prompt_begins_with_bos_exactly_once_whoever_adds_it(variant: Callable
 
 
 def test_a_prompt_that_a_response_changes_is_the_one_that_generation_begins_from(variant: Callable[..., Path]) -> None:
-    folder = variant(template=TEMPLATE.replace("ASSISTANT: {% endif %}", "ASSISTANT: <think>{% endif %}"))
+    folder = variant(template=TEMPLATE.replace("ASSISTANT: {% endif %}", "ASSISTANT: now {% endif %}"))
     pair = encode(folder, record("Which digit?"))
-    assert text_of(folder, pair.prompt_ids) == "<s>USER: Which digit?\nASSISTANT: <think>"
+    assert text_of(folder, pair.prompt_ids) == "<s>USER: Which digit?\nASSISTANT: now "
     assert (pair.chosen_ids, pair.rejected_ids) == ([*IT_IS_TWO, EOS], [*A_CAT, EOS])
 
 
@@ -184,6 +184,23 @@ def test_a_conversation_that_the_template_refuses_is_dropped_with_the_templates_
     assert caught.value.reason == "chat template"
     assert str(caught.value) == (
         "chosen: the model's chat template can't write this conversation: TemplateError: No system here"
+    )
+
+
+def test_of_several_templates_the_default_one_is_taken(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("qwen2"), folder)
+    expected = encode(folder, record("Which digit?"))
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ 1 / 0 }}")
+    assert encode(folder, record("Which digit?")) == expected
+    (folder / "chat_template.jinja").rename(templates / "rag.jinja")
+    with pytest.raises(ValueError) as caught:
+        encode(folder, record("Which digit?"))
+    assert str(caught.value) == (
+        f"The model {folder} has the chat templates rag, tool_use, and none called default. Put the one to train with into its "
+        "folder as chat_template.jinja."
     )
 
 
