@@ -100,7 +100,8 @@ class Encoded:
 
     def __init__(self, model: Path, raw: Sequence[RawPair]) -> None:
         from rayalign.data.batch import assemble
-        from rayalign.data.encode import Encoder, EncoderSpec, image_processing
+        from rayalign.data.encode import Encoder
+        from rayalign.data.encoder_spec import EncoderSpec, image_processing
         from rayalign.data.sampler import StepCounts
         from rayalign.formats.records import Message, build_record
 

@@ -101,6 +101,7 @@ def load_policy(
     device: "str | torch.device | None" = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     image_root: File = ".",
+    columns: Sequence[str] = (),
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
 ) -> "LoadedPolicy":
@@ -111,8 +112,9 @@ def load_policy(
         logps = policy.logps([row])
         logps.chosen.total - logps.rejected.total  # [B]
 
-    Rows are in any record format of --dataset; relative image paths start from `image_root`, images with more than
-    `max_pixels` are scaled down. `device` is the first GPU where there is one, else the CPU; `dtype` the type of the arithmetic
+    Rows are in any record format of --dataset, and refused for what drops a record there; `columns` renames their columns as
+    --columns does ("image_path=images"). Relative image paths start from `image_root`, images with more than `max_pixels` are
+    scaled down. `device` is the first GPU where there is one, else the CPU; `dtype` the type of the arithmetic
     (auto: bfloat16 on a GPU, float32 on a CPU). A reward model gives `policy.rewards(rows)`. No cluster is needed.
 
     Raises ValueError for a model that is not there, or of a kind that can't be run.
@@ -124,6 +126,7 @@ def load_policy(
         device=device,
         dtype=dtype,
         image_root=os.fspath(image_root),
+        columns=columns,
         max_pixels=max_pixels,
         trust_remote_code=trust_remote_code,
     )

@@ -20,6 +20,7 @@ from rayalign.config import command_line
 from rayalign.config.config import Config
 from rayalign.config.endings import user_errors
 from rayalign.config.flags import did_you_mean
+from rayalign.config.methods import advice_for_method
 from rayalign.config.sections import ExportConfig
 from rayalign.sweeps.search_space import check_search
 
@@ -163,7 +164,8 @@ def _version_of(library: str) -> str:
 def _refuse(verb: str, prog: str) -> NoReturn:
     if not verb.startswith("-"):
         hint = did_you_mean(verb, VERBS) or f" There are {', '.join(VERBS)}."
-        problem = f"Unknown verb {verb}.{hint}"
+        advice = advice_for_method(verb, ALGORITHMS)
+        problem = f"{verb}: {advice}" if advice else f"Unknown verb {verb}.{hint}"
     elif hint := did_you_mean(verb.strip("-"), OWN_FLAGS, prefix="--"):
         problem = f"Unknown flag {verb}.{hint}"
     else:

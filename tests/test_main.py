@@ -58,6 +58,11 @@ def test_version_names_what_a_run_depends_on(capsys: pytest.CaptureFixture[str])
     [
         (["pdo"], "Unknown verb pdo. Did you mean dpo?"),
         (["train"], f"Unknown verb train. There are {', '.join(VERBS)}."),
+        (
+            ["grpo"],
+            "grpo: an online method: the model writes responses during the run, and a reward scores them. rayalign trains on "
+            "the responses of a data set and has sft, dpo, mdpo, rm, cpo, orpo, simpo, kto.",
+        ),
         (["--verson"], "Unknown flag --verson. Did you mean --version?"),
         (["--beta", "1"], "--beta: the verb comes first, then its flags, as in `rayalign dpo --beta ...`."),
     ],

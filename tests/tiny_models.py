@@ -15,7 +15,8 @@ from rayalign.algorithms import Needs
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.batch import PairBatch, assemble
 from rayalign.data.companions import with_companion
-from rayalign.data.encode import Encoder, EncoderSpec, image_processing
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord

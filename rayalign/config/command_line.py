@@ -4,18 +4,18 @@ The flags, their help and their checks are in `sections` and the algorithms, the
 the program with exit code 2 and a sentence on stderr.
 """
 
-import argparse
 import dataclasses
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rayalign.config.aliases import ALIASES, advice_for
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags_of, nearest, section_from_mapping
+from rayalign.config.methods import advice_for_method
+from rayalign.config.parser import Parser, add_config_flag, add_section, add_steering_flags, new_parser, started_as
 from rayalign.config.plugins import PLUGIN, Plugin, load_plugins
 from rayalign.config.sections import PlanConfig, TuneConfig
 from rayalign.config.translate import translate_values, translate_words
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 DEFAULT_ALGORITHM = "dpo"
 STEERING = ("config", "print_config")
 """What only a command line has."""
-LONGEST_METAVAR = 80
 
 
 def configure_logging() -> None:
@@ -79,9 +78,9 @@ def parse_plan(
 
 def parse_section(section: type[AnySection], words: Sequence[str], *, prog: str, description: str, example: str) -> AnySection:
     """The flags of a program that trains nothing, from words and YAML files; a mistake ends the program with code 2."""
-    parser = _new_parser(prog, description, f"example:\n  {_command(prog)} {example}")
-    _add_config_flag(parser)
-    _add_section(parser, section)
+    parser = new_parser(prog, description, f"example:\n  {started_as(prog)} {example}")
+    add_config_flag(parser)
+    add_section(parser, section)
     known = [flag.name for flag in flags_of(section)]
     try:
         given, rest = parser.parse_known_args(translate_words(words, (*known, "config")))
@@ -124,14 +123,6 @@ def build(
     return command._build(name, merged, print_config=False)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argparse without abbreviations, whose errors are a sentence and not a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: error: {message}\n(--help lists every flag)\n")
-        raise SystemExit(2)
-
-
 @dataclass(frozen=True)
 class _Command:
     """A pipeline's command line: which algorithms it offers, which one it is fixed to, and the section of flags that it has
@@ -146,8 +137,8 @@ class _Command:
     plugins: tuple[Plugin, ...] = ()
 
     def read(self, words: Sequence[str]) -> tuple[Config, TuneConfig | PlanConfig | None]:
-        first = _Parser(prog=self.prog, add_help=False, allow_abbrev=False)
-        _add_steering_flags(first, self.algorithms)
+        first = Parser(prog=self.prog, add_help=False, allow_abbrev=False)
+        add_steering_flags(first, self.algorithms)
         try:
             early, _ = first.parse_known_args(words)  # a plugin's flags are known once it is loaded
             command = self._with_plugins(early.plugin or plugins_in(early.config))
@@ -200,6 +191,9 @@ class _Command:
     def _algorithm_name(self, wanted: Any) -> str:
         name = str(wanted or self.algorithm or DEFAULT_ALGORITHM)
         if name not in self.algorithms:
+            advice = advice_for_method(name, self.algorithms)
+            if advice:
+                raise ValueError(f"--rlhf_type {name}: {advice}")
             choices = ", ".join(self.algorithms)
             raise ValueError(f"--rlhf_type {name}: must be one of {choices}.{did_you_mean(name, self.algorithms)}")
         if self.algorithm not in (None, name):
@@ -209,18 +203,18 @@ class _Command:
             )
         return name
 
-    def _parser(self, name: str) -> _Parser:
-        parser = _new_parser(self.prog, self.description, self._example())
-        _add_steering_flags(parser, self.algorithms)
+    def _parser(self, name: str) -> Parser:
+        parser = new_parser(self.prog, self.description, self._example())
+        add_steering_flags(parser, self.algorithms)
         for section in self._sections(name):
-            _add_section(parser, section)
+            add_section(parser, section)
         return parser
 
     def _example(self) -> str:
         chosen = "" if self.algorithm else f" --rlhf_type {DEFAULT_ALGORITHM}"
         searched = ["--search beta=grid:0.05,0.1,0.5 learning_rate=loguniform:1e-6:1e-4"] if self.extra is TuneConfig else []
         lines = [
-            f"example:\n  {_command(self.prog)}{chosen}",
+            f"example:\n  {started_as(self.prog)}{chosen}",
             "--model_type llava1_6-mistral-7b-instruct --dataset rlaif-v#1000",
             "--num_train_epochs 2 --learning_rate 5e-5 --output_dir output/first",
             *searched,
@@ -250,11 +244,6 @@ class _Command:
         return _unknown_flag(flag_name, known)
 
 
-def _command(prog: str) -> str:
-    """How a program is started: `python pipelines/dpo.py`, or the command `rayalign dpo`."""
-    return f"python {prog}" if prog.endswith(".py") else prog
-
-
 def _other_verb(prog: str, verb: str) -> str:
     """The name of another verb's program, beside one that was started as `pipelines/dpo.py` or as `rayalign dpo`."""
     return f"pipelines/{verb}.py" if prog.endswith(".py") else f"{prog.rpartition(' ')[0]} {verb}"
@@ -276,68 +265,3 @@ def _unknown_flag(name: str, known: Collection[str]) -> str:
 
 def _unexpected_word(word: str) -> str:
     return f"Unexpected word {word!r}: every value follows its --flag."
-
-
-def _new_parser(prog: str, description: str, epilog: str) -> _Parser:
-    width = min(shutil.get_terminal_size().columns - 2, 98)
-    return _Parser(
-        prog=prog,
-        usage=f"{_command(prog)} [--flag value ...] [--config FILE ...]",
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=width),
-    )
-
-
-def _add_section(parser: argparse.ArgumentParser, section: type[Section]) -> None:
-    flags = list(flags_of(section))
-    group = parser.add_argument_group(flags[0].section) if flags else None
-    for flag in flags:
-        _add_flag(group, flag)
-
-
-def _add_steering_flags(parser: argparse.ArgumentParser, algorithms: Iterable[str]) -> None:
-    """The flags that say where the others come from."""
-    parser.add_argument(
-        "--rlhf_type", default=None, metavar="|".join(algorithms), help="What is trained; decides which flags there are."
-    )
-    _add_config_flag(parser)
-    parser.add_argument(
-        f"--{PLUGIN}",
-        default=[],
-        nargs="+",
-        action="extend",
-        metavar="MODULE",
-        help="Algorithms and record formats of your own: modules (my_module), or files (my_loss.py) whose text goes to all "
-        "workers. Their algorithms stand beside those of --rlhf_type, with their flags.",
-    )
-    parser.add_argument(
-        "--print_config", default=False, action="store_true", help="Print all flags with their values as YAML and stop."
-    )
-
-
-def _add_config_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        default=[],
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-        help="YAML files of flags (flag: value). A later file wins over an earlier one, and flags win over files.",
-    )
-
-
-def _add_flag(group: Any, flag: Flag) -> None:
-    metavars = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
-    choices = "|".join(flag.choices)
-    too_long = len(choices) > LONGEST_METAVAR
-    metavar = "NAME" if too_long else choices or metavars[flag.item_type]
-    help_text = flag.full_help(with_choices=too_long).replace("%", "%%")
-    if flag.is_list:
-        group.add_argument(f"--{flag.name}", nargs="+", action="extend", metavar=metavar, help=help_text)
-    elif flag.item_type is bool:
-        group.add_argument(f"--{flag.name}", nargs="?", const="true", metavar=metavar, help=help_text)
-    else:
-        group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text)

@@ -6,9 +6,11 @@ what the template wrote; where it isn't, the next form of contents is tried.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jinja2
 
 from rayalign.formats.records import IMAGE_MARK, Message, RecordError
 
@@ -21,6 +23,8 @@ FORMS = (EVERY_ROLE, frozenset({"user"}), frozenset[str]())
 """The roles whose contents are given as parts; the others' are plain strings. The usual form comes first."""
 
 THINK_MARK = re.compile(r"</?think>")
+OPEN_THOUGHT = re.compile(r"([<◁])(think|thinking|thought)([>▷])\s*\Z")
+"""The end of a prompt that begins the response with a thought, as those of models do that always think."""
 
 # Written by Python as a list of parts is written, the line break or the quotes would not come out as they are.
 PROBES = {
@@ -30,9 +34,16 @@ PROBES = {
 }
 PLACEHOLDER = "RAYALIGN-RESPONSE"
 
+QUESTION = ("user",)
+"""The kind of conversation that every template must write."""
+
 
 class UnfitForm(Exception):
     """A form of contents that a template can't write, or not as it is."""
+
+
+class RefusedForm(UnfitForm):
+    """A conversation that a template's author refuses, in its own words (`raise_exception`)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,8 @@ class ChatTemplate:
     def __init__(self, apply: Apply, *, model: str, image_token: str | None) -> None:
         self._apply = apply
         self._image_token = image_token
-        self._known: dict[tuple[str, ...], _Forms] = {}
-        usable = self._forms_for(("user",))
+        self._known: dict[tuple[tuple[str, ...], bool], _Forms] = {}
+        usable = self._forms_for(QUESTION)
         if not usable.forms:
             raise ValueError(
                 f"The chat template of {model} writes a question and its response in no form that was tried: {usable.reason}. "
@@ -73,33 +84,50 @@ class ChatTemplate:
         """The text of a conversation and of a response to it. Raises RecordError where the template can't write it, or leaves
         some of its text out; `side` names the response."""
         messages = [message for message in messages if message.content.strip()]
-        usable = self._forms_for(_kind_of(messages))
+        kind = _kind_of(messages)
+        usable = self._forms_for(kind)
+        if not usable.forms and not any(IMAGE_MARK in message.content for message in messages):
+            usable = self._forms_for(kind, with_picture=False)
         reasons = []
         for form in usable.forms:
             try:
-                return self._render_in(form, messages, response)
+                rendered = self._render_in(form, messages, response)
+                _require_closed_thought(rendered)
+                return rendered
             except UnfitForm as error:
                 reasons.append(str(error))
         (reason, *_) = reasons or [usable.reason]
         raise RecordError("chat template", f"the model's chat template can't write this conversation: {reason}", field=side)
 
-    def _forms_for(self, kind: tuple[str, ...]) -> "_Forms":
+    def _forms_for(self, kind: tuple[str, ...], *, with_picture: bool = True) -> "_Forms":
         """The forms in which conversations of some kind come out as they are, found out with texts that show it."""
-        if kind not in self._known:
+        if (kind, with_picture) not in self._known:
             messages = [Message.model_validate({"role": role, "content": PROBES[role]}) for role in kind]
-            if self._image_token is not None:
+            if self._image_token is not None and with_picture:
                 first = kind.index("user")
                 messages[first] = Message(role="user", content=IMAGE_MARK + PROBES["user"])
-            forms, reasons = [], []
-            for form in FORMS if self._image_token is not None else FORMS[::-1]:
-                try:
-                    self._render_in(form, messages, PROBES["assistant"])
-                except UnfitForm as error:
-                    reasons.append(str(error))
-                else:
-                    forms.append(form)
-            self._known[kind] = _Forms(tuple(forms), reasons[0] if reasons else "")
-        return self._known[kind]
+            plain = self._known[QUESTION, True].forms if kind != QUESTION else ()
+            self._known[kind, with_picture] = self._find_forms(messages, plain)
+        return self._known[kind, with_picture]
+
+    def _find_forms(self, messages: Sequence[Message], plain: Collection[frozenset[str]]) -> "_Forms":
+        """The forms in which some messages come out as they are. `plain` are those of a question alone: what the template's
+        author refuses in one of them is refused, and no other form of the question, with its pictures out of the template's
+        sight, gets around it."""
+        forms, reasons = [], []
+        refused: frozenset[str] | None = None
+        for form in FORMS if self._image_token is not None else FORMS[::-1]:
+            if refused is not None and ("user" in form) != ("user" in refused):
+                continue
+            try:
+                self._render_in(form, messages, PROBES["assistant"])
+            except UnfitForm as error:
+                reasons.append(str(error))
+                if isinstance(error, RefusedForm) and form in plain:
+                    refused = form
+            else:
+                forms.append(form)
+        return _Forms(tuple(forms), reasons[0] if reasons else "")
 
     def _render_in(self, form: frozenset[str], messages: Sequence[Message], response: str) -> Rendered:
         turns = [self._turn(form, message.role, message.content) for message in messages]
@@ -126,7 +154,9 @@ class ChatTemplate:
         try:
             return self._apply(turns, begin_response)
         except Exception as error:  # a template may fail in any way; its author's own words are in the error
-            raise UnfitForm(f"{type(error).__name__}: {error}") from error
+            words = f"{type(error).__name__}: {error}"
+            # transformers' `raise_exception` raises this class itself, and jinja2 only classes below it.
+            raise (RefusedForm if type(error) is jinja2.TemplateError else UnfitForm)(words) from error
 
     def _turn(self, form: frozenset[str], role: str, content: str) -> dict[str, Any]:
         if role in form:
@@ -152,6 +182,20 @@ def _check_prompt(prompt: str, messages: Sequence[Message]) -> None:
             position = _require(prompt, pieces[-1:], "an earlier response", position)  # what it thought before may be left out
         else:
             position = _require(prompt, pieces, "a question", position)
+
+
+def _require_closed_thought(rendered: Rendered) -> None:
+    """Raises UnfitForm where the prompt opens a thought that the response does not close: it would be learnt as a thought."""
+    opened = OPEN_THOUGHT.search(rendered.prompt)
+    if opened is None:
+        return
+    first, name, last = opened.groups()
+    if f"{first}/{name}{last}" not in rendered.response:
+        mark = first + name + last
+        raise UnfitForm(
+            f"it opens a thought ({mark}) where the model responds, and this response closes none; write the thought into it, "
+            "or give the model's folder a chat_template.jinja that opens none"
+        )
 
 
 def _pieces(text: str) -> list[str]:

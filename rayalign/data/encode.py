@@ -4,122 +4,30 @@
 where a record can still be dropped with a reason.
 """
 
-import dataclasses
-import hashlib
-import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
-from rayalign.data.batch import ImageChange, ImageProcessing
 from rayalign.data.chat_template import ChatTemplate, Turns
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import EncodedPair
-from rayalign.data.truncation import RecordTooLong, TruncationStrategy, count_older_rounds, next_cut, without_oldest_round
+from rayalign.data.truncation import RecordTooLong, count_older_rounds, next_cut, without_oldest_round
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses, record_errors
 from rayalign.images.fetch import check_pixels, image_hash, image_size, open_image
-from rayalign.models.chat_templates import packaged_template
-from rayalign.models.family import Family, ImageInputs, RowLayout
-from rayalign.models.processors import check_resized, describe_images, load_processor, process_images, tokenizer_of
-from rayalign.models.registry import FAMILIES, find_family, load_config
+from rayalign.models.processors import check_resized, describe_images
 
 MAX_BYTES_PER_TOKEN = 64
 """Texts of more bytes a token than this don't fit --max_length, whatever the tokenizer: they aren't tokenized at all."""
 
 
-@dataclass(frozen=True)
-class EncoderSpec:
-    """Everything the encoding depends on besides the record; `fingerprint` keys the cache of encoded data.
+class Encoded(NamedTuple):
+    """An encoded pair, and whether a token would cross from its prompt into a response, if both were tokenized as one text."""
 
-    `model` is a folder or hub id with processor and config. Rows hold the chosen response, both, or either (a pair's both, or
-    the one response of a labelled record: chosen where it is good, else rejected).
-    """
-
-    model: str
-    responses: Responses
-    max_length: int = 4096
-    truncation_strategy: TruncationStrategy = "delete"
-    max_pixels: int | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def processor(self) -> Any:
-        return self._loaded[0]
-
-    @property
-    def lent_template(self) -> str | None:
-        """The name of the chat template that TRL lends, where neither the model's files nor its family have one."""
-        return self._loaded[1]
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, str | None]:
-        processor = load_processor(self.model, trust_remote_code=self.trust_remote_code)
-        tokenizer = tokenizer_of(processor)
-        lent = None
-        if not (processor.chat_template or tokenizer.chat_template or self.family.chat_template):
-            lent = packaged_template(tokenizer, self.model_config)
-        if lent is None:
-            return processor, None
-        processor.chat_template = lent.text
-        return processor, lent.name
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return tokenizer_of(self.processor)
-
-    @cached_property
-    def model_config(self) -> Any:
-        return load_config(self.model, trust_remote_code=self.trust_remote_code)
-
-    @cached_property
-    def family(self) -> Family:
-        return find_family(self.model_config.model_type)
-
-    @cached_property
-    def layout(self) -> RowLayout:
-        """How the rows of this model's batches are laid out. Raises ValueError for a model with images but without an image
-        token."""
-        image_token_id = self.model_config.to_dict().get("image_token_id", self.model_config.to_dict().get("image_token_index"))
-        if image_token_id is None and not self.family.text_only:
-            raise ValueError(
-                f"The model {self.model} (type {self.family.model_type!r}) has no token that stands for an image, so that its "
-                f"images can't be placed. Supported for certain: {', '.join(sorted(FAMILIES))}."
-            )
-        pad = self.tokenizer.pad_token_id
-        return RowLayout(
-            pad_token_id=pad if pad is not None else self.tokenizer.eos_token_id,
-            image_token_id=image_token_id,
-            first_position=self.family.first_position,
-            features_by_company=self.family.features_by_company,
-        )
-
-    def fingerprint(self) -> str:
-        """Hex digest of the processor's files (tokenizer, chat template, image settings), the model's config and the
-        settings."""
-        digest = hashlib.sha256()
-        with tempfile.TemporaryDirectory() as folder:
-            self.processor.save_pretrained(folder)
-            for file in sorted(Path(folder).rglob("*")):
-                if file.is_file():
-                    digest.update(file.name.encode() + b"\0" + file.read_bytes())
-        config = {
-            k: v for k, v in self.model_config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")
-        }
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        settings = {k: v for k, v in dataclasses.asdict(self).items() if k != "model"}
-        settings["chat_template"] = self.family.chat_template
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-        return digest.hexdigest()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    pair: EncodedPair
+    crosses_seam: bool
 
 
 class Encoder:
@@ -130,12 +38,7 @@ class Encoder:
         self.processor = spec.processor
         self.tokenizer = spec.tokenizer
         self.image_token_id = spec.layout.image_token_id
-        chat_template = self.processor.chat_template or self.tokenizer.chat_template or spec.family.chat_template
-        if chat_template is None:
-            raise ValueError(
-                f"The model {spec.model} has no chat template, so its prompts can't be written. It is probably a base model: "
-                "take the instruction-tuned one, or put a chat_template.jinja into its folder."
-            )
+        chat_template = _text_of_template(spec)
         if self.tokenizer.eos_token is None:
             raise ValueError(
                 f"The tokenizer of {spec.model} names no end token, with which each response ends. Put its eos_token into "
@@ -154,13 +57,18 @@ class Encoder:
 
     def encode(self, record: PreferenceRecord, images: Sequence[bytes]) -> EncodedPair:
         """Encodes a record with its images' bytes; raises RecordError where it cannot be trained on."""
+        return self.encode_seen(record, images).pair
+
+    def encode_seen(self, record: PreferenceRecord, images: Sequence[bytes]) -> Encoded:
+        """`encode`, with what there is to say about the record."""
         messages, images = list(record.messages), list(images)
         limit, strategy = self.spec.max_length, self.spec.truncation_strategy
         self._check_sizes(record, images)
         while True:
             prompt, responses = self._render(messages, record)
             prompt_ids = self._prompt_ids(prompt, images)
-            response_ids = {side: self._response_ids(prompt, text, side) for side, text in responses.items()}
+            found = {side: self._response_ids(prompt, text, side) for side, text in responses.items()}
+            response_ids = {side: ids for side, (ids, _) in found.items()}
             longest, rounds = max(map(len, response_ids.values())), count_older_rounds(messages)
             cut = next_cut(len(prompt_ids), longest, older_rounds=rounds, max_length=limit, strategy=strategy)
             if cut != "oldest round":
@@ -181,7 +89,7 @@ class Encoder:
                     raise RecordError(
                         "identical responses", f"the responses are the same after the cut to {limit} tokens", field="rejected"
                     )
-        return EncodedPair(
+        pair = EncodedPair(
             id=record.id,
             prompt_ids=prompt_ids,
             chosen_ids=response_ids.get("chosen", []),
@@ -191,24 +99,26 @@ class Encoder:
             margin=record.margin or 0.0,
             eval_rejected_ids=self._eval_rejected_ids(messages, record, prompt, limit - len(prompt_ids)),
         )
+        return Encoded(pair, any(crosses for _, crosses in found.values()))
 
     def _eval_rejected_ids(self, messages: Sequence[Message], record: PreferenceRecord, prompt: str, room: int) -> list[int]:
         """The rejected response of a row that trains on the chosen one, to compare the two; none where it could not be trained
         on, which is no reason to drop the record."""
-        if self.spec.responses != "chosen" or record.rejected is None:
+        rejected = record.rejected
+        if self.spec.responses != "chosen" or rejected is None or len(rejected.encode()) > self._most_bytes:
             return []
         try:
             with record_errors():
-                self._refuse_special_tokens(record.rejected, "rejected")
-                ids = self._response_ids(prompt, self._written(messages, record.rejected, "rejected")[1], "rejected")
+                self._refuse_special_tokens(rejected, "rejected")
+                ids, _ = self._response_ids(prompt, self._written(messages, rejected, "rejected")[1], "rejected")
         except RecordError:
             return []
         return ids if len(ids) <= room else []
 
     def _check_sizes(self, record: PreferenceRecord, images: Sequence[bytes]) -> None:
         """Raises RecordError for texts and pictures that can't fit, before any work is done on them."""
-        texts = [*(message.content for message in record.messages), record.chosen, record.rejected or ""]
-        size, most = sum(len(text.encode()) for text in texts), self.spec.max_length * MAX_BYTES_PER_TOKEN
+        texts = [*(message.content for message in record.messages), *_responses_of(record, self.spec.responses).values()]
+        size, most = sum(len(text.encode()) for text in texts), self._most_bytes
         if size > most:
             words = f"{size} bytes of text; --max_length {self.spec.max_length} holds {most} at the most"
             if self.spec.truncation_strategy == "raise":
@@ -221,13 +131,17 @@ class Encoder:
         for width, height in sizes:
             check_resized(self.processor, width, height)
 
+    @property
+    def _most_bytes(self) -> int:
+        return self.spec.max_length * MAX_BYTES_PER_TOKEN
+
     def plain_row(self, record: PreferenceRecord, images: Sequence[bytes], side: str) -> dict[str, Tensor]:
         """A prompt and one of its responses as transformers documents a row: the processor's own output [1, ...] for the
         prompt, with the response behind it."""
         prompt, responses = self._render(record.messages, record)
         processed = self._processed(prompt, images)
         inputs = {name: torch.as_tensor(value) for name, value in processed.items() if name != "labels"}
-        response = torch.tensor([self._response_ids(prompt, responses[side], side)])
+        response = torch.tensor([self._response_ids(prompt, responses[side], side)[0]])
         length = inputs["input_ids"].shape[1]
         for name, value in inputs.items():
             if name.endswith("_type_ids"):
@@ -304,21 +218,20 @@ class Encoder:
             )
         return ids
 
-    def _response_ids(self, prompt: str, text: str, side: str) -> list[int]:
-        """The ids of a response as they follow the prompt's in one tokenization of both.
-
-        Where a token would cross the seam, the prompt keeps the ids that generation sees, and the response is tokenized behind
-        a line break instead.
+    def _response_ids(self, prompt: str, text: str, side: str) -> tuple[list[int], bool]:
+        """The ids of a response as they follow the prompt's in one tokenization of both, and whether a token would cross the
+        seam: then the prompt keeps the ids that generation sees, and the response is tokenized behind a line break instead.
         """
         prompt = self.spec.family.text_prompt(prompt, self.tokenizer)
         ids = self._ids_behind(prompt, text)
+        crosses = ids is None
         if ids is None:
             ids = self._ids_behind("\n", text)
         if ids is None:
             ids = self._ids_of(text)
         if self.image_token_id in ids:
             raise RecordError("image mark in response", "a response holds the image token", field=side)
-        return ids
+        return ids, crosses
 
     def _ids_behind(self, before: str, text: str) -> list[int] | None:
         """A text's ids behind another text; None where a token crosses the seam."""
@@ -328,6 +241,22 @@ class Encoder:
     def _ids_of(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _text_of_template(spec: EncoderSpec) -> str:
+    """The model's chat template, or its family's; of several, the default one. Raises ValueError where there is none."""
+    template = spec.processor.chat_template or spec.tokenizer.chat_template or spec.family.chat_template
+    if template is None:
+        raise ValueError(
+            f"The model {spec.model} has no chat template, so its prompts can't be written. It is probably a base model: "
+            "take the instruction-tuned one, or put a chat_template.jinja into its folder."
+        )
+    if isinstance(template, Mapping) and "default" not in template:
+        raise ValueError(
+            f"The model {spec.model} has the chat templates {', '.join(sorted(template))}, and none called default. Put the "
+            "one to train with into its folder as chat_template.jinja."
+        )
+    return str(template["default"] if isinstance(template, Mapping) else template)
 
 
 def _pattern_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
@@ -342,17 +271,6 @@ def _tokens_put_behind(tokenizer: Any) -> list[int]:
     plain, marked = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     starts = [i for i in range(len(marked)) if marked[i : i + len(plain)] == plain]
     return list(marked[starts[0] + len(plain) :]) if starts else []
-
-
-def image_processing(spec: EncoderSpec) -> ImageProcessing:
-    """The function that turns images' bytes into the model's image inputs, as the encoder saw them."""
-
-    def process(contents: Sequence[bytes], alone: Sequence[bool], change: ImageChange | None = None) -> ImageInputs:
-        opened: Sequence[Image] = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
-        opened = opened if change is None else change(opened)
-        return process_images(spec.processor, spec.family, spec.model_config, opened, alone=alone)
-
-    return process
 
 
 def _responses_of(record: PreferenceRecord, responses: Responses) -> dict[str, str]:

@@ -15,28 +15,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 
-from rayalign.cluster import Stopped, configure_ray_data, outcome_of, report, reports_of, result_of
+from rayalign.cluster import configure_ray_data, report, reports_of
 from rayalign.config.config import Config
 from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
-from rayalign.data.encode import Encoder, EncoderSpec
-from rayalign.data.remarks import SEEN_SCHEMA, ColumnsSeen, printable, remarks, unread_pictures
-from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
-from rayalign.data.truncation import RecordTooLong
-from rayalign.formats.columns import Renames, parse_renames, renamed, require_pictures_read
-from rayalign.formats.parse import Format, own_formats, parse_row
-from rayalign.formats.records import RecordError, record_errors, require
-from rayalign.images.fetch import fetch_images
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.data.remarks import remarks, unread_pictures
+from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, write_task
+from rayalign.data.sampler import nothing_held_out
+from rayalign.data.store import INDEX_SCHEMA, PreparedData
+from rayalign.data.tasks import cut_into_tasks
+from rayalign.formats.columns import parse_renames
+from rayalign.formats.parse import own_formats
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, resolve_model
 from rayalign.progress import Progress, per_second
-from rayalign.sources.files import Dataset, SourceFile, read_rows, resolve_dataset, spans_of
-from rayalign.sources.rows import Span
+from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -44,19 +42,8 @@ logger = logging.getLogger(__name__)
 REMARKS = "remarks.json"
 """The file beside the encoded records with what there is to say about them."""
 
-SPAN_ROWS = 256
-"""Rows that one task reads, encodes and writes as one shard."""
-
 CACHE_VERSION = 3
 """Part of every cache key; raised when the meaning of cached data changes."""
-
-DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
-OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS, *SEEN_SCHEMA])
-"""What a task reports: a line of the index for each pair written, or the reason (not null) for each record dropped; and what
-was seen in either's row."""
-
-LONGEST_DETAIL = 2000
-"""Characters of what is said about a dropped record."""
 
 
 @dataclass(frozen=True)
@@ -67,28 +54,6 @@ class RunData:
     spec: EncoderSpec
     training: PreparedData
     held_out: PreparedData | None
-
-
-@dataclass(frozen=True)
-class PrepareTask:
-    """Rows `span` of one file, of which `rows` (None: all) are wanted."""
-
-    dataset: int
-    file: int
-    span: Span
-    rows: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The data sets of one --dataset or --val_dataset, how their images are found, the plugins that read their rows, and the
-    columns that are renamed before."""
-
-    datasets: tuple[Dataset, ...]
-    image_root: str | None
-    allow_image_urls: bool
-    plugins: tuple[Plugin, ...] = ()
-    columns: Renames = ()
 
 
 def prepare_run(config: Config) -> RunData:
@@ -116,6 +81,8 @@ def prepare_run(config: Config) -> RunData:
     held_out = None
     if config.data.val_dataset:
         held_out = prepare(config.data.val_dataset, spec, config.data, cache, config.plugins)
+    elif words := nothing_held_out(training.num_rows, config.data.dataset_test_ratio):
+        logger.warning("Data: %s", words)
     return RunData(source, spec, training, held_out)
 
 
@@ -184,7 +151,7 @@ def table_of_reasons(dropped: Iterable[Mapping[str, Any]], num_rows: int) -> str
 
 def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store: Store) -> PreparedData:
     started = time.monotonic()
-    tasks = _cut_into_tasks(sources, config.data_seed)
+    tasks = cut_into_tasks(sources, config.data_seed)
     total = sum(task.span.num_rows if task.rows is None else len(task.rows) for task in tasks)
     logger.info("Data: encoding %d records of %s", total, " ".join(dataset.argument for dataset in sources.datasets))
     attempt = uuid.uuid4().hex[:12]
@@ -259,104 +226,11 @@ def _dropped_line(line: Mapping[str, Any], sources: Sources) -> dict[str, Any]:
     }
 
 
-def _cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
-    """The work of a preparation; files are scanned side by side, and #N draws are made here."""
-    scan = ray.remote(_spans_of)
-    files = [(d, f, file) for d, dataset in enumerate(sources.datasets) for f, file in enumerate(dataset.files)]
-    spans = [result_of(outcome) for outcome in ray.get([scan.remote(file) for _, _, file in files])]
-    tasks = []
-    for d, dataset in enumerate(sources.datasets):
-        own = [(f, span) for (owner, f, _), of_file in zip(files, spans, strict=True) if owner == d for span in of_file]
-        wanted = _draw(sum(span.num_rows for _, span in own), dataset, seed)
-        passed = 0
-        for f, span in own:
-            inside = wanted[(wanted >= passed) & (wanted < passed + span.num_rows)] if wanted is not None else None
-            rows = None if inside is None else tuple(int(row) for row in inside - passed + span.first_row)
-            if rows is None or rows:
-                tasks.append(PrepareTask(d, f, span, rows))
-            passed += span.num_rows
-    return tasks
-
-
-def _spans_of(file: SourceFile) -> list[Span] | Stopped:
-    return outcome_of(lambda: spans_of(file, SPAN_ROWS))
-
-
-def _draw(num_rows: int, dataset: Dataset, seed: int) -> Rows | None:
-    if dataset.sample is None:
-        return None
-    name = int.from_bytes(hashlib.sha256(dataset.name.encode()).digest()[:4], "big")
-    return np.sort(np.random.default_rng([seed, name]).choice(num_rows, dataset.num_drawn(num_rows), replace=False))
-
-
 def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: EncoderSpec, folder: Store) -> pa.Table:
     """Runs in Ray Data's processes: reads, validates and encodes the rows of one task, and writes them as one shard."""
     number = batch["item"][0].as_py()
     shard = folder / f"shard_{number:06d}.arrow"
-    return report(lambda: _write_task(_fetch(tasks)[number], shard, sources, spec), OUTCOME_SCHEMA)
-
-
-def _write_task(task: PrepareTask, shard: Store, sources: Sources, spec: EncoderSpec) -> list[dict[str, Any]]:
-    """Writes a task's pairs; returns a line of OUTCOME_SCHEMA for each of its rows."""
-    file = sources.datasets[task.dataset].files[task.file]
-    pairs: list[EncodedPair] = []
-    outcomes: list[dict[str, Any]] = []
-    seen = ColumnsSeen(sources.columns, _own_formats(sources.plugins))
-    for row, content in read_rows(file, task.span, task.rows):
-        outcome: dict[str, Any] = {"dataset": task.dataset, "file": task.file, "source_row": row}
-        try:
-            if isinstance(content, RecordError):
-                raise content
-            with record_errors():
-                outcome |= seen.add(content)
-            pair = _encode_row(content, f"{_file_label(sources, task)}:{row}", Store(file.location).parent, sources, spec)
-        except RecordError as error:
-            outcome |= {
-                "reason": error.reason,
-                "field": printable(error.field),
-                "detail": printable(str(error), longest=LONGEST_DETAIL),
-            }
-        else:
-            outcome |= {"id": pair.id, "shard": shard.name, "position": len(pairs), "num_images": len(pair.images)}
-            outcome |= {f"{side}_tokens": len(getattr(pair, f"{side}_ids")) for side in ("prompt", "chosen", "rejected")}
-            pairs.append(pair)
-        outcomes.append(outcome)
-    if pairs:
-        write_shard(shard, pairs)
-    return outcomes
-
-
-def _file_label(sources: Sources, task: PrepareTask) -> str:
-    """What a file's records are called after; numbered where several files could have the same name."""
-    name = sources.datasets[task.dataset].files[task.file].name
-    several = sum(len(dataset.files) for dataset in sources.datasets) > 1
-    return f"{task.dataset}.{task.file}/{name}" if several else name
-
-
-def _encode_row(row: Mapping[str, Any], row_id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> EncodedPair:
-    encoder = _encoder(spec)  # what keeps the model from encoding anything is no fault of the row
-    root = Store.at(sources.image_root) if sources.image_root else None
-    own = _own_formats(sources.plugins)
-    with record_errors():
-        row = renamed(row, sources.columns)
-        record = parse_row(row, id=row_id, own=own)
-        if not encoder.spec.family.text_only:
-            require_pictures_read(row, record, own)
-        require(record, spec.responses)
-    with record_errors(passing=(OSError,)):  # of failing storage, with which no other row fares better
-        images = fetch_images(record.images, folder=folder, image_root=root, allow_urls=sources.allow_image_urls)
-    with record_errors(passing=(RecordTooLong,)):
-        return encoder.encode(record, images)
-
-
-@functools.lru_cache(maxsize=2)
-def _own_formats(plugins: tuple[Plugin, ...]) -> tuple[Format, ...]:
-    return own_formats(plugins)
-
-
-@functools.lru_cache(maxsize=2)
-def _encoder(spec: EncoderSpec) -> Encoder:
-    return Encoder(spec)
+    return report(lambda: write_task(_fetch(tasks)[number], shard, sources, spec), OUTCOME_SCHEMA)
 
 
 @functools.lru_cache(maxsize=2)

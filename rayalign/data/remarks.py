@@ -13,8 +13,16 @@ from rayalign.config.flags import nearest
 from rayalign.formats.columns import PICTURE_NOT_READ, Renames, renamed, unread_columns
 from rayalign.formats.parse import Format, known_columns
 
-SEEN_SCHEMA = pa.schema([("num_images", pa.int32()), ("unread", pa.list_(pa.string())), ("renamed", pa.list_(pa.string()))])
-"""Of a record: its pictures; and the columns not read and those renamed, where its task meets them for the first time."""
+SEEN_SCHEMA = pa.schema(
+    [
+        ("num_images", pa.int32()),
+        ("crosses_seam", pa.bool_()),
+        ("unread", pa.list_(pa.string())),
+        ("renamed", pa.list_(pa.string())),
+    ]
+)
+"""Of a record: its pictures, and whether a token would cross from its prompt into a response; and the columns not read and
+those renamed, where its task meets them for the first time."""
 
 MOST_NAMES, LONGEST_NAME = 30, 60
 
@@ -65,11 +73,22 @@ def remarks(outcome: pa.Table, arguments: Sequence[str], renames: Renames, *, lo
                 "learns from the text alone. If their pictures stand in a column of another name, pass --columns NAME=images."
             )
             said.append((logging.WARNING, words))
+        crossing = pa.compute.sum(kept["crosses_seam"]).as_py()
+        if crossing:
+            said.append((logging.INFO, f"{argument}: {_crossing(crossing, kept.num_rows)}"))
     met = _names(outcome, "renamed")
     for source, target in renames:
         if printable(source) not in met:
             said.append((logging.WARNING, f"{' '.join(arguments)}: --columns {source}={target}: no row has a column {source}."))
     return said
+
+
+def _crossing(count: int, total: int) -> str:
+    return (
+        f"in {count:,} of {total:,} records, a token would cross from the prompt into a response (such as a line break at the "
+        "end of the one and at the beginning of the other). They keep the prompt's tokens as generation sees them, and the "
+        "response's behind these."
+    )
 
 
 def unread_pictures(dropped: Sequence[Mapping[str, Any]], num_rows: Mapping[str, int], *, limit: float) -> str | None:

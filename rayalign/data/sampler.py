@@ -71,6 +71,18 @@ def num_held_out(num_rows: int, ratio: float) -> int:
     return min(round(num_rows * ratio), num_rows - 1)
 
 
+def nothing_held_out(num_rows: int, ratio: float) -> str | None:
+    """Words for a run in which a part of the rows should be held out, and the part is less than a row."""
+    if not ratio or num_held_out(num_rows, ratio):
+        return None
+    enough = next((f"{share:.2g}" for share in (0.1, 1 / num_rows) if num_held_out(num_rows, share)), None)
+    larger = f", or a larger --dataset_test_ratio such as {enough}" if enough else ""
+    return (
+        f"nothing is held out, so that nothing is evaluated: {ratio:.2g} of {num_rows} records is less than one. Pass "
+        f"--val_dataset{larger}."
+    )
+
+
 def steps_of_run(num_rows: int, *, global_batch_size: int, num_epochs: float, max_steps: int | None) -> tuple[int, int]:
     """The optimizer steps of an epoch over some rows to train on, and of the whole run."""
     per_epoch = math.ceil(num_rows / global_batch_size)

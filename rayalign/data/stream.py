@@ -20,7 +20,7 @@ from rayalign.cluster import configure_ray_data
 from rayalign.config.config import Config
 from rayalign.data.batch import PairBatch, assemble
 from rayalign.data.companions import Companion, with_companion
-from rayalign.data.encode import EncoderSpec, image_processing
+from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk, partners_in
 from rayalign.data.shuffled_pictures import Pictures, with_pictures_of

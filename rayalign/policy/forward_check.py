@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from rayalign.data.batch import assemble
-from rayalign.data.encode import Encoder, EncoderSpec, image_processing
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.policy import Policy

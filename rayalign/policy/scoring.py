@@ -15,10 +15,11 @@ from torch import Tensor
 from rayalign.algorithms import Needs
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.batch import PairBatch, assemble
-from rayalign.data.encode import Encoder, EncoderSpec, image_processing
-from rayalign.formats.parse import parse_row
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec, image_processing
+from rayalign.data.rows import Sources, encode_record, record_of
+from rayalign.formats.columns import parse_renames
 from rayalign.formats.records import RecordError
-from rayalign.images.fetch import fetch_images
 from rayalign.models.registry import FAMILIES, REGISTERED_MODELS
 from rayalign.models.source import local_model, require_model
 from rayalign.ops.logprobs import PairLogps
@@ -36,13 +37,14 @@ NO_LIMIT = 2**20
 class LoadedPolicy:
     """A model that is not trained, with what encodes rows for it: `policy` runs batches, `encoder` makes pairs of records.
 
-    Rows are mappings in any record format of --dataset, with a response and, for pairs, a rejected one. All rows of a call run
-    as one batch.
+    Rows are mappings in any record format of --dataset, with a response and, for pairs, a rejected one. Relative image paths
+    start from `image_root`; `sources` says which columns are renamed. All rows of a call run as one batch.
     """
 
     policy: Policy
     encoder: Encoder
     image_root: Store
+    sources: Sources
 
     def logps(self, rows: Sequence[Mapping[str, Any]]) -> PairLogps:
         """The responses' log-probabilities: `chosen.total` [B] is the sum over the response's tokens, `chosen.tokens` [B] their
@@ -74,9 +76,9 @@ class LoadedPolicy:
         pairs = []
         for number, row in enumerate(rows):
             try:
-                record = parse_row(row, id=str(number))
-                images = fetch_images(record.images, folder=self.image_root, image_root=None, allow_urls=False)
-                pairs.append(self.encoder.encode(record, images))
+                record = record_of(row, id=str(number), sources=self.sources, spec=self.encoder.spec)
+                encoded = encode_record(record, folder=self.image_root, sources=self.sources, encoder=self.encoder)
+                pairs.append(encoded.pair)
             except RecordError as error:
                 raise ValueError(f"Row {number}: {error}") from None
         spec = self.encoder.spec
@@ -89,10 +91,12 @@ def load_for_scoring(
     device: str | torch.device | None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"],
     image_root: str,
+    columns: Sequence[str],
     max_pixels: int | None,
     trust_remote_code: bool,
 ) -> LoadedPolicy:
     """`rayalign.load_policy`, which documents it."""
+    sources = Sources((), image_root=None, allow_image_urls=False, columns=parse_renames(columns))
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         flags = ModelConfig(
@@ -112,4 +116,4 @@ def load_for_scoring(
             check_forward(policy, spec)
     for parameter in policy.trainable.values():
         parameter.requires_grad_(False)
-    return LoadedPolicy(policy, encoder, Store.at(image_root))
+    return LoadedPolicy(policy, encoder, Store.at(image_root), sources)

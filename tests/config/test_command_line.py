@@ -86,6 +86,12 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str, algorithm: str | 
     return err.removeprefix(f"pipelines/{algorithm or 'rlhf'}.py: error: ").removesuffix("\n(--help lists every flag)\n")
 
 
+def test_a_loss_given_as_a_method_is_told_where_it_belongs(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse_real("--rlhf_type", "ipo")
+    assert "rlhf.py: error: --rlhf_type ipo: a loss of dpo. Pass --rlhf_type dpo --loss_type ipo.\n" in capsys.readouterr().err
+
+
 def test_flags_are_read_with_a_space_or_an_equals_sign():
     config = parse("--beta", "0.2", "--batch_size=4", "--output_dir=a=b")
     assert (config.algorithm, config.optimizer.batch_size, config.run.output_dir) == (Dpo(beta=0.2), 4, "a=b")
@@ -149,6 +155,21 @@ def test_the_guides_commands_work_as_they_stand(own: str, expected: object):
         (["--cpo_alpha", "1"], "--cpo_alpha belongs to simpo and cpo, not dpo."),
         (["--num_samples", "2"], "--num_samples belongs to pipelines/tune.py, not pipelines/rlhf.py."),
         (["--rlhf_type", "dop"], "--rlhf_type dop: must be one of sft, dpo, simpo, cpo. Did you mean dpo?"),
+        (
+            ["--rlhf_type", "ppo"],  # cpo is one letter away
+            "--rlhf_type ppo: an online method: the model writes responses during the run, and a reward scores them. "
+            "rayalign trains on the responses of a data set and has sft, dpo, simpo, cpo.",
+        ),
+        (
+            ["--rlhf_type", "Online-DPO"],
+            "--rlhf_type Online-DPO: an online method: the model writes responses during the run, and a reward "
+            "scores them. rayalign trains on the responses of a data set and has sft, dpo, simpo, cpo.",
+        ),
+        (
+            ["--rlhf_type", "gkd"],
+            "--rlhf_type gkd: a method that distils a teacher model. rayalign trains on the responses of a data set and "
+            "has sft, dpo, simpo, cpo.",
+        ),
         (["--batch_size", "1", "2"], "Unexpected word '2': every value follows its --flag."),
         (["--batch_size", "x"], "--batch_size x: must be a whole number."),
         (["--beta", "-1"], "--beta -1.0: must be above 0."),

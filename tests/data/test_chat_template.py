@@ -8,10 +8,11 @@ from rayalign.data.chat_template import ChatTemplate, Turns
 from rayalign.formats.records import Message, RecordError
 from tests.data.chat_templates import OWN, templates_of_trl
 from tests.data.conftest import OUTCOMES
+from tests.data.more_chat_templates import MORE
 from tests.tiny_families import make_tokenizer
 
 TOKENIZER = make_tokenizer()
-TEMPLATES = {**OWN, **templates_of_trl()}
+TEMPLATES = {**OWN, **MORE, **templates_of_trl()}
 RESPONSE = "Red."
 
 Conversation = tuple[list[tuple[str, str]], str]
@@ -33,10 +34,21 @@ CONVERSATIONS: dict[str, Conversation] = {
 NO_SYSTEM = "TemplateError: System role not supported"
 NO_THOUGHTS = "the response 'I look.' does not stand in what it writes"
 THOUGHTS_MOVE = "it writes what comes before a response by what the response is"
+OPENS_A_THOUGHT = "it opens a thought (<think>) where the model responds, and this response closes none"
+NO_THOUGHT_OF_ITS_OWN = [conversation for conversation in CONVERSATIONS if conversation != "think"]
 DROPPED = {
     ("gemma", "system"): NO_SYSTEM,
+    ("Molmo", "system"): "TemplateError: Conversation roles must alternate",
     **{(name, "think"): NO_THOUGHTS for name in ("deepseek_r1_distill", "deepseekv3")},
-    ("qwen3_5_nothink", "think"): THOUGHTS_MOVE,
+    **{(name, "think"): THOUGHTS_MOVE for name in ("qwen3_5_nothink", "MiniCPM-V 4.5")},
+    **{
+        (name, conversation): OPENS_A_THOUGHT
+        for name in ("Step3", "deepseek_r1_distill", "deepseekv3", *(name for name in TEMPLATES if name.startswith("nemotron")))
+        for conversation in NO_THOUGHT_OF_ITS_OWN
+    },
+}
+DROPPED_WITH_PICTURE = {
+    ("Llama 3.2 Vision", "system"): "TemplateError: Prompting with images is incompatible with system messages."
 }
 
 
@@ -67,7 +79,7 @@ def test_a_conversation_is_written_as_it_is_or_dropped(
     template = template_of(TEMPLATES[name])
     turns, response = CONVERSATIONS[conversation]
     messages = messages_of(turns, picture=picture)
-    expected = DROPPED.get((name, conversation))
+    expected = (DROPPED | DROPPED_WITH_PICTURE if picture else DROPPED).get((name, conversation))
     record_property(OUTCOMES, (name, conversation, "-" if expected else "+"))
     if expected is not None:
         with pytest.raises(RecordError) as caught:
@@ -86,7 +98,7 @@ def test_a_conversation_is_written_as_it_is_or_dropped(
     assert RESPONSE not in rendered.prompt
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if (name, "plain") not in DROPPED])
 def test_an_empty_system_message_is_none(name: str) -> None:
     template = template_of(TEMPLATES[name])
     without, empty = (CONVERSATIONS[c][0] for c in ("plain", "empty system"))
@@ -112,6 +124,17 @@ def test_an_empty_system_message_is_none(name: str) -> None:
         ("Pixtral, Mistral 3", "<s>[INST][IMG]Which colour?[/INST]", "Red.</s>"),
         ("FastVLM", "<|im_start|>user\n<image>Which colour?<|im_end|>\n<|im_start|>assistant\n", "Red.<|im_end|>\n"),
         ("PaliGemma", "<image>Which colour?", "Red."),
+        ("Molmo", "User: <image>Which colour? Assistant:", " Red."),
+        ("Phi-4-multimodal", "<|user|><image>Which colour?<|end|><|assistant|>", "Red.<|end|><|endoftext|>"),
+        ("Idefics2", "User:<image>Which colour?<end_of_utterance>\nAssistant:", " Red.<end_of_utterance>\n"),
+        ("DeepSeek-VL2", "<|User|>: <image>\nWhich colour?\n\n<|Assistant|>:", " Red.<｜end▁of▁sentence｜>"),
+        # A thought that the prompt opens is closed by what the template puts before the response.
+        (
+            "Qwen3-VL Thinking",
+            "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Which colour?<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n",
+            "\n</think>\n\nRed.<|im_end|>\n",
+        ),
         (
             "qwen3_vl",
             "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Which colour?<|im_end|>\n<|im_start|>assistant\n",
@@ -131,6 +154,40 @@ def test_a_system_message_that_moves_once_there_is_a_response_stays_in_the_promp
     rendered = template_of(OWN["Pixtral, Mistral 3"]).render(messages_of(turns, picture=True), RESPONSE, side="chosen")
     assert rendered.prompt == "<s>[INST][IMG]Which shape?[/INST]A round one.</s>[INST]Be brief.\n\nWhich colour?[/INST]"
     assert rendered.response == "Red.</s>"
+
+
+def test_a_thought_that_the_prompt_opens_ends_in_the_response() -> None:
+    template = template_of(MORE["Step3"])
+    turns, response = CONVERSATIONS["think"]
+    rendered = template.render(messages_of(turns, picture=True), response, side="chosen")
+    assert rendered.prompt == "<|BOT|>human\n<im_patch>Which colour?<|EOT|><|BOT|>assistant\n<think>\n"
+    assert rendered.response == "I look.\n</think>\n\nRed.<|EOT|>"
+    with pytest.raises(RecordError) as caught:
+        template.render(messages_of(turns, picture=True), RESPONSE, side="rejected")
+    assert str(caught.value) == (
+        "rejected: the model's chat template can't write this conversation: it opens a thought (<think>) where the model "
+        "responds, and this response closes none; write the thought into it, or give the model's folder a chat_template.jinja "
+        "that opens none"
+    )
+    other_marks = template_of(MORE["Step3"].replace("<think>", "◁think▷"))
+    with pytest.raises(RecordError, match="it opens a thought"):
+        other_marks.render(messages_of(turns, picture=True), response, side="chosen")
+
+
+def test_what_a_templates_author_refuses_is_not_got_around_by_another_form_of_the_question() -> None:
+    """As plain strings, the pictures would be out of the template's sight. A form of the other messages may help."""
+    turns = CONVERSATIONS["system"][0]
+    template = template_of(MORE["Llama 3.2 Vision"])
+    with pytest.raises(RecordError, match=r"Prompting with images is incompatible with system messages\."):
+        template.render(messages_of(turns, picture=True), RESPONSE, side="chosen")
+    assert "Be brief." in template.render(messages_of(turns, picture=False), RESPONSE, side="chosen").prompt
+    only_strings = (
+        "{% if m.role == 'system' and m.content is not string %}{{ raise_exception('Plain text, please') }}{% endif %}"
+    )
+    template = template_of(MORE["Ovis 2"].replace("{% for m in messages %}", "{% for m in messages %}" + only_strings))
+    assert template.render(messages_of(turns, picture=True), RESPONSE, side="chosen").prompt.startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWhich colour?"
+    )
 
 
 @pytest.mark.parametrize(

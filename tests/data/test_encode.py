@@ -14,7 +14,8 @@ from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from rayalign.data.encode import Encoder, EncoderSpec, image_processing
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import Message, PreferenceRecord, RecordError
 from rayalign.images.fetch import image_hash
@@ -146,7 +147,7 @@ def test_a_pair_of_sft_keeps_its_rejected_response_for_evaluation_only(llava: Pa
     assert both.as_evaluated() == both
 
 
-@pytest.mark.parametrize("rejected", ["a cat</s>", "<image>"[:3] + "</s>", "a cat " * 50])
+@pytest.mark.parametrize("rejected", ["a cat</s>", "a cat " * 50, "a cat " * 500])
 def test_a_rejected_response_that_could_not_be_trained_on_is_no_reason_for_sft_to_drop_its_record(
     llava: Path, rejected: str
 ) -> None:
@@ -180,9 +181,9 @@ def test_a_prompt_begins_with_bos_exactly_once_whoever_adds_it(variant: Callable
 
 
 def test_a_prompt_that_a_response_changes_is_the_one_that_generation_begins_from(variant: Callable[..., Path]) -> None:
-    folder = variant(template=TEMPLATE.replace("ASSISTANT: {% endif %}", "ASSISTANT: <think>{% endif %}"))
+    folder = variant(template=TEMPLATE.replace("ASSISTANT: {% endif %}", "ASSISTANT: now {% endif %}"))
     pair = encode(folder, record("Which digit?"))
-    assert text_of(folder, pair.prompt_ids) == "<s>USER: Which digit?\nASSISTANT: <think>"
+    assert text_of(folder, pair.prompt_ids) == "<s>USER: Which digit?\nASSISTANT: now "
     assert (pair.chosen_ids, pair.rejected_ids) == ([*IT_IS_TWO, EOS], [*A_CAT, EOS])
 
 
@@ -202,6 +203,23 @@ def test_a_conversation_that_the_template_refuses_is_dropped_with_the_templates_
     assert caught.value.reason == "chat template"
     assert str(caught.value) == (
         "chosen: the model's chat template can't write this conversation: TemplateError: No system here"
+    )
+
+
+def test_of_several_templates_the_default_one_is_taken(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("qwen2"), folder)
+    expected = encode(folder, record("Which digit?"))
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ 1 / 0 }}")
+    assert encode(folder, record("Which digit?")) == expected
+    (folder / "chat_template.jinja").rename(templates / "rag.jinja")
+    with pytest.raises(ValueError) as caught:
+        encode(folder, record("Which digit?"))
+    assert str(caught.value) == (
+        f"The model {folder} has the chat templates rag, tool_use, and none called default. Put the one to train with into its "
+        "folder as chat_template.jinja."
     )
 
 

@@ -1,159 +1,20 @@
-"""From a raw row to an encoded pair: what each algorithm makes of pairs and of labelled responses (Ray's part: integration)."""
+"""What an encoded data set is kept under (Ray's part of the preparation: tests/integration)."""
 
-import json
-import logging
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
-from PIL import Image
 
-from rayalign.algorithms import ALGORITHMS
+from rayalign.algorithms.dpo import DPO
+from rayalign.config.config import Config
 from rayalign.config.plugins import Plugin
-from rayalign.config.sections import DataConfig
-from rayalign.data.encode import EncoderSpec
-from rayalign.data.prepare import OUTCOME_SCHEMA, PrepareTask, Sources, _encode_row, _write_task, cache_key
-from rayalign.data.remarks import remarks, unread_pictures
-from rayalign.data.store import EncodedPair
-from rayalign.data.truncation import RecordTooLong
-from rayalign.formats.columns import Renames
-from rayalign.formats.records import RecordError
-from rayalign.sources.files import resolve_dataset, spans_of
+from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
+from rayalign.data import prepare
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.data.prepare import cache_key
+from rayalign.data.rows import Sources
+from rayalign.data.store import PreparedData
 from rayalign.storage import Store
-
-IT_IS_TWO = [44, 87, 271, 305, 17, 2]  # "I", "t", " is", " two", ".", end
-A_CAT = [68, 299, 2]  # "a", " cat", end
-QUESTION = {"query": "Which digit?"}
-RESPONSE = QUESTION | {"response": "It is two."}
-PAIR = RESPONSE | {"rejected_response": "a cat"}
-
-
-@pytest.fixture
-def encode_row(model_folder: Callable[..., Path], tmp_path: Path) -> Callable[[str, Mapping[str, Any]], EncodedPair]:
-    """`encode_row(algorithm, row)`."""
-
-    def encode(algorithm: str, row: Mapping[str, Any]) -> EncodedPair:
-        needs = ALGORITHMS[algorithm]().needs
-        spec = EncoderSpec(str(model_folder("llava")), responses=needs.responses)
-        return _encode_row(row, "a.jsonl:3", Store(str(tmp_path)), Sources((), None, False), spec)
-
-    return encode
-
-
-Encode = Callable[[str, Mapping[str, Any]], EncodedPair]
-
-
-@pytest.mark.parametrize(
-    ("row", "chosen_ids", "rejected_ids"),
-    [
-        (RESPONSE | {"label": True}, IT_IS_TWO, []),
-        (RESPONSE | {"label": 1}, IT_IS_TWO, []),
-        (RESPONSE | {"label": False}, [], IT_IS_TWO),
-        (RESPONSE | {"label": 0}, [], IT_IS_TWO),
-        (RESPONSE | {"label": 0, "rejected_response": None}, [], IT_IS_TWO),  # an empty cell counts as absent
-        (PAIR, IT_IS_TWO, A_CAT),
-        (PAIR | {"label": None}, IT_IS_TWO, A_CAT),
-        (PAIR | {"label": True}, IT_IS_TWO, A_CAT),
-        ({"prompt": "Which digit?", "completion": "It is two.", "label": False}, [], IT_IS_TWO),
-    ],
-)
-def test_kto_takes_pairs_and_labelled_responses(
-    encode_row: Encode, row: Mapping[str, Any], chosen_ids: list[int], rejected_ids: list[int]
-) -> None:
-    pair = encode_row("kto", row)
-    assert (pair.id, pair.chosen_ids, pair.rejected_ids) == ("a.jsonl:3", chosen_ids, rejected_ids)
-
-
-@pytest.mark.parametrize(
-    ("row", "reason", "words"),
-    [
-        (
-            RESPONSE,
-            "missing field",
-            "label: the record has one response and does not say whether it is good; add label (true or false), or a rejected "
-            "response",
-        ),
-        (
-            PAIR | {"label": False},
-            "contradictory label",
-            "label: the chosen response is labelled as bad, although there is a rejected one; remove the label, or keep one "
-            "response",
-        ),
-        (RESPONSE | {"label": "true"}, "wrong type", "label: expected true or false, found 'true'"),
-        (RESPONSE | {"label": -1}, "wrong type", "label: expected true or false, found -1"),
-    ],
-)
-def test_kto_drops_what_does_not_say_which_response_is_good(
-    encode_row: Encode, row: Mapping[str, Any], reason: str, words: str
-) -> None:
-    with pytest.raises(RecordError) as caught:
-        encode_row("kto", row)
-    assert (caught.value.reason, caught.value.field, str(caught.value)) == (reason, "label", words)
-
-
-def test_sft_drops_what_is_labelled_as_bad_and_imitates_the_rest(encode_row: Encode) -> None:
-    for row in (RESPONSE, RESPONSE | {"label": True}, PAIR):
-        assert (encode_row("sft", row).chosen_ids, encode_row("sft", row).rejected_ids) == (IT_IS_TWO, [])
-    with pytest.raises(RecordError) as caught:
-        encode_row("sft", RESPONSE | {"label": False})
-    assert (caught.value.reason, str(caught.value)) == (
-        "undesirable response",
-        "label: the response is labelled as bad, and sft imitates responses",
-    )
-
-
-COMPARING = [name for name, algorithm in ALGORITHMS.items() if algorithm().needs.responses == "both"]
-
-
-@pytest.mark.parametrize("algorithm", COMPARING)
-@pytest.mark.parametrize("label", [None, True, False])
-def test_what_compares_two_responses_drops_single_ones(encode_row: Encode, algorithm: str, label: bool | None) -> None:
-    assert encode_row(algorithm, PAIR).rejected_ids == A_CAT
-    with pytest.raises(RecordError) as caught:
-        encode_row(algorithm, RESPONSE | {"label": label})
-    assert (caught.value.reason, caught.value.field) == ("missing field", "rejected_response")
-    assert str(caught.value) == (
-        "rejected_response: the record has one response only, and this algorithm compares a chosen with a rejected one; "
-        "add the column, or train with sft (or kto, with a label)"
-    )
-
-
-def test_dpo_and_its_kin_compare_and_kto_and_sft_do_not() -> None:
-    assert COMPARING == ["dpo", "mdpo", "rm", "cpo", "orpo", "simpo"]
-
-
-def test_whatever_goes_wrong_with_a_row_drops_that_row(model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """A processor refuses one picture by an exception of its own; the rows around it are encoded."""
-    Image.new("RGB", (1, 250)).save(tmp_path / "line.png")  # Qwen's: "absolute aspect ratio must be smaller than 200"
-    Image.new("RGB", (30, 40)).save(tmp_path / "good.png")
-    rows = [PAIR | {"images": [name]} for name in ("good.png", "line.png", "good.png")]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False)
-    spec = EncoderSpec(str(model_folder("qwen2_vl")), responses="both")
-    task = PrepareTask(0, 0, spans_of(sources.datasets[0].files[0], 256)[0], None)
-    lines = _write_task(task, Store(str(tmp_path / "shard")), sources, spec)
-    assert [line.get("reason") for line in lines] == [None, "unusable record", None]
-    assert lines[1]["source_row"] == 1
-    assert lines[1]["detail"] == "ValueError: absolute aspect ratio must be smaller than 200, got 250.0"
-
-
-def test_a_model_that_can_encode_nothing_and_a_record_too_long_for_raise_are_no_faults_of_rows(
-    model_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    spec = EncoderSpec(str(model_folder("llava")), responses="both", max_length=4, truncation_strategy="raise")
-    with pytest.raises(RecordTooLong, match="has 19 tokens and --max_length is 4"):
-        _encode_row(PAIR, "a.jsonl:3", Store(str(tmp_path)), Sources((), None, False), spec)
-    folder = tmp_path / "broken"
-    shutil.copytree(model_folder("llava"), folder)
-    (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}")
-    with pytest.raises(ValueError, match="in no form") as caught:
-        _encode_row(
-            PAIR, "a.jsonl:3", Store(str(tmp_path)), Sources((), None, False), EncoderSpec(str(folder), responses="both")
-        )
-    assert not isinstance(caught.value, RecordError)
 
 
 def test_data_read_by_another_plugin_are_other_data(model_folder: Callable[..., Path]) -> None:
@@ -178,95 +39,27 @@ def test_renamed_columns_are_other_data_and_none_are_the_data_of_before(model_fo
     assert len({key(), key(("a", "images")), key(("a", "image")), key(("b", "images"))}) == 4
 
 
-@pytest.fixture
-def outcome_of_rows(model_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., pa.Table]:
-    """`outcome_of_rows(rows, columns, model)`: what a task reports of a file with these rows."""
-    Image.new("RGB", (30, 40)).save(tmp_path / "a.png")
-
-    def outcome(rows: list[dict[str, Any]], columns: Renames = (), model: str = "llava") -> pa.Table:
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False, (), columns)
-        spec = EncoderSpec(str(model_folder(model)), responses="both")
-        lines = _write_task(
-            PrepareTask(0, 0, spans_of(sources.datasets[0].files[0], 256)[0], None),
-            Store(str(tmp_path / "shard")),
-            sources,
-            spec,
-        )
-        return pa.Table.from_pylist(lines, schema=OUTCOME_SCHEMA)
-
-    return outcome
-
-
-Outcome = Callable[..., pa.Table]
-WITH_PATH = PAIR | {"image_path": "a.png"}
-
-
-def test_a_picture_in_a_column_that_nothing_reads_drops_the_record_until_it_is_renamed(outcome_of_rows: Outcome) -> None:
-    rows = [WITH_PATH, PAIR, PAIR | {"images": ["a.png"], "image_path": "b.png"}, PAIR | {"picture": "x/y.jpg"}]
-    assert outcome_of_rows(rows)["reason"].to_pylist() == ["picture not read", None, None, "picture not read"]
-    renamed = outcome_of_rows([WITH_PATH, PAIR], (("image_path", "images"),))
-    assert (renamed["reason"].to_pylist(), renamed["num_images"].to_pylist()) == ([None, None], [1, 0])
-
-
-def test_a_language_model_has_no_use_for_pictures(outcome_of_rows: Outcome) -> None:
-    assert outcome_of_rows([WITH_PATH], (), "qwen2")["reason"].to_pylist() == [None]
-
-
-def test_columns_are_said_once_a_task_and_hostile_names_do_no_harm(outcome_of_rows: Outcome) -> None:
-    rows = [
-        PAIR | {"id": 1},
-        PAIR | {"id": 2, "source": "x"},
-        {"\ud800": 1},
-        PAIR | {"\ud800 \n": "a" * 9},
-        PAIR | {"\ud800": "a.png"},
-    ]
-    rows += [PAIR | {f"{'long' * 999}{i}": 1 for i in range(100)}]
-    table = outcome_of_rows(rows, (("none", "images"), ("id", "history")))
-    assert table["unread"].to_pylist()[1] == ["source"]
-    assert table["renamed"].to_pylist()[:2] == [["id"], []]
-    table = outcome_of_rows(rows)
-    assert table["unread"].to_pylist()[:5] == [["id"], ["source"], [], ["?"], []]
-    assert max(map(len, table["unread"].to_pylist()[5])) < 70
-    assert table["field"].to_pylist()[4] == "?"
-
-
-def said(table: pa.Table, columns: Renames = (), model: str | None = "my/model") -> list[tuple[int, str]]:
-    return remarks(table, ["a.jsonl"], columns, looks_at_pictures=model)
-
-
-def test_what_is_left_out_is_said_once_for_a_data_set(outcome_of_rows: Outcome) -> None:
-    words = (
-        "a.jsonl: NO RECORD HAS A PICTURE, and my/model is a vision-language model: of these records it learns from the text "
-        "alone. If their pictures stand in a column of another name, pass --columns NAME=images."
+@pytest.mark.parametrize(("num_rows", "val_dataset", "said"), [(40, (), True), (40, ("b.jsonl",), False), (60, (), False)])
+def test_a_run_that_holds_nothing_out_says_so(
+    model_folder: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    num_rows: int,
+    val_dataset: tuple[str, ...],
+    said: bool,
+) -> None:
+    data = PreparedData(Store("/nowhere"), "attempt", num_rows)
+    monkeypatch.setattr(prepare, "prepare", lambda *_: data)  # which would need a cluster
+    flags = DataConfig(dataset=("a.jsonl",), val_dataset=val_dataset)
+    prepare.prepare_run(
+        Config(DPO(), model=ModelConfig(model=str(model_folder("llava"))), data=flags, run=RunConfig(output_dir="out"))
     )
-    rows = [PAIR | {"id": 1, "sytem": "x"}, PAIR | {"id": 2}]
-    unread = "a.jsonl: columns that are not read: id, sytem. Did you mean --columns sytem=system?"
-    table = outcome_of_rows(rows)
-    assert said(table) == [(logging.INFO, unread), (logging.WARNING, words)]
-    assert said(table, model=None) == [(logging.INFO, unread)]
-    assert said(outcome_of_rows([PAIR, PAIR | {"images": ["a.png"]}])) == []
-    absent = (("none", "images"),)
-    assert said(outcome_of_rows([PAIR | {"images": ["a.png"]}], absent), absent) == [
-        (logging.WARNING, "a.jsonl: --columns none=images: no row has a column none.")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("lost", "refused"), [({"a": 1}, False), ({"a": 2}, True), ({"b": 2}, False), ({"a": 1, "b": 6}, True), ({}, False)]
-)
-def test_a_data_set_whose_pictures_are_not_read_is_refused(lost: Mapping[str, int], refused: bool) -> None:
-    """Two data sets of 20 and 100 rows, 5 % of which may be dropped."""
-    dropped = [
-        {"dataset": dataset, "reason": "picture not read", "field": field}
-        for dataset, count in lost.items()
-        for field in (["img"] + ["photo"] * count)[-count:]
-    ]
-    dropped += [{"dataset": "a", "reason": "image missing", "field": "images"}] * 9
-    words = unread_pictures(dropped, {"a": 20, "b": 100}, limit=0.05)
-    assert (words is not None) == refused
-    if lost == {"a": 2}:
-        assert words == (
-            "a: 2 of 20 records have what looks like their picture in a column that no record format reads: photo. Pass "
-            "--columns photo=images, or take the column out of the rows."
-        )
+    words = [record.getMessage() for record in caplog.records if "held out" in record.getMessage()]
+    assert words == (
+        [
+            "Data: nothing is held out, so that nothing is evaluated: 0.01 of 40 records is less than one. Pass --val_dataset, "
+            "or a larger --dataset_test_ratio such as 0.1."
+        ]
+        if said
+        else []
+    )

@@ -15,6 +15,7 @@ from rayalign.data.sampler import (
     epoch_order,
     fetch_chunk,
     hold_out,
+    nothing_held_out,
     partners_in,
 )
 from rayalign.data.store import EncodedPair, PreparedData, TokenCounts
@@ -78,6 +79,25 @@ def test_the_order_is_the_same_today_as_when_a_run_was_started() -> None:
     """An unfinished run is resumed by newer code: these numbers may change only together with the cache's format."""
     assert epoch_order(np.arange(10), seed=42, epoch=0).tolist() == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]
     assert hold_out(10, ratio=0.2, seed=42)[1].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "ratio", "larger"),
+    [
+        (40, 0.01, ", or a larger --dataset_test_ratio such as 0.1"),
+        (3, 0.1, ", or a larger --dataset_test_ratio such as 0.33"),
+        (1, 0.5, ""),
+    ],
+)
+def test_a_part_that_is_less_than_a_record_is_said(num_rows: int, ratio: float, larger: str) -> None:
+    assert nothing_held_out(num_rows, ratio) == (
+        f"nothing is held out, so that nothing is evaluated: {ratio} of {num_rows} records is less than one. Pass "
+        f"--val_dataset{larger}."
+    )
+
+
+def test_a_part_of_a_record_or_more_and_none_by_choice_are_not_said() -> None:
+    assert [nothing_held_out(100, ratio) for ratio in (0.01, 0.5, 0.0)] == [None] * 3
 
 
 @pytest.mark.parametrize("packs_rows", [False, True])

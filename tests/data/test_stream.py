@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayalign.data.batch import PairBatch
 from rayalign.data.companions import Companion, Damaged, Mismatched
-from rayalign.data.encode import EncoderSpec
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk
 from rayalign.data.store import EncodedPair, PreparedData, from_batch
 from rayalign.data.stream import ahead, batch_maker, held_out_pairs

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig, OptimizerConfig, PlanConfig, TunerConfig
-from rayalign.data.encode import EncoderSpec
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import EncodedPair
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.estimate import Estimate

@@ -20,7 +20,8 @@ from torch import Tensor
 from rayalign.algorithms import DPO, KTO, MDPO, Needs
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PairBatch
-from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord
 from rayalign.models.source import ModelSource

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from rayalign.data.companions import Damaged
-from rayalign.data.encode import EncoderSpec, image_processing
+from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.stream import batch_maker
 from rayalign.images.damage import damage_image
 from tests.tiny_models import encode_pair, make_policy, noise_image

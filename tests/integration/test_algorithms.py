@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config.config import config_from_mapping
 from rayalign.config.sections import OptimizerConfig
-from rayalign.data.encode import EncoderSpec
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.sampler import StepCounts, cut_micro_batches, hold_out
 from rayalign.data.store import PreparedData
 from rayalign.data.stream import held_out_pairs

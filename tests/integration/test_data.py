@@ -14,7 +14,7 @@ import ray
 from PIL import Image
 
 from rayalign.config.sections import DataConfig
-from rayalign.data.encode import EncoderSpec
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.prepare import prepare
 from rayalign.data.sampler import SamplerSettings, StepSampler
 from rayalign.data.store import PreparedData

@@ -16,7 +16,8 @@ from rayalign.algorithms.dpo import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
 from rayalign.data import prepare
-from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.formats.records import Message, PreferenceRecord
 from rayalign.models.chat_templates import PACKAGED, packaged_template
 from rayalign.models.registry import find_family
@@ -148,7 +149,7 @@ def test_trl_is_not_imported_for_its_templates(without_template: Callable[..., P
     folder = without_template("llava_next")
     script = (
         "import sys, rayalign.data.prepare\n"
-        "from rayalign.data.encode import EncoderSpec\n"
+        "from rayalign.data.encoder_spec import EncoderSpec\n"
         f"print(EncoderSpec({json.dumps(str(folder))}, responses='both').lent_template, 'trl' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

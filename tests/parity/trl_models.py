@@ -25,7 +25,8 @@ from trl import DPOConfig, DPOTrainer
 from rayalign.algorithms import DPO, Algorithm, Needs
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PairBatch
-from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.sampler import StepCounts
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import Message, build_record

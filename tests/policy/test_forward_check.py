@@ -10,7 +10,8 @@ import torch
 import transformers
 
 import rayalign.ops.attention
-from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError
 from rayalign.models.registry import FAMILIES, REGISTERED_MODELS, find_family
 from rayalign.policy.forward_check import check_forward

@@ -11,7 +11,8 @@ from transformers import AutoModelForImageTextToText
 import rayalign
 from rayalign.algorithms import RM
 from rayalign.config.sections import TunerConfig
-from rayalign.data.encode import Encoder, EncoderSpec
+from rayalign.data.encode import Encoder
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.formats.parse import parse_row
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
@@ -111,3 +112,30 @@ def test_what_can_not_be_scored_is_said(model_folder: Callable[..., Path], pictu
     with pytest.raises(ValueError) as caught:
         rayalign.load_policy(pictures / "gone")
     assert str(caught.value) == f"--model {pictures}/gone: there is no such folder (looked for {pictures}/gone)."
+
+
+def test_a_row_is_refused_for_what_drops_a_record_of_a_data_set(model_folder: Callable[..., Path], pictures: Path) -> None:
+    policy = rayalign.load_policy(model_folder("llava"), image_root=pictures, device="cpu")
+    row = {name: cell for name, cell in ROWS[0].items() if name != "images"}
+    for wrong, words in (
+        (
+            {"image_path": "a.png"},
+            "image_path: this looks like a picture, the record has no other, and no record format reads a column of this name; "
+            "pass --columns image_path=images, or take the column out of the rows",
+        ),
+        ({"images": ["gone.png"]}, "images: gone.png: No such file or directory"),
+        ({"images": ["http://localhost/a.png"]}, "images: http://localhost/a.png: pass --allow_image_urls true to fetch it"),
+        ({"margin": {}}, "margin: expected a number, found {}"),
+        ({"history": 3}, "history: expected a list of [query, response] pairs"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            policy.logps([ROWS[0], row | wrong])
+        assert str(caught.value) == f"Row 1: {words}"
+
+
+def test_columns_are_renamed_as_for_training(model_folder: Callable[..., Path], pictures: Path) -> None:
+    folder = model_folder("llava")
+    expected = rayalign.load_policy(folder, image_root=pictures, device="cpu").logps(ROWS)
+    policy = rayalign.load_policy(folder, image_root=pictures, device="cpu", columns=["image_path=images"])
+    rows = [{"image_path" if name == "images" else name: cell for name, cell in row.items()} for row in ROWS]
+    assert torch.equal(policy.logps(rows).chosen.total, expected.chosen.total)

@@ -22,9 +22,10 @@ from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PairBatch
 from rayalign.data.companions import Companion, Damaged
-from rayalign.data.encode import EncoderSpec
-from rayalign.data.prepare import RunData, Sources, cache_key
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.data.prepare import RunData, cache_key
 from rayalign.data.reference_store import SHARD_ROWS, ReferenceLogps, missing_shards, shard_name, write_reference_shard
+from rayalign.data.rows import Sources
 from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk
 from rayalign.data.store import EncodedPair, PreparedData, from_batch
 from rayalign.data.stream import batch_maker, sampler_of

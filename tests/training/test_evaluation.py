@@ -10,7 +10,7 @@ import torch
 
 from rayalign.algorithms import CPO, DPO, KTO, MDPO, ORPO, RM, SFT, Algorithm, SimPO
 from rayalign.config.sections import OptimizerConfig, TunerConfig
-from rayalign.data.encode import EncoderSpec, image_processing
+from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.shuffled_pictures import with_pictures_of
 from rayalign.data.store import EncodedPair
 from rayalign.training.evaluation import (

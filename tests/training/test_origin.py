@@ -8,7 +8,7 @@ import pytest
 
 from rayalign.algorithms import SFT
 from rayalign.config.config import Config, config_from_mapping
-from rayalign.data.encode import EncoderSpec
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.prepare import RunData
 from rayalign.data.store import EncodedPair, PreparedData
 from rayalign.models.source import ModelSource

@@ -10,7 +10,7 @@ import yaml
 from rayalign.algorithms import DPO, KTO, RM, SFT, Algorithm
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.plugins import Plugin
-from rayalign.data.encode import EncoderSpec
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.prepare import RunData
 from rayalign.data.store import EncodedPair, PreparedData
 from rayalign.models.source import ModelSource

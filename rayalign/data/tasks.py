@@ -1,0 +1,48 @@
+"""The work of a preparation in tasks, each some rows of one file, which the cluster's processes do side by side.
+
+`prepare` hands them out, `rows` does one.
+"""
+
+import hashlib
+
+import numpy as np
+import ray
+
+from rayalign.cluster import Stopped, outcome_of, result_of
+from rayalign.data.rows import PrepareTask, Sources
+from rayalign.data.store import Rows
+from rayalign.sources.files import Dataset, SourceFile, spans_of
+from rayalign.sources.rows import Span
+
+SPAN_ROWS = 256
+"""Rows that one task reads, encodes and writes as one shard."""
+
+
+def cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
+    """The work of a preparation; files are scanned side by side, and #N draws are made here."""
+    scan = ray.remote(_spans_of)
+    files = [(d, f, file) for d, dataset in enumerate(sources.datasets) for f, file in enumerate(dataset.files)]
+    spans = [result_of(outcome) for outcome in ray.get([scan.remote(file) for _, _, file in files])]
+    tasks = []
+    for d, dataset in enumerate(sources.datasets):
+        own = [(f, span) for (owner, f, _), of_file in zip(files, spans, strict=True) if owner == d for span in of_file]
+        wanted = _draw(sum(span.num_rows for _, span in own), dataset, seed)
+        passed = 0
+        for f, span in own:
+            inside = wanted[(wanted >= passed) & (wanted < passed + span.num_rows)] if wanted is not None else None
+            rows = None if inside is None else tuple(int(row) for row in inside - passed + span.first_row)
+            if rows is None or rows:
+                tasks.append(PrepareTask(d, f, span, rows))
+            passed += span.num_rows
+    return tasks
+
+
+def _spans_of(file: SourceFile) -> list[Span] | Stopped:
+    return outcome_of(lambda: spans_of(file, SPAN_ROWS))
+
+
+def _draw(num_rows: int, dataset: Dataset, seed: int) -> Rows | None:
+    if dataset.sample is None:
+        return None
+    name = int.from_bytes(hashlib.sha256(dataset.name.encode()).digest()[:4], "big")
+    return np.sort(np.random.default_rng([seed, name]).choice(num_rows, dataset.num_drawn(num_rows), replace=False))
