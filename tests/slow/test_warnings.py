@@ -1,0 +1,67 @@
+"""The report's warnings held against what became of the models, on the quickstart's task, whose answers are right or wrong."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "quickstart"))
+
+import compare
+import stages
+from task import write_labelled
+
+SOUND = {name: compare.RUNS[name] for name in ("sft", "dpo", "mdpo", "mpo", "cpo", "orpo", "simpo", "kto", "rm")}
+SOUND["dpo_rpo"] = compare.Run("DPO with the whole NLL term", "dpo", ("--beta", 0.1, "--rpo_alpha", 1))
+BROKEN = {
+    "dpo_alone": compare.Run("DPO without the NLL term", "dpo", ("--beta", 0.1, "--rpo_alpha", 0)),
+    "dpo_hot": compare.Run("DPO at five times the rate", "dpo", ("--rpo_alpha", 0, "--learning_rate", 5 * stages.RATE)),
+    "kto_hot": compare.Run(
+        "KTO on labelled responses, five times the rate", "kto", ("--learning_rate", 5 * stages.RATE), "labelled.jsonl"
+    ),
+}
+ENDS = re.compile(r'<section class="warnings".*?</section>', re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stages.Task]:
+    with stages.cluster():
+        made = stages.prepare(tmp_path_factory.mktemp("task"), 0)
+        write_labelled(made.folder / "labelled.jsonl", made.training, made.training_pairs, 30)
+        yield made
+
+
+def warnings_of(report: Path) -> list[str]:
+    section = ENDS.search(report.read_text())
+    return [unescape(words) for words in re.findall(r"<li>(.*?)</li>", section.group())] if section else []
+
+
+def trained(task: stages.Task, name: str, run: Any) -> tuple[list[str], dict[str, float]]:
+    """The report's warnings, and the figures of the model on held-out handwriting."""
+    stages.align(task, run.pipeline, name, *stages.ONE_WORKER, "--eval_steps", 20, *run.flags, records=run.records)
+    return warnings_of(task.folder / name / "report.html"), compare.judged(task, name)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_a_run_whose_model_got_better_has_no_warning(
+    task: stages.Task, name: str, record_property: Callable[[str, object], None]
+) -> None:
+    found, figures = trained(task, name, SOUND[name])
+    record_property(f"{SOUND[name].title}: figures, warnings", (figures, found))
+    before = compare.judged(task, "sft")
+    assert figures.get("answers", figures["preference"]) >= before["answers"]
+    assert found == []
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_run_whose_model_lost_its_answers_says_so(
+    task: stages.Task, name: str, record_property: Callable[[str, object], None]
+) -> None:
+    found, figures = trained(task, name, BROKEN[name])
+    record_property(f"{BROKEN[name].title}: figures, warnings", (figures, found))
+    assert figures["answers"] < 0.3  # DPO with the NLL term: 0.55
+    assert any(words.startswith("The chosen responses became less likely") for words in found)
