@@ -84,7 +84,7 @@ def test_the_loss_falls_and_the_sft_adapter_is_the_reference(sft_run: Path, dpo_
     sft = [json.loads(line) for line in (sft_run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in sft if "loss" in line]
     assert losses[-1] < losses[0]
-    start = json.loads((dpo_run / "metrics.jsonl").read_text().splitlines()[0])
+    start = next(line for line in map(json.loads, (dpo_run / "metrics.jsonl").read_text().splitlines()) if "loss" in line)
     # After one step at a warm-up rate rewards are still near 0, which they could not be against the model before SFT.
     assert abs(start["rewards/chosen"]) < 0.5
     learnt = load_file(dpo_run / "model" / "adapter_model.safetensors")
