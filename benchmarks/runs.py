@@ -24,13 +24,15 @@ from measuring import set_up
 from synthetic import Shape, save_model, write_records
 
 from rayalign.algorithms import DPO
-from rayalign.cluster import resolve_cluster, set_ray_variables, start_ray
+from rayalign.cluster import set_ray_variables
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.data.batch import PairBatch
 from rayalign.data.prepare import RunData, prepare_run
 from rayalign.data.sampler import StepSampler
 from rayalign.data.store import from_batch
 from rayalign.data.stream import ahead, batch_maker, sampler_of
+from rayalign.joining import start_ray
+from rayalign.nodes import resolve_cluster
 from rayalign.policy.loading import load_policy
 from rayalign.storage import Store
 from rayalign.training.driver import fit

@@ -57,7 +57,7 @@ def train(algorithm: str, *, config: File | Sequence[File] = (), **flags: FlagVa
     if run.run.dry_run:
         raise ValueError("dry_run=True trains nothing: call rayalign.plan with the same flags.")
 
-    from rayalign.cluster import ray_as_found
+    from rayalign.joining import ray_as_found
     from rayalign.training import driver
 
     with ray_as_found():
@@ -77,9 +77,9 @@ def plan(algorithm: str, *, config: File | Sequence[File] = (), **flags: FlagVal
     run, machine = _build(algorithm, config, flags, PlanConfig)
     assert isinstance(machine, PlanConfig)
 
-    from rayalign.cluster import ray_as_found
     from rayalign.estimate.plan import estimate_run
     from rayalign.estimate.table import plan_text
+    from rayalign.joining import ray_as_found
 
     with ray_as_found():
         found = estimate_run(run, machine)

@@ -1,34 +1,25 @@
-"""Ray itself: joining a cluster or starting one, what its processes log, errors that cross it, and its undocumented names.
+"""Ray's processes: what they log, errors that cross them, and undocumented names. `joining` joins or starts the cluster that
+they run on, `nodes` looks at its machines.
 
-Every name of Ray that its documentation does not promise is here, with its place in Ray's source (read in version 2.60.0) and
-when it can go. tests/test_cluster.py compares each with the installed Ray.
+Names of Ray that its documentation does not promise are here and in `joining`, with their place in Ray's source (read in
+version 2.60.0) and when they can go. tests/test_cluster.py compares each with the installed Ray.
 """
 
-import contextlib
-import dataclasses
 import logging
 import os
-import re
-import signal
-import socket
 import sys
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import ray
-import ray._private.utils
+import ray._private.worker
 import ray.data
 import ray.exceptions
 import ray.train
 import transformers
-
-from rayalign.config.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +48,9 @@ TEMPORARY_FOLDERS = "/runtime_resources/"
 """In the path of what Ray unpacks for a job, and deletes. Can go together with JOB_VARIABLE.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/ray_constants.py"""
 
-ADDRESS_VARIABLE = "RAY_ADDRESS"
-ANSWER_SECONDS = 20
-"""How long the head that RAY_ADDRESS names may take to answer."""
-
 HEAD_NODE = "node:__internal_head__"
 """A resource that only the head node has. Can go when Ray documents a way to keep a process on the head node.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py"""
-
-LAUNCHER_CONFIG = "~/ray_bootstrap_config.yaml"
-"""Where `ray up` leaves the cluster's configuration on the head node. Can go, as KUBERAY_VARIABLE can, when Ray says whether a
-cluster scales.
-https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/execution/cluster_info.py"""
-
-KUBERAY_VARIABLE = "RAY_USAGE_STATS_KUBERAY_IN_USE"
-"""Set in the pods of KubeRay.
-https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_common/usage/usage_constants.py"""
 
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of checkpoints, a file beside them. It is written in place, so that a kill may cut it short, and a short
@@ -177,109 +155,23 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             yield from _causes(cause)
 
 
-def start_ray(config: Config) -> None:
-    """Joins the cluster that RAY_ADDRESS names (in a job: the job's) or that `ray start` made on this machine; without any,
-    starts one of this process's own, with room for the workers, which no other run finds. Says which.
+def owns_cluster() -> bool:
+    """Whether this process started the cluster that it is connected to, so that nobody adds nodes to it.
 
-    Raises ValueError where nobody answers at RAY_ADDRESS.
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py (`_global_node`), 2.60.0. Can go when Ray
+    says whether a cluster was started or joined.
     """
-    quiet_ray()
-    set_ray_variables()
-    if ray.is_initialized():
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.is_head())
+
+
+def require_lasting_folder(folder: str | None, flag: str = "--output_dir") -> None:
+    """Raises ValueError for a folder of results that Ray would delete: in a job, one inside the folder that the job runs in."""
+    if folder and "://" in folder:
         return
-    address = _address_given()
-    with _own_sigterm_handler():
-        if address or _started_here():
-            # None is the cluster of `ray start`; "auto" would find the private one of any other process, too.
-            ray.init(address=address, logging_level=logging.WARNING)
-            nodes = sum(node["Alive"] for node in ray.nodes())
-            logger.info("Ray: joined the cluster at %s (%d nodes)", ray.get_runtime_context().gcs_address, nodes)
-            return
-        cluster = config.cluster
-        # One more than the workers take: preparation and fetches must find room beside them.
-        cpus = max(os.cpu_count() or 1, int(cluster.num_workers * cluster.cpus_per_worker) + 1)
-        logger.info("Ray: starting a cluster of this run's own on this machine, for %d CPUs", cpus)
-        # Ray Train asks the dashboard whether a run that vanished still holds its resources.
-        ray.init(address="local", num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)
-
-
-def _address_given() -> str | None:
-    """The address in RAY_ADDRESS, where somebody answers; None where it names none. Ray itself would try for minutes."""
-    address = os.environ.get(ADDRESS_VARIABLE, "").strip()
-    if address in ("", "auto", "local"):
-        return None
-    form = re.fullmatch(r"(?:ray://)?(?P<host>\[[^]]+\]|[^/:]+):(?P<port>[0-9]{1,5})/?", address)
-    if form is None or int(form["port"]) > 65535:
-        jobs = " An http address is for `ray job submit`." if address.startswith("http") else ""
-        raise ValueError(
-            f"{ADDRESS_VARIABLE}={address}: must be the head's HOST:PORT, such as 10.0.0.1:6379.{jobs} Unset it to run on this "
-            "machine alone."
-        )
-    problem = _problem_with(form["host"].strip("[]"), int(form["port"]), seconds=ANSWER_SECONDS)
-    if problem:
-        raise ValueError(
-            f"{ADDRESS_VARIABLE}={address}: no Ray cluster answers there ({problem}). Start its "
-            "head again, give the address of another, or unset it to run on this machine alone."
-        )
-    return address
-
-
-def _started_here() -> bool:
-    """Whether a cluster of `ray start` answers on this machine."""
-    if os.environ.get(ADDRESS_VARIABLE) == "local":
-        return False
-    address = ray._private.utils.read_ray_address()
-    if not address:
-        return False
-    host, _, port = address.rpartition(":")
-    problem = _problem_with(host.strip("[]"), int(port), seconds=2) if port.isdecimal() else "no address"
-    if problem:
-        logger.info("Ray: the cluster that `ray start` made at %s is gone (%s)", address, problem)
-    return not problem
-
-
-def _problem_with(host: str, port: int, *, seconds: float) -> str | None:
-    """Why nobody can be reached at a host and port, tried again until some seconds are over; None where somebody answers."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with socket.create_connection((host, port), timeout=max(1.0, deadline - time.monotonic())) as connection:
-                return "a web server answers, as the dashboard does" if _is_web_server(connection) else None
-        except OSError as error:
-            problem = (error.strerror or str(error)).lower()
-        if time.monotonic() + 1 > deadline:
-            return problem
-        time.sleep(1)
-
-
-def _is_web_server(connection: socket.socket) -> bool:
-    """Whether HTTP is spoken at the other end, as at the dashboard's port, which is often taken for the head's."""
-    connection.settimeout(2)
-    try:
-        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        return connection.recv(5) == b"HTTP/"
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def _own_sigterm_handler() -> Iterator[None]:
-    """Keeps what SIGTERM does in this process, where that is the program's own: `ray.init` would have it leave with code 15."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if callable(before) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-def require_lasting_folder(output_dir: str | None) -> None:
-    """Raises ValueError for an --output_dir that Ray would delete: in a job, one inside the folder that the job runs in."""
-    if output_dir and "://" in output_dir:
-        return
-    given = f"--output_dir {output_dir}" if output_dir else "--output_dir is not given"
-    whole = os.path.abspath(os.path.expanduser(output_dir or "output"))
-    relative = not (output_dir and os.path.isabs(os.path.expanduser(output_dir)))
+    given = f"{flag} {folder}" if folder else f"{flag} is not given"
+    whole = os.path.abspath(os.path.expanduser(folder or "output"))
+    relative = not (folder and os.path.isabs(os.path.expanduser(folder)))
     if TEMPORARY_FOLDERS in os.path.realpath(whole) or (relative and JOB_VARIABLE in os.environ):
         raise ValueError(
             f"{given}: the results would lie in {whole}, in the folder that Ray made for this job and deletes. Pass an "
@@ -287,46 +179,11 @@ def require_lasting_folder(output_dir: str | None) -> None:
         )
 
 
-@contextlib.contextmanager
-def ray_as_found() -> Iterator[None]:
-    """Leaves Ray as it was before: what is joined or started within is left or ended, so that a caller's next run finds a
-    cluster of the size that it asks for."""
-    was_there = ray.is_initialized()
-    try:
-        yield
-    finally:
-        if not was_there:
-            ray.shutdown()
-
-
 def set_ray_variables() -> None:
     """Sets what Ray Train and Ray Tune read from the environment of the process that starts them."""
     os.environ.setdefault(TRAIN_POLL_VARIABLE, POLL_SECONDS)
     os.environ[TUNE_METRIC_CHECK_VARIABLE] = "1"
     os.environ[TUNE_SIGINT_VARIABLE] = "1"
-
-
-def resolve_cluster(config: Config) -> Config:
-    """The same configuration with the workers' GPUs resolved; raises ValueError for workers that no node could ever hold."""
-    cluster = config.cluster
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    has_gpus = any(node.get("GPU", 0) for node in nodes)
-    gpus = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(has_gpus)
-    wanted = {"CPU": cluster.cpus_per_worker, "GPU": gpus}
-    fits = sum(int(min(node.get(name, 0) // amount for name, amount in wanted.items() if amount)) for node in nodes)
-    if fits < cluster.num_workers and not _autoscales():
-        largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in wanted}
-        raise ValueError(
-            f"--num_workers {cluster.num_workers} with {wanted['CPU']:g} CPUs and {gpus:g} GPUs each: the cluster has room "
-            f"for {fits} ({len(nodes)} nodes, the largest with {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs) and does "
-            "not scale. Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes."
-        )
-    return dataclasses.replace(config, cluster=dataclasses.replace(cluster, gpus_per_worker=gpus))
-
-
-def _autoscales() -> bool:
-    """Whether nodes may still join."""
-    return Path(LAUNCHER_CONFIG).expanduser().exists() or KUBERAY_VARIABLE in os.environ
 
 
 def configure_ray_data() -> None:

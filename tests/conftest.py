@@ -85,6 +85,43 @@ def prepare_pairs(tmp_path: Path) -> "Callable[[Sequence[EncodedPair]], Prepared
     return make
 
 
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The local folder that `s3://bucket` means in this process; models of URLs are copied to the folder `downloads` of the
+    test's own."""
+    import pyarrow.fs as pafs
+
+    from rayalign.storage import Store
+
+    (tmp_path / "stores" / "bucket").mkdir(parents=True)
+    monkeypatch.setenv("RAYALIGN_DOWNLOADS", str(tmp_path / "downloads"))
+    elsewhere = Store.resolve
+
+    def resolve(store: Store) -> tuple[pafs.FileSystem, str]:
+        if not store.location.startswith("s3://"):
+            return elsewhere(store)
+        return pafs.LocalFileSystem(), f"{tmp_path}/stores/{store.location.removeprefix('s3://')}"
+
+    monkeypatch.setattr(Store, "resolve", resolve)
+    return tmp_path / "stores" / "bucket"
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that pyarrow copies, as they are copied."""
+    import pyarrow.fs as pafs
+
+    copied: list[str] = []
+    copy_files = pafs.copy_files
+
+    def copy(source: str, *paths: Any, **systems: Any) -> None:
+        copied.append(source)
+        copy_files(source, *paths, **systems)
+
+    monkeypatch.setattr(pafs, "copy_files", copy)
+    return copied
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The contract matrix: a line for each model family, a column for each check of `test_families`, from the run itself."""
     checks: list[str] = []

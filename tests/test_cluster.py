@@ -1,12 +1,8 @@
-"""Names of Ray that its documentation does not promise, against the installed Ray; errors that cross it; the workers' GPUs."""
+"""Names of Ray that its documentation does not promise, against the installed Ray; errors that cross it; folders of jobs."""
 
-import contextlib
-import http.server
 import importlib
 import inspect
 import pickle
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +14,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from rayalign import cluster
-from rayalign.algorithms import DPO
-from rayalign.config.config import Config
-from rayalign.config.sections import ClusterConfig
+from rayalign import cluster, joining
 
 
 @pytest.mark.parametrize(
@@ -30,8 +23,7 @@ from rayalign.config.sections import ClusterConfig
         (cluster.TRAIN_POLL_VARIABLE, "ray.train.v2._internal.constants", "HEALTH_CHECK_INTERVAL_S_ENV_VAR"),
         (cluster.CHECKPOINT_LIST, "ray.train.v2._internal.constants", "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME"),
         (cluster.JOB_VARIABLE, "ray._private.runtime_env.constants", "RAY_JOB_CONFIG_JSON_ENV_VAR"),
-        (cluster.ADDRESS_VARIABLE, "ray._private.ray_constants", "RAY_ADDRESS_ENVIRONMENT_VARIABLE"),
-        (cluster.KUBERAY_VARIABLE, "ray._common.usage.usage_constants", "KUBERAY_ENV"),
+        (joining.ADDRESS_VARIABLE, "ray._private.ray_constants", "RAY_ADDRESS_ENVIRONMENT_VARIABLE"),
         (
             cluster.HEAD_NODE,
             "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
@@ -53,7 +45,11 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         ("sys.exit(0)", "ray.train.v2.api.data_parallel_trainer", "process still exits with 1.\n                    {}\n"),
         ("sys.exit(signum)", "ray._private.worker", "    def sigterm_handler(signum, frame):\n        {}\n"),
         (cluster.TEMPORARY_FOLDERS.strip("/"), "ray._private.ray_constants", '= "{}"'),
-        (cluster.LAUNCHER_CONFIG, "ray.tune.execution.cluster_info", 'Path("{}").expanduser().exists()'),
+        (
+            "head=False",
+            "ray._private.worker",
+            "_global_node = ray._private.node.Node(\n                ray_params,\n                {},",
+        ),
         ("logger", "ray.data._internal.progress", '{}.warning(\n                "Progress bars disabled.'),
         ("worker_failures", "ray.train.v2.api.exceptions", "self.{} = worker_failures"),
     ],
@@ -191,66 +187,6 @@ def test_a_failure_of_the_cluster_is_put_into_words(error: Exception, words: str
     assert cluster.cause_in_words(error).startswith(words.removesuffix(")."))
 
 
-@pytest.fixture
-def addressed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """`addressed(address)`: what a run says that finds this RAY_ADDRESS, which nobody answers."""
-    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.1)
-
-    def run(address: str) -> str:
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(ValueError) as caught:
-            cluster.start_ray(Config(DPO()))
-        assert not ray.is_initialized()
-        return str(caught.value)
-
-    return run
-
-
-@pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}", "ray://127.0.0.1:{}"])
-def test_a_head_that_is_gone_is_said_at_once_and_not_after_minutes(addressed: Callable[[str], str], form: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = form.format(free.getsockname()[1])
-        assert addressed(address) == (
-            f"RAY_ADDRESS={address}: no Ray cluster answers there (connection refused). Start its head again, "
-            "give the address of another, or unset it to run on this machine alone."
-        )
-
-
-def test_the_dashboards_port_is_not_taken_for_the_heads(addressed: Callable[[str], str]) -> None:
-    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-    threading.Thread(target=server.handle_request, daemon=True).start()
-    with contextlib.closing(server.socket):
-        assert "(a web server answers, as the dashboard does)" in addressed(f"127.0.0.1:{server.server_port}")
-
-
-@pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.1:", "head:ray", "10.0.0.1:99999", "s3://bucket/head", "a:b:6379"])
-def test_an_address_that_names_no_head_is_refused(addressed: Callable[[str], str], address: str) -> None:
-    assert addressed(address) == (
-        f"RAY_ADDRESS={address}: must be the head's HOST:PORT, such as 10.0.0.1:6379. Unset it to run on this machine alone."
-    )
-
-
-def test_the_address_of_jobs_is_told_from_that_of_drivers(addressed: Callable[[str], str]) -> None:
-    assert "such as 10.0.0.1:6379. An http address is for `ray job submit`." in addressed("http://127.0.0.1:8265")
-
-
-def test_a_cluster_of_ray_start_is_joined_only_where_it_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    (tmp_path / "ray").mkdir()
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert not cluster._started_here()  # whatever private clusters run on this machine
-    with socket.socket() as head:
-        head.bind(("127.0.0.1", 0))
-        head.listen()
-        ray._private.utils.write_ray_address(f"127.0.0.1:{head.getsockname()[1]}")
-        assert cluster._started_here()
-        monkeypatch.setenv("RAY_ADDRESS", "local")
-        assert not cluster._started_here()
-        monkeypatch.delenv("RAY_ADDRESS")
-    assert not cluster._started_here()
-
-
 def test_a_job_needs_a_place_for_its_results_that_outlives_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for anywhere in (None, "runs/first", "/shared/runs"):
@@ -277,53 +213,3 @@ def test_results_in_a_folder_that_ray_unpacked_are_refused_without_a_job_too(
     for lost in (None, "runs", "./runs", f"{unpacked}/runs"):
         with pytest.raises(ValueError, match="Ray made for this job and deletes"):
             cluster.require_lasting_folder(lost)
-
-
-def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
-    return {"Alive": alive, "Resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})}}
-
-
-@pytest.fixture
-def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ClusterConfig]:
-    """`resolve(nodes, **flags)`: the cluster section of a run on these nodes."""
-    monkeypatch.setenv("HOME", "/nowhere")
-    monkeypatch.delenv(cluster.KUBERAY_VARIABLE, raising=False)
-
-    def run(nodes: list[dict[str, Any]], **flags: Any) -> ClusterConfig:
-        monkeypatch.setattr(ray, "nodes", lambda: nodes)
-        return cluster.resolve_cluster(Config(DPO(), cluster=ClusterConfig(**flags))).cluster
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("nodes", "flags", "gpus"),
-    [
-        ([node(4)], {}, 0),
-        ([node(4), node(8, 2)], {}, 1),
-        ([node(4), node(8, 2, alive=False)], {}, 0),
-        ([node(8, 2)], {"gpus_per_worker": 0}, 0),
-        ([node(8, 2)], {"gpus_per_worker": 0.5, "num_workers": 4}, 0.5),
-    ],
-)
-def test_a_worker_gets_a_gpu_where_there_are_any_and_the_flag_says_nothing(
-    resolve: Callable[..., ClusterConfig], nodes: list[dict[str, Any]], flags: dict[str, Any], gpus: float
-) -> None:
-    assert resolve(nodes, **flags).gpus_per_worker == gpus
-
-
-def test_workers_that_no_nodes_could_hold_are_refused(resolve: Callable[..., ClusterConfig]) -> None:
-    assert resolve([node(4, 1), node(8, 2)], num_workers=3, cpus_per_worker=4).num_workers == 3
-    with pytest.raises(ValueError) as caught:  # the larger node holds one, by its CPUs
-        resolve([node(4, 1), node(7, 2)], num_workers=3, cpus_per_worker=4)
-    assert str(caught.value) == (
-        "--num_workers 3 with 4 CPUs and 1 GPUs each: the cluster has room for 2 (2 nodes, the largest with 7 CPUs and 2 GPUs) "
-        "and does not scale. Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes."
-    )
-
-
-def test_workers_that_nodes_still_to_come_may_hold_are_not_refused(
-    resolve: Callable[..., ClusterConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(cluster.KUBERAY_VARIABLE, "1")
-    assert resolve([node(4)], num_workers=9).num_workers == 9

@@ -96,12 +96,12 @@ def load_plugins(arguments: Sequence[str], algorithms: Mapping[str, type[Any]]) 
 def _find(argument: str) -> Plugin:
     if not argument.endswith(".py") and "/" not in argument:
         return Plugin(argument)
-    from rayalign.storage import Store  # here, so that flags are read before a file system's library is loaded
+    from rayalign.downloads import read_file  # here, so that flags are read before a file system's library is loaded
+    from rayalign.storage import Store
 
-    file = Store.at(argument)
     try:
-        return Plugin(file.location, file.read_bytes().decode())
-    except (OSError, UnicodeDecodeError) as error:
+        return Plugin(Store.at(argument).location, read_file(argument).decode())
+    except (OSError, ValueError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"can't be read ({error})"
         raise ValueError(f"--plugin {argument}: {reason}.") from None
 

@@ -249,13 +249,21 @@ class ClusterConfig:
 
     num_workers: int = flag(1, "Train workers.", at_least=1)
     gpus_per_worker: float | None = flag(
-        None, "GPUs of each worker. Default: 1 where the cluster has GPUs, else 0.", at_least=0
+        None,
+        "GPUs of each worker. Default: 1 where a node has some, or where the model has 1e9 parameters and more, else 0.",
+        at_least=0,
     )
     cpus_per_worker: float = flag(1, "CPUs of each worker; its threads.", above=0)
     strategy: Literal["auto", "ddp", "device_map"] = flag(
         "auto",
         "ddp: a whole model on each worker; device_map: a worker spreads its model over its GPUs. "
         "auto: device_map where a worker has several GPUs, else ddp.",
+    )
+    wait_for_nodes: float | None = flag(
+        None,
+        "Seconds that a run waits for nodes with room for its workers, which it asks the cluster's autoscaler for. Default: "
+        "600 on a cluster that it joins, 0 on its own.",
+        at_least=0,
     )
     max_failures: int = flag(3, "Restarts after a worker or node is lost, each from the newest checkpoint.", at_least=0)
 

@@ -52,10 +52,10 @@ def plugins_in(locations: Iterable[str]) -> str | Sequence[str]:
 
 
 def _read_file(location: str) -> dict[str, Any]:
-    from rayalign.storage import Store  # here, so that flags without files are read before a file system's library is loaded
+    from rayalign.downloads import read_file  # here, so that flags alone are read before a file system's library is loaded
 
     try:
-        return parse_flags(Store.at(location).read_bytes())
+        return parse_flags(read_file(location))
     except OSError as error:
         raise ValueError(f"--config {location}: can't be read ({error.strerror or error}).") from None
     except ValueError as error:

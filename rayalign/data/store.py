@@ -164,8 +164,12 @@ class PreparedData:
 
     @classmethod
     def finish(cls, store: Store, *, attempt: str, index: pa.Table, dropped: Sequence[Mapping[str, Any]]) -> "PreparedData":
-        """Completes a data set whose shards stand under `attempt`: writes the index, the dropped records, then the manifest."""
+        """Completes a data set whose shards stand under `attempt`: writes the index, the dropped records, then the manifest.
+
+        Raises ValueError where shards that the index names are not there: on another machine's disk, or lost.
+        """
         index = index.cast(INDEX_SCHEMA).sort_by([(name, "ascending") for name in ("dataset", "file", "source_row")])
+        _require_shards(store / attempt, index)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
             writer.write_table(index)
@@ -194,6 +198,16 @@ class PreparedData:
 
     def reader(self) -> "PairReader":
         return PairReader(self)
+
+
+def _require_shards(folder: Store, index: pa.Table) -> None:
+    written = {file.name for file in folder.list()}
+    missing = sorted(set(index["shard"].unique().to_pylist()) - written)
+    if missing:
+        raise ValueError(
+            f"{folder.location}: lacks {len(missing)} of the shards that were written there, such as {missing[0]}. Do all "
+            "nodes see the same folder? Give a --cache_dir on a file system that all of them mount, or a URL."
+        )
 
 
 class PairReader:

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
-from rayalign.cluster import start_ray
 from rayalign.config.config import Config
 from rayalign.config.sections import PlanConfig
 from rayalign.data.prepare import prepare_run
+from rayalign.downloads import model_folder
 from rayalign.estimate.advice import held_out_of, schedule_of
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.catalogue import shipped_config, shipped_configs
@@ -27,10 +27,12 @@ from rayalign.estimate.lengths import ImageLook, estimated, measured
 from rayalign.estimate.shapes import DataShapes
 from rayalign.estimate.table import plan_text
 from rayalign.estimate.vision import VisionCosts
+from rayalign.joining import start_ray
 from rayalign.models.processors import load_processor, process_images
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_description, resolve_model
-from rayalign.training.run_folder import with_output_dir
+from rayalign.nodes import wait_for_cpus
+from rayalign.training.places import with_whole_paths
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ def plan_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bo
 def estimate_run(config: Config, plan: PlanConfig | None = None, *, several_runs: bool = False) -> Estimate:
     """What the plan tells, as figures, most of which are computed when they are first asked for."""
     config.check_inputs()
-    config = with_output_dir(_with_folder(config))
     name = config.model.model_type or config.model.model or config.model.adapter or ""
+    config = with_whole_paths(_with_folder(config))
     source = resolve_model(config.model, REGISTERED_MODELS)
     processor, folder, origin = None, source.base, f"config of {source.base}"
     try:
@@ -61,6 +63,9 @@ def estimate_run(config: Config, plan: PlanConfig | None = None, *, several_runs
         logger.info("%s: not at hand, lengths are estimated", source.base)
     else:
         processor = _processor_of(source, config)
+        folder = model_folder(source.base, weights=False)
+        if source.adapter is not None:
+            source = dataclasses.replace(source, adapter=model_folder(source.adapter, weights=True))
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     blueprint = Blueprint(model_config, source, config.model, config.tuner, config.algorithm.needs)
     look = _image_look(blueprint, processor, folder, config.data.max_pixels)
@@ -116,6 +121,7 @@ def _image_processor(folder: str) -> Any:
 
 def _measure(config: Config, blueprint: Blueprint, look: ImageLook | None) -> DataShapes:
     start_ray(config)
+    wait_for_cpus(config)
     data = prepare_run(config)
     held_out = 0 if data.held_out else held_out_of(config, total=data.training.num_rows)
     token = None if look is None else blueprint.config.image_token_id

@@ -1,7 +1,8 @@
 """A model that is not where it is said to be: what was tried, which name was meant, what helps; sentences for `source`."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -14,6 +15,9 @@ from huggingface_hub.errors import (
 )
 from transformers.utils.hub import cached_file
 
+from rayalign.downloads import model_files
+from rayalign.storage import is_url
+
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 DESCRIPTIONS = ("config.json", "adapter_config.json")
 
@@ -24,14 +28,14 @@ def require_config(model: str, named: str, known: Iterable[str] = ()) -> None:
     A hub id is looked up on this machine and, unless HF_HUB_OFFLINE is set, on the hub; `known` are hub ids that may be meant.
     """
     folder = Path(model).expanduser()
-    if folder.exists():
+    if not is_url(model) and folder.exists():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{named}: {without(folder, 'config.json')}")
         return
-    if "://" in model:
-        raise ValueError(
-            f"{named}: is a URL, and weights are read from a folder that every node sees, or from the hub. Copy it there first."
-        )
+    if is_url(model):
+        if "config.json" not in _remote_files(model, named):
+            raise ValueError(f"{named}: {without_remote(model, 'config.json')}")
+        return
     if not _may_be_hub_id(model):
         raise ValueError(f"{named}: {no_folder(model)}")
     try:
@@ -43,7 +47,11 @@ def require_config(model: str, named: str, known: Iterable[str] = ()) -> None:
 def require_weights(model: str, named: str) -> None:
     """Raises ValueError where a model's folder holds no file of weights; a hub id is left to the download."""
     folder = Path(model).expanduser()
-    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+    if is_url(model):
+        has_weights = any(fnmatch(name, pattern) for name in _remote_files(model, named) for pattern in WEIGHTS)
+    else:
+        has_weights = not folder.is_dir() or any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
+    if not has_weights:
         raise ValueError(
             f"{named}: the folder has a config.json and no weights (*.safetensors or *.bin). Copy them beside it; a download "
             "that was cut short goes on when it is started again."
@@ -72,8 +80,28 @@ def without(folder: Path, wanted: str) -> str:
         return f"the folder has no {wanted}.{_did_you_mean(inside[0])}"
     if next(folder.glob("*.gguf"), None):
         return f"the folder has no {wanted}, and GGUF files can't be trained: give the model that they were made from."
-    kind = "no adapter of peft" if wanted == DESCRIPTIONS[1] else "no model of transformers"
-    return f"the folder has no {wanted}, so it is {kind}{'' if any(folder.iterdir()) else ' (it is empty)'}."
+    return f"the folder has no {wanted}, so it is {_no_such_kind(wanted)}{'' if any(folder.iterdir()) else ' (it is empty)'}."
+
+
+def without_remote(url: str, wanted: str) -> str:
+    """`without` for the folder behind a URL: it is there, and lacks the file."""
+    try:
+        inside = any(description in model_files(f"{url}/model") for description in DESCRIPTIONS)
+    except ValueError:
+        inside = False
+    meant = f" Did you mean {url}/model?" if inside else ""
+    return f"the folder has no {wanted}, so it is {_no_such_kind(wanted)}.{meant}"
+
+
+def _remote_files(url: str, named: str) -> Collection[str]:
+    try:
+        return model_files(url)
+    except ValueError as error:
+        raise ValueError(f"{named}{str(error).removeprefix(url)}") from None
+
+
+def _no_such_kind(wanted: str) -> str:
+    return "no adapter of peft" if wanted == DESCRIPTIONS[1] else "no model of transformers"
 
 
 def neighbour(folder: Path) -> Path | None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, is_torchvision_available
 
+from rayalign.downloads import model_folder
 from rayalign.formats.records import RecordError
 from rayalign.models.compat import has_video_part, image_options, processor_class, without_video_part
 from rayalign.models.family import Family, ImageInputs
@@ -19,7 +20,8 @@ MAX_RESIZED_PIXELS = 2**24
 
 
 def load_processor(model: str, *, trust_remote_code: bool = False) -> Any:
-    """The processor of a folder or hub id; without torchvision one that has no video part, but saves its settings again."""
+    """The processor of a folder, URL or hub id; without torchvision without its video part, whose settings it saves again."""
+    model = model_folder(model, weights=False)
     if not is_torchvision_available():
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
         own_class = processor_class(config)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rayalign.config.sections import ModelConfig
-from rayalign.models.missing import no_folder, require_config, require_weights, without
+from rayalign.downloads import model_files, model_folder
+from rayalign.models.missing import no_folder, require_config, require_weights, without, without_remote
 from rayalign.storage import Store, is_url
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -16,10 +17,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where weights come from: `base` is a folder or hub id, `adapter` the folder of an adapter to continue from."""
+    """Where weights come from: `base` is a folder, URL or hub id, `adapter` the folder or URL of one to continue from."""
 
     base: str
     adapter: str | None = None
+
+    def here(self) -> "ModelSource":
+        """The same on this machine: folders of URLs are copied to it, once for all of its processes and runs."""
+        adapter = None if self.adapter is None else model_folder(self.adapter, weights=True)
+        return ModelSource(model_folder(self.base, weights=True), adapter)
 
 
 def resolve_model(config: ModelConfig, registered: Mapping[str, str]) -> ModelSource:
@@ -79,47 +85,62 @@ def _named(config: ModelConfig, source: ModelSource) -> str:
     return f"{source.adapter} is an adapter of the model {source.base}"
 
 
-def local_model(model: str, folder: Path) -> str:
-    """The model as --model names it; where that is a URL, the copy that is made below `folder` now. Raises ValueError for a URL
-    without a folder behind it."""
-    if not is_url(model):
-        return model
-    store = Store.at(model)
-    if not store.is_dir():
-        raise ValueError(f"--model {model}: there is no such folder.")
-    (folder / "model").mkdir()
-    store.download(folder / "model")
-    return str(folder / "model")
-
-
 def _source_of(model: str) -> ModelSource:
-    folder = Path(model).expanduser()
+    place = _local_where_it_is(model)
+    if is_url(place):
+        return _remote_source("--model", place)
+    folder = Path(place).expanduser()
     if not folder.is_dir():
-        if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ValueError(f"--model {model}: {no_folder(model)}")
+        if folder.exists() or place.startswith((".", "/", "~")) or place.count("/") > 1:
+            raise ValueError(f"--model {model}: {no_folder(place)}")
         return ModelSource(model)
     folder = folder.resolve()
     if (folder / ADAPTER_CONFIG).exists():
-        return ModelSource(_base_of(folder), adapter=str(folder))
+        return ModelSource(_base_of(folder, str(folder)), adapter=str(folder))
     if not (folder / "config.json").exists():
         raise ValueError(f"--model {model}: {without(folder, 'config.json')}")
     return ModelSource(str(folder))
 
 
+def _remote_source(flag: str, url: str, *, wanted: str = "config.json") -> ModelSource:
+    """What the folder behind a URL is: an adapter with its base, or, where a model is wanted, that."""
+    try:
+        files = model_files(url)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
+    url = Store.at(url).location
+    if ADAPTER_CONFIG in files:
+        return ModelSource(_base_of(Path(model_folder(url, weights=False)), url), adapter=url)
+    if wanted not in files:
+        raise ValueError(f"{flag} {url}: {without_remote(url, wanted)}")
+    return ModelSource(url)
+
+
+def _local_where_it_is(model: str) -> str:
+    """A file:// URL as the path that it is."""
+    local = Store.at(model).local_path if is_url(model) else None
+    return model if local is None else str(local)
+
+
 def _adapter_source(adapter: str) -> ModelSource:
-    folder = Path(adapter).expanduser()
+    place = _local_where_it_is(adapter)
+    if is_url(place):
+        return _remote_source("--adapter", place, wanted=ADAPTER_CONFIG)
+    folder = Path(place).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"--adapter {adapter}: {no_folder(adapter)}")
+        raise ValueError(f"--adapter {adapter}: {no_folder(place)}")
     if not (folder / ADAPTER_CONFIG).exists():
         raise ValueError(f"--adapter {adapter}: {without(folder, ADAPTER_CONFIG)}")
-    return ModelSource(_base_of(folder), adapter=str(folder.resolve()))
+    return ModelSource(_base_of(folder, str(folder)), adapter=str(folder.resolve()))
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The config of a LoRA adapter. Raises ValueError for one that is damaged, and for what is more than LoRA or none."""
-    file = folder / ADAPTER_CONFIG
+def read_adapter_config(folder: Path, named: str | None = None) -> dict[str, Any]:
+    """The config of a LoRA adapter, which errors call as it was `named`. Raises ValueError for one that is damaged, and for
+    what is more than LoRA or none."""
+    named = named or str(folder)
+    file = f"{named}/{ADAPTER_CONFIG}"
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: is damaged or cut off ({error}). Copy it again from where the adapter was made.") from None
     if not isinstance(config, dict):
@@ -127,32 +148,32 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(
-            f"{folder}: is an adapter of the type {kind}, and only LoRA is supported. Merge it into its model first."
+            f"{named}: is an adapter of the type {kind}, and only LoRA is supported. Merge it into its model first."
         )
     # Whatever an adapter brings beside its matrices stays on when the adapter is turned off, and would change the reference.
     extras = [name for name in ("modules_to_save", "trainable_token_indices") if config.get(name)]
     extras += ["bias"] if config.get("bias", "none") != "none" else []
     if extras:
         raise ValueError(
-            f"{folder}: is an adapter with {' and '.join(extras)} beside LoRA's matrices, which can't be turned off for the "
+            f"{named}: is an adapter with {' and '.join(extras)} beside LoRA's matrices, which can't be turned off for the "
             "reference. Merge it into its model first."
         )
     return config
 
 
-def _base_of(folder: Path) -> str:
+def _base_of(folder: Path, named: str) -> str:
     """The base model that a LoRA adapter names."""
-    base = read_adapter_config(folder).get("base_model_name_or_path")
+    base = read_adapter_config(folder, named).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(
-            f"{folder / ADAPTER_CONFIG}: names no base model. Write the model's folder or hub id there, as "
+            f"{named}/{ADAPTER_CONFIG}: names no base model. Write the model's folder or hub id there, as "
             "base_model_name_or_path."
         )
-    return base
+    return Store.at(base).location if is_url(base) else base
 
 
 def _whole_path(model: str) -> str:
-    folder = Path(model).expanduser()
+    folder = Path(_local_where_it_is(model)).expanduser()
     return str(folder.resolve()) if folder.is_dir() else model
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig
 
@@ -45,6 +46,7 @@ def load_policy(
     check_tuner(tuner, source, on_gpu=device.type == "cuda")
     check_attention(model, on_gpu=device.type == "cuda")
     dtype: torch.dtype = getattr(torch, model.dtype_on(device.type))
+    named, source = source.base, source.here()
     config = load_config(source.base, trust_remote_code=model.trust_remote_code)
     family = find_family(config.model_type)
     options = model_options(family, model, tuner, dtype)
@@ -56,6 +58,8 @@ def load_policy(
     )
     torch.manual_seed(seed)
     prepared = prepare_model(base, source, model=model, tuner=tuner, family=family, needs=needs, dtype=dtype)
+    if named != source.base:
+        _note_name(prepared, base, named)
     value_head = None
     if needs.head == "value":
         output_head = base.get_output_embeddings().weight
@@ -69,6 +73,14 @@ def load_policy(
         for layer in base.get_decoder().layers:
             layer.compile(dynamic=True)  # rows differ in length
     return Policy(prepared, family, value_head, dtype=dtype, start=start)
+
+
+def _note_name(prepared: Any, base: Any, named: str) -> None:
+    """Lets what is saved name the model by its URL, and not by this machine's copy."""
+    base.config.name_or_path = named
+    for adapter in prepared.peft_config.values() if isinstance(prepared, PeftModel) else ():
+        if adapter.base_model_name_or_path == base.name_or_path:
+            adapter.base_model_name_or_path = named
 
 
 def multiplies_bfloat16() -> bool:

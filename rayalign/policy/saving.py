@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -11,6 +12,7 @@ from torch import nn
 from rayalign.ops.value_head import save_value_head
 from rayalign.policy.adapters import STACKED, TRAINED, save_stack
 from rayalign.policy.policy import Policy
+from rayalign.storage import is_url
 
 
 def save_policy(policy: Policy, folder: Path, *, safe_serialization: bool = True) -> None:
@@ -22,9 +24,27 @@ def save_policy(policy: Policy, folder: Path, *, safe_serialization: bool = True
     elif STACKED in model.peft_config:
         save_stack(model, folder)
     else:
-        model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+        _save_adapter(model, folder)
     if policy.value_head is not None:
         save_value_head(policy.value_head, folder, safe_serialization=safe_serialization)
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    """Writes the TRAINED adapter. peft looks its base's config up where the adapter says that it is, and can't do so at a URL:
+    it gets the copy's path for as long as it writes."""
+    config: Any = model.peft_config[TRAINED]
+    named = config.base_model_name_or_path
+    if not is_url(str(named)):
+        model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+        return
+    config.base_model_name_or_path = copy = model.get_base_model().name_or_path
+    try:
+        model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+    finally:
+        config.base_model_name_or_path = named
+    for file in folder.glob("*.*"):
+        if file.suffix in (".json", ".md"):
+            file.write_text(file.read_text(encoding="utf-8").replace(str(copy), named), encoding="utf-8")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 Rows are read and encoded as they are for training, so that the numbers are those of the training's forward.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from rayalign.data.rows import Sources, encode_record, record_of
 from rayalign.formats.columns import parse_renames
 from rayalign.formats.records import RecordError
 from rayalign.models.registry import FAMILIES, REGISTERED_MODELS
-from rayalign.models.source import local_model, require_model
+from rayalign.models.source import require_model
 from rayalign.ops.logprobs import PairLogps
 from rayalign.ops.value_head import find_value_head
 from rayalign.policy.forward_check import check_forward
@@ -98,22 +97,16 @@ def load_for_scoring(
     """`rayalign.load_policy`, which documents it."""
     sources = Sources((), image_root=None, allow_image_urls=False, columns=parse_renames(columns))
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as temporary:
-        flags = ModelConfig(
-            model=local_model(model, Path(temporary)),
-            dtype=dtype,
-            gradient_checkpointing=False,
-            trust_remote_code=trust_remote_code,
-        )
-        source = require_model(flags, REGISTERED_MODELS)
-        head = find_value_head(Path(source.adapter or source.base))
-        # A model without an adapter gets a new one, which adds 0: full tuning would keep its weights in float32.
-        needs = Needs(head="value" if head else "language")
-        policy = load_policy(source, model=flags, tuner=TunerConfig(), device=place, needs=needs)
-        spec = EncoderSpec(source.base, "both", max_length=NO_LIMIT, max_pixels=max_pixels, trust_remote_code=trust_remote_code)
-        encoder = Encoder(spec)
-        if policy.family.model_type not in FAMILIES:
-            check_forward(policy, spec)
+    flags = ModelConfig(model=model, dtype=dtype, gradient_checkpointing=False, trust_remote_code=trust_remote_code)
+    source = require_model(flags, REGISTERED_MODELS).here()
+    head = find_value_head(Path(source.adapter or source.base))
+    # A model without an adapter gets a new one, which adds 0: full tuning would keep its weights in float32.
+    needs = Needs(head="value" if head else "language")
+    policy = load_policy(source, model=flags, tuner=TunerConfig(), device=place, needs=needs)
+    spec = EncoderSpec(source.base, "both", max_length=NO_LIMIT, max_pixels=max_pixels, trust_remote_code=trust_remote_code)
+    encoder = Encoder(spec)
+    if policy.family.model_type not in FAMILIES:
+        check_forward(policy, spec)
     for parameter in policy.trainable.values():
         parameter.requires_grad_(False)
     return LoadedPolicy(policy, encoder, Store.at(image_root), sources)

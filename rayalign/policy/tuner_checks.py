@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 
 from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.downloads import model_folder
 from rayalign.models.source import ModelSource, read_adapter_config
 
 
@@ -33,7 +34,7 @@ def _check_stack(source: ModelSource) -> None:
         raise ValueError(
             "--stack_adapter true: there is no adapter to stand on. Pass its folder with --adapter, or leave the flag out."
         )
-    config = read_adapter_config(Path(source.adapter))
+    config = read_adapter_config(Path(model_folder(source.adapter, weights=False)), source.adapter)
     for extra in ("use_dora", "lora_bias"):
         if config.get(extra):
             raise ValueError(

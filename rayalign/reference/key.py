@@ -17,9 +17,10 @@ import transformers
 from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.companions import Companion
+from rayalign.downloads import versions
 from rayalign.models.compat import hub_revision
 from rayalign.models.source import ModelSource
-from rayalign.storage import Store
+from rayalign.storage import Store, is_url
 
 REFERENCE_VERSION = 2
 """Part of every key; raised when what is stored or its arithmetic changes."""
@@ -59,8 +60,6 @@ def reference_key(
 ) -> ReferenceKey:
     """The key of the reference of a run. `dtype` is the type of the arithmetic on devices of the type `device`;
     `companion`: the one whose rows are scored, too."""
-    is_folder = Path(source.base).is_dir()
-    weights = _content_hashes(Path(source.base)) if is_folder else {source.base: hub_revision(source.base)}
     full = tuner.sft_type == "full"
     quantised = tuner.quant_bits is not None
     settings = {
@@ -76,7 +75,7 @@ def reference_key(
     }
     if companion is not None:
         settings[companion.name] = True
-    return ReferenceKey(weights, _content_hashes(Path(source.adapter)) if source.adapter else {}, settings)
+    return ReferenceKey(_versions(source.base), _versions(source.adapter) if source.adapter else {}, settings)
 
 
 def check_reference(config: Config, key: ReferenceKey) -> None:
@@ -113,7 +112,22 @@ def _weights_before(note: Store) -> Mapping[str, Mapping[str, str]]:
 
 def hashed_files(folder: Path) -> list[Path]:
     """The files of a model's or adapter's folder that its outputs depend on, by name."""
-    return sorted(file for file in folder.iterdir() if file.name in HASHED_NAMES or file.name.endswith(HASHED_SUFFIXES))
+    return sorted(file for file in folder.iterdir() if is_hashed(file.name))
+
+
+def is_hashed(name: str) -> bool:
+    """Whether a model's or adapter's outputs depend on its file of this name."""
+    return name in HASHED_NAMES or name.endswith(HASHED_SUFFIXES)
+
+
+def _versions(model: str) -> Mapping[str, str]:
+    """What tells a model or adapter from every other: of a folder its files' hashes, of a remote one their sizes and times of
+    change, of a model of the hub its revision."""
+    if is_url(model):
+        return {f"{model}/{name}": version for name, version in versions(model).items() if is_hashed(name)}
+    if Path(model).is_dir():
+        return _content_hashes(Path(model))
+    return {model: hub_revision(model)}
 
 
 def _content_hashes(folder: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from rayalign.config.sections import ExportConfig, ModelConfig
 from rayalign.models.compat import headless_class
 from rayalign.models.registry import REGISTERED_MODELS, find_family
-from rayalign.models.source import ModelSource, local_model, require_model
+from rayalign.models.source import ModelSource, require_model
 from rayalign.ops.value_head import find_value_head, load_value_head
 from rayalign.policy.adapters import merge_adapter
 from rayalign.policy.compat import keep_weight_names
@@ -43,7 +43,7 @@ def run(config: ExportConfig) -> Store:
     output = Store.at(config.output_dir)
     _check_output(output, Store.at(config.model), overwrite=config.overwrite)
     with tempfile.TemporaryDirectory() as temporary:
-        source = require_model(ModelConfig(model=local_model(config.model, Path(temporary))), REGISTERED_MODELS)
+        source = require_model(ModelConfig(model=config.model), REGISTERED_MODELS).here()
         if find_value_head(Path(source.adapter or source.base)) is None:
             raise ValueError(
                 f"--model {config.model}: has neither value_head.safetensors nor value_head.bin, so it is no reward model. "

@@ -6,14 +6,13 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from rayalign.cluster import HEAD_NODE, quiet_logging, require_lasting_folder, set_ray_variables
+from rayalign.cluster import HEAD_NODE, quiet_logging, set_ray_variables
 from rayalign.config.config import Config
 from rayalign.config.sections import TuneConfig
 from rayalign.config.yaml_files import to_yaml
@@ -22,13 +21,13 @@ from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.reference.precompute import with_reference
-from rayalign.sources.files import whole_argument
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import SearchRange, check_search
 from rayalign.training.driver import fit, join_cluster
 from rayalign.training.endings import told_endings
 from rayalign.training.origin import check_origin
-from rayalign.training.run_folder import open_run, with_output_dir
+from rayalign.training.places import require_lasting_folders, with_whole_paths
+from rayalign.training.run_folder import open_run
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +48,8 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     """
     config.check_inputs()
     ranges = check_search(config, sweep)
-    require_lasting_folder(config.run.output_dir)
-    config = with_whole_paths(with_output_dir(config))
+    require_lasting_folders(config)
+    config = with_whole_paths(config)
     require_model(config.model, REGISTERED_MODELS)
     folder = Store.at(str(config.run.output_dir))
     if config.run.overwrite:
@@ -66,28 +65,6 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
         with_reference(config, prepare_run(config), several_runs=True)
         outcome = _tuner(config, sweep, ranges, folder).fit()
     return _finish(config, sweep, ranges, folder, outcome)
-
-
-def with_whole_paths(config: Config) -> Config:
-    """The same configuration with absolute paths: a trial runs in a folder of Ray Tune's own. Registered data sets, hub ids and
-    URLs stay as they are."""
-    data, model = config.data, config.model
-    return config.replace(
-        {
-            "dataset": [whole_argument(argument) for argument in data.dataset],
-            "val_dataset": [whole_argument(argument) for argument in data.val_dataset],
-            **{
-                name: Store.at(place).location
-                for name, place in (("image_root", data.image_root), ("cache_dir", data.cache_dir))
-                if place
-            },
-            **{
-                name: str(Path(place).expanduser().resolve())
-                for name, place in (("model", model.model), ("adapter", model.adapter))
-                if place and Path(place).expanduser().is_dir()
-            },
-        }
-    )
 
 
 def _sweep_reached(folder: Store) -> str:

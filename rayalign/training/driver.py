@@ -18,26 +18,22 @@ import transformers
 from ray.train.torch import TorchTrainer
 
 from rayalign import __version__
-from rayalign.cluster import (
-    CHECKPOINT_LIST,
-    Stopped,
-    quiet_logging,
-    require_lasting_folder,
-    resolve_cluster,
-    result_of,
-    start_ray,
-)
+from rayalign.cluster import CHECKPOINT_LIST, Stopped, quiet_logging, result_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData, TooManyDropped, prepare_run
 from rayalign.formats.parse import own_formats
+from rayalign.joining import start_ray
 from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.size import reason_for_gpus
 from rayalign.models.source import require_model, resolve_model
+from rayalign.nodes import resolve_cluster, wait_for_workers
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.storage import Store
 from rayalign.training.checkpoint import prune_checkpoints
 from rayalign.training.endings import beside_signals, run_reached, told_endings
 from rayalign.training.origin import check_origin
-from rayalign.training.run_folder import dropped_lines, open_run, with_output_dir, write_results
+from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
+from rayalign.training.run_folder import dropped_lines, open_run, write_results
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -75,8 +71,8 @@ def run(config: Config) -> Result:
     """
     assert not config.run.dry_run, "main.run makes a plan of it"
     config.check_inputs()
-    require_lasting_folder(config.run.output_dir)
-    config = with_output_dir(config)
+    require_lasting_folders(config)
+    config = with_whole_paths(config)
     require_model(config.model, REGISTERED_MODELS)
     with told_endings(functools.partial(run_reached, config)):
         return _run(config)
@@ -94,6 +90,7 @@ def _run(config: Config) -> Result:
         raise
     _write_dropped(folder, dropped_lines(data))
     check_origin(config, data)
+    wait_for_workers(config)  # again: nodes that encoding did not use may have been given back
     # It loads what models need; Ray Train's controller imports this module, too, and needs none of it.
     from rayalign.reference.precompute import with_reference
 
@@ -101,15 +98,20 @@ def _run(config: Config) -> Result:
 
 
 def join_cluster(config: Config) -> Config:
-    """Joins or starts Ray; returns the configuration with the workers' GPUs resolved.
+    """Joins or starts Ray and waits for the nodes that the run needs; returns the configuration with its GPUs resolved.
 
-    Raises ValueError for workers that the cluster has no room for, or that lack what other flags need.
+    Raises ValueError for workers that the cluster has no room for, or that lack what other flags need, and for paths that not
+    every node sees.
     """
     start_ray(config)
-    config = resolve_cluster(config)
+    source = resolve_model(config.model, REGISTERED_MODELS)
+    trust = config.model.trust_remote_code
+    config = resolve_cluster(config, lambda: reason_for_gpus(source.base, trust_remote_code=trust))
     on_gpu = bool(config.cluster.gpus_per_worker)
-    check_tuner(config.tuner, resolve_model(config.model, REGISTERED_MODELS), on_gpu=on_gpu)
+    check_tuner(config.tuner, source, on_gpu=on_gpu)
     check_attention(config.model, on_gpu=on_gpu)
+    wait_for_workers(config)
+    check_places(config)
     return config
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayalign.config.config import Config
+from rayalign.downloads import versions
 from rayalign.models.compat import hub_revision
-from rayalign.reference.key import hashed_files
+from rayalign.reference.key import hashed_files, is_hashed
 from rayalign.sources.files import resolve_dataset
-from rayalign.storage import Store
+from rayalign.storage import Store, is_url
 
 if TYPE_CHECKING:
     from rayalign.data.prepare import RunData
@@ -67,6 +68,8 @@ def _data_files(arguments: Iterable[str]) -> dict[str, str]:
 def _model_files(model: str) -> dict[str, str]:
     """The files that a model's or adapter's outputs depend on, by name, so that its folder may move; of a model of the hub its
     revision."""
+    if is_url(model):
+        return {name: version for name, version in versions(model).items() if is_hashed(name)}
     folder = Path(model)
     if not folder.is_dir():
         return {model: hub_revision(model)}

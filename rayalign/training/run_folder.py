@@ -1,6 +1,5 @@
 """A run's folder: whether a run may start or go on in it, and what is written there when the run is done."""
 
-import dataclasses
 import logging
 import math
 from collections import Counter
@@ -44,7 +43,8 @@ FREE_TO_CHANGE = frozenset(
             "save_total_limit",
         ),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
-        *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures", "cache_dir", "max_dropped_fraction"),
+        *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures", "wait_for_nodes"),
+        *("cache_dir", "max_dropped_fraction"),
         *("gradient_checkpointing", "attn_implementation", "torch_compile", "precompute_ref_log_probs"),
     }
 )
@@ -57,12 +57,6 @@ REMEDY = "Pass --overwrite true to delete it, or another --output_dir."
 
 REPORTED_PAIRS = 2000
 """Held-out pairs whose scores go into the report's histograms."""
-
-
-def with_output_dir(config: Config) -> Config:
-    """The same configuration with --output_dir resolved: absolute, or its URL."""
-    folder = config.run.output_dir or f"output/{config.algorithm.name}"
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=Store.at(folder).location))
 
 
 def open_run(config: Config) -> Store:

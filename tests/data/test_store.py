@@ -68,12 +68,10 @@ def test_a_fetch_works_with_fewer_open_shards_than_there_are(data: PreparedData,
     assert [pair.id for pair in from_batch(data.reader().read(rows))] == [IN_SOURCE_ORDER[row] for row in rows]
 
 
-def test_the_index_is_sorted_by_source_whatever_order_it_was_gathered_in(data: PreparedData, tmp_path: Path) -> None:
+def test_the_index_is_sorted_by_source_whatever_order_it_was_gathered_in(data: PreparedData) -> None:
     assert data.index()["id"].to_pylist() == IN_SOURCE_ORDER
-    other = PreparedData.finish(
-        Store(str(tmp_path / "other")), attempt="x", index=index_of(["e", "a", "ümlaut 猫", "c", "b"]), dropped=[]
-    )
-    assert other.index().equals(data.index())
+    before, gathered = data.index(), index_of(["e", "a", "ümlaut 猫", "c", "b"])
+    assert PreparedData.finish(data.store, attempt="attempt", index=gathered, dropped=[]).index().equals(before)
 
 
 def test_token_counts_are_those_of_the_rows(data: PreparedData) -> None:
@@ -103,7 +101,7 @@ def test_a_folder_without_a_manifest_does_not_count(data: PreparedData) -> None:
     assert PreparedData.find(data.store / "nowhere") is None
 
 
-def test_the_manifest_is_written_last(data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_is_written_last(data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     original = Store.write_bytes
 
@@ -112,7 +110,7 @@ def test_the_manifest_is_written_last(data: PreparedData, tmp_path: Path, monkey
         original(store, content)
 
     monkeypatch.setattr(Store, "write_bytes", note)
-    PreparedData.finish(Store(str(tmp_path / "new")), attempt="x", index=data.index(), dropped=[])
+    PreparedData.finish(data.store, attempt="attempt", index=data.index(), dropped=[])
     assert written == ["index.arrow", "dropped.json", "manifest.json"]
 
 
@@ -144,3 +142,15 @@ def test_a_shard_holds_one_record_batch_for_each_pair(data: PreparedData) -> Non
 def test_an_index_with_other_columns_is_refused(data: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="schema"):
         PreparedData.finish(Store(str(tmp_path / "new")), attempt="x", index=data.index().drop_columns(["shard"]), dropped=[])
+
+
+def test_a_data_set_that_lacks_one_of_its_shards_is_never_complete(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    write_shard(store / "one" / "shard_1", [PAIRS[1]])
+    with pytest.raises(ValueError) as caught:
+        PreparedData.finish(store, attempt="one", index=index_of(IN_SOURCE_ORDER), dropped=[])
+    assert str(caught.value) == (
+        f"{tmp_path}/one: lacks 1 of the shards that were written there, such as shard_0. Do all nodes see the same folder? "
+        "Give a --cache_dir on a file system that all of them mount, or a URL."
+    )
+    assert PreparedData.find(store) is None

@@ -237,3 +237,88 @@ def test_a_name_that_no_hub_id_can_have_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     assert refusal(model="my model") == "--model my model: there is no such folder, and a hub id looks like OWNER/NAME."
     assert refusal(model="a:b").startswith("--model a:b: there is no such folder")
+
+
+@pytest.fixture
+def remote(bucket: Path) -> Path:
+    """The folder that `s3://bucket` means: `base` is a model, `adapter` an adapter of it."""
+    (bucket / "base").mkdir()
+    (bucket / "base" / "config.json").write_text("{}")
+    (bucket / "base" / "model.safetensors").write_bytes(b"weights")
+    make_adapter(bucket / "adapter", "s3://bucket/base/")
+    return bucket
+
+
+def test_a_model_or_adapter_may_be_a_url_and_keeps_it_as_its_name(remote: Path, tmp_path: Path) -> None:
+    base, both = ModelSource("s3://bucket/base"), ModelSource("s3://bucket/base", "s3://bucket/adapter")
+    for named in ("s3://bucket/base", "s3://bucket/base/"):
+        assert require_model(ModelConfig(model=named), {}) == base
+    for flags in (
+        {"model": "s3://bucket/adapter"},
+        {"adapter": "s3://bucket/adapter/"},
+        {"model": "s3://bucket/base", "adapter": "s3://bucket/adapter"},
+    ):
+        assert require_model(ModelConfig(**flags), {}) == both
+    here = both.here()
+    assert (Path(here.base) / "model.safetensors").read_bytes() == b"weights"
+    assert here.adapter is not None
+    assert Path(here.adapter).is_relative_to(tmp_path / "downloads")
+    assert here.here() == here
+
+
+def test_a_file_url_is_the_folder_that_it_names(base: Path, adapter: Path) -> None:
+    expected = ModelSource(str(base), str(adapter))
+    assert resolve_model(ModelConfig(model=f"file://{base}", adapter=f"file://{adapter}"), {}) == expected
+    assert resolve_model(ModelConfig(model=f"file://{adapter}"), {}) == expected
+    assert refusal(model="file:///gone") == "--model file:///gone: there is no such folder (looked for /gone)."
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"model": "s3://bucket/gone"}, "--model s3://bucket/gone: there is no such folder, or nothing in it."),
+        ({"adapter": "s3://bucket/gone"}, "--adapter s3://bucket/gone: there is no such folder, or nothing in it."),
+        (
+            {"model": "s3://bucket/run"},
+            "--model s3://bucket/run: the folder has no config.json, so it is no model of transformers. Did you mean "
+            "s3://bucket/run/model?",
+        ),
+        (
+            {"model": "s3://bucket/bare"},
+            "--model s3://bucket/bare: the folder has a config.json and no weights (*.safetensors or *.bin). Copy them beside "
+            "it; a download that was cut short goes on when it is started again.",
+        ),
+        (
+            {"adapter": "s3://bucket/base"},
+            "--adapter s3://bucket/base: the folder has no adapter_config.json, so it is no adapter of peft.",
+        ),
+        (
+            {"model": "s3://bucket/of_gone"},
+            "s3://bucket/of_gone is an adapter of the model s3://bucket/gone: there is no such folder, or nothing in it.",
+        ),
+        (
+            {"model": "s3://bucket/bare", "adapter": "s3://bucket/adapter"},
+            "--adapter s3://bucket/adapter: was made for the model s3://bucket/base, not for s3://bucket/bare. Give that "
+            "model, or, where both hold the same weights, correct base_model_name_or_path in its adapter_config.json.",
+        ),
+        (
+            {"adapter": "s3://bucket/ia3"},
+            "s3://bucket/ia3: is an adapter of the type IA3, and only LoRA is supported. Merge it into its model first.",
+        ),
+        (
+            {"adapter": "s3://bucket/damaged"},
+            "s3://bucket/damaged/adapter_config.json: holds no settings of an adapter. Copy it again from where the adapter "
+            "was made.",
+        ),
+    ],
+)
+def test_a_remote_folder_that_is_no_model_is_refused_in_words(remote: Path, flags: dict[str, str], words: str) -> None:
+    for name in ("bare", "run/model", "damaged"):
+        (remote / name).mkdir(parents=True)
+    (remote / "run" / "summary.json").write_text("{}")
+    for name in ("bare", "run/model"):
+        (remote / name / "config.json").write_text("{}")
+    make_adapter(remote / "of_gone", "s3://bucket/gone")
+    make_adapter(remote / "ia3", "s3://bucket/base", peft_type="IA3")
+    (remote / "damaged" / "adapter_config.json").write_text("[]")
+    assert refusal(**flags) == words

@@ -338,7 +338,7 @@ def test_a_model_without_a_head_is_refused(model_folder: Callable[..., Path], tm
             "Give the model/ folder of a run of rm."
         )
     assert complaint(model=f"file://{tmp_path}/none", output_dir=str(tmp_path / "out")) == (
-        f"--model file://{tmp_path}/none: there is no such folder."
+        f"--model file://{tmp_path}/none: there is no such folder (looked for {tmp_path}/none)."
     )
     assert not (tmp_path / "out").exists()
 

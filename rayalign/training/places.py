@@ -1,0 +1,95 @@
+"""The places of a run, named so that they mean the same in every process, and looked at from every node."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rayalign.cluster import require_lasting_folder
+from rayalign.config.config import Config
+from rayalign.data.prepare import cache_of
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import resolve_model
+from rayalign.shared_paths import SharedFile, check_shared_paths
+from rayalign.sources.files import resolve_dataset, whole_argument
+from rayalign.storage import Store, is_url
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The same configuration with absolute paths, since other processes have other working folders. Registered data sets, hub
+    ids and URLs stay as they are."""
+    data, model, run = config.data, config.model, config.run
+    folder = run.output_dir or f"output/{config.algorithm.name}"
+    places = {"output_dir": folder, "image_root": data.image_root, "cache_dir": data.cache_dir}
+    models = {"model": model.model, "adapter": model.adapter}
+    return config.replace(
+        {
+            "dataset": [whole_argument(argument) for argument in data.dataset],
+            "val_dataset": [whole_argument(argument) for argument in data.val_dataset],
+            **{name: _whole(f"--{name}", place) for name, place in places.items() if place},
+            **{
+                name: str(Path(place).expanduser().resolve())
+                for name, place in models.items()
+                if place and not is_url(place) and Path(place).expanduser().is_dir()
+            },
+        }
+    )
+
+
+def _whole(flag: str, place: str) -> str:
+    """A folder's absolute path or URL; raises ValueError for a URL that no file system has."""
+    store = Store.at(place)
+    if store.local_path is None:
+        try:
+            store.retried(store.resolve)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{flag} {place}: {error}. Give a path, or a URL of s3://, gs:// or file://.") from None
+    return store.location
+
+
+def require_lasting_folders(config: Config) -> None:
+    """Raises ValueError in a job whose results or cache would lie in a folder that Ray deletes."""
+    require_lasting_folder(config.run.output_dir)
+    if config.data.cache_dir:
+        require_lasting_folder(config.data.cache_dir, "--cache_dir")
+
+
+def check_places(config: Config) -> None:
+    """Raises ValueError where some node of the cluster does not see the local files that the run reads, or the folders that it
+    writes to."""
+    written = {
+        flag: str(store.local_path)
+        for flag, store in (
+            (f"--output_dir {config.run.output_dir}", Store.at(str(config.run.output_dir))),
+            (_cache_flag(config), cache_of(config)),
+        )
+        if store.local_path is not None
+    }
+    check_shared_paths(list(_inputs(config)), written)
+
+
+def _cache_flag(config: Config) -> str:
+    return f"--cache_dir {config.data.cache_dir or f'(default: {cache_of(config).location})'}"
+
+
+def _inputs(config: Config) -> Iterator[SharedFile]:
+    """The local files and folders that a run reads."""
+    data = config.data
+    for flag, arguments in (("--dataset", data.dataset), ("--val_dataset", data.val_dataset)):
+        for argument in arguments:
+            for file in resolve_dataset(argument).files:
+                local = Store(file.location).local_path
+                if local is not None:
+                    yield SharedFile(f"{flag} {argument}", str(local), file.size)
+    root = Store.at(data.image_root).local_path if data.image_root else None
+    if root is not None:
+        yield SharedFile(f"--image_root {data.image_root}", str(root), None)
+    source = resolve_model(config.model, REGISTERED_MODELS)
+    for folder in filter(None, (source.base, source.adapter)):
+        if not is_url(folder) and Path(folder).is_dir():
+            for path in sorted(Path(folder).iterdir()):
+                if path.is_file():
+                    yield SharedFile(_model_flag(config, folder), str(path), path.stat().st_size)
+
+
+def _model_flag(config: Config, folder: str) -> str:
+    named = {config.model.model: "--model", config.model.adapter: "--adapter"}
+    return f"{named.get(folder, 'The model')} {folder}"
