@@ -189,6 +189,7 @@ class Encoder:
             images=images,
             image_hashes=[image_hash(content) for content in images],
             margin=record.margin or 0.0,
+            conversation=json.dumps([(message.role, message.content) for message in messages]),
         )
 
     def _check_sizes(self, record: PreferenceRecord, images: Sequence[bytes]) -> None:

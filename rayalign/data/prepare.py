@@ -47,7 +47,7 @@ REMARKS = "remarks.json"
 SPAN_ROWS = 256
 """Rows that one task reads, encodes and writes as one shard."""
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Part of every cache key; raised when the meaning of cached data changes."""
 
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]

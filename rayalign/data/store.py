@@ -27,9 +27,11 @@ ENCODED_SCHEMA = pa.schema(
         pa.field("images", pa.list_(pa.binary()), nullable=False),
         pa.field("image_hashes", pa.list_(pa.string()), nullable=False),
         pa.field("margin", pa.float64(), nullable=False),
+        pa.field("conversation", pa.string(), nullable=False),
     ]
 )
-"""One encoded pair. Images are the compressed bytes of the source. A response that a row doesn't have is empty: the rejected
+"""One encoded pair. Images are the compressed bytes of the source. `conversation` is what the prompt was made of, for people to
+read: JSON [[role, text], ...] with `<image>` where a picture stands. A response that a row doesn't have is empty: the rejected
 one of SFT's rows, one of the two of a record with a single labelled response."""
 
 
@@ -44,6 +46,7 @@ class EncodedPair:
     images: list[bytes]
     image_hashes: list[str]
     margin: float = 0.0
+    conversation: str = "[]"
     reference: ReferenceLogps | None = None
     """The log-probabilities under the reference, where they were computed beforehand; in columns of their own."""
 
