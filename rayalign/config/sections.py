@@ -220,6 +220,12 @@ class RunConfig:
     )
     logging_steps: int = flag(5, "Steps between two lines of metrics.", at_least=1)
     eval_steps: int = flag(50, "Steps between two passes over the held-out records (also at the end).", at_least=1)
+    eval_answers: int = flag(
+        4,
+        "Held-out prompts that the model answers by itself (the likeliest token each time, at most 64) before the first step "
+        "and at the end, for the report. 0: none.",
+        at_least=0,
+    )
     save_steps: int = flag(50, "Steps between two checkpoints (also at the end).", at_least=1)
     save_total_limit: int = flag(2, "Checkpoints kept.", at_least=1)
     safe_serialization: bool = flag(
