@@ -45,13 +45,12 @@ class Answers:
 
 
 def answers_section(answers: Answers, conversations: Mapping[str, Conversation]) -> str:
-    """The model's own answers beside the responses of the data; nothing where there are none."""
+    """The model's own answers beside the responses of the data, in the order of `conversations`; nothing without answers."""
     if answers.failed and not answers.records:
         return section("What the model itself answers", f"It could not be asked: {answers.failed}", "")
     cards = []
-    for record in answers.records:
-        if record in conversations:
-            shown = conversations[record]
+    for record, shown in conversations.items():
+        if record in answers.records:
             sides: tuple[tuple[str, Colour, str], ...] = (
                 ("chosen", "blue", shown.chosen),
                 ("rejected", "orange", shown.rejected),

@@ -11,6 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from rayalign.config.config import Config
 from rayalign.data.store import PreparedData, from_batch
 from rayalign.report.conversations import Conversation
@@ -99,7 +103,8 @@ def dropped_lines(data: "RunData") -> list[dict[str, Any]]:
 
 def _scored_pairs(held_out: PreparedData, scores: Scores) -> list[ScoredPair]:
     """The held-out pairs that have scores, in the order of the data."""
-    index = held_out.index().select(["id", "chosen_tokens", "rejected_tokens"])
+    index = held_out.index()
+    index = index.filter(pc.is_in(index["id"], pa.array(list(scores), pa.string())))
     return [
         ScoredPair(
             id=line["id"],
@@ -108,8 +113,7 @@ def _scored_pairs(held_out: PreparedData, scores: Scores) -> list[ScoredPair]:
             tokens_chosen=line["chosen_tokens"],
             tokens_rejected=line["rejected_tokens"],
         )
-        for line in index.to_pylist()
-        if line["id"] in scores
+        for line in index.select(["id", "chosen_tokens", "rejected_tokens"]).to_pylist()
     ]
 
 
@@ -122,9 +126,10 @@ def _reward(score: Mapping[str, float], line: Mapping[str, Any], side: str) -> f
 
 
 def _conversations(held_out: PreparedData, data: "RunData", ids: Sequence[str]) -> dict[str, Conversation]:
-    """The texts and pictures of some records, of those that are there. Responses are what is trained on."""
-    wanted = set(ids)
-    rows = [row for row, name in enumerate(held_out.index()["id"].to_pylist()) if name in wanted]
+    """The texts and pictures of some records, of those that are there, in the order of the data. Responses are what is trained
+    on."""
+    is_wanted = pc.is_in(held_out.index()["id"], pa.array(list(ids), pa.string()))
+    rows = np.flatnonzero(is_wanted.to_numpy())
     decode = data.spec.tokenizer.decode
     return {
         pair.id: Conversation(

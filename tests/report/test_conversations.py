@@ -74,7 +74,7 @@ def test_of_many_pictures_the_first_are_shown_and_the_others_named() -> None:
     ]
 
 
-SHOWN = {name: Conversation((("user", f"What is {name}?"),), f"good {name}", f"poor {name}") for name in ("a", "b", "c")}
+SHOWN = {name: Conversation((("user", f"What is {name}?"),), f"good {name}", f"poor {name}") for name in ("c", "b", "a")}
 
 
 def test_the_models_own_answers_stand_beside_the_responses_of_the_data() -> None:
