@@ -9,6 +9,7 @@ import importlib.metadata
 import platform
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,11 @@ def run(config: Config) -> None:
 
         sys.stdout.write(plan_run(config))
     else:
+        began = time.time()
+
         from rayalign.training import driver  # here and below, so that a mistyped flag is answered before Ray is loaded
 
-        driver.run(config)
+        driver.run(config, began=began)
 
 
 def _train(words: Sequence[str], prog: str, summary: str, *, algorithm: str | None) -> None:

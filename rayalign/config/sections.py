@@ -226,6 +226,12 @@ class RunConfig:
     max_eval_records: int = flag(
         1000, "Of more held-out records than this, so many are drawn once and evaluated, the same ones each time.", at_least=2
     )
+    eval_answers: int = flag(
+        4,
+        "Held-out prompts that the model answers by itself (the likeliest token each time, at most 64) before the first step "
+        "and at the end, for the report. 0: none.",
+        at_least=0,
+    )
     save_steps: int = flag(50, "Steps between two checkpoints (also at the end).", at_least=1)
     save_total_limit: int = flag(2, "Checkpoints kept.", at_least=1)
     safe_serialization: bool = flag(

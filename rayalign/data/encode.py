@@ -4,6 +4,7 @@
 where a record can still be dropped with a reason.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -98,6 +99,7 @@ class Encoder:
             image_hashes=[image_hash(content) for content in images],
             margin=record.margin or 0.0,
             eval_rejected_ids=self._eval_rejected_ids(messages, record, prompt, limit - len(prompt_ids)),
+            conversation=json.dumps([(message.role, message.content) for message in messages]),
         )
         return Encoded(pair, any(crosses for _, crosses in found.values()))
 

@@ -29,11 +29,13 @@ ENCODED_SCHEMA = pa.schema(
         pa.field("image_hashes", pa.list_(pa.string()), nullable=False),
         pa.field("margin", pa.float64(), nullable=False),
         pa.field("eval_rejected_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("conversation", pa.string(), nullable=False),
     ]
 )
 """One encoded pair. Images are the compressed bytes of the source. A response that a row doesn't have is empty: the rejected
 one of SFT's rows, one of the two of a record with a single labelled response. `eval_rejected_ids`: the rejected response of
-SFT's pairs, which is compared with the chosen one where the pair is held out, and never trained on."""
+SFT's pairs, which is compared with the chosen one where the pair is held out, and never trained on. `conversation` is what the
+prompt was made of, for people to read: JSON [[role, text], ...] with `<image>` where a picture stands."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class EncodedPair:
     image_hashes: list[str]
     margin: float = 0.0
     eval_rejected_ids: Sequence[int] = ()
+    conversation: str = "[]"
     reference: ReferenceLogps | None = None
     """The log-probabilities under the reference, where they were computed beforehand; in columns of their own."""
 

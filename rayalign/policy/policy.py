@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import Cache
 
 from rayalign.data.batch import PairBatch
 from rayalign.models.family import Family
@@ -111,6 +112,22 @@ class Policy:
         device = self.value_head.summary.weight.device
         chosen, rejected = self.value_head(self._states(batch, images, batch.last_token).to(device)).chunk(2)
         return chosen, rejected
+
+    def logits_behind_prompt(self, batch: PairBatch, images: tuple[Tensor, ...], cache: Cache) -> Tensor:
+        """The logits [V] of what follows the one prompt of a batch, whose keys and values `cache` keeps."""
+        embedded = self._embedded(batch.input_ids, [images[slot] for slot in batch.image_slots])
+        return self._next_logits(**embedded, **self._masks(batch), position_ids=batch.position_ids, past_key_values=cache)
+
+    def logits_behind_token(self, token: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
+        """The same of what follows one more token [1, 1], at its position [1, 1] or [3, 1, 1], behind what `cache` keeps."""
+        return self._next_logits(**self._embedded(token, ()), position_ids=position_ids, past_key_values=cache)
+
+    def _next_logits(self, **inputs: Any) -> Tensor:
+        head = self.base.get_output_embeddings()
+        with self._arithmetic():
+            hidden = self.base.get_decoder()(**inputs, use_cache=True).last_hidden_state[0, -1]
+            logits: Tensor = head(hidden.to(head.weight.device))
+        return logits
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         """Within it, trainable weights, which are kept in float32, are rounded to `dtype` where they are used. Adapters do this

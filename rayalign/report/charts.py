@@ -146,6 +146,8 @@ def line_chart(
         return ""
     xs = [x for _, points in curves for x, _ in points]
     ys = [y for _, points in curves for _, y in points]
+    if not any(ys) and y_range is None:
+        return _constant_zero(title, len(set(xs)))
     frame = Frame(axis_over(xs, count=6, outward=False), axis_over(y_range or ys, count=4, outward=True))
     parts = [_axes(frame, x_label, "", marks=(0.0,) if mark is None else (0.0, mark))]
     layers = [*((s.stroke, s, points) for s, points in curves), *(("mean", s, points) for s, points in trends)]
@@ -153,7 +155,8 @@ def line_chart(
         places = [(frame.left(x), frame.top(y)) for x, y in points]
         if len(places) > 1:
             path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-            parts.append(f'<path class="line {css} {one.colour}" d="{path}"/>')
+            noisy = " noisy" if css == "thin" and any(one is other for other, _ in trends) else ""
+            parts.append(f'<path class="line {css}{noisy} {one.colour}" d="{path}"/>')
         if len(places) == 1 or (one.stroke == "marked" and len(places) <= 40):
             parts += [f'<circle class="dot {one.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
     values: dict[float, list[str]] = {}
@@ -271,6 +274,12 @@ def _hover(frame: Frame, start: float, end: float, lines: Sequence[str]) -> str:
     left, right = frame.left(start), frame.left(end)
     size = f'x="{left:.1f}" y="{TOP}" width="{max(right - left, 0.1):.1f}" height="{HEIGHT - TOP - BOTTOM}"'
     return f'<rect class="strip" {size}><title>{escape(chr(10).join(lines))}</title></rect>'
+
+
+def _constant_zero(title: str, steps: int) -> str:
+    """A <figure> that says what a line along the axis would."""
+    words = f"0 at each of {steps:,} logged steps" if steps > 1 else "0 at the only logged step"
+    return f'<figure class="chart empty"><figcaption><b>{escape(title)}</b></figcaption><p class="zero">{words}</p></figure>'
 
 
 def _figure(title: str, keys: Sequence[tuple[str, str, int]], parts: Sequence[str], *, note: str = "") -> str:

@@ -11,36 +11,46 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from rayalign.report.charts import Colour, Series, format_number, line_chart
+from rayalign.report.charts import format_number
+from rayalign.report.conversations import Answers, Conversation, answers_section
+from rayalign.report.curves import curves_section
 from rayalign.report.health import Metrics, curve, find_problems
-from rayalign.report.pairs import ScoredPair, correlation, distributions, examples, length_bias, section, table, what_they_are
+from rayalign.report.markup import section, table
+from rayalign.report.pairs import ScoredPair, correlation, distributions, examples, length_bias, what_they_are
 
-__all__ = ["ScoredPair", "render_report"]
+STAGES = {
+    "ray_start": "starting Ray",
+    "encoding": "reading and encoding records",
+    "reference": "log-probs of the reference",
+    "model_loading": "loading the model",
+    "training": "training",
+    "evaluation": "evaluation",
+    "saving": "saving",
+    "other": "starting workers, and the rest",
+}
+"""The stages of a run, in order, and what they are called."""
 
-BOTH_SIDES: tuple[tuple[str, str, Colour], ...] = (("chosen", "chosen", "blue"), ("rejected", "rejected", "orange"))
-ONE_VALUE: tuple[tuple[str, str, Colour], ...] = (("", "", "blue"),)
-# Title, metric name up to the part that differs between its curves, and those curves: (end of the name, label, colour).
-CURVES = (
-    ("Loss", "loss", ONE_VALUE),
-    ("Accuracy", "rewards/accuracies", ONE_VALUE),
-    ("Margin", "rewards/margins", ONE_VALUE),
-    ("Rewards", "rewards/", BOTH_SIDES),
-    ("Log-probs of the responses", "logps/", BOTH_SIDES),
-    ("NLL of the chosen response", "nll_loss", ONE_VALUE),
-    ("Log odds ratio", "log_odds_ratio", ONE_VALUE),
-    ("Log odds of the chosen response", "log_odds_chosen", ONE_VALUE),
-    ("KL estimate", "kl", ONE_VALUE),
-    ("Accuracy of true against damaged images", "conditional/accuracies", ONE_VALUE),
-    ("Margin of true over damaged images", "conditional/margins", ONE_VALUE),
-    ("Gradient norm", "grad_norm", ONE_VALUE),
-    ("Learning rate", "learning_rate", ONE_VALUE),
-    ("Pairs per second", "pairs_per_second", ONE_VALUE),
-    ("Fraction of time spent waiting for data", "data_wait_fraction", ONE_VALUE),
-    ("Fraction of the batches that is padding", "padding_fraction", ONE_VALUE),
+TILES = (
+    ("Accuracy by likelihood", "accuracy/likelihood"),
+    ("Accuracy of {reward}", "rewards/accuracies"),
+    ("Margin", "rewards/margins"),
+    ("Loss", "loss"),
+    ("Picture reliance", "image_reliance"),
 )
+"""Names of tiles and their metrics."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the whole command so far, and of each of its STAGES; of all its starts together."""
+
+    seconds: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict)
+    starts: int = 1
 
 
 def render_report(
@@ -51,23 +61,30 @@ def render_report(
     metrics: Metrics,
     dropped: Mapping[str, int],
     pairs: Sequence[ScoredPair],
+    conversations: Mapping[str, Conversation],
+    answers: Answers,
+    times: Times,
+    num_steps: int,
     score_name: str = "reward",
 ) -> str:
-    """The page as a string. `metrics` are the lines of metrics.jsonl, `dropped` the number of records by reason.
+    """The page as a string. `metrics` are the lines of metrics.jsonl, `dropped` the number of records by reason;
+    `conversations` has at least those of `pairs.extremes`, by id; `num_steps` is the whole run's.
 
-    An empty `summary` says that the run has not finished; `algorithm` and `seconds` are read from it where they are there.
+    An empty `summary` says that the run has not finished; `algorithm` is read from it where it is there.
     """
     css = importlib.resources.files("rayalign.report").joinpath("report.css").read_text(encoding="utf-8")
     style_hash = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{style_hash}'; img-src data:; base-uri 'none'; form-action 'none'"
     body = [
-        _header(title, config, summary, metrics),
-        _tiles(summary, metrics, dropped, pairs, score_name=score_name),
+        _header(title, config, summary, metrics, num_steps),
+        _tiles(config, metrics, dropped, pairs, times, score_name=score_name),
         _warnings(metrics, pairs),
-        _curves(metrics),
+        curves_section(metrics, reward_name=reward_name(config)),
+        answers_section(answers, conversations),
         distributions(pairs, score_name=score_name),
         length_bias(pairs),
-        examples(pairs, score_name=score_name),
+        examples(pairs, conversations, score_name=score_name),
+        _times(times),
         _dropped(dropped),
         _settings(config, summary),
     ]
@@ -82,51 +99,72 @@ def render_report(
     return page.encode("utf-8", "replace").decode("utf-8")  # lone surrogates in a text would make the file unwritable
 
 
-def _header(title: str, config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Metrics) -> str:
+def _header(title: str, config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Metrics, num_steps: int) -> str:
     step = max((line["step"] for line in metrics), default=0)
     facts = {
         "Algorithm": summary.get("algorithm") or config.get("rlhf_type"),
         "Model": config.get("model") or config.get("model_type"),
         "Data": config.get("dataset"),
-        "Steps": f"{format_number(step)}{'' if summary else ' so far, not finished'}",
+        "Steps": format_number(num_steps) if summary else None,
     }
     rows = [f"<div><dt>{name}</dt><dd>{escape(_words(value))}</dd></div>" for name, value in facts.items() if value]
-    return f'<header><h1>{escape(title)}</h1><dl class="facts">{"".join(rows)}</dl></header>'
+    state = ""
+    if not summary:
+        state = (
+            f'<p class="state"><b>Not finished, step {format_number(step)} of {format_number(num_steps)}.</b> This page is '
+            "written anew at every evaluation; load it again to see a newer one.</p>"
+        )
+    return f'<header><h1>{escape(title)}</h1><dl class="facts">{"".join(rows)}</dl>{state}</header>'
 
 
 def _tiles(
-    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
     metrics: Metrics,
     dropped: Mapping[str, int],
     pairs: Sequence[ScoredPair],
+    times: Times,
     *,
     score_name: str,
 ) -> str:
-    tiles = []
-    for name, metric in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"), ("loss", "loss")):
-        held_out, train = curve(metrics, f"eval_{metric}"), curve(metrics, metric)
-        points, kind = (held_out, "Eval") if held_out else (train, "Training")
-        if points:
-            note = f"{format_number(points[0][1])} at step {format_number(points[0][0])}" if len(points) > 1 else ""
-            tiles.append((f"{kind} {name}", format_number(points[-1][1]), note))
+    names = [(name.format(reward=reward_name(config)), metric) for name, metric in TILES]
+    tiles = [tile for name, metric in names if (tile := _course(name, metric, metrics))]
     scores = [pair.reward_chosen for pair in pairs if math.isfinite(pair.reward_chosen)]
     if scores and not any(pair.tokens_rejected for pair in pairs):
-        tiles.append((f"Mean {score_name}", format_number(statistics.fmean(scores)), "held-out"))
+        tiles.append((f"Mean {score_name}", "", format_number(statistics.fmean(scores)), "held-out"))
     if pairs:
-        tiles.append((f"Held-out {what_they_are(pairs)}", f"{len(pairs):,}", ""))
+        tiles.append((f"Held-out {what_they_are(pairs)}", "", f"{len(pairs):,}", ""))
     rates = [value for _, value in curve(metrics, "pairs_per_second") if math.isfinite(value)]
     if rates:
         name = f"{what_they_are(pairs)} per second".capitalize()
-        tiles.append((name, format_number(statistics.median(rates)), "median"))
-    if "seconds" in summary:
-        tiles.append(("Wall time", _duration(float(summary["seconds"])), ""))
-    tiles.append(("Records dropped", _total(dropped), "reasons below" if dropped else ""))
+        tiles.append((name, "", format_number(statistics.median(rates)), "median"))
+    if times.seconds:
+        tiles.append(("Wall time", "", _duration(times.seconds), "of the whole command"))
+    tiles.append(("Records dropped", "", _total(dropped), "reasons below" if dropped else ""))
     cells = [
-        f'<div class="tile"><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
+        f'<div class="tile"><div class="name">{escape(name)}</div><div class="value">'
+        f"{f'<small>{escape(start)} →</small> ' if start else ''}<span>{escape(value)}</span></div>"
         f'<div class="note">{escape(note)}</div></div>'
-        for name, value, note in tiles
+        for name, start, value, note in tiles
     ]
     return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _course(name: str, metric: str, metrics: Metrics) -> tuple[str, str, str, str] | None:
+    """A tile (name, value at the start, value now, note) of a metric: the held-out one, else the training's."""
+    held_out = curve(metrics, f"eval_{metric}")
+    points, kind = (held_out, "held-out") if held_out else (curve(metrics, metric), "training")
+    if not points:
+        return None
+    (first, start), (last, now) = points[0], points[-1]
+    if first == last:
+        return name, "", format_number(now), f"{kind}, {f'step {format_number(last)}' if last else 'at the start'}"
+    begin = f"steps {format_number(first)}" if first else "start"
+    return name, format_number(start), format_number(now), f"{kind}, {begin} → {format_number(last)}"
+
+
+def reward_name(config: Mapping[str, Any]) -> str:
+    """What gives the rewards of a run: a reward model's head, or the log-probs in which they are implicit."""
+    return "the reward model" if config.get("rlhf_type") == "rm" else "the implicit reward"
 
 
 def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair]) -> str:
@@ -140,22 +178,23 @@ def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair]) -> str:
     return f'<section class="warnings" role="alert"><b>This run needs a look</b><ul>{items}</ul></section>'
 
 
-def _curves(metrics: Metrics) -> str:
-    charts = []
-    for title, name, curves in CURVES:
-        held_out = [(f"{label} eval".strip(), curve(metrics, f"eval_{name}{end}"), colour) for end, label, colour in curves]
-        train = [(f"{label} train".strip(), curve(metrics, f"{name}{end}"), colour) for end, label, colour in curves]
-        alone: Colour | None = "grey" if any(points for _, points, _ in held_out) and len(curves) == 1 else None
-        series = [Series(label, points, alone or colour) for label, points, colour in train]
-        series += [Series(label, points, colour, "marked") for label, points, colour in held_out]
-        is_accuracy = name.endswith("/accuracies")
-        charts.append(
-            line_chart(
-                title, series, x_label="step", y_range=(0.0, 1.0) if is_accuracy else None, mark=0.5 if is_accuracy else None
-            )
+def _times(times: Times) -> str:
+    if not times.stages:
+        return ""
+    longest = max(times.stages.values())
+    rows = [
+        f'<tr><td>{escape(STAGES.get(name, name))}</td><td class="number">{escape(_duration(seconds))}</td><td class="bars">'
+        f'<svg viewBox="0 0 200 10" preserveAspectRatio="none" aria-hidden="true"><rect class="blue" x="0" y="0" '
+        f'width="{200 * seconds / longest if longest else 0:.1f}" height="10"/></svg></td></tr>'
+        for name, seconds in times.stages.items()
+    ]
+    words = "Of the whole command, from its start."
+    if times.starts > 1:
+        words = (
+            f"Added up over {times.starts:,} starts of the command; of a start that was cut short, what came after its last "
+            "evaluation isn\u2019t counted."
         )
-    words = "Thin lines are the logged values, thick ones held-out values or, in long runs, the mean of a stretch of the run."
-    return section("Curves", words, f'<div class="charts">{"".join(charts)}</div>') if any(charts) else ""
+    return section("Where the time went", words, f'<div class="panel times"><table>{"".join(rows)}</table></div>')
 
 
 def _dropped(dropped: Mapping[str, int]) -> str:

@@ -1,38 +1,25 @@
 """What the page of `report` shows of the held-out pairs and single responses: how they were scored, whether length explains it,
 and the extremes."""
 
-import base64
-import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from PIL import Image, ImageOps
-
-from rayalign.report.charts import Point, Sample, format_number, histogram, is_drawable, scatter
+from rayalign.report.charts import Colour, Point, Sample, format_number, histogram, is_drawable, scatter
+from rayalign.report.conversations import Conversation, card, response, text_block
+from rayalign.report.markup import section, table
 
 SHOWN_PAIRS = 8
-SHOWN_IMAGES = 3
-SHOWN_CHARACTERS = 5000
-THUMBNAIL_PIXELS = 256
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A held-out pair as the last evaluation scored it, or a single response: a side that a record doesn't have is an empty
-    text of 0 tokens whose reward is nan.
-
-    `images` are compressed, as stored. Rewards are log-probs per token where an algorithm has no rewards.
-    """
+    """How the last evaluation scored a held-out pair, or a single response: a side that a record doesn't have has 0 tokens, and
+    its reward is nan. Rewards are log-probs per token where an algorithm has no rewards."""
 
     id: str
-    prompt: str
-    chosen: str
-    rejected: str
-    images: tuple[bytes, ...]
     reward_chosen: float
     reward_rejected: float
     tokens_chosen: int
@@ -122,25 +109,26 @@ def length_bias(pairs: Sequence[ScoredPair]) -> str:
     return section("Length bias", "Does the policy prefer better responses, or longer ones?", content)
 
 
-def examples(pairs: Sequence[ScoredPair], *, score_name: str) -> str:
-    """The pairs with the lowest and the highest margin, with all they hold; single responses are ranked by their own score."""
+def examples(pairs: Sequence[ScoredPair], conversations: Mapping[str, Conversation], *, score_name: str) -> str:
+    """The pairs with the lowest and the highest margin, with all they hold; single responses are ranked by their own score.
+    `conversations` has those of `extremes`, by id."""
     worst, best = extremes(pairs)
     if not best:
         return ""
-    ranked_by, words = "margins", f"Margin is the {score_name} of the chosen response less that of the rejected one."
+    ranked_by, lead = "margins", f"Margin is the {score_name} of the chosen response less that of the rejected one."
     if not any(pair.tokens_rejected for pair in pairs):
-        ranked_by, words = score_name, f"By the {score_name} of the response."
+        ranked_by, lead = score_name, f"By the {score_name} of the response."
     elif not all(pair.has_both for pair in pairs):
         ranked_by = "scores"
-        words = (
-            f"{words} The score of a pair is its margin, that of a single good response its {score_name}, that of a single bad "
+        lead = (
+            f"{lead} The score of a pair is its margin, that of a single good response its {score_name}, that of a single bad "
             f"one its {score_name} times -1."
         )
     lists = []
     for name, found in (("Lowest", worst), ("Highest", best)):
-        cards = "".join(_card(pair, score_name=score_name) for pair in found)
+        cards = "".join(_card(pair, conversations[pair.id], score_name=score_name) for pair in found)
         lists.append(f"<h3>{escape(f'{name} {ranked_by}')}</h3>{cards}" if cards else "")
-    return section(f"Worst and best {what_they_are(pairs)}", words, "".join(lists))
+    return section(f"Worst and best {what_they_are(pairs)}", lead, "".join(lists))
 
 
 def extremes(pairs: Sequence[ScoredPair]) -> tuple[list[ScoredPair], list[ScoredPair]]:
@@ -150,75 +138,21 @@ def extremes(pairs: Sequence[ScoredPair]) -> tuple[list[ScoredPair], list[Scored
     return ranked[:num_worst], ranked[num_worst:][-SHOWN_PAIRS:][::-1]
 
 
-def thumbnail(content: bytes) -> str | None:
-    """A data: URI of the image, at most 256 px wide and high, as JPEG; None where Pillow cannot read it."""
-    try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-            image.draft("RGB", (2 * THUMBNAIL_PIXELS, 2 * THUMBNAIL_PIXELS))
-            turned = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return None
-    turned.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    flat = Image.new("RGB", turned.size, "white")
-    flat.paste(turned, mask=turned)
-    buffer = io.BytesIO()
-    flat.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def section(title: str, words: str, content: str) -> str:
-    """A section of the page under a heading; `content` is markup, the rest is text."""
-    lead = f'<p class="soft">{escape(words)}</p>' if words else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{content}</section>"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts; columns of numbers are aligned to the right."""
-
-    def is_number(text: str) -> bool:
-        return text.lstrip("-").replace(",", "").replace(".", "", 1).isdigit()
-
-    kinds = [' class="number"' if rows and all(is_number(row[k]) for row in rows) else "" for k in range(len(heads))]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(heads, kinds, strict=True))
-    body = ["".join(f"<td{kind}>{escape(text)}</td>" for text, kind in zip(row, kinds, strict=True)) for row in rows]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in body)}</tbody></table>"
-
-
-def _card(pair: ScoredPair, *, score_name: str) -> str:
-    sides = (
-        ("chosen", "blue", pair.chosen, pair.reward_chosen, pair.tokens_chosen),
-        ("rejected", "orange", pair.rejected, pair.reward_rejected, pair.tokens_rejected),
+def _card(pair: ScoredPair, shown: Conversation, *, score_name: str) -> str:
+    sides: tuple[tuple[str, Colour, str, float, int], ...] = (
+        ("chosen", "blue", shown.chosen, pair.reward_chosen, pair.tokens_chosen),
+        ("rejected", "orange", shown.rejected, pair.reward_rejected, pair.tokens_rejected),
     )
     score = ""
     if pair.has_both:
         colour = "blue" if pair.margin > 0 else "orange"
         score = f'<span class="score {colour}">margin {"+" if pair.margin > 0 else ""}{format_number(pair.margin)}</span>'
-    responses = "".join(
-        f'<div class="response {colour}">'
-        f"<h4><b>{name}</b> · {escape(score_name)} {format_number(value)} · {tokens:,} tokens</h4>{_text(words)}</div>"
-        for name, colour, words, value, tokens in sides
+    responses = [
+        response(name, colour, text_block(text), note=f" · {score_name} {format_number(value)} · {tokens:,} tokens")
+        for name, colour, text, value, tokens in sides
         if tokens
-    )
-    texts = f'<div class="texts"><h4>prompt</h4>{_text(pair.prompt)}<div class="responses">{responses}</div></div>'
-    header = f"<header>{score}<code>{escape(pair.id)}</code></header>"
-    return f'<article class="pair">{header}<div class="content">{_images(pair)}{texts}</div></article>'
-
-
-def _images(pair: ScoredPair) -> str:
-    parts = []
-    for number, content in enumerate(pair.images[:SHOWN_IMAGES], start=1):
-        source = thumbnail(content)
-        alt = f"image {number} of {len(pair.images)}"
-        parts.append(f'<img src="{source}" alt="{alt}">' if source else f'<div class="missing">{alt} cannot be read</div>')
-    if len(pair.images) > SHOWN_IMAGES:
-        parts.append(f'<div class="missing">and {len(pair.images) - SHOWN_IMAGES} more</div>')
-    return f'<div class="images">{"".join(parts)}</div>' if parts else ""
-
-
-def _text(words: str) -> str:
-    rest = len(words) - SHOWN_CHARACTERS
-    more = f' <span class="soft">… and {rest:,} more characters</span>' if rest > 0 else ""
-    return f'<div class="words" dir="auto">{escape(words[:SHOWN_CHARACTERS])}{more}</div>'
+    ]
+    return card(f"{score}<code>{escape(pair.id)}</code>", shown, responses)
 
 
 def _accuracy(margins: Sequence[float]) -> float:

@@ -6,7 +6,6 @@
 import functools
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +27,15 @@ from rayalign.models.size import reason_for_gpus
 from rayalign.models.source import require_model, resolve_model
 from rayalign.nodes import resolve_cluster, wait_for_workers
 from rayalign.policy.tuner_checks import check_attention, check_tuner
+from rayalign.report.page import Times
 from rayalign.storage import Store
 from rayalign.training.checkpoint import prune_checkpoints
 from rayalign.training.endings import beside_signals, run_reached, told_endings
 from rayalign.training.origin import check_origin
 from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
-from rayalign.training.run_folder import dropped_lines, open_run, write_results
+from rayalign.training.run_folder import open_run, write_results
+from rayalign.training.run_report import dropped_lines
+from rayalign.training.run_times import Stopwatch, begin_start, end_start
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -63,28 +65,32 @@ class Result:
         return (self.folder / "report.html").location
 
 
-def run(config: Config) -> Result:
-    """Prepares, trains and writes the run's folder; continues an unfinished run of the same configuration.
+def run(config: Config, *, began: float | None = None) -> Result:
+    """Prepares, trains and writes the run's folder; continues an unfinished run of the same configuration. The time of the
+    whole is counted from `began` (seconds since 1970), where that was before.
 
     Raises ValueError for what the user can fix: flags, data, a folder that holds another run; KeyboardInterrupt and RunFailed
     with a sentence that says what is kept.
     """
     assert not config.run.dry_run, "main.run makes a plan of it"
+    watch = Stopwatch(began=began)
     config.check_inputs()
     require_lasting_folders(config)
     config = with_whole_paths(config)
     require_model(config.model, REGISTERED_MODELS)
     with told_endings(functools.partial(run_reached, config)):
-        return _run(config)
+        return _run(config, watch)
 
 
-def _run(config: Config) -> Result:
+def _run(config: Config, watch: Stopwatch) -> Result:
     own_formats(config.plugins)
-    config = join_cluster(config)
+    with watch.stage("ray_start"):
+        config = join_cluster(config)
     folder = open_run(config)
     logger.info("Results will be in %s", folder.location)
     try:
-        data = prepare_run(config)
+        with watch.stage("encoding"):
+            data = prepare_run(config)
     except TooManyDropped as error:
         _write_dropped(folder, error.dropped)
         raise
@@ -94,7 +100,9 @@ def _run(config: Config) -> Result:
     # It loads what models need; Ray Train's controller imports this module, too, and needs none of it.
     from rayalign.reference.precompute import with_reference
 
-    return fit(config, with_reference(config, data))
+    with watch.stage("reference"):
+        data = with_reference(config, data)
+    return fit(config, data, watch=watch)
 
 
 def join_cluster(config: Config) -> Config:
@@ -115,23 +123,25 @@ def join_cluster(config: Config) -> Config:
     return config
 
 
-def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Result:
-    """Trains on prepared data with a TorchTrainer and writes the results.
+def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = (), watch: Stopwatch | None = None) -> Result:
+    """Trains on prepared data with a TorchTrainer and writes the results; `watch` has counted what came before.
 
     Raises ValueError or FloatingPointError for what the user can fix.
     """
     folder = Store.at(str(config.run.output_dir))
     # The workers find the newest whole checkpoint by its hashes.
     (folder / "checkpoints" / CHECKPOINT_LIST).delete()
-    started = time.time()
+    watch = watch or Stopwatch()
+    begin_start(folder, watch)
     workers = config.cluster.num_workers
     logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
     with told_endings(functools.partial(run_reached, config)):
         outcome: Any = beside_signals(_torch_trainer(config, data, folder, callbacks).fit)
     result: WorkerResult = result_of(outcome.return_value)
     prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit)
-    summary = _summary(config, data, result, seconds=round(time.time() - started, 1))
-    write_results(folder, config, data, summary, result.held_out_pairs)
+    times = end_start(folder, watch)
+    summary = _summary(config, data, result, times)
+    write_results(folder, config, data, summary, result.held_out_pairs, times)
     logger.info("Done: %s steps in %s s; the result is in %s", summary["steps"], summary["seconds"], folder.location)
     return Result(folder, summary, result.metrics)
 
@@ -167,7 +177,7 @@ def _train_loop(job: dict[Any, Any]) -> WorkerResult | Stopped:
     return train_worker(job["config"], job["data"])
 
 
-def _summary(config: Config, data: RunData, result: WorkerResult, *, seconds: float) -> dict[str, Any]:
+def _summary(config: Config, data: RunData, result: WorkerResult, times: Times) -> dict[str, Any]:
     """What summary.json says."""
     return {
         **result.metrics,
@@ -176,7 +186,8 @@ def _summary(config: Config, data: RunData, result: WorkerResult, *, seconds: fl
         "training_records": result.num_training_records,
         "held_out_records": result.num_held_out_records,
         "dropped_records": len(dropped_lines(data)),
-        "seconds": seconds,
+        "seconds": times.seconds,
+        "stage_seconds": dict(times.stages),
         "num_workers": config.cluster.num_workers,
         "global_batch_size": config.global_batch_size,
         "data_key": data.training.store.name,

@@ -1,21 +1,23 @@
 """A run's folder: whether a run may start or go on in it, and what is written there when the run is done."""
 
+import functools
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rayalign.config.config import Config
 from rayalign.config.plugins import PLUGIN
 from rayalign.config.yaml_files import parse_flags, to_yaml
 from rayalign.reference.key import REFERENCE_NOTE
-from rayalign.report.page import render_report
-from rayalign.report.pairs import ScoredPair
+from rayalign.report.page import Times
 from rayalign.storage import Store
+from rayalign.training.answers import ANSWERS
 from rayalign.training.checkpoint import has_checkpoint
 from rayalign.training.metrics import read_metrics
 from rayalign.training.origin import ORIGIN_NOTE
+from rayalign.training.run_report import REPORT, Background, write_report
+from rayalign.training.run_times import RUN_TIMES
 
 if TYPE_CHECKING:
     from rayalign.data.prepare import RunData
@@ -23,25 +25,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTENTS = (
-    *("checkpoints", "model", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, ORIGIN_NOTE, "report.html", "summary.json"),
-    *("plugins", "config.yaml"),
+    *("checkpoints", "model", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, ORIGIN_NOTE, ANSWERS, RUN_TIMES, REPORT),
+    *("summary.json", "plugins", "config.yaml"),
 )
 """What a run writes, in the order in which it is deleted: as long as a checkpoint is left, so is the configuration that it was
 made with, and a deletion cut short is never taken for a run of other flags."""
 
 FREE_TO_CHANGE = frozenset(
     {
-        *(
-            "resume",
-            "overwrite",
-            "output_dir",
-            "logging_steps",
-            "eval_steps",
-            "eval_on_start",
-            "max_eval_records",
-            "save_steps",
-            "save_total_limit",
-        ),
+        *("resume", "overwrite", "output_dir", "logging_steps", "eval_steps", "eval_on_start", "max_eval_records"),
+        *("eval_answers", "save_steps", "save_total_limit"),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
         *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures", "wait_for_nodes"),
         *("cache_dir", "max_dropped_fraction"),
@@ -54,9 +47,6 @@ batch may change only together, which is checked. A run's folder may move.)"""
 BATCH_FLAGS = ("batch_size", "gradient_accumulation_steps", "num_workers")
 
 REMEDY = "Pass --overwrite true to delete it, or another --output_dir."
-
-REPORTED_PAIRS = 2000
-"""Held-out pairs whose scores go into the report's histograms."""
 
 
 def open_run(config: Config) -> Store:
@@ -154,56 +144,20 @@ def _global_batch(values: Mapping[str, Any]) -> int:
     return math.prod(values[name] for name in BATCH_FLAGS)
 
 
-def dropped_lines(data: "RunData") -> list[dict[str, Any]]:
-    """The records left out, of the training and of the held-out data sets, as dropped.jsonl lists them."""
-    return [line for some in (data.training, data.held_out) if some for line in some.dropped()]
-
-
 def write_results(
-    folder: Store, config: Config, data: "RunData", summary: Mapping[str, Any], scores: Mapping[str, Mapping[str, float]]
+    folder: Store,
+    config: Config,
+    data: "RunData",
+    summary: Mapping[str, Any],
+    scores: Mapping[str, Mapping[str, float]],
+    times: Times,
 ) -> None:
     """Writes report.html and summary.json, which marks the run as finished."""
-    held_out = data.held_out or data.training
-    page = render_report(
-        title=folder.name,
-        config=config.to_dict() | {"rlhf_type": config.algorithm.name},
-        summary=summary,
-        metrics=read_metrics(folder / "metrics.jsonl"),
-        dropped=Counter(line["reason"] for line in dropped_lines(data)),
-        pairs=_scored_pairs(held_out, data, scores),
-        score_name="log-prob per token" if data.spec.responses == "chosen" else "reward",
+    report = Background()
+    metrics = read_metrics(folder / "metrics.jsonl")
+    write = functools.partial(
+        write_report, folder, config, data, scores, metrics=metrics, num_steps=summary["steps"], times=times, summary=summary
     )
-    (folder / "report.html").write_bytes(page.encode())
+    report.run(write)
+    report.wait()
     (folder / "summary.json").write_json(dict(summary))
-
-
-def _scored_pairs(held_out: Any, data: "RunData", scores: Mapping[str, Mapping[str, float]]) -> Sequence[ScoredPair]:
-    """The scored held-out pairs with texts and images, as the report shows them."""
-    ids = held_out.index()["id"].to_pylist()
-    rows = [row for row, pair_id in enumerate(ids) if pair_id in scores][:REPORTED_PAIRS]
-    tokenizer = data.spec.tokenizer
-    pairs = []
-    for line in held_out.reader().read(rows).to_pylist():
-        line["rejected_ids"] = line["rejected_ids"] or line["eval_rejected_ids"]
-        score = scores[line["id"]]
-        pairs.append(
-            ScoredPair(
-                id=line["id"],
-                prompt=tokenizer.decode(line["prompt_ids"], skip_special_tokens=True).strip(),
-                chosen=tokenizer.decode(line["chosen_ids"], skip_special_tokens=True).strip(),
-                rejected=tokenizer.decode(line["rejected_ids"], skip_special_tokens=True).strip(),
-                images=tuple(line["images"]),
-                reward_chosen=_reward(score, line, "chosen"),
-                reward_rejected=_reward(score, line, "rejected"),
-                tokens_chosen=len(line["chosen_ids"]),
-                tokens_rejected=len(line["rejected_ids"]),
-            )
-        )
-    return pairs
-
-
-def _reward(score: Mapping[str, float], row: Mapping[str, Any], side: str) -> float:
-    """A response's reward; without rewards its log-prob per token; nan where the row has no such response."""
-    if f"rewards/{side}" in score:
-        return score[f"rewards/{side}"]
-    return score[f"logps/{side}"] / len(row[f"{side}_ids"]) if f"logps/{side}" in score else math.nan

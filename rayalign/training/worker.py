@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from rayalign.progress import Progress
 from rayalign.report.health import find_problems
 from rayalign.report.pairs import correlation
 from rayalign.storage import Store
+from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.checkpoint import (
     FetchedCheckpoint,
     checkpoint_name,
@@ -43,6 +44,8 @@ from rayalign.training.distributed import gather, start_alike
 from rayalign.training.evaluation import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, CHOSEN_TOKENS, REJECTED_TOKENS, image_metrics
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import MetricsLog
+from rayalign.training.run_report import Background, write_report
+from rayalign.training.run_times import Stopwatch, note_workers, workers_before
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,20 @@ def train_worker(config: Config, data: RunData) -> WorkerResult | Stopped:
     return worker if isinstance(worker, Stopped) else outcome_of(worker.train, errors=(FloatingPointError,))
 
 
+def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Counts the time of a worker's method as that of a stage."""
+
+    def of_stage(method: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(method)
+        def timed(worker: "_Worker", *arguments: Any) -> None:
+            with worker.watch.stage(stage):
+                method(worker, *arguments)
+
+        return timed
+
+    return of_stage
+
+
 class _Worker:
     """One train worker: its share of the data, policy and optimizer, and the metrics so far."""
 
@@ -79,6 +96,8 @@ class _Worker:
         self.config = config
         self.data = data
         self.folder = Store.at(str(config.run.output_dir))
+        self.watch = Stopwatch(workers_before(self.folder))
+        self.report = Background()
         context = ray.train.get_context()
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.attempt = gather(uuid.uuid4().hex[:8])[0]
@@ -93,15 +112,16 @@ class _Worker:
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
         self.tables = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
         self._say("Loading %s", data.source.base)
-        policy = load_policy(
-            data.source,
-            model=config.model,
-            tuner=config.tuner,
-            device=self.device,
-            needs=algorithm.needs,
-            spread_over_gpus=config.cluster.spreads_models,
-            seed=config.optimizer.seed,
-        )
+        with self.watch.stage("model_loading"):
+            policy = load_policy(
+                data.source,
+                model=config.model,
+                tuner=config.tuner,
+                device=self.device,
+                needs=algorithm.needs,
+                spread_over_gpus=config.cluster.spreads_models,
+                seed=config.optimizer.seed,
+            )
         if policy.family.model_type not in FAMILIES:
             check_forward(policy, data.spec)
         start_alike(policy)
@@ -137,23 +157,29 @@ class _Worker:
             pin_memory=self.device.type == "cuda",
         )
         events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
-        if self.config.run.eval_on_start and not self.start_step:
-            self._evaluate(0)
-        run_steps(
-            self.trainer,
-            self.sampler,
-            stream,
-            self.config.run,
-            events,
-            start_step=self.start_step,
-            tokens_before=self.latest_metrics.get("num_tokens", 0),
-        )
+        if self.start_step == 0:
+            if self.config.run.eval_on_start:
+                self._evaluate(0)
+            self._answer("before")
+        with self.watch.stage("training"):
+            run_steps(
+                self.trainer,
+                self.sampler,
+                stream,
+                self.config.run,
+                events,
+                start_step=self.start_step,
+                tokens_before=self.latest_metrics.get("num_tokens", 0),
+            )
         if self.start_step == self.sampler.num_steps:
             self._evaluate(self.sampler.num_steps)
+        self._answer("after")
         if self.rank == 0:
             self._write_model()
             assert self.metrics_log is not None
             self.metrics_log.flush()
+            self.report.wait()
+            note_workers(self.folder, self.watch.seconds)
         return WorkerResult(
             metrics={name: value for name, value in self.latest_metrics.items() if name != "step"},
             num_steps=self.sampler.num_steps,
@@ -173,10 +199,12 @@ class _Worker:
         rate = ", ".join(filter(None, [f"{metrics['pairs_per_second']:.1f} pairs/s", self.progress.time_to_go]))
         self._say("Step %d/%d  %s  %s", step, self.sampler.num_steps, figures, rate)
 
+    @_timed("evaluation")
     def _evaluate(self, step: int) -> None:
         """A pass over the held-out records; after the last step another one on their pictures shuffled."""
         data, rows = self._held_out()
         if not len(rows):
+            self._report()
             return
         token_counts = data.token_counts()
         mine = cut_micro_batches(
@@ -207,6 +235,7 @@ class _Worker:
         shown = "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN_EVALUATION if name in line)
         self._say("Evaluation at step %d  %s", step, shown)
         self._warn(step)
+        self._report()
 
     def _warn(self, step: int) -> None:
         """Says what looks wrong in the run so far; each thing once."""
@@ -227,6 +256,35 @@ class _Worker:
                 logger.warning("Warning: %s", words)
             self.warned.add(kind)
 
+    def _report(self) -> None:
+        """Brings the run's page up to date, beside the training."""
+        if self.metrics_log is not None:
+            metrics, seconds, scores = list(self.metrics_log.lines), self.watch.seconds, self.held_out_pairs
+
+            def write() -> None:
+                times = note_workers(self.folder, seconds)
+                write_report(
+                    self.folder,
+                    self.config,
+                    self.data,
+                    scores,
+                    metrics=metrics,
+                    num_steps=self.sampler.num_steps,
+                    times=times,
+                )
+
+            self.report.run(write)
+
+    @_timed("evaluation")
+    def _answer(self, moment: Moment) -> None:
+        """Lets the model answer some held-out prompts by itself, for the page."""
+        data, rows = self._held_out()
+        sample = sample_of(rows, self.config.run.eval_answers)
+        if len(sample) and self.trainer.algorithm.needs.head == "language":
+            spec, policy = self.data.spec, self.trainer.policy
+            ask(moment, policy, spec, data, sample, folder=self.folder, rank=self.rank, workers=self.num_workers)
+
+    @_timed("saving")
     def _save(self, step: int) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             checkpoint = None
@@ -240,6 +298,7 @@ class _Worker:
                 checkpoint_dir_name=checkpoint_name(step, self.attempt),
             )
 
+    @_timed("saving")
     def _write_model(self) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             save_policy(self.trainer.policy, Path(temporary), safe_serialization=self.config.run.safe_serialization)

@@ -329,6 +329,12 @@ def test_left_drops_the_oldest_rounds_with_their_images_and_keeps_the_system_mes
     assert text_of(llava, shorter.prompt_ids) == (
         f"<s>SYSTEM: describe\nUSER: {mark}three {mark}\nASSISTANT: four</s>USER: {mark}five\nASSISTANT: "
     )
+    assert json.loads(shorter.conversation) == [
+        ["system", "describe"],
+        ["user", "<image>three <image>"],
+        ["assistant", "four"],
+        ["user", "<image>five"],
+    ]
     assert shorter.images == images[1:]
     assert shorter.image_hashes == [image_hash(content) for content in images[1:]]
     shortest = encode(llava, given, images, max_length=70, truncation_strategy="left")

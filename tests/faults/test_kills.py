@@ -55,6 +55,9 @@ def test_a_run_whose_driver_was_killed_resumes_to_the_same_weights_past_a_checkp
     assert f"Passing over checkpoint {newest}: trainable.safetensors has 100 of" in output
     assert f"Training DPO from step {int(older.name.split('_')[1])} to 36" in output
     assert_same_run(undisturbed, folder)
+    assert (folder / "answers.json").read_bytes() == (undisturbed / "answers.json").read_bytes()
+    assert len(json.loads((folder / "times.json").read_text())) == 2
+    assert "Added up over 2 starts of the command" in (folder / "report.html").read_text()
 
 
 def test_a_killed_worker_is_replaced_and_the_weights_stay_the_same(

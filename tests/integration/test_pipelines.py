@@ -43,14 +43,30 @@ def test_a_run_leaves_the_whole_folder(dpo_run: Path) -> None:
     names = {path.name for path in dpo_run.iterdir()}
     assert names == {
         "config.yaml", "metrics.jsonl", "dropped.jsonl", "origin.json", "reference.json", "checkpoints", "model", "report.html",
-        "summary.json",
+        "answers.json", "times.json", "summary.json",
     }  # fmt: skip
     summary = json.loads((dpo_run / "summary.json").read_text())
     assert summary["training_records"] == 36
     assert summary["held_out_records"] == 4
     assert summary["steps"] == 6  # 36 records in global batches of 16: three steps an epoch
     assert len(list((dpo_run / "checkpoints").glob("step_*"))) == 2
-    assert "<html" in (dpo_run / "report.html").read_text()
+    page = (dpo_run / "report.html").read_text()
+    assert "<html" in page
+    assert "Not finished" not in page
+
+
+def test_a_run_tells_where_its_time_went(dpo_run: Path) -> None:
+    summary = json.loads((dpo_run / "summary.json").read_text())
+    stages = {"ray_start", "encoding", "reference", "model_loading", "training", "evaluation", "saving", "other"}
+    assert set(summary["stage_seconds"]) == stages
+    assert sum(summary["stage_seconds"].values()) == pytest.approx(summary["seconds"], abs=0.5)  # each is rounded
+
+
+def test_the_model_answers_before_and_after_with_what_each_of_two_workers_was_asked(dpo_run: Path) -> None:
+    answers = json.loads((dpo_run / "answers.json").read_text())
+    assert len(answers["before"]) == 4  # of 4 held-out records
+    assert answers["before"].keys() == answers["after"].keys()
+    assert answers["failed"] == ""
 
 
 def test_metrics_have_the_names_of_the_field(dpo_run: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from rayalign.algorithms import DPO, SFT
 from rayalign.config.sections import ModelConfig, TunerConfig
-from rayalign.data.encode import EncoderSpec
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
 from rayalign.reference.key import reference_key

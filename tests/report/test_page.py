@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rayalign.report.page import render_report
-from rayalign.report.pairs import ScoredPair, correlation, extremes, thumbnail
+from rayalign.report.conversations import Answers, Conversation, thumbnail
+from rayalign.report.page import Times, render_report
+from rayalign.report.pairs import ScoredPair, correlation, extremes
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
 
@@ -26,14 +27,18 @@ def image_bytes(*, size: tuple[int, int] = (640, 480), mode: str = "RGB", kind: 
 def pair(number: int, **changes: Any) -> ScoredPair:
     made = ScoredPair(
         id=f"pair-{number}",
-        prompt=f"question {number}",
-        chosen=f"good answer {number}",
-        rejected=f"poor answer {number}",
-        images=(),
         reward_chosen=number / 10,
         reward_rejected=0.25,
         tokens_chosen=10 + number,
         tokens_rejected=12,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def conversation(pair_id: str = "pair-0", **changes: Any) -> Conversation:
+    number = pair_id.rpartition("-")[2]
+    made = Conversation(
+        turns=(("user", f"question {number}"),), chosen=f"good answer {number}", rejected=f"poor answer {number}"
     )
     return dataclasses.replace(made, **changes)
 
@@ -56,12 +61,17 @@ def render(**changes: Any) -> str:
     values: dict[str, Any] = {
         "title": "my run",
         "config": {"model": "some/model", "dataset": ["rlaif-v#1000"], "beta": 0.1},
-        "summary": {"algorithm": "dpo", "seconds": 4325.0, "versions": {"torch": "2.7.1"}},
+        "summary": {"algorithm": "dpo", "versions": {"torch": "2.7.1"}},
         "metrics": METRICS,
         "dropped": {"image cannot be decoded": 3},
         "pairs": [pair(k) for k in range(40)],
+        "answers": Answers(),
+        "times": Times(4325.0, {"training": 4000.0, "other": 325.0}),
+        "num_steps": 10,
+        **changes,
     }
-    return render_report(**{**values, **changes})
+    conversations = {made.id: conversation(made.id) for made in values["pairs"]}
+    return render_report(**{"conversations": conversations, **values})
 
 
 class Page(HTMLParser):
@@ -88,11 +98,10 @@ def test_the_page_shows_the_values_given() -> None:
         "dpo",
         "some/model",
         "rlaif-v#1000",
-        "1 h 12 min",
-        "0.8125",
-        "1.357",
-        "0.5432",
-        "0.6931 at step 0",
+        "Wall time1 h 12 minof the whole command",
+        "Accuracy of the implicit reward0.5 → 0.8125held-out, start → 10",
+        "Margin0 → 1.357",
+        "Loss0.6931 → 0.5432",
         "3.21",
     ):
         assert words in page.text
@@ -100,9 +109,12 @@ def test_the_page_shows_the_values_given() -> None:
     assert "versions.torch2.7.1" in page.text
 
 
-@pytest.mark.parametrize("part", ["title", "config", "summary", "dropped", "pairs", "score_name"])
+@pytest.mark.parametrize(
+    "part", ["title", "config", "summary", "dropped", "pairs", "score_name", "conversations", "answers", "times"]
+)
 def test_hostile_text_stays_text(part: str) -> None:
-    hostile_pairs = [pair(k, id=HOSTILE, prompt=HOSTILE, chosen=HOSTILE, rejected=HOSTILE) for k in range(3)]
+    hostile_pairs = [pair(k, id=f"{HOSTILE}{k}") for k in range(3)]
+    hostile = Conversation(turns=((HOSTILE, HOSTILE), ("user", f"<image>{HOSTILE}")), chosen=HOSTILE, rejected=HOSTILE)
     values: dict[str, Any] = {
         "title": HOSTILE,
         "config": {HOSTILE: HOSTILE, "model": HOSTILE, "dataset": [HOSTILE], "nested": {HOSTILE: [HOSTILE]}},
@@ -110,6 +122,9 @@ def test_hostile_text_stays_text(part: str) -> None:
         "dropped": {HOSTILE: 1},
         "pairs": hostile_pairs,
         "score_name": HOSTILE,
+        "conversations": {f"pair-{k}": hostile for k in range(40)},
+        "answers": Answers({"pair-1": HOSTILE}, {"pair-1": HOSTILE}, failed=HOSTILE),
+        "times": Times(1.0, {HOSTILE: 1.0}),
     }
     harmless = {name for name, _ in Page(render()).tags}
     page = Page(render(**{part: values[part]}))
@@ -119,7 +134,8 @@ def test_hostile_text_stays_text(part: str) -> None:
 
 
 def test_the_page_loads_nothing_and_runs_nothing() -> None:
-    page = Page(render(pairs=[pair(1, images=(image_bytes(),)), pair(2)]))
+    shown = {"pair-1": conversation(images=(image_bytes(),)), "pair-2": conversation()}
+    page = Page(render(pairs=[pair(1), pair(2)], conversations=shown))
     assert not {"script", "link", "iframe", "object", "base"} & {name for name, _ in page.tags}
     links = [
         value or "" for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href", "srcset")
@@ -145,7 +161,7 @@ def test_every_figure_is_well_formed() -> None:
     titles = [ElementTree.fromstring(figure).findtext("figcaption/b") for figure in figures]
     assert titles == [
         "Loss",
-        "Accuracy",
+        "Accuracy of the implicit reward",
         "Margin",
         "Rewards",
         "Gradient norm",
@@ -203,8 +219,8 @@ def test_pairs_without_a_finite_margin_are_neither_worst_nor_best() -> None:
 
 
 def test_a_pair_is_shown_with_all_it_holds() -> None:
-    shown = pair(7, reward_chosen=1.5, reward_rejected=-0.75, images=(image_bytes(), b"not an image"))
-    page = Page(render(pairs=[shown]))
+    shown = conversation("pair-7", images=(image_bytes(), b"not an image"))
+    page = Page(render(pairs=[pair(7, reward_chosen=1.5, reward_rejected=-0.75)], conversations={"pair-7": shown}))
     for words in (
         "margin +2.25",
         "pair-7",
@@ -213,8 +229,8 @@ def test_a_pair_is_shown_with_all_it_holds() -> None:
         "rejected · reward -0.75 · 12 tokens",
     ):
         assert words in page.text
-    assert "image 2 of 2 cannot be read" in page.text
-    assert [attributes["alt"] for name, attributes in page.tags if name == "img"] == ["image 1 of 2"]
+    assert "picture 2 of 2 cannot be read" in page.text
+    assert [attributes["alt"] for name, attributes in page.tags if name == "img"] == ["picture 1 of 2"]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +249,7 @@ def test_what_is_no_image_has_no_thumbnail(content: bytes) -> None:
 
 
 def test_long_texts_are_cut_and_say_so() -> None:
-    page = Page(render(pairs=[pair(1, prompt="x" * 7000)]))
+    page = Page(render(pairs=[pair(1)], conversations={"pair-1": conversation(turns=(("user", "x" * 7000),))}))
     assert "… and 2,000 more characters" in page.text
 
 
@@ -251,28 +267,25 @@ def test_metrics_that_are_not_finite_are_tolerated_and_reported() -> None:
 
 
 def test_a_run_without_rejected_responses_shows_what_it_has() -> None:
-    records = [
-        pair(k, rejected="", reward_chosen=-1 - k / 10, reward_rejected=math.nan, tokens_rejected=0, prompt=f"ask {k}")
-        for k in range(30)
-    ]
+    records = [pair(k, reward_chosen=-1 - k / 10, reward_rejected=math.nan, tokens_rejected=0) for k in range(30)]
     metrics = [{"step": 5, "loss": 1.5, "logps/chosen": -80.0}, {"step": 10, "loss": 1.25, "eval_loss": 1.375}]
     page = render(pairs=records, metrics=metrics, score_name="log-prob per token")
     text = Page(page).text
     for words in ("1.375", "Distribution of log-prob per token", "Lowest log-prob per token", "Highest log-prob per token"):
         assert words in text
     assert "chosen · log-prob per token -3.9 · 39 tokens" in text
-    for words in ("nan", "Length bias", "margin", "rejected ·", "Accuracy", "Lowest scores"):
+    for words in ("nan", "Length bias", "Margin of", "rejected ·", "Accuracy of", "Lowest scores"):
         assert words not in text
     for words in ("Held-out records30", "Worst and best records", "By the log-prob per token of the response."):
         assert words in text
 
 
 def good(number: int, reward: float, **changes: Any) -> ScoredPair:
-    return pair(number, reward_chosen=reward, rejected="", reward_rejected=math.nan, tokens_rejected=0, **changes)
+    return pair(number, reward_chosen=reward, reward_rejected=math.nan, tokens_rejected=0, **changes)
 
 
 def bad(number: int, reward: float, **changes: Any) -> ScoredPair:
-    return pair(number, reward_rejected=reward, chosen="", reward_chosen=math.nan, tokens_chosen=0, **changes)
+    return pair(number, reward_rejected=reward, reward_chosen=math.nan, tokens_chosen=0, **changes)
 
 
 def histogram_of(page: str, title: str) -> str:
@@ -364,16 +377,19 @@ def test_a_reward_models_page_has_rewards_and_no_log_probs() -> None:
 def test_what_mdpo_makes_of_damaged_images_is_drawn() -> None:
     line = {"step": 5, "loss": 1.5, "conditional/accuracies": 0.75, "conditional/margins": 0.0625}
     page = render(metrics=[line])
-    assert "train: 0.75" in histogram_of(page, "Accuracy of true against damaged images")
-    assert "train: 0.0625" in histogram_of(page, "Margin of true over damaged images")
+    assert "training: 0.75" in histogram_of(page, "Accuracy of true against damaged images")
+    assert "training: 0.0625" in histogram_of(page, "Margin of true over damaged images")
 
 
 def test_a_run_that_has_only_begun_says_so() -> None:
     text = Page(render(summary={}, metrics=[], dropped={}, pairs=[])).text
-    assert "0 so far, not finished" in text
+    assert (
+        "Not finished, step 0 of 10. This page is written anew at every evaluation; load it again to see a newer one." in text
+    )
     assert "No metrics have been logged yet." in text
     assert "No record was dropped." in text
 
 
 def test_the_page_can_be_written_whatever_the_text_holds() -> None:
-    assert "odd \ud800".encode("utf-8", "replace") in render(pairs=[pair(1, prompt="odd \ud800 \x00")]).encode()
+    odd = {"pair-1": conversation(turns=(("user", "odd \ud800 \x00"),))}
+    assert "odd \ud800".encode("utf-8", "replace") in render(pairs=[pair(1)], conversations=odd).encode()

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from rayalign.algorithms import DPO
-from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.policy.generation import generate_answers
+from rayalign.training.loop import Trainer
 from tests.tiny_models import (
     REFERRED,
     counts_of,
@@ -49,3 +52,24 @@ def test_compiled_layers_give_the_same_loss_and_gradients_for_rows_of_any_length
         assert ours is not None
         assert plain is not None
         torch.testing.assert_close(ours, plain, atol=1e-4 * largest, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # of all kinds, in torch's compiler
+def test_a_training_of_compiled_layers_is_the_same_to_the_bit_with_answers_in_between(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, "llava_next")
+    pairs = [
+        encode_pair(folder, str(n), "Which digit is it? " * n, "It is two.", "A cat", images=[noise_image(40, 40)])
+        for n in (1, 5)
+    ]
+    spec, found, answers = EncoderSpec(str(folder), responses="both"), [], []
+    for compiled, answers_between in ((True, False), (True, True), (False, True)):
+        torch._dynamo.reset()
+        policy = make_policy(folder, model=ModelConfig(torch_compile=compiled), needs=REFERRED)
+        trainer = Trainer(policy, DPO(), OptimizerConfig(learning_rate=1e-2), num_steps=4)
+        for step in range(4):
+            if answers_between:
+                answers.append(generate_answers(policy, spec, pairs, max_new_tokens=12))
+            trainer.step(step, [make_batch(folder, pairs)], counts_of(pairs))
+        found.append([parameter.detach().clone() for parameter in policy.trainable.values()])
+    assert answers[0] == answers[4]
+    assert all(torch.equal(without, between) for without, between in zip(found[0], found[1], strict=True))

@@ -14,8 +14,10 @@ from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.prepare import RunData
 from rayalign.data.store import EncodedPair, PreparedData
 from rayalign.models.source import ModelSource
+from rayalign.report.page import Times
 from rayalign.storage import Store
-from rayalign.training.run_folder import CONTENTS, FREE_TO_CHANGE, dropped_lines, open_run, write_results
+from rayalign.training.run_folder import CONTENTS, FREE_TO_CHANGE, open_run, write_results
+from rayalign.training.run_report import dropped_lines
 
 WAY_OUT = "Pass --overwrite true to delete it, or another --output_dir."
 
@@ -280,12 +282,13 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(unfinished: Path)
     assert yaml.safe_load((unfinished / "config.yaml").read_text())["beta"] == 0.5
 
 
+ASKED = json.dumps([["user", "Which digit?"]])
 IT_IS_TWO, A_CAT = [44, 87, 271, 305, 17, 2], [68, 299, 2]  # "It is two.", "a cat", each with its end
 RECORDS = [
-    EncodedPair("pair", [310, 270, 34], IT_IS_TWO, A_CAT, [], []),
-    EncodedPair("good", [310, 270, 34], IT_IS_TWO, [], [], []),
-    EncodedPair("bad", [310, 270, 34], [], A_CAT, [], []),
-    EncodedPair("trained", [310, 270, 34], A_CAT, IT_IS_TWO, [], []),  # not held out: it has no scores
+    EncodedPair("pair", [310, 270, 34], IT_IS_TWO, A_CAT, [], [], conversation=ASKED),
+    EncodedPair("good", [310, 270, 34], IT_IS_TWO, [], [], [], conversation=ASKED),
+    EncodedPair("bad", [310, 270, 34], [], A_CAT, [], [], conversation=ASKED),
+    EncodedPair("trained", [310, 270, 34], A_CAT, IT_IS_TWO, [], [], conversation=ASKED),  # not held out: it has no scores
 ]
 BY_KTO = {
     "pair": {"rewards/chosen": 1.5, "rewards/rejected": 0.25, "logps/chosen": -9.0, "logps/rejected": -9.0},
@@ -326,7 +329,7 @@ def test_the_report_shows_what_was_scored_of_each_held_out_record(
     store = open_run(config)
     spec = EncoderSpec(str(model_folder("llava")), responses=config.algorithm.needs.responses)
     data = RunData(ModelSource("m"), spec, prepare_pairs(RECORDS), None)
-    write_results(store, config, data, {"algorithm": algorithm.name}, scores)
+    write_results(store, config, data, {"algorithm": algorithm.name, "steps": 9}, scores, Times())
     page = (tmp_path / "run" / "report.html").read_text()
     cards = re.findall(r'<article class="pair">.*?</article>', page, re.DOTALL)
     found = [
@@ -336,7 +339,7 @@ def test_the_report_shows_what_was_scored_of_each_held_out_record(
     assert found == shown
     assert page.count("Which digit?") == len(shown)
     assert "not finite" not in page
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"algorithm": algorithm.name}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {"algorithm": algorithm.name, "steps": 9}
 
 
 def test_the_report_counts_the_dropped_records_that_dropped_jsonl_lists(
@@ -354,7 +357,7 @@ def test_the_report_counts_the_dropped_records_that_dropped_jsonl_lists(
         held_out,
     )
     assert len(dropped_lines(data)) == 5
-    write_results(store, config, data, {"algorithm": "dpo"}, {})
+    write_results(store, config, data, {"algorithm": "dpo", "steps": 9}, {}, Times())
     page = (tmp_path / "run" / "report.html").read_text()
     table = page[page.index("Dropped records") :]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", table[: table.index("</table>")])

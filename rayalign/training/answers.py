@@ -1,0 +1,78 @@
+"""What the model itself says to a few held-out prompts, before the first step and at the end: asked on every worker, kept in
+the run's folder, shown by its report.
+
+Nothing here ends a run: a model that can't be asked is named in the log and on the page.
+"""
+
+import dataclasses
+import logging
+from typing import Literal
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.data.store import PreparedData, Rows, from_batch
+from rayalign.policy.generation import generate_answers
+from rayalign.policy.policy import Policy
+from rayalign.report.conversations import Answers
+from rayalign.storage import Store
+from rayalign.training.distributed import gather
+
+logger = logging.getLogger(__name__)
+
+ANSWERS = "answers.json"
+"""The file of a run's folder: what was answered at each moment, by record, and why it could not be asked."""
+
+Moment = Literal["before", "after"]
+
+MAX_NEW_TOKENS = 64
+
+_FILE = TypeAdapter(Answers)
+
+
+def sample_of(rows: Rows, count: int) -> Rows:
+    """At most so many of the rows, spread over them evenly; the same ones each time."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64))]
+
+
+def ask(
+    moment: Moment, policy: Policy, spec: EncoderSpec, data: PreparedData, rows: Rows, *, folder: Store, rank: int, workers: int
+) -> None:
+    """Keeps the policy's answers to the prompts of some rows, each worker a share of them. Every worker calls it. Answers
+    from before the training stay what they are once they are there."""
+    if moment == "before" and gather(bool(read_answers(folder).before) if rank == 0 else None)[0]:
+        return
+    texts: dict[str, str] = {}
+    failed = ""
+    try:
+        pairs = from_batch(data.reader().read(rows[rank::workers]))
+        said = generate_answers(policy, spec, pairs, max_new_tokens=MAX_NEW_TOKENS)
+        texts = {pair.id: text for pair, text in zip(pairs, said, strict=True)}
+    except Exception as error:  # noqa: BLE001  # of a model or of storage: a run is worth more than what it says
+        failed = f"{type(error).__name__}: {error}"
+    everyone = gather((texts, failed))
+    if rank == 0:
+        _keep(
+            folder, moment, {name: text for worker in everyone for name, text in worker[0].items()}, max(e[1] for e in everyone)
+        )
+
+
+def read_answers(folder: Store) -> Answers:
+    """What is kept in a run's folder; nothing where there is nothing, or nothing that can be read."""
+    file = folder / ANSWERS
+    try:
+        return _FILE.validate_json(file.read_bytes()) if file.exists() else Answers()
+    except (OSError, ValueError) as error:
+        logger.warning("The answers in %s can't be read: %s", folder.location, error)
+        return Answers()
+
+
+def _keep(folder: Store, moment: Moment, texts: dict[str, str], failed: str) -> None:
+    if failed:
+        logger.warning("The model could not be asked for answers of its own, for the report: %s", failed)
+    kept = dataclasses.asdict(read_answers(folder)) | {moment: texts, "failed": failed}
+    try:
+        (folder / ANSWERS).write_json(kept)
+    except OSError as error:
+        logger.warning("The model's own answers could not be kept: %s", error)

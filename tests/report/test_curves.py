@@ -1,0 +1,106 @@
+import re
+
+import pytest
+
+from rayalign.report.curves import curves_section
+from tests.report.test_page import Page
+
+Lines = list[dict[str, float]]
+
+
+def figures(metrics: Lines, *, reward_name: str = "the implicit reward") -> dict[str, str]:
+    """Each figure by its title."""
+    page = curves_section(metrics, reward_name=reward_name)
+    found = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    return {re.findall("<b>(.*?)</b>", figure)[0]: figure for figure in found}
+
+
+def course(name: str, *values: float, first: int = 0) -> Lines:
+    return [{"step": first + step, name: value} for step, value in enumerate(values)]
+
+
+def test_every_accuracy_is_called_what_it_is() -> None:
+    names = (
+        "accuracy/likelihood",
+        "accuracy/per_token",
+        "accuracy/likelihood_shuffled",
+        "rewards/accuracies",
+        "image_reliance",
+    )
+    metrics = [{"step": step, **{f"eval_{name}": 0.5 + step / 10 for name in names}} for step in (0, 3)]
+    found = figures(metrics)
+    assert list(found) == ["Accuracy by likelihood", "Accuracy of the implicit reward", "Picture reliance"]
+    text = Page(found["Accuracy by likelihood"]).text
+    for label in ("sum of log-probs held-out", "per token held-out", "sum, with other records’ pictures held-out"):
+        assert f"{label}: 0.8" in text
+    assert "Accuracy of the reward model" in figures(metrics, reward_name="the reward model")
+
+
+def test_held_out_curves_begin_at_the_start() -> None:
+    found = figures([{"step": 0, "eval_loss": 0.7}, {"step": 1, "loss": 0.6}, {"step": 5, "eval_loss": 0.4}])
+    assert "step 0\nheld-out: 0.7" in found["Loss"]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        (course("padding_fraction", 0, 0, 0), "0 at each of 3 logged steps"),
+        (course("padding_fraction", 0.0), "0 at the only logged step"),
+        (course("padding_fraction", 0.0, -0.0), "0 at each of 2 logged steps"),
+        (course("eval_rewards/margins", 0), "0 at the only logged step"),
+        (course("rewards/chosen", 0, 0) + course("rewards/rejected", 0, 0), "0 at each of 2 logged steps"),
+    ],
+)
+def test_nothing_but_zeros_is_said_in_words_and_not_drawn(metrics: Lines, words: str) -> None:
+    (figure,) = figures(metrics).values()
+    assert words in figure
+    assert "<svg" not in figure
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        course("padding_fraction", 0, 0, 0.1),
+        course("rewards/accuracies", 0, 0, 0),  # 0 of 1 is something
+        course("learning_rate", 1e-5, 1e-5),
+        course("rewards/chosen", 0, 0) + course("rewards/rejected", 0, -1),
+        course("eval_drift", 0, -1e-9),
+    ],
+)
+def test_what_is_not_all_zero_is_drawn(metrics: Lines) -> None:
+    (figure,) = figures(metrics).values()
+    assert "<svg" in figure
+
+
+@pytest.mark.parametrize(
+    ("second", "titles"),
+    [
+        ((2.5, 2.0, 1.5), ["Loss"]),  # SFT's
+        ((2.51, 2.01, 1.49), ["Loss"]),  # of windows whose steps have different numbers of tokens
+        ((2.5, 2.0, 1.2), ["Loss", "NLL of the chosen response"]),
+        ((2.5, 2.0), ["Loss", "NLL of the chosen response"]),
+        ((2.5, 2.0, float("nan")), ["Loss", "NLL of the chosen response"]),
+    ],
+)
+def test_a_likelihood_that_is_the_loss_is_not_drawn_again(second: tuple[float, ...], titles: list[str]) -> None:
+    assert list(figures(course("loss", 2.5, 2.0, 1.5) + course("nll_loss", *second))) == titles
+
+
+def test_two_metrics_of_zeros_are_both_named() -> None:
+    assert len(figures(course("padding_fraction", 0, 0) + course("data_wait_fraction", 0, 0))) == 2
+
+
+def test_every_group_says_what_to_look_for_in_what_it_shows() -> None:
+    def words(*names: str) -> list[str]:
+        page = curves_section([{"step": 1, **dict.fromkeys(names, 1.0)}], reward_name="the implicit reward")
+        return re.findall(r"<h2>.*?</h2>(?:<p class=\"soft\">(.*?)</p>)?", page)
+
+    assert words("loss", "grad_norm", "data_wait_fraction") == [
+        "Look for a held-out loss that still falls where the training’s does.",
+        "Look for gradient norms without lasting jumps, and little time spent waiting for data.",
+    ]
+    assert words("loss", "eval_accuracy/likelihood", "rewards/accuracies")[0] == (
+        "Look for a held-out loss that still falls where the training’s does, likelihoods that tell chosen from rejected "
+        "better than guessing (the line at 0.5), and rewards that do."
+    )
+    assert words("kl") == [""]
