@@ -27,6 +27,7 @@ from rayalign.storage import Store
 from rayalign.sweeps.search_space import SearchRange, check_search
 from rayalign.training.driver import fit, join_cluster
 from rayalign.training.endings import told_endings
+from rayalign.training.lease import STALE_SECONDS, held
 from rayalign.training.origin import check_origin
 from rayalign.training.run_folder import open_run, with_output_dir
 
@@ -53,19 +54,20 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     config = with_whole_paths(with_output_dir(config))
     require_model(config.model, REGISTERED_MODELS)
     folder = Store.at(str(config.run.output_dir))
-    if config.run.overwrite:
-        for name in ("trials", "tune", REFERENCE_NOTE, "sweep.json", "best.yaml"):
-            (folder / name).delete()
-    if (folder / "sweep.json").exists():
+    if (folder / "sweep.json").exists() and not config.run.overwrite:
         raise ValueError(
             f"--output_dir {folder.location} holds a finished sweep. Pass --overwrite true, or another --output_dir."
         )
-    with told_endings(functools.partial(_sweep_reached, folder)):
+    with told_endings(functools.partial(_sweep_reached, folder)), held(folder) as lease:
+        if config.run.overwrite:
+            for name in ("trials", "tune", REFERENCE_NOTE, "sweep.json", "best.yaml"):
+                (folder / name).delete()
         config = join_cluster(config)
         logger.info("Results will be in %s", folder.location)
         with_reference(config, prepare_run(config), several_runs=True)
         outcome = _tuner(config, sweep, ranges, folder).fit()
-    return _finish(config, sweep, ranges, folder, outcome)
+        lease.check()
+        return _finish(config, sweep, ranges, folder, outcome)
 
 
 def with_whole_paths(config: Config) -> Config:
@@ -125,10 +127,12 @@ def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
     trial = config.replace(
         {**sampled, "output_dir": folder.location, "cache_dir": cache_of(config).location, "overwrite": False}
     )
-    open_run(trial)
-    data = prepare_run(trial)
-    check_origin(trial, data)
-    fit(trial, with_reference(trial, data, several_runs=True), callbacks=[TuneReportCallback()])
+    # A trial that is started again may meet the processes of its last start while they end.
+    with held(folder, patience=STALE_SECONDS) as lease:
+        open_run(trial)
+        data = prepare_run(trial)
+        check_origin(trial, data)
+        fit(trial, with_reference(trial, data, several_runs=True), callbacks=[TuneReportCallback()], lease=lease)
 
 
 def _to_ray(values: SearchRange) -> Any:

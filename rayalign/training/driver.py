@@ -36,8 +36,9 @@ from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.storage import Store
 from rayalign.training.checkpoint import prune_checkpoints
 from rayalign.training.endings import beside_signals, run_reached, told_endings
+from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
-from rayalign.training.run_folder import dropped_lines, open_run, with_output_dir, write_results
+from rayalign.training.run_folder import check_run_folder, dropped_lines, open_run, with_output_dir, write_results
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -78,11 +79,12 @@ def run(config: Config) -> Result:
     require_lasting_folder(config.run.output_dir)
     config = with_output_dir(config)
     require_model(config.model, REGISTERED_MODELS)
-    with told_endings(functools.partial(run_reached, config)):
-        return _run(config)
+    check_run_folder(config)
+    with told_endings(functools.partial(run_reached, config)), held(Store.at(str(config.run.output_dir))) as lease:
+        return _run(config, lease)
 
 
-def _run(config: Config) -> Result:
+def _run(config: Config, lease: Lease) -> Result:
     own_formats(config.plugins)
     config = join_cluster(config)
     folder = open_run(config)
@@ -97,7 +99,7 @@ def _run(config: Config) -> Result:
     # It loads what models need; Ray Train's controller imports this module, too, and needs none of it.
     from rayalign.reference.precompute import with_reference
 
-    return fit(config, with_reference(config, data))
+    return fit(config, with_reference(config, data), lease=lease)
 
 
 def join_cluster(config: Config) -> Config:
@@ -113,8 +115,8 @@ def join_cluster(config: Config) -> Config:
     return config
 
 
-def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Result:
-    """Trains on prepared data with a TorchTrainer and writes the results.
+def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = (), lease: Lease | None = None) -> Result:
+    """Trains on prepared data with a TorchTrainer and writes the results, as long as the folder's `lease` holds.
 
     Raises ValueError or FloatingPointError for what the user can fix.
     """
@@ -125,7 +127,8 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = ()) -> Resu
     workers = config.cluster.num_workers
     logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
     with told_endings(functools.partial(run_reached, config)):
-        outcome: Any = beside_signals(_torch_trainer(config, data, folder, callbacks).fit)
+        check = lease.check if lease is not None else lambda: None
+        outcome: Any = beside_signals(_torch_trainer(config, data, folder, callbacks).fit, check=check)
     result: WorkerResult = result_of(outcome.return_value)
     prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit)
     summary = _summary(config, data, result, seconds=round(time.time() - started, 1))

@@ -44,11 +44,11 @@ def told_endings(reached: Callable[[], str]) -> Iterator[None]:
         ) from error
 
 
-def beside_signals(work: Callable[[], T]) -> T:
-    """The result of some work, which a thread does while this one waits for it and for signals. In the main thread Ray Train's
-    `fit` would handle Ctrl-C itself, by leaving the program with code 1 and without a word."""
-    if threading.current_thread() is not threading.main_thread():
-        return work()
+def beside_signals(work: Callable[[], T], *, check: Callable[[], None] = lambda: None) -> T:
+    """The result of some work, which a thread does while this one waits for it, for signals, and for what `check` raises.
+
+    In the main thread Ray Train's `fit` would handle Ctrl-C itself, by leaving the program with code 1 and without a word.
+    """
     done: Future[T] = Future()
 
     def run() -> None:
@@ -63,6 +63,7 @@ def beside_signals(work: Callable[[], T]) -> T:
             return done.result(timeout=0.5)
         if done.done():  # a TimeoutError of the work itself
             return done.result()
+        check()
 
 
 def run_reached(config: Config) -> str:
