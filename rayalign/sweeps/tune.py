@@ -26,7 +26,7 @@ from rayalign.sources.files import whole_argument
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import SearchRange, check_search
 from rayalign.training.driver import fit, join_cluster
-from rayalign.training.endings import told_endings
+from rayalign.training.endings import told_endings, with_restarts
 from rayalign.training.lease import STALE_SECONDS, held
 from rayalign.training.origin import check_origin
 from rayalign.training.run_folder import open_run, with_output_dir
@@ -64,7 +64,9 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
                 (folder / name).delete()
         config = join_cluster(config)
         logger.info("Results will be in %s", folder.location)
-        with_reference(config, prepare_run(config), several_runs=True)
+        with_restarts(
+            lambda: with_reference(config, prepare_run(config), several_runs=True), max_failures=config.cluster.max_failures
+        )
         outcome = _tuner(config, sweep, ranges, folder).fit()
         lease.check()
         return _finish(config, sweep, ranges, folder, outcome)

@@ -91,7 +91,7 @@ class Lease:
                 self._file.delete()
 
     def _beat(self) -> None:
-        missing = 0
+        missing, failed = 0, False
         while not self._ended.wait(BEAT_SECONDS if not missing else LOOK_SECONDS):
             try:
                 found = _read(self._file)
@@ -107,8 +107,11 @@ class Lease:
                     return
                 self._holder = replace(self._holder, beat=time.time(), number=self._holder.number + 1)
                 self._file.write_json(asdict(self._holder))
+                failed = False
             except OSError as error:
-                logger.info("Lease: no sign of life could be written to %s (%s)", self._file.location, error)
+                if not failed:
+                    logger.warning("Lease: no sign of life can be written to %s (%s)", self._file.location, error)
+                failed = True
 
     def _lose(self, why: str) -> None:
         if self._ended.is_set():
