@@ -21,6 +21,7 @@ from rayalign import __version__
 from rayalign.cluster import (
     CHECKPOINT_LIST,
     Stopped,
+    free_lost_workers,
     quiet_logging,
     require_lasting_folder,
     resolve_cluster,
@@ -34,8 +35,9 @@ from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model, resolve_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.storage import Store
-from rayalign.training.checkpoint import prune_checkpoints
-from rayalign.training.endings import beside_signals, run_reached, told_endings
+from rayalign.training.best import best_checkpoint
+from rayalign.training.checkpoint import newest_complete, prune_checkpoints
+from rayalign.training.endings import beside_signals, run_reached, told_endings, with_restarts
 from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
 from rayalign.training.run_folder import check_run_folder, dropped_lines, open_run, with_output_dir, write_results
@@ -89,8 +91,9 @@ def _run(config: Config, lease: Lease) -> Result:
     config = join_cluster(config)
     folder = open_run(config)
     logger.info("Results will be in %s", folder.location)
+    max_failures = config.cluster.max_failures
     try:
-        data = prepare_run(config)
+        data = with_restarts(lambda: prepare_run(config), max_failures=max_failures)
     except TooManyDropped as error:
         _write_dropped(folder, error.dropped)
         raise
@@ -99,7 +102,8 @@ def _run(config: Config, lease: Lease) -> Result:
     # It loads what models need; Ray Train's controller imports this module, too, and needs none of it.
     from rayalign.reference.precompute import with_reference
 
-    return fit(config, with_reference(config, data), lease=lease)
+    data = with_restarts(lambda: with_reference(config, data), max_failures=max_failures)
+    return fit(config, data, lease=lease)
 
 
 def join_cluster(config: Config) -> Config:
@@ -121,16 +125,28 @@ def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = (), lease: 
     Raises ValueError or FloatingPointError for what the user can fix.
     """
     folder = Store.at(str(config.run.output_dir))
-    # The workers find the newest whole checkpoint by its hashes.
-    (folder / "checkpoints" / CHECKPOINT_LIST).delete()
+    check = lease.check if lease is not None else lambda: None
     started = time.time()
     workers = config.cluster.num_workers
-    logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
+
+    def train() -> Any:
+        # The workers find the newest whole checkpoint by its hashes.
+        (folder / "checkpoints" / CHECKPOINT_LIST).delete()
+        logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
+        try:
+            return beside_signals(_torch_trainer(config, data, folder, callbacks).fit, check=check)
+        except ray.exceptions.RayActorError:  # the controller is lost, and its workers with it
+            free_lost_workers()
+            raise
+
+    def newest_step() -> int:
+        newest = newest_complete(folder / "checkpoints")
+        return newest.step if newest is not None else 0
+
     with told_endings(functools.partial(run_reached, config)):
-        check = lease.check if lease is not None else lambda: None
-        outcome: Any = beside_signals(_torch_trainer(config, data, folder, callbacks).fit, check=check)
+        outcome = with_restarts(train, max_failures=config.cluster.max_failures, progress=newest_step)
     result: WorkerResult = result_of(outcome.return_value)
-    prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit)
+    prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit, best=best_checkpoint(folder))
     summary = _summary(config, data, result, seconds=round(time.time() - started, 1))
     write_results(folder, config, data, summary, result.held_out_pairs)
     logger.info("Done: %s steps in %s s; the result is in %s", summary["steps"], summary["seconds"], folder.location)
@@ -152,8 +168,8 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
         run_config=make_run_config(
             name="checkpoints",
             storage_path=folder.location,
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.save_total_limit),
+            # `with_restarts` starts the whole run again: Ray Train would start its workers only, whatever ended them.
+            failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=list(callbacks),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
@@ -170,10 +186,14 @@ def _train_loop(job: dict[Any, Any]) -> WorkerResult | Stopped:
 
 def _summary(config: Config, data: RunData, result: WorkerResult, *, seconds: float) -> dict[str, Any]:
     """What summary.json says."""
+    best = result.best
     return {
         **result.metrics,
         "algorithm": config.algorithm.name,
         "steps": result.num_steps,
+        "model_step": result.model_step,
+        **({"best": {name: getattr(best, name) for name in ("step", "metric", "value")}} if best.step is not None else {}),
+        **({"stopped_early": result.stopped} if result.stopped else {}),
         "training_records": result.num_training_records,
         "held_out_records": result.num_held_out_records,
         "dropped_records": len(dropped_lines(data)),

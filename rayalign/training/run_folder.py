@@ -15,6 +15,7 @@ from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.report.page import render_report
 from rayalign.report.pairs import ScoredPair
 from rayalign.storage import Store
+from rayalign.training.best import NOTE
 from rayalign.training.checkpoint import has_checkpoint
 from rayalign.training.metrics import read_metrics
 from rayalign.training.origin import ORIGIN_NOTE
@@ -25,7 +26,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTENTS = (
-    *("checkpoints", "model", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, ORIGIN_NOTE, "report.html", "summary.json"),
+    *(
+        "checkpoints",
+        NOTE,
+        "model",
+        "metrics.jsonl",
+        "dropped.jsonl",
+        REFERENCE_NOTE,
+        ORIGIN_NOTE,
+        "report.html",
+        "summary.json",
+    ),
     *("plugins", "config.yaml"),
 )
 """What a run writes, in the order in which it is deleted: as long as a checkpoint is left, so is the configuration that it was
@@ -34,6 +45,7 @@ made with, and a deletion cut short is never taken for a run of other flags."""
 FREE_TO_CHANGE = frozenset(
     {
         *("resume", "overwrite", "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+        *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "load_best_model_at_end"),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
         *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures", "cache_dir", "max_dropped_fraction"),
         *("gradient_checkpointing", "attn_implementation", "torch_compile", "precompute_ref_log_probs"),

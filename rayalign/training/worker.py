@@ -27,12 +27,18 @@ from rayalign.policy.loading import load_policy, multiplies_bfloat16
 from rayalign.policy.saving import save_policy
 from rayalign.progress import Progress
 from rayalign.storage import Store
+from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, write_note
 from rayalign.training.checkpoint import (
+    NONE_YET,
     FetchedCheckpoint,
     checkpoint_name,
     delete_others,
+    fetch,
     fetch_newest,
+    load_best,
     load_checkpoint,
+    prune_checkpoints,
+    whole_at,
     write_checkpoint,
 )
 from rayalign.training.distributed import gather, start_alike
@@ -89,9 +95,12 @@ class _Worker:
             check_forward(policy, data.spec)
         start_alike(policy)
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.sampler.num_steps, rank=self.rank)
+        self.best = load_best(checkpoint) if checkpoint else NONE_YET
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
-            self._delete_others(checkpoint)
+        if self.rank == 0:
+            self._settle_checkpoints(checkpoint)
+        self._require_held_out()
         self.held_out_pairs: dict[str, dict[str, float]] = {}
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
         self.latest_metrics: dict[str, float] = {}
@@ -102,11 +111,28 @@ class _Worker:
             self._say("This CPU multiplies in bfloat16: with --dtype bfloat16 a step takes about 0.6 of the time")
         self.progress = Progress(self.sampler.num_steps - self.start_step)
 
-    def _delete_others(self, loaded: FetchedCheckpoint) -> None:
-        """Deletes what earlier starts of the run left. Those of this start are Ray Train's to count and delete."""
-        all_have_read = gather(ray.train.get_checkpoint() is None)
-        if self.rank == 0 and all(all_have_read):
-            delete_others(self.folder / "checkpoints", loaded)
+    def _settle_checkpoints(self, loaded: FetchedCheckpoint | None) -> None:
+        """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes others
+        than it and the one that was loaded. (Every worker has its own copy of that.)"""
+        checkpoints = self.folder / "checkpoints"
+        best = whole_at(checkpoints, self.best.step) if self.best.step is not None else None
+        if best is None:
+            # A later one was the best, which the run will come to again.
+            (self.folder / NOTE).delete()
+        else:
+            write_note(self.folder, self.best, best.store.name)
+        if loaded is not None:
+            delete_others(checkpoints, loaded, best=best.store if best else None)
+
+    def _require_held_out(self) -> None:
+        """Raises ValueError where flags look at evaluations, of which there will be none."""
+        run = self.config.run
+        asked = [name for name in ("early_stopping_patience", "load_best_model_at_end") if getattr(run, name)]
+        if asked and not len(self._held_out()[1]):
+            raise ValueError(
+                f"--{asked[0]} {getattr(run, asked[0])}: no record is held out, so nothing is evaluated. Pass --val_dataset or "
+                "a higher --dataset_test_ratio, or leave the flag out."
+            )
 
     def train(self) -> WorkerResult:
         stream = pairs_in_order(
@@ -118,29 +144,75 @@ class _Worker:
             companion=self.trainer.algorithm.needs.companion,
             pin_memory=self.device.type == "cuda",
         )
-        events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
-        run_steps(
-            self.trainer,
-            self.sampler,
-            stream,
-            self.config.run,
-            events,
-            start_step=self.start_step,
-            tokens_before=self.latest_metrics.get("num_tokens", 0),
+        events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save, judge=self._judge)
+        # A run that was killed after it stopped early stays stopped.
+        last_step = (
+            self.start_step
+            if self.best.stops(self.config.run)
+            else run_steps(
+                self.trainer,
+                self.sampler,
+                stream,
+                self.config.run,
+                events,
+                start_step=self.start_step,
+                tokens_before=self.latest_metrics.get("num_tokens", 0),
+            )
         )
         if not self.held_out_pairs:
-            self._evaluate(self.sampler.num_steps)
+            self._evaluate(last_step)
+        stopped = self._why_stopped(last_step)
+        model_step = last_step
+        if self.config.run.load_best_model_at_end and self.best.step not in (None, last_step):
+            model_step = self._return_to_best()
         if self.rank == 0:
             self._write_model()
             assert self.metrics_log is not None
             self.metrics_log.flush()
         return WorkerResult(
             metrics={name: value for name, value in self.latest_metrics.items() if name != "step"},
-            num_steps=self.sampler.num_steps,
+            num_steps=last_step,
             num_training_records=len(self.sampler.rows),
             num_held_out_records=len(self._held_out()[1]),
             held_out_pairs=self.held_out_pairs,
+            best=self.best,
+            model_step=model_step,
+            stopped=stopped,
         )
+
+    def _judge(self, step: int) -> Verdict:
+        """What the evaluation just made means; rank 0 decides, which alone has every metric of a run that goes on."""
+        if not self.held_out_pairs:
+            return GOES_ON
+        run = self.config.run
+        self.best = gather(self.best.after(step, self.latest_metrics, run) if self.rank == 0 else None)[0]
+        return self.best.verdict(step, run)
+
+    def _why_stopped(self, last_step: int) -> str | None:
+        if last_step == self.sampler.num_steps:
+            return None
+        words = f"stopped at step {last_step}: nothing better in {self.best.since} evaluations than {self.best.words}"
+        self._say("%s", words.capitalize())
+        return words
+
+    def _return_to_best(self) -> int:
+        """Loads the weights of the best evaluation and evaluates them, which gives its figures once more; returns its step."""
+        store = gather(best_checkpoint(self.folder) if self.rank == 0 else None)[0]
+        step = self.best.step
+        assert step is not None
+        try:
+            if store is None:
+                raise ValueError(f"The checkpoint of step {step} is gone.")
+            with tempfile.TemporaryDirectory() as temporary:
+                checkpoint = fetch(store, step, Path(temporary))
+                load_checkpoint(checkpoint, self.trainer.policy, self.trainer.optimizer, scaler=self.trainer.scaler)
+        except ValueError as error:
+            raise ValueError(
+                f"--load_best_model_at_end true: {error} Pass false, and the same command writes the model of the last step."
+            ) from None
+        self._say("Back to the best: %s", self.best.words)
+        self._evaluate(step)
+        return step
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         self.latest_metrics |= metrics
@@ -185,13 +257,20 @@ class _Worker:
             checkpoint = None
             if self.rank == 0:
                 trainer = self.trainer
-                write_checkpoint(Path(temporary), trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler)
+                write_checkpoint(
+                    Path(temporary), trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler, best=self.best
+                )
                 checkpoint = ray.train.Checkpoint.from_directory(temporary)
             ray.train.report(
                 {"step": step, **self.latest_metrics},
                 checkpoint=checkpoint,
                 checkpoint_dir_name=checkpoint_name(step, self.attempt),
             )
+        if self.rank == 0:
+            if self.best.step == step:
+                write_note(self.folder, self.best, checkpoint_name(step, self.attempt))
+            limit = self.config.run.save_total_limit
+            prune_checkpoints(self.folder / "checkpoints", keep=limit, best=best_checkpoint(self.folder))
 
     def _write_model(self) -> None:
         with tempfile.TemporaryDirectory() as temporary:
