@@ -8,6 +8,7 @@ version 2.60.0) and when they can go. tests/test_cluster.py compares each with t
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ import ray._private.worker
 import ray.data
 import ray.exceptions
 import ray.train
+import ray.util.state
 import transformers
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,11 @@ CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of checkpoints, a file beside them. It is written in place, so that a kill may cut it short, and a short
 one ends the next run. Can go when Ray writes it whole.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/constants.py"""
+
+WORKERS_ERROR = "_base_exc"
+"""Where Ray Train keeps the exception that a worker's function raised, in the failure that it reports of the worker. Can go
+when Ray Train documents a way to it.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/exceptions.py"""
 
 PROGRESS_LOGGER = "ray.data._internal.progress"
 """Warns in each process that progress bars are switched off, once they are. Can go when it no longer does.
@@ -115,7 +123,7 @@ def reports_of(tasks: ray.data.Dataset, schema: pa.Schema) -> Iterator[pa.Table]
 
 def user_error_in(error: Exception) -> ValueError | FloatingPointError | None:
     """The first error that a user can fix among those behind one of RAY_ERRORS."""
-    for cause in _causes(error):
+    for cause in causes_of(error):
         if isinstance(cause, USER_ERRORS) and not isinstance(cause, RAY_ERRORS):
             return cause
     return None
@@ -123,7 +131,7 @@ def user_error_in(error: Exception) -> ValueError | FloatingPointError | None:
 
 def cause_in_words(error: Exception) -> str:
     """What is behind one of RAY_ERRORS, in a sentence or two with what helps."""
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     texts = " ".join(map(str, causes))
     if any(isinstance(c, ray.exceptions.OutOfMemoryError) for c in causes) or "low on memory" in texts:
         return (
@@ -145,14 +153,43 @@ def cause_in_words(error: Exception) -> str:
     return f"{type(innermost).__name__}: {first}."
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes_of(error: BaseException) -> Iterator[BaseException]:
     """An error and those that Ray says are behind it, the outermost first."""
     yield error
     inner: list[Any] = list(getattr(error, "worker_failures", {}).values())
-    inner += [getattr(error, name, None) for name in ("controller_failure", "cause")] + [error.__cause__]
+    inner += [getattr(error, name, None) for name in ("controller_failure", "cause", WORKERS_ERROR)] + [error.__cause__]
     for cause in inner:
         if isinstance(cause, BaseException) and cause is not error:
-            yield from _causes(cause)
+            yield from causes_of(cause)
+
+
+def free_lost_workers(*, seconds: float = 15) -> None:
+    """Gives back what dead train workers still hold, after their controller was lost, too: the helper of Ray Train that should
+    do so gives up where a machine has several clusters, and the next workers would wait for ever.
+
+    Can go when Ray Train itself finds its cluster there.
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/execution/controller/placement_group_cleaner.py
+    """
+    context = ray.get_runtime_context()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            found = ray.util.state.list_actors(
+                address=context.gcs_address, filters=[("job_id", "=", context.get_job_id())], detail=True, limit=10_000
+            )
+        except ray.util.state.exception.RayStateApiException as error:
+            logger.info("Ray: what lost workers held can't be told (%s)", error)
+            return
+        held: dict[str, set[str]] = {}
+        for actor in found:
+            if actor.placement_group_id:
+                held.setdefault(actor.placement_group_id, set()).add(actor.state)
+        lost = [group for group, states in held.items() if states == {"DEAD"}]
+        for group in lost:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+        if lost:
+            return
+        time.sleep(1)
 
 
 def owns_cluster() -> bool:

@@ -52,6 +52,7 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         ),
         ("logger", "ray.data._internal.progress", '{}.warning(\n                "Progress bars disabled.'),
         ("worker_failures", "ray.train.v2.api.exceptions", "self.{} = worker_failures"),
+        (cluster.WORKERS_ERROR, "ray.train.v2._internal.exceptions", "self.{} = exc"),
     ],
 )
 def test_ray_still_does_what_an_undocumented_name_is_used_for(ours: str, module: str, around: str) -> None:

@@ -233,7 +233,24 @@ class RunConfig:
         at_least=0,
     )
     save_steps: int = flag(50, "Steps between two checkpoints (also at the end).", at_least=1)
-    save_total_limit: int = flag(2, "Checkpoints kept.", at_least=1)
+    save_total_limit: int = flag(2, "Newest checkpoints kept, and beside them the best one.", at_least=1)
+    metric_for_best_model: str | None = flag(
+        None,
+        "Metric of the evaluations, by its name in metrics.jsonl, that tells the best checkpoint. Each evaluation that is the "
+        "best so far is saved: a checkpoint more, where --eval_steps is no multiple of --save_steps. Default: "
+        "eval_accuracy/likelihood, else eval_rewards/accuracies, else eval_loss; equal values by eval_rewards/margins.",
+    )
+    greater_is_better: bool | None = flag(
+        None, "Whether a high --metric_for_best_model is good. Default: by its name; low is good of losses, nll, kl."
+    )
+    early_stopping_patience: int | None = flag(
+        None,
+        "Evaluations in a row without a better --metric_for_best_model after which the run stops. Default: it never does.",
+        at_least=1,
+    )
+    load_best_model_at_end: bool = flag(
+        False, "model/ is of the best evaluation's step, and so are the final figures; else of the last step."
+    )
     safe_serialization: bool = flag(
         True, "Write a reward model's head as value_head.safetensors; false: as value_head.bin. All else is always safetensors."
     )
@@ -271,7 +288,11 @@ class ClusterConfig:
         "600 on a cluster that it joins, 0 on its own.",
         at_least=0,
     )
-    max_failures: int = flag(3, "Restarts after a worker or node is lost, each from the newest checkpoint.", at_least=0)
+    max_failures: int = flag(
+        3,
+        "Restarts after a process or node is lost, each from the newest checkpoint. A new checkpoint starts the count anew.",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -78,7 +78,7 @@ def render_report(
     body = [
         _header(title, config, summary, metrics, num_steps),
         _tiles(config, metrics, dropped, pairs, times, score_name=score_name),
-        _warnings(metrics, pairs),
+        _warnings(metrics, pairs, is_finished=bool(summary)),
         curves_section(metrics, reward_name=reward_name(config)),
         answers_section(answers, conversations),
         distributions(pairs, score_name=score_name),
@@ -167,13 +167,15 @@ def reward_name(config: Mapping[str, Any]) -> str:
     return "the reward model" if config.get("rlhf_type") == "rm" else "the implicit reward"
 
 
-def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair]) -> str:
+def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair], *, is_finished: bool) -> str:
     if not metrics:
         return '<p class="soft">No metrics have been logged yet.</p>'
     lengths = correlation([(pair.extra_tokens, pair.margin) for pair in pairs])
-    problems = find_problems(metrics, margins=[pair.margin for pair in pairs], length_correlation=lengths)
+    problems = find_problems(
+        metrics, margins=[pair.margin for pair in pairs], length_correlation=lengths, is_finished=is_finished
+    )
     if not problems:
-        return '<p class="fine">✓ No warning signs in the metrics.</p>'
+        return f'<p class="fine">✓ No warning signs in the metrics{"" if is_finished else " so far"}.</p>'
     items = "".join(f"<li>{escape(words)}</li>" for words in problems.values())
     return f'<section class="warnings" role="alert"><b>This run needs a look</b><ul>{items}</ul></section>'
 

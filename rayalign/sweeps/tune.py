@@ -24,7 +24,8 @@ from rayalign.reference.precompute import with_reference
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import SearchRange, check_search
 from rayalign.training.driver import fit, join_cluster
-from rayalign.training.endings import told_endings
+from rayalign.training.endings import told_endings, with_restarts
+from rayalign.training.lease import STALE_SECONDS, held
 from rayalign.training.origin import check_origin
 from rayalign.training.places import require_lasting_folders, with_whole_paths
 from rayalign.training.run_folder import open_run
@@ -52,19 +53,22 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     config = with_whole_paths(config)
     require_model(config.model, REGISTERED_MODELS)
     folder = Store.at(str(config.run.output_dir))
-    if config.run.overwrite:
-        for name in ("trials", "tune", REFERENCE_NOTE, "sweep.json", "best.yaml"):
-            (folder / name).delete()
-    if (folder / "sweep.json").exists():
+    if (folder / "sweep.json").exists() and not config.run.overwrite:
         raise ValueError(
             f"--output_dir {folder.location} holds a finished sweep. Pass --overwrite true, or another --output_dir."
         )
-    with told_endings(functools.partial(_sweep_reached, folder)):
+    with told_endings(functools.partial(_sweep_reached, folder)), held(folder) as lease:
+        if config.run.overwrite:
+            for name in ("trials", "tune", REFERENCE_NOTE, "sweep.json", "best.yaml"):
+                (folder / name).delete()
         config = join_cluster(config)
         logger.info("Results will be in %s", folder.location)
-        with_reference(config, prepare_run(config), several_runs=True)
+        with_restarts(
+            lambda: with_reference(config, prepare_run(config), several_runs=True), max_failures=config.cluster.max_failures
+        )
         outcome = _tuner(config, sweep, ranges, folder).fit()
-    return _finish(config, sweep, ranges, folder, outcome)
+        lease.check()
+        return _finish(config, sweep, ranges, folder, outcome)
 
 
 def _sweep_reached(folder: Store) -> str:
@@ -102,10 +106,12 @@ def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
     trial = config.replace(
         {**sampled, "output_dir": folder.location, "cache_dir": cache_of(config).location, "overwrite": False}
     )
-    open_run(trial)
-    data = prepare_run(trial)
-    check_origin(trial, data)
-    fit(trial, with_reference(trial, data, several_runs=True), callbacks=[TuneReportCallback()])
+    # A trial that is started again may meet the processes of its last start while they end.
+    with held(folder, patience=STALE_SECONDS) as lease:
+        open_run(trial)
+        data = prepare_run(trial)
+        check_origin(trial, data)
+        fit(trial, with_reference(trial, data, several_runs=True), callbacks=[TuneReportCallback()], lease=lease)
 
 
 def _to_ray(values: SearchRange) -> Any:

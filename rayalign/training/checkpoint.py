@@ -21,6 +21,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from rayalign.storage import Store
+from rayalign.training.best import Best, best_from
 from rayalign.training.distributed import gather
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+NONE_YET = Best()
 REMEDY = "Continue the run with the flags that it began with, or choose another --output_dir."
 
 
@@ -51,10 +53,10 @@ class FetchedCheckpoint:
 
 
 def write_checkpoint(
-    folder: Path, policy: "Policy", optimizer: Optimizer, *, step: int, scaler: GradScaler | None = None
+    folder: Path, policy: "Policy", optimizer: Optimizer, *, step: int, scaler: GradScaler | None = None, best: Best = NONE_YET
 ) -> None:
-    """Writes the trainable weights, the optimizer's moments, the number of steps done and float16's loss scale; the manifest
-    last."""
+    """Writes the trainable weights, the optimizer's moments, the number of steps done, float16's loss scale and the best
+    evaluation so far; the manifest last."""
     names = {id(p): name for name, p in policy.trainable.items()}
     save_file({name: p.detach().contiguous() for name, p in policy.trainable.items()}, folder / WEIGHTS)
     moments = {
@@ -66,6 +68,8 @@ def write_checkpoint(
     state: dict[str, Any] = {"step": step, "torch": torch.__version__}
     if scaler is not None and scaler.is_enabled():
         state["loss_scale"] = scaler.state_dict()
+    if best != NONE_YET:
+        state["best"] = best.to_dict()
     (folder / STATE).write_text(json.dumps(state))
     files = {file.name: _file_entry(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(files))
@@ -111,6 +115,11 @@ def load_checkpoint(
         )
 
 
+def load_best(checkpoint: FetchedCheckpoint) -> Best:
+    """The best evaluation of the run until this checkpoint."""
+    return best_from(json.loads((checkpoint.folder / STATE).read_text()).get("best"))
+
+
 def fetch_newest(folder: Store, temporary: Path, *, gather: Callable[[Any], list[Any]] = gather) -> FetchedCheckpoint | None:
     """The checkpoint with the most steps that every worker can read whole, hashes and all, copied into `temporary`; those that
     are damaged are passed over with a warning. Every worker calls it, and gets the same one."""
@@ -125,23 +134,40 @@ def fetch_newest(folder: Store, temporary: Path, *, gather: Callable[[Any], list
     return None
 
 
-def delete_others(folder: Store, keep: FetchedCheckpoint) -> None:
-    """Deletes every checkpoint but the one that a run goes on from, once every worker has read it."""
+def fetch(store: Store, step: int, temporary: Path, *, gather: Callable[[Any], list[Any]] = gather) -> FetchedCheckpoint:
+    """One checkpoint, copied into `temporary` by every worker. Raises ValueError on each where one of them can't read it whole,
+    hashes and all."""
+    copy = temporary / store.name
+    problem = next(filter(None, gather(_fetch(store, copy))), None)
+    if problem is not None:
+        raise ValueError(f"The checkpoint {store.location} is damaged: {problem}.")
+    return FetchedCheckpoint(store, step, copy)
+
+
+def whole_at(folder: Store, step: int) -> Checkpoint | None:
+    """A checkpoint after `step` steps whose files are all there, by their sizes."""
+    return next(
+        (found for found in _newest_first(folder) if found.step == step and _what_is_missing(found.store) is None), None
+    )
+
+
+def delete_others(folder: Store, keep: FetchedCheckpoint, *, best: Store | None = None) -> None:
+    """Deletes every checkpoint but the one that a run goes on from and the best one, once every worker has read the first."""
     for checkpoint in _newest_first(folder):
-        if checkpoint.store != keep.store:
+        if checkpoint.store not in (keep.store, best):
             checkpoint.store.delete()
 
 
-def prune_checkpoints(folder: Store, *, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and every incomplete one, after a run that has come to its end. Looks at
-    names and sizes only: the result is written, and no content is read for it."""
+def prune_checkpoints(folder: Store, *, keep: int, best: Store | None = None) -> None:
+    """Deletes all but the newest `keep` checkpoints and the best one, and every incomplete one. Looks at names and sizes only,
+    and reads no content for it."""
     whole = 0
     for checkpoint in _newest_first(folder):
         problem = _what_is_missing(checkpoint.store)
         whole += problem is None
         if problem is not None:
             logger.warning("Deleting the damaged checkpoint %s: %s.", checkpoint.store.location, problem)
-        if problem is not None or whole > keep:
+        if problem is not None or (whole > keep and checkpoint.store != best):
             checkpoint.store.delete()
 
 

@@ -17,7 +17,7 @@ import transformers
 from ray.train.torch import TorchTrainer
 
 from rayalign import __version__
-from rayalign.cluster import CHECKPOINT_LIST, Stopped, quiet_logging, result_of
+from rayalign.cluster import CHECKPOINT_LIST, Stopped, free_lost_workers, quiet_logging, result_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData, TooManyDropped, prepare_run
 from rayalign.formats.parse import own_formats
@@ -29,11 +29,13 @@ from rayalign.nodes import resolve_cluster, wait_for_workers
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.report.page import Times
 from rayalign.storage import Store
-from rayalign.training.checkpoint import prune_checkpoints
-from rayalign.training.endings import beside_signals, run_reached, told_endings
+from rayalign.training.best import best_checkpoint
+from rayalign.training.checkpoint import newest_complete, prune_checkpoints
+from rayalign.training.endings import beside_signals, run_reached, told_endings, with_restarts
+from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
 from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
-from rayalign.training.run_folder import open_run, write_results
+from rayalign.training.run_folder import check_run_folder, open_run, write_results
 from rayalign.training.run_report import dropped_lines
 from rayalign.training.run_times import Stopwatch, begin_start, end_start
 from rayalign.training.worker_result import WorkerResult
@@ -78,19 +80,21 @@ def run(config: Config, *, began: float | None = None) -> Result:
     require_lasting_folders(config)
     config = with_whole_paths(config)
     require_model(config.model, REGISTERED_MODELS)
-    with told_endings(functools.partial(run_reached, config)):
-        return _run(config, watch)
+    check_run_folder(config)
+    with told_endings(functools.partial(run_reached, config)), held(Store.at(str(config.run.output_dir))) as lease:
+        return _run(config, watch, lease)
 
 
-def _run(config: Config, watch: Stopwatch) -> Result:
+def _run(config: Config, watch: Stopwatch, lease: Lease) -> Result:
     own_formats(config.plugins)
     with watch.stage("ray_start"):
         config = join_cluster(config)
     folder = open_run(config)
     logger.info("Results will be in %s", folder.location)
+    max_failures = config.cluster.max_failures
     try:
         with watch.stage("encoding"):
-            data = prepare_run(config)
+            data = with_restarts(lambda: prepare_run(config), max_failures=max_failures)
     except TooManyDropped as error:
         _write_dropped(folder, error.dropped)
         raise
@@ -101,8 +105,8 @@ def _run(config: Config, watch: Stopwatch) -> Result:
     from rayalign.reference.precompute import with_reference
 
     with watch.stage("reference"):
-        data = with_reference(config, data)
-    return fit(config, data, watch=watch)
+        data = with_restarts(lambda: with_reference(config, data), max_failures=max_failures)
+    return fit(config, data, watch=watch, lease=lease)
 
 
 def join_cluster(config: Config) -> Config:
@@ -123,22 +127,43 @@ def join_cluster(config: Config) -> Config:
     return config
 
 
-def fit(config: Config, data: RunData, *, callbacks: Sequence[Any] = (), watch: Stopwatch | None = None) -> Result:
-    """Trains on prepared data with a TorchTrainer and writes the results; `watch` has counted what came before.
+def fit(
+    config: Config,
+    data: RunData,
+    *,
+    callbacks: Sequence[Any] = (),
+    watch: Stopwatch | None = None,
+    lease: Lease | None = None,
+) -> Result:
+    """Trains on prepared data with a TorchTrainer and writes the results, as long as the folder's `lease` holds; `watch` has
+    counted what came before.
 
     Raises ValueError or FloatingPointError for what the user can fix.
     """
     folder = Store.at(str(config.run.output_dir))
-    # The workers find the newest whole checkpoint by its hashes.
-    (folder / "checkpoints" / CHECKPOINT_LIST).delete()
     watch = watch or Stopwatch()
     begin_start(folder, watch)
+    check = lease.check if lease is not None else lambda: None
     workers = config.cluster.num_workers
-    logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
+
+    def train() -> Any:
+        # The workers find the newest whole checkpoint by its hashes.
+        (folder / "checkpoints" / CHECKPOINT_LIST).delete()
+        logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
+        try:
+            return beside_signals(_torch_trainer(config, data, folder, callbacks).fit, check=check)
+        except ray.exceptions.RayActorError:  # the controller is lost, and its workers with it
+            free_lost_workers()
+            raise
+
+    def newest_step() -> int:
+        newest = newest_complete(folder / "checkpoints")
+        return newest.step if newest is not None else 0
+
     with told_endings(functools.partial(run_reached, config)):
-        outcome: Any = beside_signals(_torch_trainer(config, data, folder, callbacks).fit)
+        outcome = with_restarts(train, max_failures=config.cluster.max_failures, progress=newest_step)
     result: WorkerResult = result_of(outcome.return_value)
-    prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit)
+    prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit, best=best_checkpoint(folder))
     times = end_start(folder, watch)
     summary = _summary(config, data, result, times)
     write_results(folder, config, data, summary, result.held_out_pairs, times)
@@ -161,8 +186,8 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
         run_config=make_run_config(
             name="checkpoints",
             storage_path=folder.location,
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.run.save_total_limit),
+            # `with_restarts` starts the whole run again: Ray Train would start its workers only, whatever ended them.
+            failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=list(callbacks),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
@@ -179,10 +204,14 @@ def _train_loop(job: dict[Any, Any]) -> WorkerResult | Stopped:
 
 def _summary(config: Config, data: RunData, result: WorkerResult, times: Times) -> dict[str, Any]:
     """What summary.json says."""
+    best = result.best
     return {
         **result.metrics,
         "algorithm": config.algorithm.name,
         "steps": result.num_steps,
+        "model_step": result.model_step,
+        **({"best": {name: getattr(best, name) for name in ("step", "metric", "value")}} if best.step is not None else {}),
+        **({"stopped_early": result.stopped} if result.stopped else {}),
         "training_records": result.num_training_records,
         "held_out_records": result.num_held_out_records,
         "dropped_records": len(dropped_lines(data)),

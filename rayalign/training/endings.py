@@ -1,6 +1,10 @@
-"""The sentences of runs that end early: stopped by a signal, or by a failure of the cluster. What is kept, and how to go on."""
+"""How a run goes on after a failure of the cluster, and the sentences of runs that end early: stopped by a signal, by a failure
+of the cluster or by storage. What is kept, and how to go on."""
 
 import contextlib
+import errno
+import logging
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -8,14 +12,27 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
-from rayalign.cluster import RAY_ERRORS, cause_in_words, user_error_in
+from rayalign.cluster import RAY_ERRORS, cause_in_words, causes_of, user_error_in
 from rayalign.config.config import Config
 from rayalign.config.endings import TRACEBACK_VARIABLE, RunFailed, Terminated
-from rayalign.storage import Store
+from rayalign.storage import LASTING_WORDS, Store
 from rayalign.training.checkpoint import newest_complete
 from rayalign.training.metrics import read_metrics
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+STORAGE_TROUBLE = {
+    errno.ENOSPC: ("a disk is full", "Free some space."),
+    errno.EDQUOT: ("the quota of a disk is used up", "Free some space, or raise the quota."),
+    errno.EFBIG: ("a file became larger than this process may write", "Raise the limit (ulimit -f)."),
+    errno.EROFS: ("a file system is read-only", "Make it writable, or choose another --output_dir."),
+    errno.EACCES: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
+    errno.EPERM: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
+    errno.EIO: ("a disk fails", "Choose another --output_dir, and copy there what is kept."),
+}
+"""What storage will answer again however often it is asked, by the system's number: what it is, and what helps."""
 
 OF_RAY = (0, signal.SIGTERM)
 """Exit codes with which Ray's own handlers of signals leave the program (in Ray Train's `fit`, and as `ray.init` sets one)."""
@@ -38,17 +55,65 @@ def told_endings(reached: Callable[[], str]) -> Iterator[None]:
         mended = user_error_in(error)
         if mended is not None:
             raise mended from None
-        raise RunFailed(
-            f"the run was ended by a failure of the cluster: {cause_in_words(error)} It ended {reached()} "
-            f"({TRACEBACK_VARIABLE}=1 shows the traceback.)"
-        ) from error
+        trouble = storage_trouble(error)
+        cause = f"its storage: {trouble}" if trouble else f"a failure of the cluster: {cause_in_words(error)}"
+        raise _failed(cause, reached) from error
+    except OSError as error:
+        trouble = storage_trouble(error)
+        if trouble is None:
+            raise
+        raise _failed(f"its storage: {trouble}", reached) from error
 
 
-def beside_signals(work: Callable[[], T]) -> T:
-    """The result of some work, which a thread does while this one waits for it and for signals. In the main thread Ray Train's
-    `fit` would handle Ctrl-C itself, by leaving the program with code 1 and without a word."""
-    if threading.current_thread() is not threading.main_thread():
-        return work()
+def _failed(cause: str, reached: Callable[[], str]) -> RunFailed:
+    try:
+        ended = f"It ended {reached()}"
+    except OSError as error:
+        ended = f"What is kept can't be told ({error}); the same command goes on from it."
+    return RunFailed(f"the run was ended by {cause} {ended} ({TRACEBACK_VARIABLE}=1 shows the traceback.)")
+
+
+def storage_trouble(error: Exception) -> str | None:
+    """What is wrong with storage, where that is behind an error and lasts, in a sentence or two with what helps."""
+    for cause in causes_of(error):
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [""]
+        text = lines[-1]
+        named = re.search(r"(?i)\[errno (\d+)\]|\(os error (\d+)\)", text)
+        number = cause.errno if isinstance(cause, OSError) else int(named[1] or named[2]) if named else None
+        if number in STORAGE_TROUBLE:
+            what, helps = STORAGE_TROUBLE[number]
+            return f"{what} ({text.rstrip('.')}). {helps}"
+        if isinstance(cause, OSError) and any(words in text for words in LASTING_WORDS):
+            return f"what it asks for is refused or not there ({text.rstrip('.')})."
+    return None
+
+
+def with_restarts(work: Callable[[], T], *, max_failures: int, progress: Callable[[], int] = lambda: 0) -> T:
+    """The result of some work on the cluster, which is begun again where the cluster fails it: a process or a machine is lost.
+
+    What counts towards `max_failures` are failures in a row between which `progress` gave no higher number. What a user can
+    fix, and storage that will fail again, are raised at once.
+    """
+    reached, failures = progress(), 0
+    while True:
+        try:
+            return work()
+        except RAY_ERRORS as error:
+            if user_error_in(error) is not None or storage_trouble(error) is not None:
+                raise
+            now = progress()
+            failures = 1 if now > reached else failures + 1
+            reached = max(now, reached)
+            if failures > max_failures:
+                raise
+            logger.warning("Restart %d of %d (--max_failures): %s", failures, max_failures, cause_in_words(error))
+
+
+def beside_signals(work: Callable[[], T], *, check: Callable[[], None] = lambda: None) -> T:
+    """The result of some work, which a thread does while this one waits for it, for signals, and for what `check` raises.
+
+    In the main thread Ray Train's `fit` would handle Ctrl-C itself, by leaving the program with code 1 and without a word.
+    """
     done: Future[T] = Future()
 
     def run() -> None:
@@ -63,6 +128,7 @@ def beside_signals(work: Callable[[], T]) -> T:
             return done.result(timeout=0.5)
         if done.done():  # a TimeoutError of the work itself
             return done.result()
+        check()
 
 
 def run_reached(config: Config) -> str:

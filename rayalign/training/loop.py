@@ -22,6 +22,7 @@ from rayalign.config.sections import OptimizerConfig, RunConfig
 from rayalign.data.batch import PairBatch
 from rayalign.data.sampler import StepCounts, StepSampler
 from rayalign.policy.policy import Policy
+from rayalign.training.best import GOES_ON, Verdict
 from rayalign.training.distributed import gather, sum_over_workers
 from rayalign.training.evaluation import PAIR_TOKENS, WatchedForward, response_tokens, shuffled_accuracies, with_preferences
 from rayalign.training.metrics import Clock, MetricSums
@@ -228,11 +229,15 @@ class _EvalMode(AbstractContextManager[None]):
 
 @dataclass(frozen=True)
 class LoopEvents:
-    """What is done with a line of metrics, and at evaluations and checkpoints. All workers call each, at the same steps."""
+    """What is done with a line of metrics, and at evaluations and checkpoints. All workers call each, at the same steps.
+
+    `judge` says after an evaluation what it means for the run, the same to every worker.
+    """
 
     log: Callable[[Mapping[str, float]], None]
     evaluate: Callable[[int], None]
     save: Callable[[int], None]
+    judge: Callable[[int], Verdict] = lambda step: GOES_ON
 
 
 def run_steps(
@@ -244,8 +249,9 @@ def run_steps(
     *,
     start_step: int,
     tokens_before: float = 0,
-) -> None:
-    """Trains from `start_step` (steps already done) to the sampler's end.
+) -> int:
+    """Trains from `start_step` (steps already done) to the sampler's end, or to where the run is judged to stop; returns that
+    step.
 
     `stream` yields this worker's (step, micro-batch) in sampler order; `tokens_before` is what `num_tokens` counts on from.
     Raises FloatingPointError when the loss is no longer finite. Steps that float16 skips are counted as `skipped_steps`; they
@@ -275,16 +281,21 @@ def run_steps(
             rate = learning_rate(trainer.config, step, sampler.num_steps)
             epoch = done / sampler.steps_per_epoch
             events.log({"step": done, "epoch": epoch, **metrics, "learning_rate": rate, **rates})
+        verdict = GOES_ON
         if done % run.eval_steps == 0 or done == sampler.num_steps:
             events.evaluate(done)
+            verdict = events.judge(done)
             clock.skip()
-        if done % run.save_steps == 0 or done == sampler.num_steps:
+        if done % run.save_steps == 0 or done == sampler.num_steps or verdict.saves:
             if not (result.is_skipped or math.isfinite(float(result.grad_norm))):
                 raise FloatingPointError(
                     f"The gradient norm is {float(result.grad_norm)} at step {done}, so no checkpoint is written. {REMEDY}"
                 )
             events.save(done)
             clock.skip()
+        if verdict.stops:
+            return done
+    return sampler.num_steps
 
 
 def _take(stream: Iterator[tuple[int, PairBatch]], step: int, count: int) -> Iterator[PairBatch]:

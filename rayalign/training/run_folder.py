@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rayalign.config.config import Config
+from rayalign.config.flags import flags_of
 from rayalign.config.plugins import PLUGIN
 from rayalign.config.yaml_files import parse_flags, to_yaml
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.report.page import Times
 from rayalign.storage import Store
 from rayalign.training.answers import ANSWERS
+from rayalign.training.best import NOTE
 from rayalign.training.checkpoint import has_checkpoint
 from rayalign.training.metrics import read_metrics
 from rayalign.training.origin import ORIGIN_NOTE
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTENTS = (
-    *("checkpoints", "model", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, ORIGIN_NOTE, ANSWERS, RUN_TIMES, REPORT),
+    *("checkpoints", NOTE, "model", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, ORIGIN_NOTE, ANSWERS, RUN_TIMES, REPORT),
     *("summary.json", "plugins", "config.yaml"),
 )
 """What a run writes, in the order in which it is deleted: as long as a checkpoint is left, so is the configuration that it was
@@ -35,6 +37,7 @@ FREE_TO_CHANGE = frozenset(
     {
         *("resume", "overwrite", "output_dir", "logging_steps", "eval_steps", "eval_on_start", "max_eval_records"),
         *("eval_answers", "save_steps", "save_total_limit"),
+        *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "load_best_model_at_end"),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
         *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures", "wait_for_nodes"),
         *("cache_dir", "max_dropped_fraction"),
@@ -48,6 +51,18 @@ BATCH_FLAGS = ("batch_size", "gradient_accumulation_steps", "num_workers")
 
 REMEDY = "Pass --overwrite true to delete it, or another --output_dir."
 
+END_MARK = b"# All flags are above.\n"
+"""The last line of config.yaml: with it the file is whole, whatever flags it has."""
+
+LAST_WITHOUT_MARK = b"max_failures:"
+"""How the last line began in versions that wrote no mark."""
+
+
+def check_run_folder(config: Config) -> None:
+    """Raises the ValueErrors of `open_run`, and changes nothing: a run is refused before it takes any resource."""
+    if not config.run.overwrite:
+        _flags_to_add(Store.at(str(config.run.output_dir)), config)
+
 
 def open_run(config: Config) -> Store:
     """The run's folder, ready to be written. A run that has no checkpoint yet is replaced, whatever its flags.
@@ -58,11 +73,11 @@ def open_run(config: Config) -> Store:
     folder = Store.at(str(config.run.output_dir))
     if config.run.overwrite:
         _delete_contents(folder)
-    if (folder / "summary.json").exists():
-        raise ValueError(f"--output_dir {folder.location} holds a finished run. {REMEDY}")
-    if has_checkpoint(folder / "checkpoints") or ((folder / "config.yaml").exists() and not _is_replaceable(folder)):
-        _check_resumable(folder, config)
+    added = _flags_to_add(folder, config)
+    if added is not None:
         logger.info("Continuing the unfinished run in %s", folder.location)
+        if added:
+            logger.info("It began with a version that had no --%s: taken as the default there", ", --".join(added))
     else:
         if (folder / "config.yaml").exists():
             logger.info("Starting anew in %s: the run there had no checkpoint yet", folder.location)
@@ -70,8 +85,18 @@ def open_run(config: Config) -> Store:
         folder.make_dir()
         for plugin in config.plugins:
             (folder / "plugins" / f"{plugin.name}.py").write_bytes(plugin.text)
-    (folder / "config.yaml").write_bytes(to_yaml(config).encode())
+    (folder / "config.yaml").write_bytes(to_yaml(config).encode() + END_MARK)
     return folder
+
+
+def _flags_to_add(folder: Store, config: Config) -> list[str] | None:
+    """The flags that an unfinished run was begun without, where the folder holds one that goes on; None where a new one may
+    begin. Raises ValueError where neither is so."""
+    if (folder / "summary.json").exists():
+        raise ValueError(f"--output_dir {folder.location} holds a finished run. {REMEDY}")
+    if has_checkpoint(folder / "checkpoints") or ((folder / "config.yaml").exists() and not _is_replaceable(folder)):
+        return _check_resumable(folder, config)
+    return None
 
 
 def _is_replaceable(folder: Store) -> bool:
@@ -88,11 +113,13 @@ def _delete_contents(folder: Store) -> None:
         (folder / name).delete()
 
 
-def _check_resumable(folder: Store, config: Config) -> None:
+def _check_resumable(folder: Store, config: Config) -> list[str]:
+    """Returns the flags that the unfinished run was begun without, by a version that did not have them."""
     if not config.run.resume:
         raise ValueError(f"--output_dir {folder.location} holds an unfinished run, and --resume is false. {REMEDY}")
     now = config.to_dict() | {"rlhf_type": config.algorithm.name}
-    before = _flags_before(folder / "config.yaml", now)
+    written = _flags_before(folder / "config.yaml")
+    before = {**_defaults(config), **written}
     changed = {name: (before[name], now[name]) for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]}
     before_plugins = _plugins_before(folder, before.get(PLUGIN) or ())
     plugins = {plugin.name: plugin.text for plugin in config.plugins}
@@ -105,12 +132,20 @@ def _check_resumable(folder: Store, config: Config) -> None:
     if changed:
         lines = "".join(f"\n  {name}: {old} -> {new}" for name, (old, new) in changed.items())
         raise ValueError(f"--output_dir {folder.location} holds an unfinished run with another configuration:{lines}\n{REMEDY}")
+    return [name for name in now if name not in written]
 
 
-def _flags_before(file: Store, now: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The flags that an unfinished run began with; raises ValueError where they can't be told."""
+def _defaults(config: Config) -> dict[str, Any]:
+    """Each flag's default, as `Config.to_dict` has values."""
+    flags = {flag.name: flag.default for section in config.sections() for flag in flags_of(type(section))}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flags.items()}
+
+
+def _flags_before(file: Store) -> Mapping[str, Any]:
+    """The flags that an unfinished run began with, as its version had them; raises ValueError where they can't be told."""
     try:
-        before = parse_flags(file.read_bytes())
+        content = file.read_bytes()
+        before = parse_flags(content)
     except FileNotFoundError:
         raise ValueError(
             f"--output_dir {file.parent.location} holds checkpoints, and no {file.name} that tells with which flags they were "
@@ -118,11 +153,11 @@ def _flags_before(file: Store, now: Mapping[str, Any]) -> Mapping[str, Any]:
         ) from None
     except ValueError as error:
         raise ValueError(f"{file.location}, the flags that the unfinished run began with: {error} {REMEDY}") from None
-    missing = [name for name in now if name not in before]
-    if missing:
+    missing = [name for name in ("rlhf_type", *BATCH_FLAGS) if name not in before]
+    if missing or not _is_whole(content):
         raise ValueError(
-            f"{file.location}, the flags that the unfinished run began with: lacks {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}; it was cut short, or written by another version. {REMEDY}"
+            f"{file.location}, the flags that the unfinished run began with: "
+            f"{f'lacks {missing[0]}; ' if missing else ''}it was cut short. {REMEDY}"
         )
     odd = [name for name in BATCH_FLAGS if type(before[name]) is not int]
     if odd:
@@ -131,6 +166,12 @@ def _flags_before(file: Store, now: Mapping[str, Any]) -> Mapping[str, Any]:
             f"number. {REMEDY}"
         )
     return before
+
+
+def _is_whole(content: bytes) -> bool:
+    """Whether a config.yaml was written to its end, by this version or by one that had fewer flags."""
+    last = content[content.rstrip(b"\n").rfind(b"\n") + 1 :]
+    return last == END_MARK or (last.startswith(LAST_WITHOUT_MARK) and last.endswith(b"\n"))
 
 
 def _plugins_before(folder: Store, arguments: Iterable[str]) -> dict[str, bytes | None]:

@@ -3,14 +3,12 @@ around it."""
 
 import functools
 import logging
-import math
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -19,29 +17,32 @@ from rayalign.algorithms import Algorithm
 from rayalign.cluster import Stopped, outcome_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
-from rayalign.data.sampler import StepCounts, cut_micro_batches, draw_rows, require_partners
-from rayalign.data.shuffled_pictures import Pictures, shuffle_pictures
-from rayalign.data.store import PreparedData, Rows
-from rayalign.data.stream import fetch_pairs, held_out_pairs, pairs_in_order, sampler_of, with_pictures_of_others
+from rayalign.data.sampler import require_partners
+from rayalign.data.stream import fetch_pairs, pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
 from rayalign.policy.saving import save_policy
 from rayalign.progress import Progress
-from rayalign.report.health import find_problems
-from rayalign.report.pairs import correlation
 from rayalign.storage import Store
 from rayalign.training.answers import Moment, ask, sample_of
+from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, write_note
 from rayalign.training.checkpoint import (
+    NONE_YET,
     FetchedCheckpoint,
     checkpoint_name,
     delete_others,
+    fetch,
     fetch_newest,
+    load_best,
     load_checkpoint,
+    prune_checkpoints,
+    whole_at,
     write_checkpoint,
 )
 from rayalign.training.distributed import gather, start_alike
-from rayalign.training.evaluation import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, CHOSEN_TOKENS, REJECTED_TOKENS, image_metrics
+from rayalign.training.evaluation import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, SHUFFLED
+from rayalign.training.held_out import HeldOut
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import MetricsLog
 from rayalign.training.run_report import Background, write_report
@@ -57,7 +58,7 @@ SHOWN_EVALUATION = tuple(
     f"eval_{name}"
     for name in (
         *("loss", BY_SUM, BY_TOKEN, BY_REWARD_MODEL, "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
-        *("conditional/accuracies", "image_reliance"),
+        *("conditional/accuracies", "exact_match"),
     )
 )
 """What the log's line of an evaluation shows; all are in metrics.jsonl."""
@@ -126,10 +127,13 @@ class _Worker:
             check_forward(policy, data.spec)
         start_alike(policy)
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.sampler.num_steps, rank=self.rank)
+        self.best = load_best(checkpoint) if checkpoint else NONE_YET
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
-            self._delete_others(checkpoint)
-        self.held_out_pairs: dict[str, dict[str, float]] = {}
+        if self.rank == 0:
+            self._settle_checkpoints(checkpoint)
+        self.held_out = HeldOut(config, data, self.sampler, rank=self.rank, num_workers=self.num_workers)
+        self._require_held_out()
         self.warned: set[str] = set()
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
         self.latest_metrics: dict[str, float] = {}
@@ -140,11 +144,28 @@ class _Worker:
             self._say("This CPU multiplies in bfloat16: with --dtype bfloat16 a step takes about 0.6 of the time")
         self.progress = Progress(self.sampler.num_steps - self.start_step)
 
-    def _delete_others(self, loaded: FetchedCheckpoint) -> None:
-        """Deletes what earlier starts of the run left. Those of this start are Ray Train's to count and delete."""
-        all_have_read = gather(ray.train.get_checkpoint() is None)
-        if self.rank == 0 and all(all_have_read):
-            delete_others(self.folder / "checkpoints", loaded)
+    def _settle_checkpoints(self, loaded: FetchedCheckpoint | None) -> None:
+        """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes others
+        than it and the one that was loaded. (Every worker has its own copy of that.)"""
+        checkpoints = self.folder / "checkpoints"
+        best = whole_at(checkpoints, self.best.step) if self.best.step is not None else None
+        if best is None:
+            # A later one was the best, which the run will come to again.
+            (self.folder / NOTE).delete()
+        else:
+            write_note(self.folder, self.best, best.store.name)
+        if loaded is not None:
+            delete_others(checkpoints, loaded, best=best.store if best else None)
+
+    def _require_held_out(self) -> None:
+        """Raises ValueError where flags look at evaluations, of which there will be none."""
+        run = self.config.run
+        asked = [name for name in ("early_stopping_patience", "load_best_model_at_end") if getattr(run, name)]
+        if asked and not len(self.held_out.rows):
+            raise ValueError(
+                f"--{asked[0]} {getattr(run, asked[0])}: no record is held out, so nothing is evaluated. Pass --val_dataset or "
+                "a higher --dataset_test_ratio, or leave the flag out."
+            )
 
     def train(self) -> WorkerResult:
         stream = pairs_in_order(
@@ -156,23 +177,34 @@ class _Worker:
             companion=self.trainer.algorithm.needs.companion,
             pin_memory=self.device.type == "cuda",
         )
-        events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save)
+        events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save, judge=self._judge)
         if self.start_step == 0:
             if self.config.run.eval_on_start:
                 self._evaluate(0)
             self._answer("before")
         with self.watch.stage("training"):
-            run_steps(
-                self.trainer,
-                self.sampler,
-                stream,
-                self.config.run,
-                events,
-                start_step=self.start_step,
-                tokens_before=self.latest_metrics.get("num_tokens", 0),
+            # A run that was killed after it stopped early stays stopped.
+            stays_stopped = self.best.stops(self.config.run)
+            last_step = (
+                self.start_step
+                if stays_stopped
+                else run_steps(
+                    self.trainer,
+                    self.sampler,
+                    stream,
+                    self.config.run,
+                    events,
+                    start_step=self.start_step,
+                    tokens_before=self.latest_metrics.get("num_tokens", 0),
+                )
             )
-        if self.start_step == self.sampler.num_steps:
-            self._evaluate(self.sampler.num_steps)
+        stopped = self._why_stopped(last_step)
+        model_step = last_step
+        if self.config.run.load_best_model_at_end and self.best.step not in (None, last_step):
+            model_step = self._return_to_best()
+        elif self.start_step == last_step:
+            self._evaluate(model_step)
+        self._evaluate_shuffled(model_step)
         self._answer("after")
         if self.rank == 0:
             self._write_model()
@@ -182,11 +214,48 @@ class _Worker:
             note_workers(self.folder, self.watch.seconds)
         return WorkerResult(
             metrics={name: value for name, value in self.latest_metrics.items() if name != "step"},
-            num_steps=self.sampler.num_steps,
+            num_steps=last_step,
             num_training_records=len(self.sampler.rows),
-            num_held_out_records=len(self._held_out()[1]),
-            held_out_pairs=self.held_out_pairs,
+            num_held_out_records=len(self.held_out.rows),
+            held_out_pairs=self.held_out.pairs,
+            best=self.best,
+            model_step=model_step,
+            stopped=stopped,
         )
+
+    def _judge(self, step: int) -> Verdict:
+        """What the evaluation just made means; rank 0 decides, which alone has every metric of a run that goes on."""
+        if not self.held_out.pairs:
+            return GOES_ON
+        run = self.config.run
+        self.best = gather(self.best.after(step, self.latest_metrics, run) if self.rank == 0 else None)[0]
+        return self.best.verdict(step, run)
+
+    def _why_stopped(self, last_step: int) -> str | None:
+        if last_step == self.sampler.num_steps:
+            return None
+        words = f"stopped at step {last_step}: nothing better in {self.best.since} evaluations than {self.best.words}"
+        self._say("%s", words.capitalize())
+        return words
+
+    def _return_to_best(self) -> int:
+        """Loads the weights of the best evaluation and evaluates them, which gives its figures once more; returns its step."""
+        store = gather(best_checkpoint(self.folder) if self.rank == 0 else None)[0]
+        step = self.best.step
+        assert step is not None
+        try:
+            if store is None:
+                raise ValueError(f"The checkpoint of step {step} is gone.")
+            with tempfile.TemporaryDirectory() as temporary:
+                checkpoint = fetch(store, step, Path(temporary))
+                load_checkpoint(checkpoint, self.trainer.policy, self.trainer.optimizer, scaler=self.trainer.scaler)
+        except ValueError as error:
+            raise ValueError(
+                f"--load_best_model_at_end true: {error} Pass false, and the same command writes the model of the last step."
+            ) from None
+        self._say("Back to the best: %s", self.best.words)
+        self._evaluate(step)
+        return step
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         self.latest_metrics |= metrics
@@ -201,57 +270,34 @@ class _Worker:
 
     @_timed("evaluation")
     def _evaluate(self, step: int) -> None:
-        """A pass over the held-out records; after the last step another one on their pictures shuffled."""
-        data, rows = self._held_out()
-        if not len(rows):
-            self._report()
-            return
-        token_counts = data.token_counts()
-        mine = cut_micro_batches(
-            rows,
-            token_counts,
-            batch_size=self.config.optimizer.batch_size,
-            max_tokens=self.config.optimizer.max_tokens_per_batch,
-            packs_rows=self.sampler.settings.packs_rows,
-            rank=self.rank,
-            num_workers=self.num_workers,
-        )
-        companion = self.trainer.algorithm.needs.companion
-        order = None
-        if self.sampler.settings.with_partners:
-            order = np.arange(data.num_rows) if self.data.held_out else self.sampler.held_out_order
-        seen: dict[int, Pictures] = {}
-        batches = functools.partial(held_out_pairs, data, mine, self.data.spec, companion=companion, order=order, seen=seen)
-        metrics, pairs = self.trainer.evaluate(batches, StepCounts.of(token_counts.take(rows)))
-        self.held_out_pairs = _together(pairs)
-        if step == self.sampler.num_steps:
-            partners = shuffle_pictures(_together(seen), seed=self.config.data.data_seed)
-            shuffled = self.trainer.evaluate_shuffled(with_pictures_of_others(data, mine, partners, self.data.spec))
-            metrics |= image_metrics(self.held_out_pairs, _together(shuffled))
-        line = {f"eval_{name}": value for name, value in metrics.items()}
-        self.latest_metrics |= line
-        if self.metrics_log is not None:
-            self.metrics_log.append({"step": step, **line})
-        shown = "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN_EVALUATION if name in line)
-        self._say("Evaluation at step %d  %s", step, shown)
-        self._warn(step)
+        if len(self.held_out.rows):
+            line = self._logged(step, self.held_out.evaluate(self.trainer))
+            shown = "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN_EVALUATION if name in line)
+            self._say("Evaluation at step %d  %s", step, shown)
+            self._warn(is_finished=False)
         self._report()
 
-    def _warn(self, step: int) -> None:
+    @_timed("evaluation")
+    def _evaluate_shuffled(self, step: int) -> None:
+        """At the end: whether the preference comes from the pictures, and what looks wrong in the whole run."""
+        if len(self.held_out.rows):
+            line = self._logged(step, self.held_out.evaluate_shuffled(self.trainer))
+            if line:
+                shown = [f"{name} {value:.4g}" for name, value in line.items() if name.endswith((SHUFFLED, "image_reliance"))]
+                self._say("With pictures of other records  %s", "  ".join(shown))
+            self._warn(is_finished=True)
+
+    def _logged(self, step: int, line: dict[str, float]) -> dict[str, float]:
+        self.latest_metrics |= line
+        if self.metrics_log is not None and line:
+            self.metrics_log.append({"step": step, **line})
+        return line
+
+    def _warn(self, *, is_finished: bool) -> None:
         """Says what looks wrong in the run so far; each thing once."""
         if self.metrics_log is None:
             return
-        pairs = self.held_out_pairs.values()
-        margins = [values.get("rewards/margins", values.get(BY_SUM, math.nan)) for values in pairs]
-        extra_tokens = [values[CHOSEN_TOKENS] - values[REJECTED_TOKENS] for values in pairs]
-        lengths = correlation(list(zip(extra_tokens, margins, strict=True)))
-        problems = find_problems(
-            self.metrics_log.lines,
-            margins=margins,
-            length_correlation=lengths,
-            is_finished=step == self.sampler.num_steps,
-        )
-        for kind, words in problems.items():
+        for kind, words in self.held_out.problems(self.metrics_log.lines, is_finished=is_finished).items():
             if kind not in self.warned:
                 logger.warning("Warning: %s", words)
             self.warned.add(kind)
@@ -259,7 +305,7 @@ class _Worker:
     def _report(self) -> None:
         """Brings the run's page up to date, beside the training."""
         if self.metrics_log is not None:
-            metrics, seconds, scores = list(self.metrics_log.lines), self.watch.seconds, self.held_out_pairs
+            metrics, seconds, scores = list(self.metrics_log.lines), self.watch.seconds, self.held_out.pairs
 
             def write() -> None:
                 times = note_workers(self.folder, seconds)
@@ -278,8 +324,7 @@ class _Worker:
     @_timed("evaluation")
     def _answer(self, moment: Moment) -> None:
         """Lets the model answer some held-out prompts by itself, for the page."""
-        data, rows = self._held_out()
-        sample = sample_of(rows, self.config.run.eval_answers)
+        data, sample = self.held_out.data, sample_of(self.held_out.rows, self.config.run.eval_answers)
         if len(sample) and self.trainer.algorithm.needs.head == "language":
             spec, policy = self.data.spec, self.trainer.policy
             ask(moment, policy, spec, data, sample, folder=self.folder, rank=self.rank, workers=self.num_workers)
@@ -290,13 +335,20 @@ class _Worker:
             checkpoint = None
             if self.rank == 0:
                 trainer = self.trainer
-                write_checkpoint(Path(temporary), trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler)
+                write_checkpoint(
+                    Path(temporary), trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler, best=self.best
+                )
                 checkpoint = ray.train.Checkpoint.from_directory(temporary)
             ray.train.report(
                 {"step": step, **self.latest_metrics},
                 checkpoint=checkpoint,
                 checkpoint_dir_name=checkpoint_name(step, self.attempt),
             )
+        if self.rank == 0:
+            if self.best.step == step:
+                write_note(self.folder, self.best, checkpoint_name(step, self.attempt))
+            limit = self.config.run.save_total_limit
+            prune_checkpoints(self.folder / "checkpoints", keep=limit, best=best_checkpoint(self.folder))
 
     @_timed("saving")
     def _write_model(self) -> None:
@@ -305,18 +357,6 @@ class _Worker:
             self.data.spec.processor.save_pretrained(temporary)
             (self.folder / "model").upload(Path(temporary))
 
-    def _held_out(self) -> tuple[PreparedData, Rows]:
-        """The held-out records, and the rows of them that are evaluated."""
-        data, rows = self.data.training, self.sampler.held_out
-        if self.data.held_out:
-            data, rows = self.data.held_out, np.arange(self.data.held_out.num_rows)
-        return data, draw_rows(rows, at_most=self.config.run.max_eval_records, seed=self.config.data.data_seed)
-
     def _say(self, message: str, *values: Any) -> None:
         if self.rank == 0:
             logger.info(message, *values)
-
-
-def _together(mine: Mapping[K, T]) -> dict[K, T]:
-    """The entries of all workers."""
-    return {key: value for worker in gather(mine) for key, value in worker.items()}

@@ -16,16 +16,20 @@ from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PairBatch
 from rayalign.data.sampler import StepCounts
 from rayalign.storage import Store
+from rayalign.training.best import Best
 from rayalign.training.checkpoint import (
     FetchedCheckpoint,
     checkpoint_name,
     delete_others,
     fetch_newest,
     has_checkpoint,
+    load_best,
     load_checkpoint,
     prune_checkpoints,
+    whole_at,
     write_checkpoint,
 )
+from rayalign.training.checkpoint import fetch as fetch_one
 from rayalign.training.loop import Trainer
 from tests.tiny_models import REFERRED, encode_pair, make_batch, make_policy
 
@@ -321,6 +325,44 @@ def test_pruning_keeps_the_newest_whole_ones_and_no_incomplete_one(checkpoints: 
     assert [store.name for store in checkpoints.list()] == ["notes", "step_00000007_b", "step_00000020_a"]
     prune_checkpoints(checkpoints, keep=2)
     assert [store.name for store in checkpoints.list()] == ["notes", "step_00000007_b", "step_00000020_a"]
+
+
+def test_pruning_keeps_the_best_one_beside_the_newest(checkpoints: Store) -> None:
+    whole = checkpoints / checkpoint_name(3, "a")
+    for step in (7, 30):
+        shutil.copytree(whole.location, (checkpoints / checkpoint_name(step, "b")).location)
+    prune_checkpoints(checkpoints, keep=1, best=whole)
+    assert names_in(checkpoints) == ["step_00000003_a", "step_00000030_b"]
+    newest = newest_of(checkpoints)
+    assert newest.step == 30
+    delete_others(checkpoints, newest, best=whole)
+    assert names_in(checkpoints) == ["step_00000003_a", "step_00000030_b"]
+    prune_checkpoints(checkpoints, keep=1, best=newest.store)
+    assert names_in(checkpoints) == ["step_00000030_b"]
+
+
+def test_the_best_evaluation_travels_in_a_checkpoint(tmp_path: Path, trained: Trainer, checkpoints: Store) -> None:
+    assert load_best(newest_of(checkpoints)) == Best()
+    best = Best("eval_loss", 2, 0.1 + 0.2, None, since=4)
+    place = tmp_path / "with_best"
+    place.mkdir()
+    write_checkpoint(place, trained.policy, trained.optimizer, step=3, best=best)
+    assert load_best(FetchedCheckpoint(Store(str(place)), 3, place)) == best
+
+
+def test_one_checkpoint_is_found_by_its_step_and_read_whole_or_refused(checkpoints: Store, tmp_path: Path) -> None:
+    assert whole_at(checkpoints, 4) is None
+    found = whole_at(checkpoints, 3)
+    assert found is not None
+    assert fetch_one(found.store, 3, tmp_path).folder == tmp_path / checkpoint_name(3, "a")
+    flip_a_bit(found.store / "trainable.safetensors")
+    with pytest.raises(ValueError) as caught:
+        fetch_one(found.store, 3, Path(tempfile.mkdtemp(dir=tmp_path)))
+    assert str(caught.value) == (
+        f"The checkpoint {found.store.location} is damaged: trainable.safetensors does not have the hash it was saved with."
+    )
+    (found.store / "manifest.json").delete()
+    assert whole_at(checkpoints, 3) is None
 
 
 def test_an_upload_that_was_cut_short_does_not_count(checkpoints: Store, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run that ends early says: how far it came, what is kept and how it goes on."""
 
+import errno
 import functools
 import json
 import os
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import ray.exceptions
-from ray.exceptions import RayTaskError
-from ray.train import WorkerGroupError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from safetensors import SafetensorError
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
@@ -19,7 +22,7 @@ from rayalign.config.sections import RunConfig
 from rayalign.storage import Store
 from rayalign.training import endings
 from rayalign.training.checkpoint import Checkpoint
-from rayalign.training.endings import run_reached, told_endings
+from rayalign.training.endings import run_reached, told_endings, with_restarts
 
 NOTHING = "before the first step; the same command starts from step 0, with the records that are encoded."
 
@@ -88,6 +91,142 @@ def test_the_users_mistake_behind_a_failure_of_the_cluster_is_told_as_such(tmp_p
     ended = told(error.as_instanceof_cause(), output_dir=str(tmp_path))
     assert type(ended) is ValueError
     assert str(ended) == "bad flag"
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "/runs/a/checkpoints/x")
+
+
+def in_a_worker(error: BaseException) -> Exception:
+    """A failure as Ray Train reports it where a worker's function raised an error."""
+    return WorkerGroupError("", {1: UserExceptionWithTraceback(error, "Traceback ...\nOSError: ..."), 0: RayActorError()})
+
+
+@pytest.mark.parametrize(
+    ("error", "trouble"),
+    [
+        (FULL, "a disk is full ([Errno 28] No space left on device: '/runs/a/checkpoints/x'). Free some space."),
+        (in_a_worker(FULL), "a disk is full ([Errno 28] No space left on device: '/runs/a/checkpoints/x'). Free some space."),
+        (
+            ControllerError(FULL),
+            "a disk is full ([Errno 28] No space left on device: '/runs/a/checkpoints/x'). Free some space.",
+        ),
+        (
+            in_a_worker(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+            "a disk is full (Error while serializing: I/O error: No space left on device (os error 28)). Free some space.",
+        ),
+        (
+            RayTaskError(
+                "write", "Traceback ...\nOSError: [Errno 122] Disk quota exceeded", OSError(122, "Disk quota exceeded")
+            ),
+            "the quota of a disk is used up (OSError: [Errno 122] Disk quota exceeded). Free some space, or raise the quota.",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/a"),
+            "a file system is read-only ([Errno 30] Read-only file system: '/a'). Make it writable, or choose another "
+            "--output_dir.",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a"),
+            "access to a file is refused ([Errno 13] Permission denied: '/a'). Give this user the right to it, or choose "
+            "another --output_dir.",
+        ),
+        (
+            OSError(errno.EFBIG, "File too large"),
+            "a file became larger than this process may write ([Errno 27] File too large). Raise the limit (ulimit -f).",
+        ),
+        (
+            OSError("When uploading: AWS Error ACCESS_DENIED during PutObject operation: Access Denied."),
+            "what it asks for is refused or not there (When uploading: AWS Error ACCESS_DENIED during PutObject operation: "
+            "Access Denied).",
+        ),
+    ],
+    ids=["here", "worker", "controller", "safetensors", "task", "read-only", "refused", "limit", "object store"],
+)
+def test_storage_that_fails_for_good_ends_a_run_with_one_sentence_and_no_restart(
+    tmp_path: Path, error: Exception, trouble: str
+) -> None:
+    starts = []
+
+    def work() -> None:
+        starts.append(1)
+        raise error
+
+    config = Config(DPO(), run=RunConfig(output_dir=str(tmp_path)))
+    with pytest.raises(RunFailed) as caught, told_endings(functools.partial(run_reached, config)):
+        with_restarts(work, max_failures=3)
+    assert len(starts) == 1
+    assert str(caught.value) == (
+        f"the run was ended by its storage: {trouble} It ended {NOTHING} (RAYALIGN_TRACEBACK=1 shows the traceback.)"
+    )
+
+
+def test_an_error_of_the_system_that_is_none_of_storage_is_raised_as_it_is() -> None:
+    for error in (FileNotFoundError(errno.ENOENT, "No such file"), ConnectionResetError(errno.ECONNRESET, "reset")):
+        assert told(error) is error
+
+
+def test_storage_that_does_not_even_tell_what_is_kept_is_told(tmp_path: Path) -> None:
+    def reached() -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", "/a")
+
+    with pytest.raises(RunFailed) as caught, told_endings(reached):
+        raise FULL
+    assert "What is kept can't be told ([Errno 13] Permission denied: '/a'); the same command" in str(caught.value)
+
+
+LOST = WorkerGroupError("", {0: RayActorError()})
+
+
+def runs_until(steps: list[int], *, max_failures: int) -> int:
+    """Work that loses its cluster at each of some steps and then is done; returns how often it was started."""
+    starts, newest = 0, 0
+
+    def work() -> int:
+        nonlocal starts, newest
+        starts += 1
+        if starts > len(steps):
+            return starts
+        newest = steps[starts - 1]
+        raise LOST
+
+    return with_restarts(work, max_failures=max_failures, progress=lambda: newest)
+
+
+def test_failures_count_as_long_as_no_new_checkpoint_is_between_them() -> None:
+    assert runs_until([], max_failures=0) == 1
+    assert runs_until([0, 0, 0], max_failures=3) == 4
+    assert runs_until([10, 10, 20, 20, 30], max_failures=2) == 6
+    for steps, limit in (([0], 0), ([10], 0), ([0, 0], 1), ([10, 10], 1), ([10, 20, 20, 20], 2), ([10, 5, 5], 2)):
+        with pytest.raises(WorkerGroupError):
+            runs_until(steps, max_failures=limit)
+
+
+def test_a_restart_is_said_with_its_cause(caplog: pytest.LogCaptureFixture) -> None:
+    runs_until([0], max_failures=3)
+    (said,) = caplog.messages
+    assert said.startswith("Restart 1 of 3 (--max_failures): a process or machine of the cluster was lost (RayActorError")
+
+
+def test_what_a_user_can_mend_is_met_only_once() -> None:
+    starts = []
+
+    def work() -> None:
+        starts.append(1)
+        raise in_a_worker(ValueError("no such column"))
+
+    with pytest.raises(ValueError, match="no such column"), told_endings(str):
+        with_restarts(work, max_failures=3)
+    assert len(starts) == 1
+
+
+def test_what_is_checked_ends_the_wait_for_the_work_of_a_thread() -> None:
+    def check() -> None:
+        raise RunFailed("taken")
+
+    ended = threading.Event()
+    with pytest.raises(RunFailed, match="taken"):
+        endings.beside_signals(lambda: ended.wait(20), check=check)
+    ended.set()
 
 
 def test_a_signal_reaches_the_program_while_it_waits_for_the_work_of_a_thread() -> None:

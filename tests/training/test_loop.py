@@ -21,6 +21,7 @@ from rayalign.data.store import EncodedPair, TokenCounts
 from rayalign.policy.policy import Policy
 from rayalign.storage import Store
 from rayalign.training import distributed
+from rayalign.training.best import GOES_ON, Verdict
 from rayalign.training.checkpoint import FetchedCheckpoint, load_checkpoint, write_checkpoint
 from rayalign.training.distributed import start_alike, sum_over_workers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
@@ -84,7 +85,7 @@ def equal(some: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return some.keys() == other.keys() and all(torch.equal(some[name], other[name]) for name in some)
 
 
-def events(**functions: Callable[..., None]) -> LoopEvents:
+def events(**functions: Callable[..., Any]) -> LoopEvents:
     return LoopEvents(**{"log": lambda line: None, "evaluate": lambda step: None, "save": lambda step: None, **functions})
 
 
@@ -120,6 +121,22 @@ def test_a_run_that_is_no_longer_finite_stops_before_it_saves(
     with pytest.raises(FloatingPointError) as caught:
         run_steps(trainer, sampler, stream_of(folder, sampler, 0, SFT()), run, events(), start_step=0)
     assert str(caught.value) == f"{words} Lower --learning_rate, or use --dtype float32 or bfloat16."
+
+
+def test_an_evaluation_may_ask_for_a_checkpoint_or_for_the_end(folder: Path) -> None:
+    sampler, run = sampler_of(pairs_of(folder), max_steps=6), RunConfig(logging_steps=1, eval_steps=2, save_steps=5)
+    verdicts = {2: Verdict(saves=True), 4: Verdict(saves=True, stops=True)}
+    for judged, (end, evaluated, saved) in (
+        ({}, (6, [2, 4, 6], [5, 6])),
+        (verdicts, (4, [2, 4], [2, 4])),
+    ):
+        calls: dict[str, list[int]] = {"evaluate": [], "save": []}
+        trainer = trainer_of(folder, DPO(), num_steps=6)
+        told = events(
+            evaluate=calls["evaluate"].append, save=calls["save"].append, judge=lambda step, of=judged: of.get(step, GOES_ON)
+        )
+        assert run_steps(trainer, sampler, stream_of(folder, sampler, 0, DPO()), run, told, start_step=0) == end
+        assert calls == {"evaluate": evaluated, "save": saved}
 
 
 @pytest.mark.parametrize("algorithm", [SFT(), DPO(), KTO(), RM()], ids=lambda a: a.name)

@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from rayalign.data.store import EncodedPair, PreparedData
 from rayalign.models.source import ModelSource
 from rayalign.report.page import Times
 from rayalign.storage import Store
-from rayalign.training.run_folder import CONTENTS, FREE_TO_CHANGE, open_run, write_results
+from rayalign.training.run_folder import CONTENTS, FREE_TO_CHANGE, check_run_folder, open_run, write_results
 from rayalign.training.run_report import dropped_lines
 
 WAY_OUT = "Pass --overwrite true to delete it, or another --output_dir."
@@ -202,19 +203,31 @@ FLAGS = "the flags that the unfinished run began with"
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (
-            lambda text: b"",
-            "lacks dataset, val_dataset, dataset_test_ratio, ...; it was cut short, or written by another version.",
-        ),
+        (lambda text: b"", "lacks rlhf_type; it was cut short."),
         (lambda text: b"- a\n", "must hold lines of `flag: value`."),
         (lambda text: b"a: " + b"[" * 900, "is nested too deep."),
-        (lambda text: text[: text.index(b"beta:")], "it was cut short, or written by another version."),
+        (lambda text: text[: text.index(b"beta:")], "lacks batch_size; it was cut short."),
+        (lambda text: text[: text.index(b"output_dir:")], "lacks num_workers; it was cut short."),
+        (lambda text: text[: text.index(b"max_failures:")], ": it was cut short."),
+        (lambda text: text[: text.index(b"max_failures:") + len("max_failures: 3")], ": it was cut short."),
         (lambda text: text[: text.index(b"beta:") + 3], "is not YAML ("),
         (lambda text: b"\x80" + text, "is not YAML ("),
         (lambda text: text.replace(b"num_workers: 1", b"num_workers: one"), "num_workers is 'one' and no whole number."),
         (lambda text: text.replace(b"batch_size: 1\n", b"batch_size: true\n"), "batch_size is True and no whole number."),
     ],
-    ids=["empty", "list", "deep", "cut", "cut in a line", "no text", "words for a number", "truth for a number"],
+    ids=[
+        "empty",
+        "list",
+        "deep",
+        "cut",
+        "cut later",
+        "cut before the last flag",
+        "cut in its line",
+        "cut in a line",
+        "no text",
+        "words for a number",
+        "truth for a number",
+    ],
 )
 def test_a_damaged_configuration_is_told_with_its_file(
     unfinished: Path, damage: Callable[[bytes], bytes], problem: str
@@ -227,6 +240,45 @@ def test_a_damaged_configuration_is_told_with_its_file(
     assert problem in words
     assert words.endswith(WAY_OUT)
     assert contents(unfinished) == before
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["with the mark", "by a version that wrote none"])
+def test_a_run_of_a_version_without_some_flags_goes_on_as_if_they_had_their_defaults(
+    unfinished: Path, caplog: pytest.LogCaptureFixture, marked: bool
+) -> None:
+    file = unfinished / "config.yaml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith(("columns:", "torch_compile:"))]
+    lines = lines if marked else lines[: lines.index("max_failures: 3") + 1]
+    file.write_text("\n".join(lines) + "\n")
+    assert refusal(config_of(unfinished, columns=["a=b"])) == (
+        f"--output_dir {unfinished} holds an unfinished run with another configuration:\n  columns: [] -> ['a=b']\n{WAY_OUT}"
+    )
+    with caplog.at_level(logging.INFO, logger="rayalign.training.run_folder"):
+        open_run(config_of(unfinished))
+    assert caplog.messages == [
+        f"Continuing the unfinished run in {unfinished}",
+        "It began with a version that had no --columns, --torch_compile: taken as the default there",
+    ]
+    assert "columns: []" in file.read_text()
+    caplog.clear()
+    open_run(config_of(unfinished))
+    assert len(caplog.messages) <= 1
+
+
+def test_a_folder_is_refused_before_anything_is_written(unfinished: Path) -> None:
+    before = contents(unfinished)
+    for config in (config_of(unfinished, beta=0.5), config_of(unfinished, resume=False)):
+        with pytest.raises(ValueError) as caught:
+            check_run_folder(config)
+        assert str(caught.value) == refusal(config)
+    check_run_folder(config_of(unfinished))
+    check_run_folder(config_of(unfinished, beta=0.5, overwrite=True))
+    check_run_folder(config_of(unfinished.parent / "new"))
+    assert contents(unfinished) == before
+    assert not (unfinished.parent / "new").exists()
+    (unfinished / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a finished run"):
+        check_run_folder(config_of(unfinished))
 
 
 def test_checkpoints_without_a_configuration_are_refused(unfinished: Path) -> None:

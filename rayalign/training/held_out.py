@@ -1,0 +1,94 @@
+"""The held-out records of a run: which ones its workers evaluate, what came out, and what looks wrong by that."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+import numpy as np
+
+from rayalign.config.config import Config
+from rayalign.data.prepare import RunData
+from rayalign.data.sampler import StepCounts, StepSampler, cut_micro_batches, draw_rows
+from rayalign.data.shuffled_pictures import Pictures, shuffle_pictures
+from rayalign.data.store import PreparedData, Rows
+from rayalign.data.stream import held_out_pairs, with_pictures_of_others
+from rayalign.report.health import Metrics, find_problems
+from rayalign.report.pairs import correlation
+from rayalign.training.distributed import gather
+from rayalign.training.evaluation import BY_SUM, CHOSEN_TOKENS, REJECTED_TOKENS, image_metrics
+from rayalign.training.loop import Trainer
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class HeldOut:
+    """A worker's share of the held-out records. `rows` of `data` are those of all workers; `pairs` has, since the last
+    evaluation, each pair's own values by metric, those of other workers, too."""
+
+    def __init__(self, config: Config, data: RunData, sampler: StepSampler, *, rank: int, num_workers: int) -> None:
+        self.data: PreparedData = data.held_out or data.training
+        rows = np.arange(data.held_out.num_rows) if data.held_out else sampler.held_out
+        self.rows: Rows = draw_rows(rows, at_most=config.run.max_eval_records, seed=config.data.data_seed)
+        self.pairs: dict[str, dict[str, float]] = {}
+        self._config = config
+        self._spec = data.spec
+        self._rank, self._num_workers = rank, num_workers
+        self._packs_rows = sampler.settings.packs_rows
+        self._order = None
+        if sampler.settings.with_partners:
+            self._order = rows if data.held_out else sampler.held_out_order
+        self._seen: dict[int, Pictures] = {}
+
+    @functools.cached_property
+    def _cut(self) -> tuple[list[Rows], StepCounts]:
+        """This worker's micro-batches, and the counts of all records."""
+        token_counts, optimizer = self.data.token_counts(), self._config.optimizer
+        micro_batches = cut_micro_batches(
+            self.rows,
+            token_counts,
+            batch_size=optimizer.batch_size,
+            max_tokens=optimizer.max_tokens_per_batch,
+            packs_rows=self._packs_rows,
+            rank=self._rank,
+            num_workers=self._num_workers,
+        )
+        return micro_batches, StepCounts.of(token_counts.take(self.rows))
+
+    def evaluate(self, trainer: Trainer) -> dict[str, float]:
+        """The metrics of a pass over the records, with eval_ before their names. Every worker calls it."""
+        micro_batches, counts = self._cut
+        batches = functools.partial(
+            held_out_pairs,
+            self.data,
+            micro_batches,
+            self._spec,
+            companion=trainer.algorithm.needs.companion,
+            order=self._order,
+            seen=self._seen,
+        )
+        metrics, pairs = trainer.evaluate(batches, counts)
+        self.pairs = _together(pairs)
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def evaluate_shuffled(self, trainer: Trainer) -> dict[str, float]:
+        """After `evaluate`: the metrics of another pass, on the pictures of other records; none where there are none. Every
+        worker calls it."""
+        partners = shuffle_pictures(_together(self._seen), seed=self._config.data.data_seed)
+        micro_batches, _ = self._cut
+        pairs = trainer.evaluate_shuffled(with_pictures_of_others(self.data, micro_batches, partners, self._spec))
+        return {f"eval_{name}": value for name, value in image_metrics(self.pairs, _together(pairs)).items()}
+
+    def problems(self, metrics: Metrics, *, is_finished: bool) -> dict[str, str]:
+        """What looks wrong by the run's lines of metrics and the pairs' own values, in words, by kind."""
+        pairs = self.pairs.values()
+        margins = [values.get("rewards/margins", values.get(BY_SUM, math.nan)) for values in pairs]
+        extra_tokens = [values[CHOSEN_TOKENS] - values[REJECTED_TOKENS] for values in pairs]
+        lengths = correlation(list(zip(extra_tokens, margins, strict=True)))
+        return find_problems(metrics, margins=margins, length_correlation=lengths, is_finished=is_finished)
+
+
+def _together(mine: Mapping[K, T]) -> dict[K, T]:
+    """The entries of all workers."""
+    return {key: value for worker in gather(mine) for key, value in worker.items()}
