@@ -52,8 +52,8 @@ GROUPS = (
         ),
         (
             ("loss", "a held-out loss that still falls where the training\u2019s does"),
-            ("accuracy/likelihood", "likelihoods that tell chosen from rejected better than guessing (the line at 0.5)"),
-            ("rewards/accuracies", "rewards that do"),
+            ("accuracy/likelihood", "an accuracy by likelihood above 0.5, which guessing has"),
+            ("rewards/accuracies", "an accuracy of the reward above 0.5"),
             ("image_reliance", "a picture reliance above 0: the accuracy that is lost where records get others\u2019 pictures"),
         ),
     ),

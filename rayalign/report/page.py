@@ -181,14 +181,14 @@ def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair], *, is_finished: boo
 
 
 def _times(times: Times) -> str:
-    if not times.stages:
+    stages = {name: seconds for name, seconds in times.stages.items() if seconds}
+    if not stages:
         return ""
-    longest = max(times.stages.values())
     rows = [
         f'<tr><td>{escape(STAGES.get(name, name))}</td><td class="number">{escape(_duration(seconds))}</td><td class="bars">'
         f'<svg viewBox="0 0 200 10" preserveAspectRatio="none" aria-hidden="true"><rect class="blue" x="0" y="0" '
-        f'width="{200 * seconds / longest if longest else 0:.1f}" height="10"/></svg></td></tr>'
-        for name, seconds in times.stages.items()
+        f'width="{200 * seconds / max(stages.values()):.1f}" height="10"/></svg></td></tr>'
+        for name, seconds in stages.items()
     ]
     words = "Of the whole command, from its start."
     if times.starts > 1:

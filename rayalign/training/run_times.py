@@ -100,8 +100,7 @@ def times_of(starts: Sequence[Mapping[str, Any]]) -> Times:
         stages.update(start["driver"])
         stages.update(start["workers"])
     stages["other"] += max(0.0, total - sum(stages.values()))
-    rounded = {name: round(stages[name], 1) for name in STAGES}
-    return Times(round(total, 1), {name: seconds for name, seconds in rounded.items() if seconds}, len(starts))
+    return Times(round(total, 1), {name: round(stages[name], 1) for name in STAGES if name in stages}, len(starts))
 
 
 def _keep(folder: Store, starts: list[dict[str, Any]]) -> None:

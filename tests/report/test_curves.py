@@ -100,7 +100,7 @@ def test_every_group_says_what_to_look_for_in_what_it_shows() -> None:
         "Look for gradient norms without lasting jumps, and little time spent waiting for data.",
     ]
     assert words("loss", "eval_accuracy/likelihood", "rewards/accuracies")[0] == (
-        "Look for a held-out loss that still falls where the training’s does, likelihoods that tell chosen from rejected "
-        "better than guessing (the line at 0.5), and rewards that do."
+        "Look for a held-out loss that still falls where the training’s does, an accuracy by likelihood above 0.5, which "
+        "guessing has, and an accuracy of the reward above 0.5."
     )
     assert words("kl") == [""]

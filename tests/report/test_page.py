@@ -393,3 +393,18 @@ def test_a_run_that_has_only_begun_says_so() -> None:
 def test_the_page_can_be_written_whatever_the_text_holds() -> None:
     odd = {"pair-1": conversation(turns=(("user", "odd \ud800 \x00"),))}
     assert "odd \ud800".encode("utf-8", "replace") in render(pairs=[pair(1)], conversations=odd).encode()
+
+
+def test_the_page_says_where_the_time_went_and_of_how_many_starts() -> None:
+    times = Times(4325.0, {"ray_start": 0.0, "training": 4000.0, "other": 325.0})
+    text = Page(render(times=times)).text
+    assert (
+        "Where the time wentOf the whole command, from its start.training1 h 6 minstarting workers, and the rest5 min 25 s"
+        in text
+    )
+    text = Page(render(times=dataclasses.replace(times, starts=3))).text
+    assert (
+        "Added up over 3 starts of the command; of a start that was cut short, what came after its last evaluation isn’t"
+        in text
+    )
+    assert "Where the time went" not in render(times=Times())

@@ -43,9 +43,9 @@ def test_starts_add_up_and_what_no_stage_accounts_for_is_the_rest() -> None:
     assert times_of([first, second]) == Times(160.0, stages, starts=2)
     # Clocks of two machines may differ: no start takes less than no time.
     assert times_of([{**first, "seen": 900.0}]) == Times(
-        0.0, {"encoding": 30.0, "model_loading": 5.0, "training": 50.0}, starts=1
+        0.0, {"encoding": 30.0, "model_loading": 5.0, "training": 50.0, "other": 0.0}, starts=1
     )
-    assert times_of([]) == Times(0.0, {}, starts=0)
+    assert times_of([]) == Times(0.0, {"other": 0.0}, starts=0)
 
 
 def test_a_killed_start_keeps_what_its_worker_noted_and_the_next_one_adds_to_it(tmp_path: Path) -> None:
