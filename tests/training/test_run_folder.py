@@ -342,10 +342,13 @@ RECORDS = [
     EncodedPair("bad", [310, 270, 34], [], A_CAT, [], [], conversation=ASKED),
     EncodedPair("trained", [310, 270, 34], A_CAT, IT_IS_TWO, [], [], conversation=ASKED),  # not held out: it has no scores
 ]
+BOTH, ONLY_CHOSEN, ONLY_REJECTED = (
+    {"tokens/chosen": chosen, "tokens/rejected": rejected} for chosen, rejected in ((6, 3), (6, 0), (0, 3))
+)
 BY_KTO = {
-    "pair": {"rewards/chosen": 1.5, "rewards/rejected": 0.25, "logps/chosen": -9.0, "logps/rejected": -9.0},
-    "good": {"rewards/chosen": 0.5, "logps/chosen": -9.0},
-    "bad": {"rewards/rejected": 0.125, "logps/rejected": -9.0},
+    "pair": {"rewards/chosen": 1.5, "rewards/rejected": 0.25, "logps/chosen": -9.0, "logps/rejected": -9.0, **BOTH},
+    "good": {"rewards/chosen": 0.5, "logps/chosen": -9.0, **ONLY_CHOSEN},
+    "bad": {"rewards/rejected": 0.125, "logps/rejected": -9.0, **ONLY_REJECTED},
 }
 
 
@@ -363,10 +366,10 @@ BY_KTO = {
         ),
         (
             RM,
-            {"pair": {"rewards/chosen": 1.5, "rewards/rejected": 0.25, "rewards/margins": 1.25}},
+            {"pair": {"rewards/chosen": 1.5, "rewards/rejected": 0.25, "rewards/margins": 1.25, **BOTH}},
             [("pair", ["chosen · reward 1.5 · 6 tokens", "rejected · reward 0.25 · 3 tokens"])],
         ),
-        (SFT, {"good": {"logps/chosen": -9.0}}, [("good", ["chosen · log-prob per token -1.5 · 6 tokens"])]),
+        (SFT, {"good": {"logps/chosen": -9.0, **ONLY_CHOSEN}}, [("good", ["chosen · log-prob per token -1.5 · 6 tokens"])]),
     ],
 )
 def test_the_report_shows_what_was_scored_of_each_held_out_record(

@@ -35,7 +35,8 @@ def write(run: Path, data: RunData, scores: dict[str, dict[str, float]]) -> str:
     return (run / "report.html").read_text()
 
 
-SCORES = {str(i): {"rewards/chosen": i / 10, "rewards/rejected": 2.0} for i in range(50)}
+TOKENS = {"tokens/chosen": 6, "tokens/rejected": 3}
+SCORES = {str(i): {"rewards/chosen": i / 10, "rewards/rejected": 2.0, **TOKENS} for i in range(50)}
 
 
 def test_a_run_that_goes_on_has_a_page_that_says_how_far_it_is(tmp_path: Path, data: RunData) -> None:
@@ -73,12 +74,18 @@ def test_a_run_without_held_out_records_has_a_page(tmp_path: Path, data: RunData
 
 
 def test_a_side_without_tokens_has_no_log_prob_per_token(tmp_path: Path, data: RunData) -> None:
-    training = data.training
-    index = training.index()
-    none = index.set_column(index.schema.get_field_index("rejected_tokens"), "rejected_tokens", [[0] * index.num_rows])
-    single = PreparedData.finish(training.store, attempt=training.attempt, index=none, dropped=[])
-    scores = {"3": {"logps/chosen": -6.0, "logps/rejected": 0.0}}
-    assert "chosen</b> · reward -1 · 6 tokens" in write(tmp_path, dataclasses.replace(data, training=single), scores)
+    scores = {"3": {"logps/chosen": -6.0, "logps/rejected": 0.0, "tokens/chosen": 6, "tokens/rejected": 0}}
+    assert "chosen</b> · reward -1 · 6 tokens" in write(tmp_path, data, scores)
+
+
+def test_a_pair_of_sft_is_shown_with_the_response_that_it_is_compared_with(
+    tmp_path: Path, data: RunData, prepare_pairs: Callable[[Sequence[EncodedPair]], PreparedData]
+) -> None:
+    pair = dataclasses.replace(PAIR, rejected_ids=[], eval_rejected_ids=PAIR.rejected_ids)
+    of_sft = dataclasses.replace(data, spec=dataclasses.replace(data.spec, responses="chosen"), training=prepare_pairs([pair]))
+    page = write(tmp_path, of_sft, {"0": {"logps/chosen": -6.0, "logps/rejected": -9.0, **TOKENS}})
+    assert "rejected</b> · log-prob per token -3 · 3 tokens" in page
+    assert "a cat" in page
 
 
 @pytest.mark.parametrize("error", [ValueError("damaged"), OSError("storage"), MemoryError(), KeyError("id"), RecursionError()])
