@@ -39,7 +39,7 @@ class Group:
 LIKELIHOODS: tuple[tuple[str, str, Colour], ...] = (
     ("likelihood", "sum of log-probs", "blue"),
     ("per_token", "per token", "orange"),
-    ("likelihood_shuffled", "sum, with other records\u2019 pictures", "grey"),
+    ("likelihood/shuffled", "sum, with other records\u2019 pictures", "grey"),
 )
 GROUPS = (
     Group(
@@ -48,12 +48,14 @@ GROUPS = (
             Chart("Loss", "loss"),
             Chart("Accuracy by likelihood", "accuracy/", LIKELIHOODS, is_share=True),
             Chart("Accuracy of {reward}", "rewards/accuracies", is_share=True),
-            Chart("Picture reliance", "image_reliance"),
+            Chart("Chosen tokens that are its first choice", "mean_token_accuracy"),
+            Chart("Greedy answers equal to the chosen response", "exact_match"),
         ),
         (
             ("loss", "a held-out loss that still falls where the training\u2019s does"),
             ("accuracy/likelihood", "an accuracy by likelihood above 0.5, which guessing has"),
             ("rewards/accuracies", "an accuracy of the reward above 0.5"),
+            ("mean_token_accuracy", "first choices that are not lost: where they are, what the model writes breaks"),
             ("image_reliance", "a picture reliance above 0: the accuracy that is lost where records get others\u2019 pictures"),
         ),
     ),

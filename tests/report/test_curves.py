@@ -23,13 +23,13 @@ def test_every_accuracy_is_called_what_it_is() -> None:
     names = (
         "accuracy/likelihood",
         "accuracy/per_token",
-        "accuracy/likelihood_shuffled",
+        "accuracy/likelihood/shuffled",
         "rewards/accuracies",
         "image_reliance",
     )
     metrics = [{"step": step, **{f"eval_{name}": 0.5 + step / 10 for name in names}} for step in (0, 3)]
     found = figures(metrics)
-    assert list(found) == ["Accuracy by likelihood", "Accuracy of the implicit reward", "Picture reliance"]
+    assert list(found) == ["Accuracy by likelihood", "Accuracy of the implicit reward"]
     text = Page(found["Accuracy by likelihood"]).text
     for label in ("sum of log-probs held-out", "per token held-out", "sum, with other records’ pictures held-out"):
         assert f"{label}: 0.8" in text
