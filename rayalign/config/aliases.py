@@ -233,7 +233,7 @@ ELSEWHERE: Sequence[Elsewhere] = (
     Elsewhere(
         "generate_during_eval predict_with_generate",
         (SWIFT2, TRL, FACTORY),
-        "nothing is generated while training. Leave it out.",
+        "the model answers --eval_answers held-out prompts before the first step and at the end, in report.html. Leave it out.",
     ),
     Elsewhere(
         "template template_type chat_template_path chat_template",

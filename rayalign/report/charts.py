@@ -138,7 +138,8 @@ def stretch_means(points: Sequence[Point], count: int = 30) -> list[Point]:
 def line_chart(
     title: str, series: Sequence[Series], *, x_label: str, y_range: Point | None = None, mark: float | None = None
 ) -> str:
-    """A <figure> of curves, or nothing where no series has a drawable point; `mark` is a horizontal line to compare with."""
+    """A <figure> of curves, or nothing where no series has a drawable point; `mark` is a horizontal line to compare with. A
+    single value, and nothing but zeros, are said in words."""
     drawn = [(s, sorted(p for p in s.points if is_drawable(p[0]) and is_drawable(p[1]))) for s in series]
     curves = [(s, thin(points)) for s, points in drawn if points]
     trends = [(s, stretch_means(points)) for s, points in drawn if s.stroke == "thin" and len(points) >= 100]
@@ -146,8 +147,10 @@ def line_chart(
         return ""
     xs = [x for _, points in curves for x, _ in points]
     ys = [y for _, points in curves for _, y in points]
+    if len(ys) == 1:
+        return _in_words(title, f"{format_number(ys[0])} ({curves[0][0].name}) at {x_label} {format_number(xs[0])}")
     if not any(ys) and y_range is None:
-        return _constant_zero(title, len(set(xs)))
+        return _in_words(title, f"0 at all logged {x_label}s")
     frame = Frame(axis_over(xs, count=6, outward=False), axis_over(y_range or ys, count=4, outward=True))
     parts = [_axes(frame, x_label, "", marks=(0.0,) if mark is None else (0.0, mark))]
     layers = [*((s.stroke, s, points) for s, points in curves), *(("mean", s, points) for s, points in trends)]
@@ -276,10 +279,10 @@ def _hover(frame: Frame, start: float, end: float, lines: Sequence[str]) -> str:
     return f'<rect class="strip" {size}><title>{escape(chr(10).join(lines))}</title></rect>'
 
 
-def _constant_zero(title: str, steps: int) -> str:
-    """A <figure> that says what a line along the axis would."""
-    words = f"0 at each of {steps:,} logged steps" if steps > 1 else "0 at the only logged step"
-    return f'<figure class="chart empty"><figcaption><b>{escape(title)}</b></figcaption><p class="zero">{words}</p></figure>'
+def _in_words(title: str, words: str) -> str:
+    """A <figure> that says what a line or a dot would."""
+    caption = f"<figcaption><b>{escape(title)}</b></figcaption>"
+    return f'<figure class="chart empty">{caption}<p class="words">{escape(words)}</p></figure>'
 
 
 def _figure(title: str, keys: Sequence[tuple[str, str, int]], parts: Sequence[str], *, note: str = "") -> str:

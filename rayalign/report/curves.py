@@ -10,21 +10,30 @@ from rayalign.report.markup import section
 SAME_SHARE = 0.02
 """Two curves that nowhere differ by more than this share of their largest value look the same."""
 
-BOTH_SIDES: tuple[tuple[str, str, Colour], ...] = (("chosen", "chosen", "blue"), ("rejected", "rejected", "orange"))
-ONE_VALUE: tuple[tuple[str, str, Colour], ...] = (("", "", "blue"),)
+Curves = tuple[tuple[str, str, Colour], ...]
+"""Metrics, what tells them apart in their chart, and their colours."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart: its title, its metrics' name up to the part that differs between them, and those: (end of the name, label,
-    colour). `is_share`: values from 0 to 1, of which one half is what guessing gives. `repeats`: a metric that this one may be
-    equal to; then it is left out."""
+    """A chart and the metrics in it, each in training and on held-out records. `is_share`: values are from 0 to 1; `guess`:
+    what guessing has. `repeats`: a metric that this one may be equal to; then it is left out."""
 
     title: str
-    name: str
-    curves: tuple[tuple[str, str, Colour], ...] = ONE_VALUE
+    curves: Curves
     is_share: bool = False
+    guess: float | None = None
     repeats: str = ""
+
+
+def one(title: str, metric: str, *, is_share: bool = False, guess: float | None = None, repeats: str = "") -> Chart:
+    """The chart of a single metric."""
+    return Chart(title, ((metric, "", "blue"),), is_share, guess, repeats)
+
+
+def both_sides(title: str, metric: str) -> Chart:
+    """The chart of a metric that both responses have."""
+    return Chart(title, ((f"{metric}/chosen", "chosen", "blue"), (f"{metric}/rejected", "rejected", "orange")))
 
 
 @dataclass(frozen=True)
@@ -36,20 +45,27 @@ class Group:
     looks: tuple[tuple[str, str], ...]
 
 
-LIKELIHOODS: tuple[tuple[str, str, Colour], ...] = (
-    ("likelihood", "sum of log-probs", "blue"),
-    ("per_token", "per token", "orange"),
-    ("likelihood/shuffled", "sum, with other records\u2019 pictures", "grey"),
+OTHERS = "with other records\u2019 pictures"
+BY_LIKELIHOOD: Curves = (
+    ("accuracy/likelihood", "sum of log-probs", "blue"),
+    ("accuracy/per_token", "per token", "orange"),
+    ("accuracy/likelihood/shuffled", f"sum, {OTHERS}", "grey"),
 )
+BY_REWARD: Curves = (
+    ("rewards/accuracies", "", "blue"),
+    ("rewards/accuracies/shuffled", OTHERS, "orange"),
+    ("accuracy/reward_model/shuffled", OTHERS, "orange"),
+)
+
 GROUPS = (
     Group(
         "What it learned",
         (
-            Chart("Loss", "loss"),
-            Chart("Accuracy by likelihood", "accuracy/", LIKELIHOODS, is_share=True),
-            Chart("Accuracy of {reward}", "rewards/accuracies", is_share=True),
-            Chart("Chosen tokens that are its first choice", "mean_token_accuracy"),
-            Chart("Greedy answers equal to the chosen response", "exact_match"),
+            one("Loss", "loss"),
+            Chart("Accuracy by likelihood", BY_LIKELIHOOD, is_share=True, guess=0.5),
+            Chart("Accuracy of {reward}", BY_REWARD, is_share=True, guess=0.5),
+            one("Chosen tokens that are its first choice", "mean_token_accuracy", is_share=True),
+            one("Greedy answers equal to the chosen response", "exact_match", is_share=True),
         ),
         (
             ("loss", "a held-out loss that still falls where the training\u2019s does"),
@@ -62,16 +78,16 @@ GROUPS = (
     Group(
         "How likelihoods and rewards moved",
         (
-            Chart("Margin", "rewards/margins"),
-            Chart("Rewards", "rewards/", BOTH_SIDES),
-            Chart("Log-probs of the responses", "logps/", BOTH_SIDES),
-            Chart("NLL of the chosen response", "nll_loss", repeats="loss"),
-            Chart("Drift from the reference", "drift"),
-            Chart("KL estimate", "kl"),
-            Chart("Log odds ratio", "log_odds_ratio"),
-            Chart("Log odds of the chosen response", "log_odds_chosen"),
-            Chart("Accuracy of true against damaged images", "conditional/accuracies", is_share=True),
-            Chart("Margin of true over damaged images", "conditional/margins"),
+            one("Margin", "rewards/margins"),
+            both_sides("Rewards", "rewards"),
+            both_sides("Log-probs of the responses", "logps"),
+            one("NLL of the chosen response", "nll_loss", repeats="loss"),
+            one("Drift from the reference", "drift"),
+            one("KL estimate", "kl"),
+            one("Log odds ratio", "log_odds_ratio"),
+            one("Log odds of the chosen response", "log_odds_chosen"),
+            one("Accuracy of true against damaged images", "conditional/accuracies", is_share=True, guess=0.5),
+            one("Margin of true over damaged images", "conditional/margins"),
         ),
         (
             (
@@ -85,12 +101,12 @@ GROUPS = (
     Group(
         "How it ran",
         (
-            Chart("Gradient norm", "grad_norm"),
-            Chart("Learning rate", "learning_rate"),
-            Chart("Pairs per second", "pairs_per_second"),
-            Chart("Fraction of time spent waiting for data", "data_wait_fraction"),
-            Chart("Fraction of the batches that is padding", "padding_fraction"),
-            Chart("Steps skipped by float16", "skipped_steps"),
+            one("Gradient norm", "grad_norm"),
+            one("Learning rate", "learning_rate"),
+            one("Pairs per second", "pairs_per_second"),
+            one("Fraction of time spent waiting for data", "data_wait_fraction"),
+            one("Fraction of the batches that is padding", "padding_fraction"),
+            one("Steps skipped by float16", "skipped_steps"),
         ),
         (
             ("grad_norm", "gradient norms without lasting jumps"),
@@ -115,19 +131,20 @@ def curves_section(metrics: Metrics, *, reward_name: str) -> str:
 
 def _chart(chart: Chart, metrics: Metrics, reward_name: str) -> str:
     """A chart of what is known, training lines thin and held-out ones thick."""
-    if chart.repeats and _same(_both(chart.name, metrics), _both(chart.repeats, metrics)):
+    if chart.repeats and _same(_both(chart.curves[0][0], metrics), _both(chart.repeats, metrics)):
         return ""
-    held_out = [(f"{label} held-out".strip(), curve(metrics, f"eval_{chart.name}{end}"), c) for end, label, c in chart.curves]
-    train = [(f"{label} training".strip(), curve(metrics, f"{chart.name}{end}"), c) for end, label, c in chart.curves]
-    alone: Colour | None = "grey" if any(points for _, points, _ in held_out) and len(chart.curves) == 1 else None
-    series = [Series(label, points, alone or colour) for label, points, colour in train]
-    series += [Series(label, points, colour, "marked") for label, points, colour in held_out]
+    series = []
+    for metric, label, colour in chart.curves:
+        train, held_out = curve(metrics, metric), curve(metrics, f"eval_{metric}")
+        # A line without a name of its own is told from the held-out one by its colour.
+        series.append(Series(f"{label} training".strip(), train, "grey" if held_out and not label else colour))
+        series.append(Series(f"{label} held-out".strip(), held_out, colour, "marked"))
     return line_chart(
         chart.title.format(reward=reward_name),
         series,
         x_label="step",
         y_range=(0.0, 1.0) if chart.is_share else None,
-        mark=0.5 if chart.is_share else None,
+        mark=chart.guess,
     )
 
 

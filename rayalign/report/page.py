@@ -156,6 +156,9 @@ def _course(name: str, metric: str, metrics: Metrics) -> tuple[str, str, str, st
     if not points:
         return None
     (first, start), (last, now) = points[0], points[-1]
+    errors = curve(metrics, f"eval_{metric}/stderr")
+    if errors:
+        kind = f"± {format_number(round(errors[-1][1], 3))} standard error"
     if first == last:
         return name, "", format_number(now), f"{kind}, {f'step {format_number(last)}' if last else 'at the start'}"
     begin = f"steps {format_number(first)}" if first else "start"

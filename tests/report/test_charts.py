@@ -113,10 +113,18 @@ def test_values_that_are_not_finite_are_left_out_and_counted() -> None:
     assert "NaN" not in figure.replace("not finite", "")
 
 
-def test_a_single_point_is_a_dot() -> None:
-    figure = line_chart("Loss", [Series("train", [(7, 0.5)], "blue")], x_label="step")
-    assert figure.count('class="dot') == 1
-    assert "step 7\ntrain: 0.5" in texts(figure)
+def test_series_of_a_single_point_are_dots() -> None:
+    series = [Series("train", [(7, 0.5)], "blue"), Series("eval", [(7, 0.25)], "orange", "marked")]
+    figure = line_chart("Loss", series, x_label="step")
+    assert figure.count('class="dot') == 2
+    assert "step 7\ntrain: 0.5\neval: 0.25" in texts(figure)
+
+
+def test_a_single_value_is_said_in_words() -> None:
+    points = [(7, 0.5), (8, math.nan)]
+    figure = line_chart("Loss", [Series("train", points, "blue"), Series("eval", [], "orange")], x_label="step")
+    assert "0.5 (train) at step 7" in figure
+    assert "<svg" not in figure
 
 
 @pytest.mark.parametrize("points", [[], [(1, math.nan)]])

@@ -20,16 +20,13 @@ def course(name: str, *values: float, first: int = 0) -> Lines:
 
 
 def test_every_accuracy_is_called_what_it_is() -> None:
-    names = (
-        "accuracy/likelihood",
-        "accuracy/per_token",
-        "accuracy/likelihood/shuffled",
-        "rewards/accuracies",
-        "image_reliance",
-    )
+    names = ("accuracy/likelihood", "accuracy/per_token", "rewards/accuracies")
     metrics = [{"step": step, **{f"eval_{name}": 0.5 + step / 10 for name in names}} for step in (0, 3)]
+    at_the_end = ("accuracy/likelihood/shuffled", "rewards/accuracies/shuffled", "image_reliance", "image_reliance/pairs")
+    metrics.append({"step": 3, **{f"eval_{name}": 0.8 for name in at_the_end}})
     found = figures(metrics)
     assert list(found) == ["Accuracy by likelihood", "Accuracy of the implicit reward"]
+    assert "with other records’ pictures held-out: 0.8" in found["Accuracy of the implicit reward"]
     text = Page(found["Accuracy by likelihood"]).text
     for label in ("sum of log-probs held-out", "per token held-out", "sum, with other records’ pictures held-out"):
         assert f"{label}: 0.8" in text
@@ -44,11 +41,11 @@ def test_held_out_curves_begin_at_the_start() -> None:
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [
-        (course("padding_fraction", 0, 0, 0), "0 at each of 3 logged steps"),
-        (course("padding_fraction", 0.0), "0 at the only logged step"),
-        (course("padding_fraction", 0.0, -0.0), "0 at each of 2 logged steps"),
-        (course("eval_rewards/margins", 0), "0 at the only logged step"),
-        (course("rewards/chosen", 0, 0) + course("rewards/rejected", 0, 0), "0 at each of 2 logged steps"),
+        (course("padding_fraction", 0, 0, 0), "0 at all logged steps"),
+        (course("padding_fraction", 0.0), "0 (training) at step 0"),
+        (course("padding_fraction", 0.0, -0.0), "0 at all logged steps"),
+        (course("eval_rewards/margins", 0), "0 (held-out) at step 0"),
+        (course("rewards/chosen", 0, 0) + course("rewards/rejected", 0, 0), "0 at all logged steps"),
     ],
 )
 def test_nothing_but_zeros_is_said_in_words_and_not_drawn(metrics: Lines, words: str) -> None:

@@ -376,7 +376,7 @@ def test_a_reward_models_page_has_rewards_and_no_log_probs() -> None:
 
 def test_what_mdpo_makes_of_damaged_images_is_drawn() -> None:
     line = {"step": 5, "loss": 1.5, "conditional/accuracies": 0.75, "conditional/margins": 0.0625}
-    page = render(metrics=[line])
+    page = render(metrics=[line, {**line, "step": 6}])
     assert "training: 0.75" in histogram_of(page, "Accuracy of true against damaged images")
     assert "training: 0.0625" in histogram_of(page, "Margin of true over damaged images")
 
@@ -408,3 +408,8 @@ def test_the_page_says_where_the_time_went_and_of_how_many_starts() -> None:
         in text
     )
     assert "Where the time went" not in render(times=Times())
+
+
+def test_a_value_with_a_standard_error_is_shown_with_it() -> None:
+    line = {"step": 10, "eval_image_reliance": 0.25, "eval_image_reliance/stderr": 0.04567}
+    assert "Picture reliance0.25± 0.046 standard error, step 10" in Page(render(metrics=[*METRICS, line])).text
