@@ -133,20 +133,36 @@ def load_policy(
 
 
 def export(
-    model: File, output_dir: File, *, layout: Literal["transformers", "vllm"] = "transformers", overwrite: bool = False
+    model: File | None = None,
+    output_dir: File | None = None,
+    *,
+    checkpoint: File | int | None = None,
+    run_dir: File | None = None,
+    layout: Literal["transformers", "vllm"] = "transformers",
+    overwrite: bool = False,
 ) -> str:
     """Writes a reward model (the model/ folder of a run of rm) as one folder with a `score` head, which transformers, ms-swift
     and vLLM load, and returns its path or URL.
 
     `layout` is the head's name: transformers reads score.weight, vLLM language_model.score.weight. `overwrite` replaces an
-    earlier export. Raises ValueError for a model without a value head, and for a folder that must not be overwritten.
+    earlier export. With `checkpoint` the model of a checkpoint of any run is written, as its model/ is: "best", "last" or a
+    step of the run in `run_dir`, or a checkpoint's folder.
+
+    Raises ValueError for a model without a value head, a checkpoint that is not there or not whole, and a folder that must not
+    be overwritten.
     """
     from rayalign.config.flags import section_from_mapping
     from rayalign.config.sections import ExportConfig
 
-    values = {"model": os.fspath(model), "output_dir": os.fspath(output_dir), "layout": layout, "overwrite": overwrite}
-    flags: ExportConfig = section_from_mapping(ExportConfig, values)
+    places = {"model": model, "output_dir": output_dir, "checkpoint": checkpoint, "run_dir": run_dir}
+    named = {
+        name: str(place) if isinstance(place, int) else os.fspath(place) for name, place in places.items() if place is not None
+    }
+    flags: ExportConfig = section_from_mapping(ExportConfig, {**named, "layout": layout, "overwrite": overwrite})
+    if flags.checkpoint or flags.run_dir:
+        from rayalign.training import checkpoint_export
 
+        return checkpoint_export.run(flags).location
     from rayalign.serving import export as serving
 
     return serving.run(flags).location

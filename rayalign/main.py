@@ -113,10 +113,15 @@ def _export(words: Sequence[str], prog: str, summary: str) -> None:
     config = command_line.parse_section(ExportConfig, words, prog=prog, description=summary, example=example)
     command_line.configure_logging()
 
-    from rayalign.serving import export
-
     with user_errors():
-        export.run(config)
+        if config.checkpoint or config.run_dir:
+            from rayalign.training import checkpoint_export
+
+            checkpoint_export.run(config)
+        else:
+            from rayalign.serving import export
+
+            export.run(config)
 
 
 def _trainer(summary: str, algorithm: str | None) -> Verb:
@@ -135,7 +140,7 @@ VERBS: Mapping[str, Verb] = {
     "rlhf": _trainer("Any training algorithm by name: `--rlhf_type dpo` and so on.", None),
     "tune": Verb("A sweep over the flags of any training algorithm: many short runs, ranked by a metric.", _tune),
     "plan": Verb("What a run will need, before it is started: memory, GPUs, hours and cost.", _plan),
-    "export": Verb("A reward model as one folder with a `score` head, for transformers, ms-swift and vLLM.", _export),
+    "export": Verb("A checkpoint as a model folder; a reward model with a `score` head, for other programs.", _export),
 }
 
 

@@ -142,8 +142,12 @@ class Store:
         if local is not None:
             local.parent.mkdir(parents=True, exist_ok=True)
             partial = local.with_name(f".{local.name}.{os.getpid()}.partial")
-            partial.write_bytes(content)
-            os.replace(partial, local)
+            try:
+                partial.write_bytes(content)
+                os.replace(partial, local)
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
             return
 
         def write() -> None:
@@ -196,15 +200,16 @@ class Store:
         names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
         _side_by_side(lambda name: Store(str(folder / name))._copy_to(self / name), names)
 
-    def download(self, folder: Path) -> None:
-        """Copies this folder's files into a local one."""
+    def download(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        """Copies this folder's files, or those of some `names`, into a local one."""
 
         def look() -> list[str]:
             filesystem, path = self.resolve()
             infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
             return [info.path.removeprefix(path).lstrip("/") for info in infos if info.type == pafs.FileType.File]
 
-        _side_by_side(lambda name: (self / name)._copy_to(Store(str(folder / name))), self.retried(look))
+        found = names if names is not None else self.retried(look)
+        _side_by_side(lambda name: (self / name)._copy_to(Store(str(folder / name))), found)
 
     def _copy_to(self, target: "Store") -> None:
         """Copies this file; what fails is one file's copy, and not that of the whole folder."""

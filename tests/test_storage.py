@@ -1,7 +1,10 @@
+import errno
 import io
 import os
 import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +34,32 @@ def test_what_is_written_can_be_read(folder: Store) -> None:
     assert file.read_bytes() == b"two"
     (folder / "value.json").write_json({"a": [1, None, "ü"]})
     assert (folder / "value.json").read_json() == {"a": [1, None, "ü"]}
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_beside_it(tmp_path: Path) -> None:
+    """A full disk, as a limit on the size of a file shows it."""
+    text = f"""
+import resource, signal
+from rayalign.storage import Store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+file = Store({str(tmp_path / "file")!r})
+file.write_bytes(b"old")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    file.write_bytes(b"new" * 1000)
+except OSError as error:
+    print(error.errno)
+"""
+    ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert ended.stdout == f"{errno.EFBIG}\n"
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_some_files_of_a_folder_are_copied_by_name(folder: Store, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (folder / name).write_bytes(name.encode())
+    folder.download(tmp_path / "copy", ["a", "c"])
+    assert sorted(file.name for file in (tmp_path / "copy").iterdir()) == ["a", "c"]
 
 
 def test_compressed_content_is_read_as_it_is(folder: Store) -> None:

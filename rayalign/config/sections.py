@@ -349,7 +349,17 @@ class PlanConfig:
 class ExportConfig:
     """Export"""
 
-    model: str | None = flag(None, "The reward model: the model/ folder of a run of rm, local or s3:// gs://.")
+    model: str | None = flag(
+        None,
+        "The reward model: the model/ folder of a run of rm, local or s3:// gs://. With --checkpoint: where the run's base "
+        "model is now, if it has moved.",
+    )
+    checkpoint: str | None = flag(
+        None,
+        "Write the model of a checkpoint instead, of any algorithm, as the run's model/ is written: best, last or a step of "
+        "the run in --run_dir, or a checkpoint's folder.",
+    )
+    run_dir: str | None = flag(None, "The run's folder for --checkpoint: local, shared or s3:// gs://.")
     output_dir: str | None = flag(None, "Folder that is written: local, shared or s3:// gs://.")
     layout: Literal["transformers", "vllm"] = flag(
         "transformers",

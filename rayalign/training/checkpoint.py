@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,20 +80,10 @@ def load_checkpoint(
 ) -> None:
     """Restores weights, optimizer and loss scale in place. Raises ValueError where the checkpoint is of another model, adapter
     or precision."""
-    weights, moments = load_file(checkpoint.folder / WEIGHTS), load_file(checkpoint.folder / MOMENTS)
+    moments = load_file(checkpoint.folder / MOMENTS)
     loss_scale = json.loads((checkpoint.folder / STATE).read_text()).get("loss_scale")
+    weights = _fitting_weights(checkpoint.folder / WEIGHTS, policy, checkpoint.store.location)
     parameters = policy.trainable
-    if set(weights) != set(parameters):
-        odd = sorted(set(weights) ^ set(parameters))[:3]
-        raise ValueError(
-            f"The checkpoint {checkpoint.store.location} trains other weights than this run ({', '.join(odd)}, ...). {REMEDY}"
-        )
-    for name, parameter in parameters.items():
-        if weights[name].shape != parameter.shape:
-            raise ValueError(
-                f"The checkpoint {checkpoint.store.location} has {name} of shape {tuple(weights[name].shape)}, "
-                f"and this run trains one of {tuple(parameter.shape)}. {REMEDY}"
-            )
     scales_loss = scaler is not None and scaler.is_enabled()
     if scales_loss != (loss_scale is not None):
         kinds = {True: "float16", False: "another type"}
@@ -113,6 +103,30 @@ def load_checkpoint(
         optimizer.state[parameter][moment] = (
             _on_device(value, parameter, optimizer) if moment == "step" else value.to(parameter.device)
         )
+
+
+def load_weights(file: Path, policy: "Policy") -> None:
+    """Restores the trainable weights of a checkpoint's file alone, in place. Raises ValueError where they are of another model
+    or adapter."""
+    weights = _fitting_weights(file, policy, file.parent.name)
+    with torch.no_grad():
+        for name, parameter in policy.trainable.items():
+            parameter.copy_(weights[name])
+
+
+def _fitting_weights(file: Path, policy: "Policy", checkpoint: str) -> dict[str, Tensor]:
+    """Trainable weights by name, which are those of the policy."""
+    weights, parameters = load_file(file), policy.trainable
+    if set(weights) != set(parameters):
+        odd = sorted(set(weights) ^ set(parameters))[:3]
+        raise ValueError(f"The checkpoint {checkpoint} trains other weights than this run ({', '.join(odd)}, ...). {REMEDY}")
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(
+                f"The checkpoint {checkpoint} has {name} of shape {tuple(weights[name].shape)}, "
+                f"and this run trains one of {tuple(parameter.shape)}. {REMEDY}"
+            )
+    return weights
 
 
 def load_best(checkpoint: FetchedCheckpoint) -> Best:
@@ -144,8 +158,23 @@ def fetch(store: Store, step: int, temporary: Path, *, gather: Callable[[Any], l
     return FetchedCheckpoint(store, step, copy)
 
 
+def fetch_weights(store: Store, temporary: Path) -> Path:
+    """The file of a checkpoint's trainable weights, copied into `temporary`. Raises ValueError where it is damaged."""
+    copy = temporary / store.name
+    copy.mkdir()
+    problem = _what_is_missing(store) or _fetch_files(store, copy, (MANIFEST, WEIGHTS))
+    if problem is not None:
+        raise ValueError(f"The checkpoint {store.location} is damaged: {problem}.")
+    return copy / WEIGHTS
+
+
+def whole_checkpoints(folder: Store) -> list[Checkpoint]:
+    """The checkpoints whose files are all there, by their sizes; the newest first."""
+    return [found for found in _newest_first(folder) if _what_is_missing(found.store) is None]
+
+
 def whole_at(folder: Store, step: int) -> Checkpoint | None:
-    """A checkpoint after `step` steps whose files are all there, by their sizes."""
+    """A whole checkpoint after `step` steps."""
     return next(
         (found for found in _newest_first(folder) if found.step == step and _what_is_missing(found.store) is None), None
     )
@@ -201,9 +230,14 @@ def _fetch(store: Store, copy: Path) -> str | None:
     problem = _what_is_missing(store)
     if problem is not None:
         return problem
-    store.download(copy)
+    return _fetch_files(store, copy, (MANIFEST, WEIGHTS, MOMENTS, STATE))
+
+
+def _fetch_files(store: Store, copy: Path, names: Sequence[str]) -> str | None:
+    """Copies a checkpoint's manifest and others of its files; returns what is wrong with them."""
+    store.download(copy, names)
     for name, entry in _parse_manifest((copy / MANIFEST).read_bytes()).items():
-        if _file_entry(copy / name) != entry:
+        if name in names and _file_entry(copy / name) != entry:
             return f"{name} does not have the hash it was saved with"
     return None
 

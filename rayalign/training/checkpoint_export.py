@@ -1,0 +1,146 @@
+"""A checkpoint of a run as a model folder, with the files that the run's own model/ has: what was trained, put onto the model
+that the run began with."""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayalign.algorithms import ALGORITHMS, Algorithm
+from rayalign.config.config import Config, config_from_mapping
+from rayalign.config.plugins import PLUGIN, load_plugins
+from rayalign.config.sections import ExportConfig, TunerConfig
+from rayalign.config.yaml_files import parse_flags
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import require_model
+from rayalign.policy.loading import load_policy
+from rayalign.policy.saving import save_policy
+from rayalign.storage import Store
+from rayalign.training.best import best_checkpoint
+from rayalign.training.checkpoint import Checkpoint, fetch_weights, load_weights, whole_checkpoints
+
+logger = logging.getLogger(__name__)
+
+HOW_TO_NAME = (
+    "Pass --run_dir with the run's folder and --checkpoint best, last or a step, or --checkpoint with a checkpoint's folder."
+)
+
+
+def run(flags: ExportConfig) -> Store:
+    """Writes the model of a checkpoint and returns its folder.
+
+    Raises ValueError where there is no such checkpoint or it is not whole, where the run's model is gone, and for a folder that
+    must not be written over.
+    """
+    if not flags.checkpoint or not flags.output_dir:
+        raise ValueError(f"{HOW_TO_NAME} --output_dir names a new folder.")
+    if flags.layout != "transformers":
+        raise ValueError(
+            f"--layout {flags.layout} with --checkpoint: a checkpoint becomes what the run's model/ is. Leave --layout out, "
+            "then export that folder with --model and --layout."
+        )
+    checkpoint = find_checkpoint(flags.checkpoint, flags.run_dir)
+    output = Store.at(flags.output_dir)
+    old = {store.name for store in output.list()}
+    if old and not flags.overwrite:
+        raise ValueError(f"--output_dir {output.location} is not empty. Pass --overwrite true, or another --output_dir.")
+    config = config_of_run(checkpoint.store.parent.parent, flags.model)
+    with tempfile.TemporaryDirectory() as temporary:
+        weights = fetch_weights(checkpoint.store, Path(temporary))
+        folder = Path(temporary) / "model"
+        folder.mkdir()
+        write_model(config, weights, folder)
+        odd = sorted(old - {file.name for file in folder.iterdir()})
+        if odd:
+            raise ValueError(
+                f"--output_dir {output.location} holds something else than an earlier export ({odd[0]}), which is all that "
+                "--overwrite true replaces. Choose another folder."
+            )
+        output.delete()
+        output.upload(folder)
+    logger.info("The model of step %d is in %s", checkpoint.step, output.location)
+    return output
+
+
+def find_checkpoint(name: str, run_dir: str | None) -> Checkpoint:
+    """The whole checkpoint that --checkpoint and --run_dir name."""
+    if run_dir is None:
+        store = Store.at(name)
+        found = [checkpoint for checkpoint in whole_checkpoints(store.parent) if checkpoint.store == store]
+        if not found:
+            raise ValueError(f"--checkpoint {name}: is no folder of a whole checkpoint of a run. {HOW_TO_NAME}")
+        return found[0]
+    folder = Store.at(run_dir)
+    kept = whole_checkpoints(folder / "checkpoints")  # the newest first
+    best = best_checkpoint(folder)
+    wanted = {
+        "last": kept[:1],
+        "best": [checkpoint for checkpoint in kept if checkpoint.store == best],
+    }.get(name, [checkpoint for checkpoint in kept if name in (str(checkpoint.step), checkpoint.store.name)])
+    if not wanted:
+        steps = ", ".join(f"{c.step}{' (best)' if c.store == best else ''}" for c in reversed(kept)) or "none"
+        raise ValueError(
+            f"--checkpoint {name}: {folder.location} has no such checkpoint. Of these steps it keeps whole ones: {steps}."
+        )
+    return wanted[0]
+
+
+def config_of_run(folder: Store, model: str | None = None) -> Config:
+    """The configuration of a run by its folder; `model` is where its base model is now, if that has moved."""
+    file = folder / "config.yaml"
+    try:
+        values = parse_flags(file.read_bytes())
+        algorithm = _algorithm(str(values.pop("rlhf_type", None)), values.pop(PLUGIN, None) or (), folder)
+        moved: Mapping[str, Any] = {"model": model, "model_type": None} if model else {}
+        return config_from_mapping(algorithm, {**values, **moved})
+    except FileNotFoundError:
+        raise ValueError(f"{file.location}: is not there, so the run's flags are unknown.") from None
+    except ValueError as error:
+        raise ValueError(f"{file.location}, the flags of the run: {error}") from None
+
+
+def _algorithm(name: str, plugins: Any, folder: Store) -> type[Algorithm]:
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    names = [Store(str(plugin)).name.removesuffix(".py") for plugin in plugins]
+    files = {plugin: folder / "plugins" / f"{plugin}.py" for plugin in names}
+    for plugin in load_plugins([file.location if file.exists() else plugin for plugin, file in files.items()], ALGORITHMS):
+        if name in plugin.algorithms:
+            return plugin.algorithms[name]
+    raise ValueError(f"the algorithm {name} is unknown.")
+
+
+def write_model(config: Config, weights: Path, folder: Path) -> None:
+    """Writes into `folder` what a run of this configuration with these trainable weights writes as its model/. Runs on the CPU,
+    which holds the whole model for it."""
+    source = require_model(config.model, REGISTERED_MODELS)
+    dtype: Any = config.model.dtype_on("cuda" if config.cluster.gpus_per_worker else "cpu")
+    model = replace(
+        config.model,
+        dtype=dtype,
+        # How the run computed is of no account for what is written, and may not work on this machine.
+        attn_implementation="sdpa",
+        gradient_checkpointing=False,
+        torch_compile=False,
+    )
+    standard = {
+        name: getattr(TunerConfig(), name) for name in ("quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    }
+    needs = replace(config.algorithm.needs, reference=False)
+    policy = load_policy(
+        source,
+        model=model,
+        tuner=replace(config.tuner, **standard),
+        device=torch.device("cpu"),
+        needs=needs,
+        seed=config.optimizer.seed,
+    )
+    load_weights(weights, policy)
+    save_policy(policy, folder, safe_serialization=config.run.safe_serialization)
+    spec = EncoderSpec(model=source.base, responses=needs.responses, trust_remote_code=config.model.trust_remote_code)
+    spec.processor.save_pretrained(folder)
