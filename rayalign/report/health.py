@@ -218,15 +218,15 @@ def _follows_length(correlation: float, *, num_pairs: int) -> str:
 
 
 def _picture_ignored(metrics: Metrics) -> str:
-    reliance = _finite(metrics, "eval_image_reliance")
-    if not reliance:
+    found = [_finite(metrics, f"eval_image_reliance{end}") for end in ("", "/stderr", "/pairs")]
+    if not all(found):
         return ""
-    (_, fall), (_, error), (_, pairs) = (_finite(metrics, f"eval_image_reliance{end}")[-1] for end in ("", "/stderr", "/pairs"))
+    fall, error, pairs = (points[-1][1] for points in found)
     accuracy = next(
         (
-            found[-1][1]
+            points[-1][1]
             for name in ("rewards/accuracies", "accuracy/reward_model", "accuracy/likelihood")
-            if (found := _finite(metrics, f"eval_{name}/shuffled"))
+            if (points := _finite(metrics, f"eval_{name}/shuffled"))
         ),
         math.nan,
     )
