@@ -22,6 +22,7 @@ from rayalign import cluster
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig
+from rayalign.retries import StorageFailed
 
 
 @pytest.mark.parametrize(
@@ -182,6 +183,10 @@ class OutOfMemoryError(RuntimeError):
         (
             ray.exceptions.ObjectStoreFullError("no room"),
             "a machine's disk or Ray's shared memory was full (no room). Free some, on every node.",
+        ),
+        (
+            WorkerGroupError("", {0: RayTaskError("loop", "Traceback", StorageFailed("s3://bucket/a: the storage failed."))}),
+            "s3://bucket/a: the storage failed.",
         ),
         (WorkerGroupError("", {0: RayTaskError("loop", "Traceback", KeyError("a"))}), "KeyError: 'a'."),
     ],

@@ -84,4 +84,4 @@ class ReferenceReader:
         return table
 
     def _open_shard(self, shard: int) -> Any:
-        return (self._folder / shard_name(shard)).open_arrow()
+        return pa.ipc.open_file((self._folder / shard_name(shard)).open_file())

@@ -213,4 +213,4 @@ class PairReader:
         return table
 
     def _open_shard(self, name: str) -> Any:
-        return (self._folder / name).open_arrow()
+        return pa.ipc.open_file((self._folder / name).open_file())

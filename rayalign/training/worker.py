@@ -191,7 +191,15 @@ class _Worker:
                 {"step": step, **self.latest_metrics},
                 checkpoint=checkpoint,
                 checkpoint_dir_name=checkpoint_name(step, self.attempt),
+                checkpoint_upload_fn=self._upload if self.folder.local_path is None else None,
             )
+
+    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Copies a checkpoint to an object store, each file again where the store fails. (To a disk Ray Train copies it.)"""
+        folder = self.folder / "checkpoints" / name
+        folder.upload(Path(checkpoint.path))
+        filesystem, path = folder.resolve()
+        return ray.train.Checkpoint(path, filesystem)
 
     def _write_model(self) -> None:
         with tempfile.TemporaryDirectory() as temporary:
