@@ -26,7 +26,7 @@ from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
 from rayalign.data.encode import Encoder, EncoderSpec
 from rayalign.data.remarks import SEEN_SCHEMA, ColumnsSeen, printable, remarks, unread_pictures
-from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, write_shard
+from rayalign.data.store import INDEX_SCHEMA, EncodedPair, PreparedData, Rows, shard_name, write_shard
 from rayalign.data.truncation import RecordTooLong
 from rayalign.formats.columns import Renames, parse_renames, renamed, require_pictures_read
 from rayalign.formats.parse import Format, own_formats, parse_row
@@ -41,13 +41,10 @@ from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
 
-REMARKS = "remarks.json"
-"""The file beside the encoded records with what there is to say about them."""
-
 SPAN_ROWS = 256
 """Rows that one task reads, encodes and writes as one shard."""
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Part of every cache key; raised when the meaning of cached data changes."""
 
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
@@ -140,6 +137,7 @@ def prepare(
     sources = Sources(datasets, config.image_root, config.allow_image_urls, reading, renames)
     store = cache / cache_key(sources, spec, config)
     found = PreparedData.find(store)
+    found = _mended(found, sources, spec, config) if found is not None else None
     if found is None:
         found = _prepare_now(sources, spec, config, store)
     else:
@@ -150,8 +148,7 @@ def prepare(
 
 def _say_remarks(data: PreparedData) -> None:
     """What the preparation had to say about the data sets, now or when they were encoded."""
-    kept = data.folder / REMARKS
-    for level, words in kept.read_json() if kept.exists() else ():
+    for level, words in data.remarks():
         logger.log(level, "Data: %s", words)
 
 
@@ -205,20 +202,47 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     arguments = [dataset.argument for dataset in sources.datasets]
     looks_at_pictures = None if spec.family.text_only else spec.model
     said = remarks(outcome, arguments, sources.columns, looks_at_pictures=looks_at_pictures)
-    (store / attempt / REMARKS).write_json(said)
-    data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped)
+    data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped, remarks=said)
     seconds = time.monotonic() - started
     speed = per_second(total / seconds)
     logger.info("Data: %d records encoded in %.1f s (%s) into %s", data.num_rows, seconds, speed, store.location)
     return data
 
 
-def _encode(tasks: Sequence[PrepareTask], sources: Sources, spec: EncoderSpec, folder: Store, progress: Progress) -> pa.Table:
-    """Runs the tasks on the cluster; returns their outcomes, a line for each record."""
+def _mended(data: PreparedData, sources: Sources, spec: EncoderSpec, config: DataConfig) -> PreparedData | None:
+    """The data set, its damaged shards encoded again; None where that gives other pairs than before, as with other images."""
+    shards = data.damaged_shards()
+    if not shards:
+        return data
+    first = (data.folder / shard_name(shards[0])).location
+    logger.warning("Data: encoding again %d of the shards, which are damaged or missing: %s", len(shards), first)
+    tasks = _cut_into_tasks(sources, config.data_seed)
+    folder = data.folder / f"mended_{uuid.uuid4().hex[:12]}"
+    outcome = _encode(tasks, sources, spec, folder, Progress(data.num_rows), numbers=shards)
+    index = outcome.filter(pa.compute.is_null(outcome["reason"])).select(INDEX_SCHEMA.names)
+    is_same = data.mend(shards, folder, index)
+    folder.delete()
+    if not is_same:
+        logger.warning("Data: that gives other pairs than before: encoding everything anew")
+    return data if is_same else None
+
+
+def _encode(
+    tasks: Sequence[PrepareTask],
+    sources: Sources,
+    spec: EncoderSpec,
+    folder: Store,
+    progress: Progress,
+    *,
+    numbers: Sequence[int] | None = None,
+) -> pa.Table:
+    """Runs the tasks (those with some numbers) on the cluster; returns their outcomes, a line for each record."""
     prepare_rows = functools.partial(_prepare_rows, tasks=ray.put(tasks), sources=sources, spec=spec, folder=folder)
     configure_ray_data()
-    numbers = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
-    outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+    wanted = list(range(len(tasks)) if numbers is None else numbers)
+    outcomes = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
+        prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True
+    )
     tables = []
     for table in reports_of(outcomes, OUTCOME_SCHEMA):
         tables.append(table)
@@ -292,8 +316,12 @@ def _draw(num_rows: int, dataset: Dataset, seed: int) -> Rows | None:
 def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: EncoderSpec, folder: Store) -> pa.Table:
     """Runs in Ray Data's processes: reads, validates and encodes the rows of one task, and writes them as one shard."""
     number = batch["item"][0].as_py()
-    shard = folder / f"shard_{number:06d}.arrow"
-    return report(lambda: _write_task(_fetch(tasks)[number], shard, sources, spec), OUTCOME_SCHEMA)
+    shard = folder / shard_name(number)
+
+    def lines() -> list[dict[str, Any]]:
+        return [{**line, "shard": number} for line in _write_task(_fetch(tasks)[number], shard, sources, spec)]
+
+    return report(lines, OUTCOME_SCHEMA)
 
 
 def _write_task(task: PrepareTask, shard: Store, sources: Sources, spec: EncoderSpec) -> list[dict[str, Any]]:
@@ -317,12 +345,14 @@ def _write_task(task: PrepareTask, shard: Store, sources: Sources, spec: Encoder
                 "detail": printable(str(error), longest=LONGEST_DETAIL),
             }
         else:
-            outcome |= {"id": pair.id, "shard": shard.name, "position": len(pairs), "num_images": len(pair.images)}
+            outcome |= {"id": pair.id, "num_images": len(pair.images)}
             outcome |= {f"{side}_tokens": len(getattr(pair, f"{side}_ids")) for side in ("prompt", "chosen", "rejected")}
             pairs.append(pair)
         outcomes.append(outcome)
     if pairs:
-        write_shard(shard, pairs)
+        written = (outcome for outcome in outcomes if "id" in outcome)
+        for outcome, place in zip(written, write_shard(shard, pairs), strict=True):
+            outcome |= place._asdict()
     return outcomes
 
 
