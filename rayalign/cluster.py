@@ -24,6 +24,8 @@ import ray.util.state
 import transformers
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from rayalign.retries import StorageFailed
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -146,6 +148,8 @@ def cause_in_words(error: Exception) -> str:
             f"a GPU's memory was full ({first}). A smaller --batch_size with more --gradient_accumulation_steps makes the same "
             "update in less; `rayalign plan` tells what fits."
         )
+    if isinstance(innermost, StorageFailed):
+        return str(innermost)
     if isinstance(innermost, ray.exceptions.OutOfDiskError | ray.exceptions.ObjectStoreFullError):
         return f"a machine's disk or Ray's shared memory was full ({first}). Free some, on every node."
     if isinstance(innermost, ray.exceptions.RayError):

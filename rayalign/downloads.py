@@ -128,18 +128,14 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
 
 def _list(store: Store) -> dict[str, pafs.FileInfo]:
     """The files in a folder, and in those of FOLDERS inside of it, by name."""
-
-    def look() -> dict[str, pafs.FileInfo]:
-        filesystem, path = store.resolve()
-        files = {}
-        for folder in ("", *(f"{name}/" for name in FOLDERS)):
-            selector = pafs.FileSelector(f"{path}/{folder}".rstrip("/"), allow_not_found=bool(folder))
-            for info in filesystem.get_file_info(selector):
-                if info.type == pafs.FileType.File:
-                    files[folder + info.base_name] = info
-        return files
-
-    return store.retried(look)
+    filesystem, path = store.resolve()
+    files = {}
+    for folder in ("", *(f"{name}/" for name in FOLDERS)):
+        selector = pafs.FileSelector(f"{path}/{folder}".rstrip("/"), allow_not_found=bool(folder))
+        for info in filesystem.get_file_info(selector):
+            if info.type == pafs.FileType.File:
+                files[folder + info.base_name] = info
+    return files
 
 
 def _explained(model: str, work: Callable[[], dict[str, pafs.FileInfo]]) -> dict[str, pafs.FileInfo]:
@@ -234,19 +230,12 @@ def _copy(store: Store, listing: Mapping[str, tuple[int, int]], folder: Path) ->
     """Copies what is listed; raises ValueError where the folder changes meanwhile, may not be read, or fills the disk."""
 
     def copy(name: str) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-
-        def whole() -> None:
-            filesystem, path = store.resolve()
-            paths, here = (f"{path}/{name}", str(folder / name)), pafs.LocalFileSystem()
-            try:
-                pafs.copy_files(*paths, source_filesystem=filesystem, destination_filesystem=here)
-            except OSError as error:
-                if error.errno in OF_THIS_DISK:
-                    raise _no_room(folder.parent, error) from None
-                raise
-
-        store.retried(whole)
+        try:
+            store.download(folder, [name])
+        except OSError as error:
+            if error.errno in OF_THIS_DISK:
+                raise _no_room(folder.parent, error) from None
+            raise
         if (folder / name).stat().st_size != listing[name][0]:
             raise FileNotFoundError(f"{name} has another size")
 

@@ -1,38 +1,23 @@
 """Files on local disks and object stores under one interface: every path of a run may be a folder or an s3:// gs:// file://
-URL. What an object store fails at is tried again."""
+URL. What an object store fails at is tried again (`object_store`)."""
 
 import json
-import logging
 import os
 import posixpath
-import random
-import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
-ATTEMPTS = 6
-FIRST_WAIT_SECONDS = 0.5
-"""The wait after the first failure; each is twice the one before, 16 s in all, less a random share of each."""
+from rayalign.object_store import BLOCK_BYTES, RetriedFile, file_system, open_file, upload
 
 COPIES = 8
 """Files of a folder that are copied at a time."""
-
-LASTING_ERRORS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
-LASTING_WORDS = (
-    *("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "INVALID_CLIENT_TOKEN_ID", "SIGNATURE_DOES_NOT_MATCH"),
-    *("Not a regular file", "does not exist", "credentials"),
-)
-"""In the errors of object stores that answer the same however often they are asked."""
 
 
 def is_url(location: str) -> bool:
@@ -75,36 +60,13 @@ class Store:
         return None if is_url(self.location) else Path(self.location)
 
     def resolve(self) -> tuple[pafs.FileSystem, str]:
-        """The pyarrow file system and the path in it."""
+        """The pyarrow file system and the path in it; an object store's tries again what fails."""
         local = self.local_path
-        if local is not None:
-            return pafs.LocalFileSystem(), str(local)
-        filesystem, path = pafs.FileSystem.from_uri(self.location)
-        return filesystem, path
-
-    def retried(self, work: Callable[[], T]) -> T:
-        """The result of some reading or writing here, which is tried again where an object store fails; a disk's errors last.
-        The work is done from its beginning each time."""
-        if self.local_path is not None:
-            return work()
-        wait, lots = FIRST_WAIT_SECONDS, random.SystemRandom()  # no draw from the run's own generators
-        for attempt in range(1, ATTEMPTS):
-            try:
-                return work()
-            except OSError as error:
-                if isinstance(error, LASTING_ERRORS) or any(words in str(error) for words in LASTING_WORDS):
-                    raise
-                logger.info("Storage: attempt %d of %d at %s failed: %s", attempt, ATTEMPTS, self.location, error)
-                time.sleep(wait * lots.uniform(0.5, 1))
-                wait *= 2
-        return work()
+        return file_system(self.location) if local is None else (pafs.LocalFileSystem(), str(local))
 
     def info(self) -> pafs.FileInfo:
-        def look() -> pafs.FileInfo:
-            filesystem, path = self.resolve()
-            return filesystem.get_file_info(path)
-
-        return self.retried(look)
+        filesystem, path = self.resolve()
+        return filesystem.get_file_info(path)
 
     def exists(self) -> bool:
         return bool(self.info().type != pafs.FileType.NotFound)
@@ -114,34 +76,35 @@ class Store:
 
     def list(self, *, recursive: bool = False) -> list["Store"]:
         """The files and folders inside, sorted by name; empty where the folder does not exist."""
+        names = [name for name, _ in self._inside(allow_not_found=True, recursive=recursive)]
+        return [self / name for name in names if name]
 
-        def look() -> list[str]:
-            filesystem, path = self.resolve()
-            infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=recursive))
-            return sorted(info.path.removeprefix(path).lstrip("/") for info in infos)
+    def sizes(self) -> dict[str, int]:
+        """The names and sizes in bytes of the files right inside; empty where the folder does not exist."""
+        inside = self._inside(allow_not_found=True, recursive=False)
+        return {name: int(info.size) for name, info in inside if info.type == pafs.FileType.File}
 
-        return [self / name for name in self.retried(look) if name]
+    def _inside(self, *, allow_not_found: bool, recursive: bool) -> Sequence[tuple[str, pafs.FileInfo]]:
+        filesystem, path = self.resolve()
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=allow_not_found, recursive=recursive))
+        return sorted(((info.path.removeprefix(path).lstrip("/"), info) for info in infos), key=lambda entry: entry[0])
 
     def read_bytes(self) -> bytes:
         """The whole file; raises FileNotFoundError where there is none."""
+        with self.open_file() as file:
+            return bytes(file.read())
 
-        def read() -> bytes:
-            filesystem, path = self.resolve()
-            with filesystem.open_input_stream(path, compression=None) as stream:
-                return bytes(stream.read())
-
-        return self.retried(read)
-
-    def open_arrow(self) -> "ArrowFile":
-        """An Arrow file, of which single record batches can be read: mapped into memory, or by ranges from an object store."""
-        return ArrowFile(self)
+    def open_file(self) -> "pa.NativeFile | RetriedFile":
+        """The file, to be read at any place by `read_at(size, start)`; raises FileNotFoundError where there is none."""
+        local = self.local_path
+        return open_file(self.location) if local is None else pafs.LocalFileSystem().open_input_file(str(local))
 
     def write_bytes(self, content: bytes) -> None:
         """Writes a file whole: readers see the old content or the new, never a part."""
         local = self.local_path
         if local is not None:
             local.parent.mkdir(parents=True, exist_ok=True)
-            partial = local.with_name(f".{local.name}.{os.getpid()}.partial")
+            partial = local.with_name(f".{local.name}.{uuid.uuid4().hex}.partial")  # of no other process of any node
             try:
                 partial.write_bytes(content)
                 os.replace(partial, local)
@@ -149,13 +112,9 @@ class Store:
                 partial.unlink(missing_ok=True)
                 raise
             return
-
-        def write() -> None:
-            filesystem, path = self.resolve()
-            with filesystem.open_output_stream(path, compression=None) as stream:
-                stream.write(content)
-
-        self.retried(write)
+        filesystem, path = self.resolve()
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(content)
 
     def read_json(self) -> Any:
         """What the file holds; raises ValueError that names it where that is no JSON."""
@@ -175,74 +134,50 @@ class Store:
         self.write_bytes((json.dumps(value, indent=2) + "\n").encode())
 
     def make_dir(self) -> None:
-        def make() -> None:
-            filesystem, path = self.resolve()
-            filesystem.create_dir(path, recursive=True)
-
-        self.retried(make)
+        filesystem, path = self.resolve()
+        filesystem.create_dir(path, recursive=True)
 
     def delete(self) -> None:
         """Deletes a file or a whole folder; nothing happens where there is none."""
-
-        def delete() -> None:
-            filesystem, path = self.resolve()
-            match filesystem.get_file_info(path).type:
-                case pafs.FileType.Directory:
-                    filesystem.delete_dir(path)
-                case pafs.FileType.File:
-                    filesystem.delete_file(path)
-
-        self.retried(delete)
+        filesystem, path = self.resolve()
+        match filesystem.get_file_info(path).type:
+            case pafs.FileType.Directory:
+                filesystem.delete_dir(path)
+            case pafs.FileType.File:
+                filesystem.delete_file(path)
 
     def upload(self, folder: Path) -> None:
         """Copies a local folder's files into this one."""
         self.make_dir()
         names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
-        _side_by_side(lambda name: Store(str(folder / name))._copy_to(self / name), names)
+
+        def copy(name: str) -> None:
+            target = self / name
+            if target.local_path is None:
+                upload(folder / name, target.location)
+            else:
+                _copy(Store(str(folder / name)), target.local_path)
+
+        _side_by_side(copy, names)
 
     def download(self, folder: Path, names: Sequence[str] | None = None) -> None:
-        """Copies this folder's files, or those of some `names`, into a local one."""
+        """Copies this folder's files, or those of some `names`, into a local one; raises FileNotFoundError where there is
+        none."""
+        if names is None:
+            inside = self._inside(allow_not_found=False, recursive=True)
+            names = [name for name, info in inside if info.type == pafs.FileType.File]
+        _side_by_side(lambda name: _copy(self / name, folder / name), names)
 
-        def look() -> list[str]:
-            filesystem, path = self.resolve()
-            infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-            return [info.path.removeprefix(path).lstrip("/") for info in infos if info.type == pafs.FileType.File]
 
-        found = names if names is not None else self.retried(look)
-        _side_by_side(lambda name: (self / name)._copy_to(Store(str(folder / name))), found)
-
-    def _copy_to(self, target: "Store") -> None:
-        """Copies this file; what fails is one file's copy, and not that of the whole folder."""
-        remote = self if target.local_path is not None else target
-        if target.local_path is not None:
-            target.local_path.parent.mkdir(parents=True, exist_ok=True)
-
-        def copy() -> None:
-            (source_system, source), (target_system, path) = self.resolve(), target.resolve()
-            pafs.copy_files(source, path, source_filesystem=source_system, destination_filesystem=target_system)
-
-        remote.retried(copy)
+def _copy(source: Store, target: Path) -> None:
+    """Copies a file to the local disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open_file() as file, target.open("wb") as copy:
+        while block := file.read(BLOCK_BYTES):
+            copy.write(block)
 
 
 def _side_by_side(copy: Callable[[str], None], names: Sequence[str]) -> None:
     with ThreadPoolExecutor(COPIES) as threads:
         for _ in threads.map(copy, names):
             pass
-
-
-class ArrowFile:
-    """An Arrow file whose record batches are read one by one, each again where an object store fails at it."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._reader: Any = store.retried(self._open)
-
-    def get_batch(self, index: int) -> pa.RecordBatch:
-        """The record batch with this number."""
-        return self._store.retried(lambda: self._reader.get_batch(index))
-
-    def _open(self) -> Any:
-        if self._store.local_path is not None:
-            return pa.ipc.open_file(pa.memory_map(str(self._store.local_path)))
-        filesystem, path = self._store.resolve()
-        return pa.ipc.open_file(filesystem.open_input_file(path))

@@ -57,22 +57,22 @@ def prepare_pairs(tmp_path: Path) -> "Callable[[Sequence[EncodedPair]], Prepared
     """`prepare_pairs(pairs)`: a prepared data set on disk whose row numbers are the pairs' places."""
     import pyarrow as pa
 
-    from rayalign.data.store import INDEX_SCHEMA, PreparedData, write_shard
+    from rayalign.data.store import INDEX_SCHEMA, PreparedData, shard_name, write_shard
     from rayalign.storage import Store
 
     numbers = itertools.count()
 
     def make(pairs: "Sequence[EncodedPair]") -> "PreparedData":
         store = Store(str(tmp_path / f"prepared_{next(numbers)}"))
-        write_shard(store / "one" / "shard", pairs)
+        places = write_shard(store / "one" / shard_name(0), pairs)
         lines = [
             {
                 "id": pair.id,
                 "dataset": 0,
                 "file": 0,
                 "source_row": row,
-                "shard": "shard",
-                "position": row,
+                "shard": 0,
+                **places[row]._asdict(),
                 "prompt_tokens": len(pair.prompt_ids),
                 "chosen_tokens": len(pair.chosen_ids),
                 "rejected_tokens": len(pair.rejected_ids),

@@ -15,6 +15,7 @@ from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
 from rayalign import cluster, joining
+from rayalign.retries import StorageFailed
 
 
 @pytest.mark.parametrize(
@@ -179,6 +180,10 @@ class OutOfMemoryError(RuntimeError):
         (
             ray.exceptions.ObjectStoreFullError("no room"),
             "a machine's disk or Ray's shared memory was full (no room). Free some, on every node.",
+        ),
+        (
+            WorkerGroupError("", {0: RayTaskError("loop", "Traceback", StorageFailed("s3://bucket/a: the storage failed."))}),
+            "s3://bucket/a: the storage failed.",
         ),
         (WorkerGroupError("", {0: RayTaskError("loop", "Traceback", KeyError("a"))}), "KeyError: 'a'."),
     ],

@@ -3,7 +3,7 @@
 | code | the end |
 |---|---|
 | 0 | done |
-| 1 | a failure of the cluster: the same command goes on (or, with a traceback, a mistake in the program) |
+| 1 | a failure of the cluster or of its storage: the same command goes on (or, with a traceback, a mistake in the program) |
 | 2 | what the user can mend: flags, data, a model's files, a loss that is no longer finite |
 | 130 | Ctrl-C (SIGINT) |
 | 143 | SIGTERM, as `ray job stop`, Kubernetes and batch systems send it |
@@ -16,6 +16,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+from rayalign.retries import StorageFailed
 
 TRACEBACK_VARIABLE = "RAYALIGN_TRACEBACK"
 """1 shows the traceback of an end that is otherwise a sentence."""
@@ -36,10 +38,10 @@ def user_errors() -> Iterator[None]:
     _raise_on_sigterm()
     try:
         yield
-    except (ValueError, FloatingPointError, RunFailed) as error:
+    except (ValueError, FloatingPointError, RunFailed, StorageFailed) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        _end(f"error: {error}", 1 if isinstance(error, RunFailed) else 2)
+        _end(f"error: {error}", 1 if isinstance(error, RunFailed | StorageFailed) else 2)
     except KeyboardInterrupt as stop:
         _end(str(stop) or "interrupted", exit_code_of(stop))
 

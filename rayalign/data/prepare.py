@@ -27,7 +27,7 @@ from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.remarks import remarks, unread_pictures
 from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, write_task
 from rayalign.data.sampler import nothing_held_out
-from rayalign.data.store import INDEX_SCHEMA, PreparedData
+from rayalign.data.store import INDEX_SCHEMA, PreparedData, shard_name
 from rayalign.data.tasks import cut_into_tasks
 from rayalign.formats.columns import parse_renames
 from rayalign.formats.parse import own_formats
@@ -39,8 +39,6 @@ from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
 
-REMARKS = "remarks.json"
-"""The file beside the encoded records with what there is to say about them."""
 
 CACHE_VERSION = 3
 """Part of every cache key; raised when the meaning of cached data changes."""
@@ -107,6 +105,7 @@ def prepare(
     sources = Sources(datasets, config.image_root, config.allow_image_urls, reading, renames)
     store = cache / cache_key(sources, spec, config)
     found = PreparedData.find(store)
+    found = _mended(found, sources, spec, config) if found is not None else None
     if found is None:
         found = _prepare_now(sources, spec, config, store)
     else:
@@ -117,8 +116,7 @@ def prepare(
 
 def _say_remarks(data: PreparedData) -> None:
     """What the preparation had to say about the data sets, now or when they were encoded."""
-    kept = data.folder / REMARKS
-    for level, words in kept.read_json() if kept.exists() else ():
+    for level, words in data.remarks():
         logger.log(level, "Data: %s", words)
 
 
@@ -172,20 +170,47 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     arguments = [dataset.argument for dataset in sources.datasets]
     looks_at_pictures = None if spec.family.text_only else spec.model
     said = remarks(outcome, arguments, sources.columns, looks_at_pictures=looks_at_pictures)
-    (store / attempt / REMARKS).write_json(said)
-    data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped)
+    data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped, remarks=said)
     seconds = time.monotonic() - started
     speed = per_second(total / seconds)
     logger.info("Data: %d records encoded in %.1f s (%s) into %s", data.num_rows, seconds, speed, store.location)
     return data
 
 
-def _encode(tasks: Sequence[PrepareTask], sources: Sources, spec: EncoderSpec, folder: Store, progress: Progress) -> pa.Table:
-    """Runs the tasks on the cluster; returns their outcomes, a line for each record."""
+def _mended(data: PreparedData, sources: Sources, spec: EncoderSpec, config: DataConfig) -> PreparedData | None:
+    """The data set, its damaged shards encoded again; None where that gives other pairs than before, as with other images."""
+    shards = data.damaged_shards()
+    if not shards:
+        return data
+    first = (data.folder / shard_name(shards[0])).location
+    logger.warning("Data: encoding again %d of the shards, which are damaged or missing: %s", len(shards), first)
+    tasks = cut_into_tasks(sources, config.data_seed)
+    folder = data.folder / f"mended_{uuid.uuid4().hex[:12]}"
+    outcome = _encode(tasks, sources, spec, folder, Progress(data.num_rows), numbers=shards)
+    index = outcome.filter(pa.compute.is_null(outcome["reason"])).select(INDEX_SCHEMA.names)
+    is_same = data.mend(shards, folder, index)
+    folder.delete()
+    if not is_same:
+        logger.warning("Data: that gives other pairs than before: encoding everything anew")
+    return data if is_same else None
+
+
+def _encode(
+    tasks: Sequence[PrepareTask],
+    sources: Sources,
+    spec: EncoderSpec,
+    folder: Store,
+    progress: Progress,
+    *,
+    numbers: Sequence[int] | None = None,
+) -> pa.Table:
+    """Runs the tasks (those with some numbers) on the cluster; returns their outcomes, a line for each record."""
     prepare_rows = functools.partial(_prepare_rows, tasks=ray.put(tasks), sources=sources, spec=spec, folder=folder)
     configure_ray_data()
-    numbers = ray.data.from_items(list(range(len(tasks))), override_num_blocks=len(tasks))
-    outcomes = numbers.map_batches(prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True)
+    wanted = list(range(len(tasks)) if numbers is None else numbers)
+    outcomes = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
+        prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True
+    )
     tables = []
     for table in reports_of(outcomes, OUTCOME_SCHEMA):
         tables.append(table)
@@ -229,8 +254,12 @@ def _dropped_line(line: Mapping[str, Any], sources: Sources) -> dict[str, Any]:
 def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: EncoderSpec, folder: Store) -> pa.Table:
     """Runs in Ray Data's processes: reads, validates and encodes the rows of one task, and writes them as one shard."""
     number = batch["item"][0].as_py()
-    shard = folder / f"shard_{number:06d}.arrow"
-    return report(lambda: write_task(_fetch(tasks)[number], shard, sources, spec), OUTCOME_SCHEMA)
+    shard = folder / shard_name(number)
+
+    def lines() -> list[dict[str, Any]]:
+        return [{**line, "shard": number} for line in write_task(_fetch(tasks)[number], shard, sources, spec)]
+
+    return report(lines, OUTCOME_SCHEMA)
 
 
 @functools.lru_cache(maxsize=2)

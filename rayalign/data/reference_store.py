@@ -2,12 +2,15 @@
 they depend on (`reference.key`).
 
 Stored for each response token, since algorithms weigh tokens differently. A shard holds SHARD_ROWS rows and is complete or
-absent, so that a pass that was cut short goes on with the shards that are missing. `reference.precompute` writes them, `store`
-reads them along with the pairs.
+absent, so that a pass that was cut short goes on with the shards that are missing. It is an Arrow file behind a head of fixed
+size, which says where each row stands and what its checksum is; the head's own checksum is of the file's place, too, so that no
+shard is taken for another. `reference.precompute` writes them, `store` reads them along with the pairs.
 """
 
 import functools
-from collections.abc import Sequence
+import re
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rayalign.data.checked import CheckedFile, Place, forget, names_noted, pack, side_by_side
 from rayalign.storage import Store
 
 SHARD_ROWS = 64
@@ -47,14 +51,33 @@ class ReferenceLogps:
     companion: list[float]
 
 
-def write_reference_shard(store: Store, ids: Sequence[str], rows: Sequence[ReferenceLogps]) -> None:
+HEAD = np.dtype([("start", "<u4"), ("size", "<u4"), ("checksum", "<u4")])
+"""An entry of a shard's head, for each of SHARD_ROWS rows; behind them stands the head's own checksum (4 bytes)."""
+
+HEAD_BYTES = SHARD_ROWS * HEAD.itemsize + 4
+
+CRC_OF_CHECKED = 0x2144DF1C
+"""The CRC-32 of any bytes with their own CRC-32 (little-endian) behind them."""
+
+
+def write_reference_shard(file: Store, ids: Sequence[str], rows: Sequence[ReferenceLogps]) -> None:
     """Writes the rows of one shard, a record batch for each, so that a row is one small read."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, REFERENCE_SCHEMA) as writer:
+
+    def batches() -> Iterator[pa.RecordBatch]:
         for pair_id, row in zip(ids, rows, strict=True):
             columns = [pa.array([pair_id]), *(pa.array([getattr(row, side)], pa.list_(pa.float32())) for side in SIDES)]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=REFERENCE_SCHEMA))
-    store.write_bytes(sink.getvalue().to_pybytes())
+            yield pa.RecordBatch.from_arrays(columns, schema=REFERENCE_SCHEMA)
+
+    content, places = pack(REFERENCE_SCHEMA, batches())
+    entries = np.zeros(SHARD_ROWS, HEAD)
+    entries[: len(places)] = [(place.start + HEAD_BYTES, place.size, place.checksum) for place in places]
+    head = entries.tobytes()
+    file.write_bytes(head + zlib.crc32(head, _place_checksum(file)).to_bytes(4, "little") + content)
+
+
+def _place_checksum(file: Store) -> int:
+    """Of what tells a shard from those of other data sets, attempts and references: the last parts of where it lies."""
+    return zlib.crc32("/".join(file.location.split("/")[-4:]).encode())
 
 
 def shard_name(shard: int) -> str:
@@ -62,10 +85,20 @@ def shard_name(shard: int) -> str:
     return f"part_{shard:06d}.arrow"
 
 
+SHARD_NAME = re.compile(r"part_([0-9]{6,})\.arrow")
+
+
 def missing_shards(folder: Store, rows: NDArray[np.int64]) -> list[int]:
-    """The shards that hold some of `rows` and are not there yet."""
-    there = {file.name for file in folder.list()}
-    return [shard for shard in np.unique(rows // SHARD_ROWS).tolist() if shard_name(shard) not in there]
+    """The shards that hold some of `rows` and are not there yet or have no whole head, and all that a run found damaged."""
+    noted = names_noted(folder)
+    there = {name for name, size in folder.sizes().items() if size > HEAD_BYTES}
+    wanted = {shard for shard in np.unique(rows // SHARD_ROWS).tolist() if shard_name(shard) not in there}
+    return sorted(wanted | {int(number[1]) for number in map(SHARD_NAME.fullmatch, noted) if number})
+
+
+def forget_damage(folder: Store, shards: Sequence[int]) -> None:
+    """Takes back what runs have noted about shards that were computed again."""
+    forget(folder, map(shard_name, shards))
 
 
 class ReferenceReader:
@@ -76,12 +109,20 @@ class ReferenceReader:
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
     def read(self, rows: Sequence[int] | NDArray[np.int64], ids: Sequence[str]) -> pa.Table:
-        """The rows with these numbers, in this order, as a table of REFERENCE_SCHEMA; `ids` are the pairs' they must have."""
-        batches = [self._open(int(row) // SHARD_ROWS).get_batch(int(row) % SHARD_ROWS) for row in rows]
-        table = pa.Table.from_batches(batches, schema=REFERENCE_SCHEMA)
+        """The rows with these numbers, in this order, as a table of REFERENCE_SCHEMA; `ids` are the pairs' they must have.
+        Raises DamagedFile."""
+        table = pa.Table.from_batches(side_by_side(self._read_row, rows, self._folder), schema=REFERENCE_SCHEMA)
         stored = table["id"].to_pylist()
         assert stored == list(ids), f"{self._folder.location} holds the log-probs of {stored} where {list(ids)} stand"
         return table
 
-    def _open_shard(self, shard: int) -> Any:
-        return (self._folder / shard_name(shard)).open_arrow()
+    def _read_row(self, row: int) -> pa.RecordBatch:
+        file, entries = self._open(row // SHARD_ROWS)
+        place = Place(*(int(value) for value in entries[row % SHARD_ROWS]))
+        return file.read_batch(place, REFERENCE_SCHEMA)
+
+    def _open_shard(self, shard: int) -> tuple[CheckedFile, NDArray[Any]]:
+        store = self._folder / shard_name(shard)
+        file = CheckedFile(store)
+        head = file.read(Place(0, HEAD_BYTES, CRC_OF_CHECKED), checksum_before=_place_checksum(store))
+        return file, np.frombuffer(head[:-4], HEAD)

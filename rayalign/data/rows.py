@@ -56,7 +56,7 @@ class Sources:
 
 
 def write_task(task: PrepareTask, shard: Store, sources: Sources, spec: EncoderSpec) -> list[dict[str, Any]]:
-    """Writes a task's pairs; returns a line of OUTCOME_SCHEMA for each of its rows."""
+    """Writes a task's pairs; returns a line of OUTCOME_SCHEMA, but for the shard's number, for each of its rows."""
     file = sources.datasets[task.dataset].files[task.file]
     label, folder = _file_label(sources, task), Store(file.location).parent
     pairs: list[EncodedPair] = []
@@ -77,13 +77,14 @@ def write_task(task: PrepareTask, shard: Store, sources: Sources, spec: EncoderS
                 "detail": printable(str(error), longest=LONGEST_DETAIL),
             }
         else:
-            outcome |= {"id": pair.id, "shard": shard.name, "position": len(pairs)}
-            outcome |= {"num_images": len(pair.images), "crosses_seam": crosses}
+            outcome |= {"id": pair.id, "num_images": len(pair.images), "crosses_seam": crosses}
             outcome |= {f"{side}_tokens": len(getattr(pair, f"{side}_ids")) for side in ("prompt", "chosen", "rejected")}
             pairs.append(pair)
         outcomes.append(outcome)
     if pairs:
-        write_shard(shard, pairs)
+        written = (outcome for outcome in outcomes if "id" in outcome)
+        for outcome, place in zip(written, write_shard(shard, pairs), strict=True):
+            outcome |= place._asdict()
     return outcomes
 
 

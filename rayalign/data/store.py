@@ -1,11 +1,16 @@
 """Encoded records on storage: shards of pairs, one index, one manifest. Written by `prepare`, read at random by every worker.
 
-A data set is complete or absent: the manifest is written last, and it names the files that count. A shard holds one Arrow
-record batch per pair, so that one pair is one small read, on a disk and on an object store alike.
+A data set is complete or absent: the manifest is written last, and it names the files that count, with their hashes. A shard
+holds one Arrow record batch per pair, and the index says where it stands and what its checksum is: one pair is one small read,
+on a disk and on an object store alike, and is compared with what was written.
 """
 
 import dataclasses
 import functools
+import itertools
+import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +19,22 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from rayalign.data.checked import (
+    CheckedFile,
+    DamagedFile,
+    Place,
+    forget,
+    names_noted,
+    pack,
+    read_whole,
+    require_undamaged,
+    sha256_of,
+    side_by_side,
+)
 from rayalign.data.reference_store import REFERENCE_SCHEMA, SIDES, STORED_NAMES, ReferenceLogps, ReferenceReader
 from rayalign.storage import Store
+
+logger = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
@@ -70,19 +89,23 @@ INDEX_SCHEMA = pa.schema(
         ("dataset", pa.int32()),
         ("file", pa.int32()),
         ("source_row", pa.int64()),
-        ("shard", pa.string()),
-        ("position", pa.int32()),
+        ("shard", pa.int32()),
+        ("start", pa.int64()),
+        ("size", pa.uint32()),
+        ("checksum", pa.uint32()),
         ("prompt_tokens", pa.int32()),
         ("chosen_tokens", pa.int32()),
         ("rejected_tokens", pa.int32()),
     ]
 )
-"""One line per pair: where it came from (sort order), where it is, how long it is."""
+"""One line per pair: where it came from (sort order), where it is (a shard's number, a `checked.Place`), how long it is."""
 
 REFERENCE_COLUMNS = tuple(f"reference_{side}" for side in SIDES)
 """What the columns of REFERENCE_SCHEMA are called beside those of ENCODED_SCHEMA."""
 
 OPEN_SHARDS = 64
+
+INDEX, DROPPED, REMARKS, MANIFEST = "index.arrow", "dropped.json", "remarks.json", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -137,13 +160,16 @@ def from_batch(batch: pa.RecordBatch | pa.Table) -> list[EncodedPair]:
     return [EncodedPair(**row, reference=ReferenceLogps(*logps)) for row, logps in zip(rows, references, strict=True)]
 
 
-def write_shard(store: Store, pairs: Sequence[EncodedPair]) -> None:
-    """Writes pairs as one shard; its index lines come from `index_lines`."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, ENCODED_SCHEMA) as writer:
-        for pair in pairs:
-            writer.write_batch(to_batch([pair]))
-    store.write_bytes(sink.getvalue().to_pybytes())
+def shard_name(shard: int) -> str:
+    """The file of a shard, which has the number of the task that wrote it."""
+    return f"shard_{shard:06d}.arrow"
+
+
+def write_shard(file: Store, pairs: Sequence[EncodedPair]) -> list[Place]:
+    """Writes pairs as one shard; returns the place of each, for the index."""
+    content, places = pack(ENCODED_SCHEMA, (to_batch([pair]) for pair in pairs))
+    file.write_bytes(content)
+    return places
 
 
 @dataclass(frozen=True)
@@ -154,45 +180,117 @@ class PreparedData:
     store: Store
     attempt: str
     num_rows: int
+    hashes: tuple[tuple[str, str], ...] = ()
+    """The SHA-256 of each file beside the shards, by its name."""
     reference: str | None = None
 
     @classmethod
     def find(cls, store: Store) -> "PreparedData | None":
-        """The data set of a cache folder; None where there is none or only the remains of an unfinished one."""
-        manifest = store / "manifest.json"
-        if not manifest.exists():
+        """The data set of a cache folder; None where there is none, or only the remains of an unfinished or damaged one.
+        (Single shards may be damaged: `damaged_shards`.)"""
+        try:
+            manifest = (store / MANIFEST).read_json_object()
+            found = cls._of_manifest(store, manifest)
+            if found.index().num_rows != found.num_rows:
+                raise DamagedFile(f"{(store / MANIFEST).location} is damaged: the index has another number of records.")
+            for name, _ in found.hashes:
+                found._read(name)
+        except FileNotFoundError:
             return None
-        content = manifest.read_json()
-        return cls(store, content["attempt"], content["num_rows"])
+        except ValueError as error:
+            logger.warning("Data: encoding anew what was encoded before: %s", error)
+            return None
+        return found
 
     @classmethod
-    def finish(cls, store: Store, *, attempt: str, index: pa.Table, dropped: Sequence[Mapping[str, Any]]) -> "PreparedData":
-        """Completes a data set whose shards stand under `attempt`: writes the index, the dropped records, then the manifest.
+    def _of_manifest(cls, store: Store, manifest: Mapping[str, Any]) -> "PreparedData":
+        """Raises DamagedFile where the manifest is none of this folder's."""
+        match manifest:
+            case {"key": store.name, "attempt": str(attempt), "num_rows": int(num_rows), "sha256": dict(hashes)}:
+                if set(hashes) == {INDEX, DROPPED, REMARKS} and re.fullmatch("[0-9a-z]+", attempt):
+                    return cls(store, attempt, num_rows, tuple(sorted(hashes.items())))
+        raise DamagedFile(f"{(store / MANIFEST).location} is no list of this folder's files.")
+
+    @classmethod
+    def finish(
+        cls,
+        store: Store,
+        *,
+        attempt: str,
+        index: pa.Table,
+        dropped: Sequence[Mapping[str, Any]],
+        remarks: Sequence[tuple[int, str]] = (),
+    ) -> "PreparedData":
+        """Completes a data set whose shards stand under `attempt`: writes the index, the dropped records, what there is to say
+        about them all, then the manifest.
 
         Raises ValueError where shards that the index names are not there: on another machine's disk, or lost.
         """
-        index = index.cast(INDEX_SCHEMA).sort_by([(name, "ascending") for name in ("dataset", "file", "source_row")])
+        index = in_order(index)
         _require_shards(store / attempt, index)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
             writer.write_table(index)
-        (store / attempt / "index.arrow").write_bytes(sink.getvalue().to_pybytes())
-        (store / attempt / "dropped.json").write_json(list(dropped))
-        (store / "manifest.json").write_json({"attempt": attempt, "num_rows": index.num_rows, "num_dropped": len(dropped)})
-        return cls(store, attempt, index.num_rows)
+        contents = {
+            INDEX: sink.getvalue().to_pybytes(),
+            DROPPED: json.dumps(list(dropped), indent=2).encode(),
+            REMARKS: json.dumps(list(remarks), indent=2).encode(),
+        }
+        for name, content in contents.items():
+            (store / attempt / name).write_bytes(content)
+        hashes = {name: sha256_of(content) for name, content in sorted(contents.items())}
+        manifest = {"key": store.name, "attempt": attempt, "num_rows": index.num_rows, "sha256": hashes}
+        (store / MANIFEST).write_json(manifest)
+        return cls._of_manifest(store, manifest)
 
     @property
     def folder(self) -> Store:
         return self.store / self.attempt
 
+    def _read(self, name: str) -> bytes:
+        return read_whole(self.folder / name, dict(self.hashes)[name])
+
     def index(self) -> pa.Table:
-        """INDEX_SCHEMA, sorted by source: the order that row numbers count in."""
-        return pa.ipc.open_file(pa.py_buffer((self.folder / "index.arrow").read_bytes())).read_all()
+        """INDEX_SCHEMA, sorted by source: the order that row numbers count in. Raises DamagedFile."""
+        return pa.ipc.open_file(pa.py_buffer(self._read(INDEX))).read_all()
 
     def dropped(self) -> list[dict[str, Any]]:
-        """The records left out, each with dataset, row, reason and detail."""
-        dropped: list[dict[str, Any]] = (self.folder / "dropped.json").read_json()
+        """The records left out, each with dataset, row, reason and detail. Raises DamagedFile."""
+        dropped: list[dict[str, Any]] = json.loads(self._read(DROPPED))
         return dropped
+
+    def remarks(self) -> list[tuple[int, str]]:
+        """What the preparation had to say about the data set: logging's level and words. Raises DamagedFile."""
+        return [(level, words) for level, words in json.loads(self._read(REMARKS))]
+
+    def damaged_shards(self) -> list[int]:
+        """The shards that are missing, end too early, or were found damaged by a run."""
+        index = self.index()
+        shards, inside = np.unique(index["shard"].to_numpy(), return_inverse=True)
+        needed = np.zeros(len(shards), np.int64)
+        np.maximum.at(needed, inside, index["start"].to_numpy() + index["size"].to_numpy().astype(np.int64))
+        sizes, noted = self.folder.sizes(), names_noted(self.folder)
+        names = [shard_name(shard) for shard in shards]
+        wrong = [name in noted or sizes.get(name, -1) < size for name, size in zip(names, needed, strict=True)]
+        return list(itertools.compress(shards.tolist(), wrong))
+
+    def mend(self, shards: Sequence[int], folder: Store, index: pa.Table) -> bool:
+        """Puts shards that were written anew into `folder` in the place of damaged ones, where their pairs are the same to the
+        byte; returns whether they are. `index` has the lines of INDEX_SCHEMA for them."""
+        mine = self.index()
+        if not in_order(index).equals(mine.filter(pa.compute.is_in(mine["shard"], pa.array(shards, pa.int32())))):
+            return False
+        names = [shard_name(shard) for shard in shards]
+        for name in names:
+            (self.folder / name).write_bytes((folder / name).read_bytes())
+        forget(self.folder, names)
+        return True
+
+    def require_undamaged(self) -> None:
+        """Raises DamagedFile where a run has found files of this data set damaged that were not made anew yet."""
+        require_undamaged(self.folder)
+        if self.reference:
+            require_undamaged(self.folder / self.reference)
 
     def token_counts(self) -> TokenCounts:
         index = self.index()
@@ -205,12 +303,19 @@ class PreparedData:
 
 def _require_shards(folder: Store, index: pa.Table) -> None:
     written = {file.name for file in folder.list()}
-    missing = sorted(set(index["shard"].unique().to_pylist()) - written)
+    missing = sorted({shard_name(number) for number in index["shard"].unique().to_pylist()} - written)
     if missing:
         raise ValueError(
             f"{folder.location}: lacks {len(missing)} of the shards that were written there, such as {missing[0]}. Do all "
             "nodes see the same folder? Give a --cache_dir on a file system that all of them mount, or a URL."
         )
+
+
+def in_order(index: pa.Table) -> pa.Table:
+    """Lines of INDEX_SCHEMA sorted by source."""
+    return (
+        index.cast(INDEX_SCHEMA).sort_by([(name, "ascending") for name in ("dataset", "file", "source_row")]).combine_chunks()
+    )
 
 
 class PairReader:
@@ -219,16 +324,14 @@ class PairReader:
     def __init__(self, data: PreparedData) -> None:
         index = data.index()
         self._folder = data.folder
-        self._shards = index["shard"].to_pylist()
-        self._positions = index["position"].to_numpy()
+        self._places = [index[name].to_numpy() for name in ("shard", *Place._fields)]
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._reference = ReferenceReader(data.folder / data.reference) if data.reference else None
 
     def read(self, rows: Rows | Sequence[int]) -> pa.Table:
         """The pairs with these row numbers, in this order, as a table of ENCODED_SCHEMA, and of REFERENCE_COLUMNS where there
-        is a reference."""
-        batches = [self._open(self._shards[row]).get_batch(int(self._positions[row])) for row in rows]
-        table = pa.Table.from_batches(batches, schema=ENCODED_SCHEMA)
+        is a reference. Raises DamagedFile."""
+        table = pa.Table.from_batches(side_by_side(self._read_row, rows, self._folder), schema=ENCODED_SCHEMA)
         if self._reference is None:
             return table
         logps = self._reference.read(rows, table["id"].to_pylist())
@@ -237,5 +340,9 @@ class PairReader:
             table = table.append_column(field.with_name(column), logps[field.name])
         return table
 
-    def _open_shard(self, name: str) -> Any:
-        return (self._folder / name).open_arrow()
+    def _read_row(self, row: int) -> pa.RecordBatch:
+        shard, *place = (int(values[row]) for values in self._places)
+        return self._open(shard).read_batch(Place(*place), ENCODED_SCHEMA)
+
+    def _open_shard(self, shard: int) -> CheckedFile:
+        return CheckedFile(self._folder / shard_name(shard))

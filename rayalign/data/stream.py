@@ -31,7 +31,9 @@ T = TypeVar("T")
 
 
 def sampler_of(config: Config, data: RunData) -> StepSampler:
-    """The order of the run."""
+    """The order of the run. Raises DamagedFile where an earlier start found cached files damaged that it needs."""
+    for records in filter(None, (data.training, data.held_out)):
+        records.require_undamaged()
     companion = config.algorithm.needs.companion
     settings = SamplerSettings(
         global_batch_size=config.global_batch_size,

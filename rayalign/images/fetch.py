@@ -6,7 +6,6 @@
 import base64
 import binascii
 import errno
-import functools
 import hashlib
 import io
 import math
@@ -19,7 +18,6 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
-import pyarrow.fs as pafs
 from PIL import Image
 
 from rayalign.formats.pictures import SIGNATURES
@@ -255,7 +253,7 @@ def _read_remote(store: Store, inner: str, *, ref: str, deadline: float) -> byte
     """An object at or below a remote store; `inner` stays a plain path, so that it can't hold URL options."""
 
     def read() -> bytes:
-        filesystem, path = _file_system(store)
+        filesystem, path = store.resolve()
         with filesystem.open_input_file(path + inner) as file:
             if file.size() > MAX_IMAGE_BYTES:
                 raise _too_many_bytes(_short(ref))
@@ -293,12 +291,6 @@ def _until(deadline: float, work: Callable[[], bytes], *, ref: str) -> bytes:
         words = f"{_short(ref)}: the {URL_SECONDS} seconds for a record's images are over"
         raise RecordError("image URL failed", words, field="images")
     return result.result()
-
-
-@functools.lru_cache(maxsize=16)
-def _file_system(store: Store) -> tuple[pafs.FileSystem, str]:
-    """A store's file system, kept open: connecting anew for every image would cost more than reading it."""
-    return store.resolve()
 
 
 def _outside(path: str, roots: list[Store]) -> RecordError:

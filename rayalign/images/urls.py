@@ -17,13 +17,20 @@ import time
 from urllib.parse import urljoin
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, SSLError
 from urllib3.util import Url, parse_url
 
 from rayalign.formats.records import RecordError
 
 TIMEOUT_SECONDS = 10
 """For a connection, and for each wait for bytes."""
+
+ATTEMPTS = 3
+FIRST_WAIT_SECONDS = 0.5
+"""The wait after the first failure of a request; the next is twice as long. Fewer attempts than for storage: a dead host drops
+a record, and does not end the run."""
+
+STATUS_MAY_PASS = (429, 500, 502, 503, 504)
 
 MAX_REDIRECTS = 5
 BLOCK_BYTES = 2**16
@@ -51,11 +58,30 @@ NOT_PUBLIC = tuple(
 """Networks that `ipaddress`, of some version of Python, takes for global."""
 
 
+class _MayPass(Exception):
+    """What failed may work at the next attempt: a server or network in trouble."""
+
+
 def fetch_url(url: str, *, max_bytes: int, deadline: float) -> bytes:
-    """The body of a URL, read until `deadline` (of time.monotonic, seconds) at the latest.
+    """The body of a URL, read until `deadline` (of time.monotonic, seconds) at the latest, and asked for again where a server
+    or network fails.
 
     Raises RecordError; each redirect is checked like the first address.
     """
+    wait = FIRST_WAIT_SECONDS
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _follow(url, max_bytes=max_bytes, deadline=deadline)
+        except _MayPass as problem:
+            if attempt == ATTEMPTS or time.monotonic() + wait >= deadline:
+                raise _failed(url, str(problem)) from None
+        time.sleep(wait)
+        wait *= 2
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _follow(url: str, *, max_bytes: int, deadline: float) -> bytes:
+    """The body of a URL, over redirects. Raises RecordError, and _MayPass."""
     target = url
     try:
         for _ in range(MAX_REDIRECTS + 1):
@@ -66,10 +92,20 @@ def fetch_url(url: str, *, max_bytes: int, deadline: float) -> bytes:
     except (OSError, http.client.HTTPException, HTTPError, ValueError) as error:
         if isinstance(error, RecordError):
             raise
-        late = time.monotonic() >= deadline
-        words = "the time for a record's URLs was over" if late else str(error) or type(error).__name__
-        raise _failed(url, words) from None
+        if time.monotonic() >= deadline:
+            raise _failed(url, "the time for a record's URLs was over") from None
+        words = str(error) or type(error).__name__
+        if _is_lasting(error):
+            raise _failed(url, words) from None
+        raise _MayPass(words) from None
     raise _failed(url, f"more than {MAX_REDIRECTS} redirects")
+
+
+def _is_lasting(error: Exception) -> bool:
+    """Whether an error will be the same at the next attempt: a malformed URL, a name that is not there, a certificate."""
+    if isinstance(error, socket.gaierror):
+        return error.errno != socket.EAI_AGAIN
+    return isinstance(error, ValueError | SSLError | http.client.InvalidURL)
 
 
 def _get(url: str, *, deadline: float, max_bytes: int) -> bytes | str:
@@ -97,6 +133,8 @@ def _exchange(connection: HTTPConnection, target: Url, url: str, *, deadline: fl
             return location
         if response.status in (404, 410):
             raise RecordError("image missing", f"{url[:200]}: HTTP {response.status}", field="images")
+        if response.status in STATUS_MAY_PASS:
+            raise _MayPass(f"HTTP {response.status}")
         if response.status != 200:
             raise _failed(url, f"HTTP {response.status}")
         if (encoding := response.headers.get("Content-Encoding", "identity")).lower() != "identity":
@@ -107,7 +145,7 @@ def _exchange(connection: HTTPConnection, target: Url, url: str, *, deadline: fl
             if len(content) > max_bytes:
                 raise RecordError("image too large", f"{url[:200]}: more than {max_bytes // 2**20} MiB", field="images")
         if response.length_remaining or time.monotonic() >= deadline:
-            raise _failed(url, f"cut off after {len(content)} bytes")
+            raise _MayPass(f"cut off after {len(content)} bytes")
     return bytes(content)
 
 

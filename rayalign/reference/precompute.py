@@ -21,7 +21,14 @@ from rayalign.cluster import configure_ray_data, quiet_logging, report, reports_
 from rayalign.config.config import Config
 from rayalign.data.batch import PairBatch
 from rayalign.data.prepare import RunData
-from rayalign.data.reference_store import SHARD_ROWS, ReferenceLogps, missing_shards, shard_name, write_reference_shard
+from rayalign.data.reference_store import (
+    SHARD_ROWS,
+    ReferenceLogps,
+    forget_damage,
+    missing_shards,
+    shard_name,
+    write_reference_shard,
+)
 from rayalign.data.sampler import StepSampler, cut_micro_batches
 from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
 from rayalign.data.stream import ahead, batch_maker, sampler_of
@@ -96,10 +103,11 @@ def _scored(config: Config, data: RunData, records: PreparedData, rows: Rows, ke
         return scored
     started = time.monotonic()
     total = sum(len(_rows_of_shard(shard, records)) for shard in missing)
-    found = len(np.unique(rows // SHARD_ROWS)) - len(missing)
+    found = len(np.setdiff1d(rows // SHARD_ROWS, missing))
     before = f"; {found} shards of them were computed before" if found else ""
     logger.info("Reference: computing log-probs of %d records%s", total, before)
     _run_pass(config, data, records, missing, key, Progress(total))
+    forget_damage(folder, missing)
     seconds = time.monotonic() - started
     speed = per_second(total / seconds)
     logger.info("Reference: log-probs of %d records in %.1f s (%s) into %s", total, seconds, speed, folder.location)

@@ -174,6 +174,8 @@ def fit(
 def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequence[Any]) -> TorchTrainer:
     cluster = config.cluster
     gpus = cluster.gpus_per_worker or 0
+    # On an object store, Ray Train's own files go through the calls that are tried again; a disk is its own to open.
+    filesystem, path = (None, folder.location) if folder.local_path is not None else folder.resolve()
     make_run_config: Any = ray.train.RunConfig  # type checkers see the class of Ray Train 1 under this name
     return TorchTrainer(
         _train_loop,  # type: ignore[arg-type]  # its annotation lacks the return value that Result carries
@@ -185,7 +187,8 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
         ),
         run_config=make_run_config(
             name="checkpoints",
-            storage_path=folder.location,
+            storage_path=path,
+            storage_filesystem=filesystem,
             # `with_restarts` starts the whole run again: Ray Train would start its workers only, whatever ended them.
             failure_config=ray.train.FailureConfig(max_failures=0),
             callbacks=list(callbacks),

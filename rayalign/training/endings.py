@@ -15,7 +15,8 @@ from typing import TypeVar
 from rayalign.cluster import RAY_ERRORS, cause_in_words, causes_of, user_error_in
 from rayalign.config.config import Config
 from rayalign.config.endings import TRACEBACK_VARIABLE, RunFailed, Terminated
-from rayalign.storage import LASTING_WORDS, Store
+from rayalign.retries import LASTING_WORDS
+from rayalign.storage import Store
 from rayalign.training.checkpoint import newest_complete
 from rayalign.training.metrics import read_metrics
 

@@ -39,7 +39,7 @@ def _whole(flag: str, place: str) -> str:
     store = Store.at(place)
     if store.local_path is None:
         try:
-            store.retried(store.resolve)
+            store.resolve()
         except (OSError, ValueError) as error:
             raise ValueError(f"{flag} {place}: {error}. Give a path, or a URL of s3://, gs:// or file://.") from None
     return store.location

@@ -343,12 +343,20 @@ class _Worker:
                 {"step": step, **self.latest_metrics},
                 checkpoint=checkpoint,
                 checkpoint_dir_name=checkpoint_name(step, self.attempt),
+                checkpoint_upload_fn=self._upload if self.folder.local_path is None else None,
             )
         if self.rank == 0:
             if self.best.step == step:
                 write_note(self.folder, self.best, checkpoint_name(step, self.attempt))
             limit = self.config.run.save_total_limit
             prune_checkpoints(self.folder / "checkpoints", keep=limit, best=best_checkpoint(self.folder))
+
+    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Copies a checkpoint to an object store, each file again where the store fails. (To a disk Ray Train copies it.)"""
+        folder = self.folder / "checkpoints" / name
+        folder.upload(Path(checkpoint.path))
+        filesystem, path = folder.resolve()
+        return ray.train.Checkpoint(path, filesystem)
 
     @_timed("saving")
     def _write_model(self) -> None:

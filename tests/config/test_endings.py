@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from rayalign.config.endings import RunFailed, Terminated, user_errors
+from rayalign.retries import StorageFailed
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,7 @@ def signals_as_before(monkeypatch: pytest.MonkeyPatch):
         (ValueError("--beta 0: must be above 0."), 2, "error: --beta 0: must be above 0.\n"),
         (FloatingPointError("The loss is nan at step 3."), 2, "error: The loss is nan at step 3.\n"),
         (RunFailed("the run was ended."), 1, "error: the run was ended.\n"),
+        (StorageFailed("s3://bucket/file: the storage failed."), 1, "error: s3://bucket/file: the storage failed.\n"),
         (KeyboardInterrupt("interrupted at step 3."), 130, "interrupted at step 3.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (Terminated("interrupted at step 3."), 143, "interrupted at step 3.\n"),

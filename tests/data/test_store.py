@@ -1,6 +1,11 @@
 import dataclasses
 import json
+import logging
 import pickle
+import random
+import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +13,17 @@ import pyarrow as pa
 import pytest
 
 import rayalign.data.store
-from rayalign.data.store import ENCODED_SCHEMA, INDEX_SCHEMA, EncodedPair, PreparedData, from_batch, to_batch, write_shard
+from rayalign.data.checked import NOTES, CheckedFile, DamagedFile, Place
+from rayalign.data.store import (
+    ENCODED_SCHEMA,
+    INDEX_SCHEMA,
+    EncodedPair,
+    PreparedData,
+    from_batch,
+    shard_name,
+    to_batch,
+    write_shard,
+)
 from rayalign.storage import Store
 
 PAIRS = [
@@ -18,36 +33,41 @@ PAIRS = [
     EncodedPair("ümlaut 猫", [1], [1], [1], [], []),
     EncodedPair("e", [9], [9], [9], [], []),
 ]
-# Row: (dataset, file, source_row) of its source, and the shard and position where a worker wrote it. Written in any order.
+# Row: (dataset, file, source_row) of its source, and the shard where a worker wrote it, in this order. Written in any order.
 PLACES = {
-    "b": (0, 0, 4, "shard_1", 0),
-    "a": (0, 0, 11, "shard_0", 0),
-    "c": (0, 1, 0, "shard_0", 1),
-    "e": (1, 0, 0, "shard_0", 2),
-    "ümlaut 猫": (1, 0, 3, "shard_1", 1),
+    "b": (0, 0, 4, 1),
+    "a": (0, 0, 11, 0),
+    "c": (0, 1, 0, 0),
+    "e": (1, 0, 0, 0),
+    "ümlaut 猫": (1, 0, 3, 1),
 }
 IN_SOURCE_ORDER = list(PLACES)
 DROPPED = [{"dataset": "d", "row": 3, "reason": "too long", "detail": "3000 tokens"}]
 
 
-def index_of(ids: list[str]) -> pa.Table:
-    pairs = {pair.id: pair for pair in PAIRS}
+def write_shards(folder: Store, shards: tuple[int, ...] = (0, 1), pairs: list[EncodedPair] = PAIRS) -> pa.Table:
+    """Writes shards and returns the lines of the index for them."""
     lines = []
-    for pair_id in ids:
-        place = dict(zip(("dataset", "file", "source_row", "shard", "position"), PLACES[pair_id], strict=True))
-        pair = pairs[pair_id]
-        counts = {f"{part}_tokens": len(vars(pair)[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")}
-        lines.append({"id": pair_id, **place, **counts})
+    for shard in shards:
+        inside = sorted(
+            (pair for pair in pairs if PLACES[pair.id][3] == shard), key=lambda pair: IN_SOURCE_ORDER.index(pair.id)
+        )
+        for pair, place in zip(inside, write_shard(folder / shard_name(shard), inside), strict=True):
+            source = dict(zip(("dataset", "file", "source_row", "shard"), PLACES[pair.id], strict=True))
+            counts = {f"{part}_tokens": len(vars(pair)[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")}
+            lines.append({"id": pair.id, **source, **place._asdict(), **counts})
+    random.Random(0).shuffle(lines)
     return pa.Table.from_pylist(lines, schema=INDEX_SCHEMA)
+
+
+def finished(store: Store, pairs: list[EncodedPair] = PAIRS) -> PreparedData:
+    index = write_shards(store / "attempt", pairs=pairs)
+    return PreparedData.finish(store, attempt="attempt", index=index, dropped=DROPPED, remarks=[(logging.INFO, "words")])
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> PreparedData:
-    store = Store(str(tmp_path / "cache"))
-    for shard in ("shard_0", "shard_1"):
-        inside = sorted((p for p in PAIRS if PLACES[p.id][3] == shard), key=lambda p: PLACES[p.id][4])
-        write_shard(store / "attempt" / shard, inside)
-    return PreparedData.finish(store, attempt="attempt", index=index_of([p.id for p in PAIRS]), dropped=DROPPED)
+    return finished(Store(str(tmp_path / "cache")))
 
 
 def test_pairs_come_back_as_they_were_written(data: PreparedData) -> None:
@@ -70,8 +90,8 @@ def test_a_fetch_works_with_fewer_open_shards_than_there_are(data: PreparedData,
 
 def test_the_index_is_sorted_by_source_whatever_order_it_was_gathered_in(data: PreparedData) -> None:
     assert data.index()["id"].to_pylist() == IN_SOURCE_ORDER
-    before, gathered = data.index(), index_of(["e", "a", "ümlaut 猫", "c", "b"])
-    assert PreparedData.finish(data.store, attempt="attempt", index=gathered, dropped=[]).index().equals(before)
+    turned = data.index().take([4, 1, 0, 3, 2])
+    assert PreparedData.finish(data.store, attempt="attempt", index=turned, dropped=[]).index().equals(data.index())
 
 
 def test_token_counts_are_those_of_the_rows(data: PreparedData) -> None:
@@ -86,6 +106,7 @@ def test_token_counts_are_those_of_the_rows(data: PreparedData) -> None:
 
 def test_dropped_records_come_back_with_their_reasons(data: PreparedData) -> None:
     assert data.dropped() == DROPPED
+    assert data.remarks() == [(logging.INFO, "words")]
 
 
 def test_a_finished_data_set_is_found_again_and_pickles_by_its_place(data: PreparedData) -> None:
@@ -111,15 +132,15 @@ def test_the_manifest_is_written_last(data: PreparedData, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Store, "write_bytes", note)
     PreparedData.finish(data.store, attempt="attempt", index=data.index(), dropped=[])
-    assert written == ["index.arrow", "dropped.json", "manifest.json"]
+    assert written == ["index.arrow", "dropped.json", "remarks.json", "manifest.json"]
 
 
 def test_an_unfinished_second_attempt_leaves_the_finished_one_in_place(data: PreparedData) -> None:
-    write_shard(data.store / "second" / "shard_0", PAIRS[:1])
-    found = PreparedData.find(data.store)
-    assert found is not None
-    assert found.attempt == "attempt"
-    assert json.loads((data.store / "manifest.json").read_bytes()) == {"attempt": "attempt", "num_rows": 5, "num_dropped": 1}
+    write_shard(data.store / "second" / shard_name(0), PAIRS[:1])
+    assert PreparedData.find(data.store) == data
+    manifest = json.loads((data.store / "manifest.json").read_bytes())
+    assert (manifest["key"], manifest["attempt"], manifest["num_rows"]) == ("cache", "attempt", 5)
+    assert sorted(manifest["sha256"]) == ["dropped.json", "index.arrow", "remarks.json"]
 
 
 @pytest.mark.parametrize("missing", ENCODED_SCHEMA.names)
@@ -134,7 +155,7 @@ def test_a_missing_or_misspelt_field_is_an_error_and_not_a_null(missing: str) ->
 
 
 def test_a_shard_holds_one_record_batch_for_each_pair(data: PreparedData) -> None:
-    file = pa.ipc.open_file(pa.py_buffer((data.folder / "shard_0").read_bytes()))
+    file = pa.ipc.open_file(pa.py_buffer((data.folder / shard_name(0)).read_bytes()))
     assert file.num_record_batches == 3
     assert [from_batch(file.get_batch(i))[0].id for i in range(3)] == ["a", "c", "e"]
 
@@ -146,11 +167,232 @@ def test_an_index_with_other_columns_is_refused(data: PreparedData, tmp_path: Pa
 
 def test_a_data_set_that_lacks_one_of_its_shards_is_never_complete(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    write_shard(store / "one" / "shard_1", [PAIRS[1]])
+    index = write_shards(store / "one", (0, 1))
+    (tmp_path / "one" / shard_name(0)).unlink()
     with pytest.raises(ValueError) as caught:
-        PreparedData.finish(store, attempt="one", index=index_of(IN_SOURCE_ORDER), dropped=[])
+        PreparedData.finish(store, attempt="one", index=index, dropped=[])
     assert str(caught.value) == (
-        f"{tmp_path}/one: lacks 1 of the shards that were written there, such as shard_0. Do all nodes see the same folder? "
-        "Give a --cache_dir on a file system that all of them mount, or a URL."
+        f"{tmp_path}/one: lacks 1 of the shards that were written there, such as {shard_name(0)}. Do all nodes see the same "
+        "folder? Give a --cache_dir on a file system that all of them mount, or a URL."
     )
     assert PreparedData.find(store) is None
+
+
+def test_places_and_checksums_of_pairs_stay_what_they_are(tmp_path: Path) -> None:
+    """A change here makes what is cached unreadable: it needs another CACHE_VERSION."""
+    pairs = [
+        EncodedPair("a", [1, 2, 3], [4], [5, 6], [b"\x89PNG"], ["h1"], margin=0.25),
+        EncodedPair("b", [7], [8], [], [], []),
+    ]
+    places = write_shard(Store(str(tmp_path / "shard")), pairs)
+    content = (tmp_path / "shard").read_bytes()
+    for place, pair in zip(places, pairs, strict=True):
+        message = content[place.start : place.start + place.size]
+        assert from_batch(pa.ipc.read_record_batch(pa.py_buffer(message), ENCODED_SCHEMA)) == [pair]
+    assert [place.size % 8 for place in places] == [0, 0]
+
+
+Damage = Callable[[Path], None]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def zeros(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def text(file: Path) -> None:
+    file.write_text("<html>502 Bad Gateway</html>" * 1000)
+
+
+DAMAGES: list[Damage] = [cut, empty, zeros, text, Path.unlink]
+
+
+def read_all(data: PreparedData) -> list[EncodedPair]:
+    return from_batch(data.reader().read(range(data.num_rows)))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_ends_at_a_damaged_shard_and_names_it_for_the_next_start(data: PreparedData, damage: Damage) -> None:
+    file = Path(data.folder.location) / shard_name(0)
+    good = data.reader().read([0])
+    damage(file)
+    with pytest.raises(DamagedFile) as caught:
+        read_all(data)
+    assert str(caught.value).startswith(f"{file} is ")
+    assert str(caught.value).endswith(" The same command makes it anew.")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert data.reader().read([0]) == good  # of the other shard
+    found = PreparedData.find(data.store)
+    assert found == data
+    assert found.damaged_shards() == [0]
+    with pytest.raises(DamagedFile, match=rf"{shard_name(0)} is .*\. The same command makes it anew\.$"):
+        data.require_undamaged()
+
+
+def test_shards_that_are_missing_or_too_short_are_seen_before_they_are_read(data: PreparedData) -> None:
+    folder = Path(data.folder.location)
+    assert data.damaged_shards() == []
+    cut(folder / shard_name(0))
+    assert data.damaged_shards() == [0]
+    (folder / shard_name(1)).unlink()
+    assert data.damaged_shards() == [0, 1]
+
+
+def test_damaged_shards_are_put_back_where_their_pairs_are_the_same(data: PreparedData, tmp_path: Path) -> None:
+    before = read_all(data)
+    cut(Path(data.folder.location) / shard_name(1))
+    with pytest.raises(DamagedFile):
+        read_all(data)
+    repairs = Store(str(tmp_path / "repairs"))
+    index = write_shards(repairs, (1,))
+    assert data.mend([1], repairs, index)
+    assert data.damaged_shards() == []
+    data.require_undamaged()
+    assert read_all(data) == before
+    assert not list((Path(data.folder.location) / NOTES).iterdir())
+
+
+def test_other_pairs_are_not_put_in_the_place_of_a_damaged_shard(data: PreparedData, tmp_path: Path) -> None:
+    file = Path(data.folder.location) / shard_name(1)
+    cut(file)
+    content = file.read_bytes()
+    changed = [dataclasses.replace(pair, images=[b"another picture"]) if pair.id == "b" else pair for pair in PAIRS]
+    repairs = Store(str(tmp_path / "repairs"))
+    for pairs in (changed, [pair for pair in PAIRS if pair.id != "b"]):
+        assert not data.mend([1], repairs, write_shards(repairs, (1,), pairs))
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["manifest.json", "attempt/index.arrow", "attempt/dropped.json", "attempt/remarks.json"])
+def test_what_lists_the_shards_is_made_anew_as_a_whole(
+    data: PreparedData, caplog: pytest.LogCaptureFixture, name: str, damage: Damage
+) -> None:
+    file = Path(data.store.location) / name
+    damage(file)
+    assert PreparedData.find(data.store) is None
+    if name == "manifest.json" and damage is Path.unlink:
+        assert not caplog.records  # as before the first run
+        return
+    (line,) = caplog.messages
+    assert line.startswith(f"Data: encoding anew what was encoded before: {file} ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{}", "null", "1", '"text"', "[" * 100_000, '{"attempt": "attempt"}', '{"attempt": "attempt", "num_rows": 5}'),
+        '{"attempt": "attempt", "num_rows": 5, "num_dropped": 1}',  # as version 2 of the cache wrote it
+        *(
+            '{{"key": "cache", "attempt": {}, "num_rows": {}, "sha256": {}}}'.format(*values)
+            for values in (
+                ('"../attempt"', 5, '{"index.arrow": "", "dropped.json": "", "remarks.json": ""}'),
+                ('"attempt"', '"5"', '{"index.arrow": "", "dropped.json": "", "remarks.json": ""}'),
+                ('"attempt"', 5, '["index.arrow", "dropped.json", "remarks.json"]'),
+                ('"attempt"', 5, '{"index.arrow": 1, "dropped.json": 2, "remarks.json": []}'),
+            )
+        ),
+    ],
+)
+def test_a_manifest_of_other_content_counts_as_none(data: PreparedData, caplog: pytest.LogCaptureFixture, content: str) -> None:
+    (data.store / "manifest.json").write_bytes(content.encode())
+    assert PreparedData.find(data.store) is None
+    assert len(caplog.records) == 1
+
+
+def test_a_flipped_bit_never_gives_other_pairs(data: PreparedData, caplog: pytest.LogCaptureFixture) -> None:
+    """A bit at each of 300 seeded places in every file: the same pairs, or an end that names a file, or everything is anew."""
+    right, counts = read_all(data), data.token_counts().prompt.tolist()
+    draw = random.Random(0)
+    ends = {"same": 0, "named": 0, "anew": 0}
+    files = [file for file in sorted(Path(data.store.location).rglob("*")) if file.is_file()]
+    assert len(files) == 6
+    for file in files:
+        content = file.read_bytes()
+        for _ in range(300):
+            place, bit = draw.randrange(len(content)), draw.randrange(8)
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            found = PreparedData.find(data.store)
+            if found is None:
+                ends["anew"] += 1
+                continue
+            assert (found.dropped(), found.remarks()) == (DROPPED, [(logging.INFO, "words")])
+            assert found.token_counts().prompt.tolist() == counts
+            try:
+                pairs = read_all(found)
+            except DamagedFile:
+                ends["named"] += 1
+                assert [note.name for note in (found.folder / NOTES).list()] == [file.name]
+                (found.folder / NOTES).delete()
+            else:
+                ends["same"] += 1
+                assert pairs == right
+        file.write_bytes(content)
+    assert ends["anew"] > 1000  # of four files, nearly every bit
+    assert ends["named"] > 300  # of two shards, every bit of a pair: the rest are the parts that only other programs read
+
+
+def test_files_of_another_data_set_are_not_taken_for_this_one_s(data: PreparedData, tmp_path: Path) -> None:
+    changed = [dataclasses.replace(pair, chosen_ids=[9] * len(pair.chosen_ids)) for pair in PAIRS]
+    other = finished(Store(str(tmp_path / "other")), changed)
+    mine, theirs = Path(data.store.location), Path(other.store.location)
+    right = read_all(data)
+    for name in sorted(str(file.relative_to(mine)) for file in mine.rglob("*") if file.is_file()):
+        content = (mine / name).read_bytes()
+        shutil.copy(theirs / name, mine / name)
+        found = PreparedData.find(data.store)
+        if found is not None:
+            if name.endswith(("dropped.json", "remarks.json")):  # the same in both
+                assert read_all(found) == right
+            else:
+                with pytest.raises(DamagedFile, match=name):
+                    read_all(found)
+                (found.folder / NOTES).delete()
+        (mine / name).write_bytes(content)
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)  # the whole data set under another's name
+    assert PreparedData.find(data.store) is None
+
+
+def test_what_was_read_wrong_once_is_read_again(data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection or a memory that lost a bit is no damage of the file."""
+    right = read_all(data)
+    original, opened = Store.open_file, []
+
+    def open_file(store: Store) -> pa.NativeFile:
+        opened.append(store.name)
+        file = original(store)
+        return pa.BufferReader(bytes(file.size())) if opened == [shard_name(1)] else file
+
+    reader = data.reader()
+    monkeypatch.setattr(Store, "open_file", open_file)
+    assert from_batch(reader.read(range(5))) == right
+    assert opened == [shard_name(1), shard_name(1), shard_name(0)]
+    data.require_undamaged()
+
+
+def test_damage_that_cannot_be_marked_is_told_with_what_to_do(data: PreparedData) -> None:
+    file = Path(data.folder.location) / shard_name(1)
+    cut(file)
+    (Path(data.folder.location) / NOTES).write_text("in the way")
+    with pytest.raises(DamagedFile) as caught:
+        read_all(data)
+    assert str(caught.value).startswith(
+        f"{file} is damaged: it ends too early. Delete it, then the same command makes it anew (it can't be marked as damaged: "
+    )
+
+
+def test_a_place_is_read_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = CheckedFile(Store(str(tmp_path / "file")))
+    (tmp_path / "file").write_bytes(b"0123456789")
+    assert file.read(Place(2, 3, zlib.crc32(b"234"))) == b"234"
+    for place in (Place(2, 3, 0), Place(8, 5, 0), Place(100, 1, 0)):
+        with pytest.raises(DamagedFile):
+            file.read(place)

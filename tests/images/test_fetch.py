@@ -388,7 +388,7 @@ class FakeStore:
 
 
 def fetch_remote(outcome: Any, monkeypatch: pytest.MonkeyPatch, *, num_refs: int = 1) -> list[bytes]:
-    monkeypatch.setattr(fetching, "_file_system", lambda store: (FakeStore(outcome), "bucket"))
+    monkeypatch.setattr(Store, "resolve", lambda store: (FakeStore(outcome), "bucket"))
     refs = [f"{i}.png" for i in range(num_refs)]
     return fetch_images(refs, folder=Store("s3://bucket"), image_root=None, allow_urls=False)
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from rayalign.formats.records import RecordError
 from rayalign.images import fetch as fetching
+from rayalign.images import urls
 from rayalign.images.fetch import fetch_images
 from rayalign.images.urls import is_public
 from rayalign.storage import Store
@@ -53,7 +54,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server: Any = self.server
         server.seen.append((self.headers["Host"], self.path))
-        status, headers, body = server.answers.get(self.path, (404, {}, b""))
+        first = server.first.get(self.path)
+        status, headers, body = first.pop(0) if first else server.answers.get(self.path, (404, {}, b""))
         time.sleep(server.delay)
         with contextlib.suppress(OSError):  # a client that hung up
             self.send_response(status)
@@ -67,12 +69,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(http.server.HTTPServer):
-    """On the loopback address. `answers` maps a path to (status, headers, body), each sent after `delay` seconds; `seen` lists
-    the requests; `hosts` the addresses of a name, one list a time that it is resolved, the last for good."""
+    """On the loopback address. `answers` maps a path to (status, headers, body), each sent after `delay` seconds, and `first`
+    to answers that come once each before; `seen` lists the requests; `hosts` the addresses of a name, one list a time that it
+    is resolved, the last for good."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers: dict[str, tuple[int, dict[str, str], bytes]] = {"/a.png": (200, {}, PNG)}
+        self.first: dict[str, list[tuple[int, dict[str, str], bytes]]] = {}
         self.seen: list[tuple[str, str]] = []
         self.delay = 0.0
         self.hosts: dict[str, list[list[str]]] = {"example.org": [[PUBLIC]]}
@@ -100,6 +104,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def public(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """The server as if it had a public address, and the names that it is told of; no other address is ever connected to."""
+    monkeypatch.setattr(urls, "FIRST_WAIT_SECONDS", 1e-3)
     monkeypatch.setattr(socket, "getaddrinfo", server.resolve)
     monkeypatch.setattr(socket.socket, "connect", connect_to(server.server_address))
     return server
@@ -241,6 +246,61 @@ def test_responses_without_an_image_say_why(public: Server, monkeypatch: pytest.
     assert [error.reason for error in found] == ["image missing", *[failed] * 5, "image too large"]
     assert str(found[1]) == "images: http://example.org/500: HTTP 500"
     assert str(found[4]) == "images: http://example.org/cut: cut off after 1 bytes"
+
+
+CUT = (200, {"Content-Length": str(len(PNG))}, PNG[:20])
+
+
+@pytest.mark.parametrize("answer", [(status, {}, b"") for status in (429, 500, 502, 503, 504)] + [CUT])
+def test_a_server_in_trouble_is_asked_again(public: Server, answer: tuple[int, dict[str, str], bytes]) -> None:
+    public.first["/a.png"] = [answer] * 2
+    assert fetch("http://example.org/a.png") == [PNG]
+    assert len(public.seen) == 3
+    public.first["/a.png"] = [answer] * 3
+    assert failure("http://example.org/a.png").reason == "image URL failed"
+    assert len(public.seen) == 6
+
+
+def test_a_connection_that_is_reset_is_made_again(public: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, failures = socket.socket.connect, [ConnectionResetError(104, "reset"), ConnectionRefusedError(111, "refused")]
+
+    def fail_first(sock: socket.socket, address: Any) -> None:
+        if failures:
+            raise failures.pop()
+        connect(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", fail_first)
+    assert fetch("http://example.org/a.png") == [PNG]
+    assert not failures
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451])
+def test_an_answer_that_will_not_change_is_not_asked_for_again(public: Server, status: int) -> None:
+    public.answers["/a.png"] = (status, {}, b"")
+    failure("http://example.org/a.png")
+    assert len(public.seen) == 1
+
+
+@pytest.mark.parametrize(("number", "times"), [(socket.EAI_NONAME, 1), (socket.EAI_AGAIN, 3)])
+def test_a_name_that_does_not_exist_is_not_asked_for_again(
+    public: Server, monkeypatch: pytest.MonkeyPatch, number: int, times: int
+) -> None:
+    asked = []
+
+    def nowhere(host: str, *_: Any, **__: Any) -> Any:
+        asked.append(host)
+        raise socket.gaierror(number, "no address")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    assert failure("http://example.org/a.png").reason == "image URL failed"
+    assert len(asked) == times
+
+
+def test_no_wait_goes_past_the_time_of_a_record(public: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(urls, "FIRST_WAIT_SECONDS", 100)
+    public.answers["/a.png"] = (503, {}, b"")
+    assert str(failure("http://example.org/a.png")) == "images: http://example.org/a.png: HTTP 503"
+    assert len(public.seen) == 1
 
 
 def test_a_compressed_body_is_refused_and_never_unpacked(public: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import ray
 from PIL import Image
 
 from rayalign.config.sections import DataConfig
+from rayalign.data.checked import DamagedFile
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.prepare import prepare
 from rayalign.data.sampler import SamplerSettings, StepSampler
@@ -97,6 +99,53 @@ def test_the_cache_is_used_until_something_that_counts_changes(sources: Path, sp
     assert other_draw.index()["source_row"].to_pylist() != first.index()["source_row"].to_pylist()
     os.utime(sources / "swift4.json", (1, 1))
     assert prepare_all(sources, spec, tmp_path).store != first.store
+
+
+def test_exactly_the_damaged_shards_are_made_anew(
+    sources: Path, spec: EncoderSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="rayalign")
+    data = prepare_all(sources, spec, tmp_path)
+    right, rows = data.reader().read(range(data.num_rows)), range(data.num_rows)
+    shards = sorted(Path(data.folder.location).glob("shard_*.arrow"))
+    assert len(shards) == 6  # of 3 files, two of which have 2 row groups
+    shards[0].unlink()
+    content = bytearray(shards[2].read_bytes())
+    content[len(content) // 2] ^= 1
+    shards[2].write_bytes(content)
+    before = {shard.name: shard.stat().st_mtime_ns for shard in shards if shard.exists()}
+    with pytest.raises(DamagedFile, match=r"shard_000002\.arrow is damaged: .* The same command makes it anew"):
+        data.reader().read([row for row, shard in enumerate(data.index()["shard"].to_pylist()) if shard == 2])
+    caplog.clear()
+    assert prepare_all(sources, spec, tmp_path) == data
+    (words,) = (line for line in caplog.messages if "encoding again" in line)
+    assert words == f"Data: encoding again 2 of the shards, which are damaged or missing: {shards[0]}"
+    assert data.reader().read(rows).equals(right)
+    after = {shard.name: shard.stat().st_mtime_ns for shard in shards}
+    assert {name for name in after if after[name] != before.get(name)} == {shards[0].name, shards[2].name}
+    assert not list(Path(data.folder.location).glob("mended_*"))
+
+
+def test_everything_is_made_anew_where_the_index_is_damaged_or_a_shard_would_be_another(
+    spec: EncoderSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def prepare_these() -> PreparedData:
+        return prepare([str(file)], spec, DataConfig(), Store.at(str(tmp_path / "cache")))
+
+    file = write_rows(tmp_path / "rows", 6)
+    first = prepare_these()
+    index = Path(first.folder.location) / "index.arrow"
+    index.write_bytes(index.read_bytes()[:-1])
+    second = prepare_these()
+    assert f"Data: encoding anew what was encoded before: {index} is damaged" in caplog.text
+    assert second.attempt != first.attempt
+    Image.new("RGB", (50, 50)).save(next(file.parent.glob("*.png")))
+    (Path(second.folder.location) / "shard_000000.arrow").write_bytes(b"")
+    third = prepare_these()
+    assert "Data: that gives other pairs than before: encoding everything anew" in caplog.text
+    assert third.attempt != second.attempt
+    assert third.damaged_shards() == []
+    assert third.index()["id"].equals(second.index()["id"])
 
 
 def test_a_draw_larger_than_its_data_set_is_refused(sources: Path, spec: EncoderSpec, tmp_path: Path) -> None:

