@@ -411,5 +411,5 @@ def test_the_page_says_where_the_time_went_and_of_how_many_starts() -> None:
 
 
 def test_a_value_with_a_standard_error_is_shown_with_it() -> None:
-    line = {"step": 10, "eval_image_reliance": 0.25, "eval_image_reliance/stderr": 0.04567}
+    line = {"step": 10, "eval_image_reliance": 0.25, "eval_image_reliance/stderr": 0.04567, "eval_image_reliance/pairs": 80}
     assert "Picture reliance0.25± 0.046 standard error, step 10" in Page(render(metrics=[*METRICS, line])).text
