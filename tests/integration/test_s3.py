@@ -1,4 +1,4 @@
-"""A run whose folder and cache are on a real S3 server, on loopback."""
+"""A run whose model, folder and cache are on a real S3 server, on loopback."""
 
 import contextlib
 import json
@@ -65,8 +65,9 @@ def bucket(cluster_of_four_cpus: Cluster, tmp_path_factory: pytest.TempPathFacto
 def test_a_run_lives_on_object_storage_and_continues_there(
     cluster_of_four_cpus: Cluster, bucket: pafs.S3FileSystem, model: Path, good_records: Path
 ) -> None:
+    pafs.copy_files(str(model), "tests/llava", destination_filesystem=bucket)
     words = (
-        *("pipelines/dpo.py", "--model", model, "--dataset", good_records, "--output_dir", "s3://tests/runs/dpo"),
+        *("pipelines/dpo.py", "--model", "s3://tests/llava", "--dataset", good_records, "--output_dir", "s3://tests/runs/dpo"),
         *("--num_workers", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2, "--dataset_test_ratio", 0.1),
         *("--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--precompute_ref_log_probs", "true"),
     )
@@ -74,6 +75,11 @@ def test_a_run_lives_on_object_storage_and_continues_there(
     names = {Path(info.path).name for info in bucket.get_file_info(pafs.FileSelector("tests/runs/dpo"))}
     assert {"config.yaml", "metrics.jsonl", "dropped.jsonl", "checkpoints", "model", "report.html", "summary.json"} <= names
     adapter = read(bucket, "tests/runs/dpo/model/adapter_model.safetensors")
+    assert json.loads(read(bucket, "tests/runs/dpo/model/adapter_config.json"))["base_model_name_or_path"] == "s3://tests/llava"
+    copies = cluster_of_four_cpus.env["RAYALIGN_DOWNLOADS"].encode()
+    written = bucket.get_file_info(pafs.FileSelector("tests/runs/dpo", recursive=True))
+    files = [info.path for info in written if info.type == pafs.FileType.File]
+    assert not [file for file in files if copies in read(bucket, file)]
 
     # Put back to where a kill after step 2 would have left it, the run ends with the same adapter again.
     bucket.delete_file("tests/runs/dpo/summary.json")
@@ -88,6 +94,22 @@ def test_a_run_lives_on_object_storage_and_continues_there(
     assert read(bucket, "tests/runs/dpo/model/adapter_model.safetensors") == adapter
     lines = [json.loads(line) for line in read(bucket, "tests/runs/dpo/metrics.jsonl").decode().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_run_continues_from_an_adapter_on_object_storage(
+    cluster_of_four_cpus: Cluster, bucket: pafs.S3FileSystem, good_records: Path, tmp_path: Path
+) -> None:
+    words = ("pipelines/sft.py", "--adapter", "s3://tests/runs/dpo/model", "--dataset", good_records, "--max_steps", 1)
+    output = cluster_of_four_cpus.run(*words, "--output_dir", tmp_path / "run", "--gradient_accumulation_steps", 2)
+    assert "Loading s3://tests/llava" in output
+    folders = [folder.name for folder in Path(cluster_of_four_cpus.env["RAYALIGN_DOWNLOADS"]).iterdir() if folder.is_dir()]
+    models = sorted(name.rpartition("-described")[0] or name for name in folders)
+    # Of the model and the adapter a copy each, and of both the description, which was there first.
+    assert [name.rpartition("-")[0] for name in models] == ["runs_dpo_model"] * 2 + ["tests_llava"] * 2
+    output = cluster_of_four_cpus.run(*words[:2], "s3://tests/no/such/model", *words[3:], code=2)
+    assert output.splitlines()[-1] == (
+        "pipelines/sft.py: error: --adapter s3://tests/no/such/model: there is no such folder, or nothing in it."
+    )
 
 
 def read(filesystem: pafs.S3FileSystem, path: str) -> bytes:

@@ -70,6 +70,8 @@ def sought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What nodes were asked to look for, by a run with every local input there is."""
     for name in ("model", "adapter", "pictures"):
         (tmp_path / name).mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"picture")
+    (tmp_path / "pictures" / "gone.png").symlink_to("nowhere")
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "adapter" / "adapter_config.json").write_text(
@@ -93,6 +95,7 @@ def test_every_local_file_that_a_run_reads_is_looked_for(tmp_path: Path, sought:
     assert [(file.given, file.path.removeprefix(here), file.size) for file in sought["inputs"]] == [
         (f"--dataset {here}/rows.jsonl", "/rows.jsonl", 3),
         (f"--image_root {here}/pictures", "/pictures", None),
+        (f"--image_root {here}/pictures", "/pictures/a.png", 7),
         (f"The model {here}/model", "/model/config.json", 2),
         (f"The model {here}/model", "/model/model.safetensors", 7),
         (f"--adapter {here}/adapter", "/adapter/adapter_config.json", adapter.stat().st_size),
