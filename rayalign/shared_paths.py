@@ -85,9 +85,12 @@ TOKEN = ".rayalign_seen_by_all_"
 def _token(given: str, folder: Path) -> Iterator[SharedFile]:
     """A new file in a folder that a run writes to, for as long as it is looked for; the folder, too, if there was none."""
     made = [folder, *folder.parents][: sum(not place.exists() for place in (folder, *folder.parents))]
-    folder.mkdir(parents=True, exist_ok=True)
     token = folder / f"{TOKEN}{uuid.uuid4().hex}"
-    token.write_bytes(b"here")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.write_bytes(b"here")
+    except OSError as error:
+        raise ValueError(f"{given}: can't be written to from this machine ({error.strerror}).") from None
     try:
         yield SharedFile(given, str(token), token.stat().st_size)
     finally:
