@@ -1,6 +1,7 @@
 """The places of a run, named so that they mean the same in every process, and looked at from every node."""
 
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def with_whole_paths(config: Config) -> Config:
 
 def _whole(flag: str, place: str) -> str:
     """A folder's absolute path or URL; raises ValueError for a URL that no file system has."""
+    if re.match(r"(s3|gs|gcs|file|https?):", place) and not re.match(r"\w+://.*[^/]", place):
+        raise ValueError(f"{flag} {place}: is no path and no whole URL. Write one such as s3://bucket/folder.")
     store = Store.at(place)
     if store.local_path is None:
         try:

@@ -57,6 +57,13 @@ def test_a_url_that_no_file_system_has_is_refused_with_its_flag(flag: str) -> No
     )
 
 
+@pytest.mark.parametrize("place", ["s3://", "s3:/bucket/folder", "s3:bucket", "gs:///", "file:/shared/folder"])
+def test_a_url_that_was_cut_short_is_not_taken_for_a_folder(place: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        with_whole_paths(Config(DPO()).replace({"cache_dir": place}))
+    assert str(caught.value) == (f"--cache_dir {place}: is no path and no whole URL. Write one such as s3://bucket/folder.")
+
+
 def test_a_job_needs_a_cache_that_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cluster.JOB_VARIABLE, "{}")
     run = RunConfig(output_dir="s3://bucket/run")
