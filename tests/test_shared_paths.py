@@ -69,7 +69,7 @@ def test_the_look_leaves_the_folders_that_are_written_to_as_they_were(
     monkeypatch.setattr(
         shared_paths,
         "_unseen_by",
-        lambda nodes, sought: {"10.0.0.1": unseen(sought, 0), "10.0.0.2": [f for f in sought if "/." in f.path]},
+        lambda nodes, sought, seconds: {"10.0.0.1": unseen(sought, 0), "10.0.0.2": [f for f in sought if "/." in f.path]},
     )
     with pytest.raises(ValueError, match=r"10\.0\.0\.2 \(of 2 nodes\) does not see what this machine writes there"):
         check_shared_paths([], {"--output_dir a": str(tmp_path / "run"), "--cache_dir b": str(tmp_path / "new" / "cache")})
