@@ -65,11 +65,9 @@ def model_folder(model: str, *, weights: bool) -> str:
 
     Raises ValueError where there is no such folder, or it can't be read.
     """
+    model = local_where_it_is(model)
     if not is_url(model):
         return model
-    local = Store.at(model).local_path
-    if local is not None:
-        return str(local)
     listing = model_files(model)
     folders = [_folder_of(model, listing)]
     if not weights:
@@ -79,11 +77,18 @@ def model_folder(model: str, *, weights: bool) -> str:
     return str(found or _download(Store.at(model), listing, folders[-1]))
 
 
+def local_where_it_is(place: str) -> str:
+    """A file:// URL as the path that it is; anything else as given."""
+    return str(Store.at(place).local_path) if place.startswith("file://") else place
+
+
 def model_files(model: str) -> dict[str, tuple[int, int]]:
     """The files of a remote folder that a model or adapter is loaded from: size in bytes and time of change (ns) by name.
 
     Raises ValueError, which says why, where the folder can't be listed or isn't there.
     """
+    if not model.partition("://")[2].strip("/"):
+        raise ValueError(f"{model}: names no bucket.")
     store = Store.at(model)
     infos = _explained(model, lambda: _within(ANSWER_SECONDS, lambda: _list(store)))
     files = {name: (info.size, info.mtime_ns or 0) for name, info in infos.items()}

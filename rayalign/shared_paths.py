@@ -34,7 +34,9 @@ class SharedFile:
     size: int | None
 
 
-def check_shared_paths(inputs: Sequence[SharedFile], written: Mapping[str, str]) -> None:
+def check_shared_paths(
+    inputs: Sequence[SharedFile], written: Mapping[str, str], *, arrival_seconds: float = ARRIVAL_SECONDS
+) -> None:
     """Raises ValueError where the cluster has other machines than this one and they don't see what is read, or what this
     process writes; `written` are folders by the flag, as given, that names them. What is seen everywhere is left as it was."""
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
@@ -44,12 +46,12 @@ def check_shared_paths(inputs: Sequence[SharedFile], written: Mapping[str, str])
     logger.info("Looking at the run's paths from %d node%s", len(nodes), "" if len(nodes) == 1 else "s")
     with contextlib.ExitStack() as tokens:
         sought = [*inputs, *(tokens.enter_context(_token(given, Path(folder))) for given, folder in written.items())]
-        problem = problem_of(_unseen_by(nodes, sought), num_nodes=len(nodes))
+        problem = problem_of(_unseen_by(nodes, sought, arrival_seconds), num_nodes=len(nodes))
     if problem:
         raise ValueError(problem)
 
 
-def unseen(files: Sequence[SharedFile], seconds: float = ARRIVAL_SECONDS) -> list[SharedFile]:
+def unseen(files: Sequence[SharedFile], seconds: float) -> list[SharedFile]:
     """Those of the files that this process does not see, or with another size, after so many seconds. Runs on each node."""
     deadline = time.monotonic() + seconds
     missing = [file for file in files if not _is_seen(file)]
@@ -85,9 +87,12 @@ TOKEN = ".rayalign_seen_by_all_"
 def _token(given: str, folder: Path) -> Iterator[SharedFile]:
     """A new file in a folder that a run writes to, for as long as it is looked for; the folder, too, if there was none."""
     made = [folder, *folder.parents][: sum(not place.exists() for place in (folder, *folder.parents))]
-    folder.mkdir(parents=True, exist_ok=True)
     token = folder / f"{TOKEN}{uuid.uuid4().hex}"
-    token.write_bytes(b"here")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.write_bytes(b"here")
+    except OSError as error:
+        raise ValueError(f"{given}: can't be written to from this machine ({error.strerror}).") from None
     try:
         yield SharedFile(given, str(token), token.stat().st_size)
     finally:
@@ -97,12 +102,12 @@ def _token(given: str, folder: Path) -> Iterator[SharedFile]:
                 place.rmdir()
 
 
-def _unseen_by(nodes: Mapping[str, str], sought: Sequence[SharedFile]) -> dict[str, list[SharedFile]]:
+def _unseen_by(nodes: Mapping[str, str], sought: Sequence[SharedFile], arrival_seconds: float) -> dict[str, list[SharedFile]]:
     """What each node, by its address, does not see. Nodes that leave meanwhile are passed over."""
     look = ray.remote(unseen)
     tasks = {
         look.options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
-            list(sought)
+            list(sought), arrival_seconds
         ): address
         for node_id, address in nodes.items()
     }

@@ -171,6 +171,7 @@ ACCESS = "When listing objects under key 'x' in bucket 'b': AWS Error ACCESS_DEN
     ("url", "error", "words"),
     [
         ("s3://bucket/nowhere", None, "there is no such folder, or nothing in it."),
+        ("s3://", None, "names no bucket."),
         ("s3://b/x", OSError("AWS Error NO_SUCH_BUCKET during ListObjectsV2 operation"), "there is no such bucket."),
         (
             "s3://b/x",

@@ -48,6 +48,15 @@ def test_nothing_is_looked_for_on_a_single_node(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_this_machine_can_not_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"NodeID": name, "NodeManagerAddress": f"10.0.0.{name}", "Alive": True} for name in "12"]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    (tmp_path / "run").write_bytes(b"a file")
+    with pytest.raises(ValueError) as caught:
+        check_shared_paths([], {"--output_dir run": str(tmp_path / "run")})
+    assert str(caught.value) == "--output_dir run: can't be written to from this machine (File exists)."
+
+
 @pytest.mark.parametrize("kept", [(), ("run",)])
 def test_the_look_leaves_the_folders_that_are_written_to_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: tuple[str, ...]
@@ -60,7 +69,7 @@ def test_the_look_leaves_the_folders_that_are_written_to_as_they_were(
     monkeypatch.setattr(
         shared_paths,
         "_unseen_by",
-        lambda nodes, sought: {"10.0.0.1": unseen(sought, 0), "10.0.0.2": [f for f in sought if "/." in f.path]},
+        lambda nodes, sought, seconds: {"10.0.0.1": unseen(sought, 0), "10.0.0.2": [f for f in sought if "/." in f.path]},
     )
     with pytest.raises(ValueError, match=r"10\.0\.0\.2 \(of 2 nodes\) does not see what this machine writes there"):
         check_shared_paths([], {"--output_dir a": str(tmp_path / "run"), "--cache_dir b": str(tmp_path / "new" / "cache")})

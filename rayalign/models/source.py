@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayalign.config.sections import ModelConfig
-from rayalign.downloads import model_files, model_folder
+from rayalign.downloads import local_where_it_is, model_files, model_folder
 from rayalign.models.missing import no_folder, require_config, require_weights, without, without_remote
 from rayalign.storage import Store, is_url
 
@@ -86,7 +86,7 @@ def _named(config: ModelConfig, source: ModelSource) -> str:
 
 
 def _source_of(model: str) -> ModelSource:
-    place = _local_where_it_is(model)
+    place = local_where_it_is(model)
     if is_url(place):
         return _remote_source("--model", place)
     folder = Path(place).expanduser()
@@ -116,14 +116,8 @@ def _remote_source(flag: str, url: str, *, wanted: str = "config.json") -> Model
     return ModelSource(url)
 
 
-def _local_where_it_is(model: str) -> str:
-    """A file:// URL as the path that it is."""
-    local = Store.at(model).local_path if is_url(model) else None
-    return model if local is None else str(local)
-
-
 def _adapter_source(adapter: str) -> ModelSource:
-    place = _local_where_it_is(adapter)
+    place = local_where_it_is(adapter)
     if is_url(place):
         return _remote_source("--adapter", place, wanted=ADAPTER_CONFIG)
     folder = Path(place).expanduser()
@@ -173,7 +167,7 @@ def _base_of(folder: Path, named: str) -> str:
 
 
 def _whole_path(model: str) -> str:
-    folder = Path(_local_where_it_is(model)).expanduser()
+    folder = Path(local_where_it_is(model)).expanduser()
     return str(folder.resolve()) if folder.is_dir() else model
 
 

@@ -1,5 +1,7 @@
 """The places of a run, named so that they mean the same in every process, and looked at from every node."""
 
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from rayalign.models.source import resolve_model
 from rayalign.shared_paths import SharedFile, check_shared_paths
 from rayalign.sources.files import resolve_dataset, whole_argument
 from rayalign.storage import Store, is_url
+
+PICTURES_SOUGHT = 5
+"""Entries of --image_root that each node looks for: elsewhere it may be the empty folder that something is mounted on."""
 
 
 def with_whole_paths(config: Config) -> Config:
@@ -36,6 +41,8 @@ def with_whole_paths(config: Config) -> Config:
 
 def _whole(flag: str, place: str) -> str:
     """A folder's absolute path or URL; raises ValueError for a URL that no file system has."""
+    if re.match(r"(s3|gs|gcs|file|https?):", place) and not re.match(r"\w+://.*[^/]", place):
+        raise ValueError(f"{flag} {place}: is no path and no whole URL. Write one such as s3://bucket/folder.")
     store = Store.at(place)
     if store.local_path is None:
         try:
@@ -81,7 +88,11 @@ def _inputs(config: Config) -> Iterator[SharedFile]:
                     yield SharedFile(f"{flag} {argument}", str(local), file.size)
     root = Store.at(data.image_root).local_path if data.image_root else None
     if root is not None:
-        yield SharedFile(f"--image_root {data.image_root}", str(root), None)
+        given = f"--image_root {data.image_root}"
+        yield SharedFile(given, str(root), None)
+        entries = (entry for entry in root.iterdir() if entry.exists()) if root.is_dir() else ()
+        for entry in itertools.islice(entries, PICTURES_SOUGHT):
+            yield SharedFile(given, str(entry), entry.stat().st_size if entry.is_file() else None)
     source = resolve_model(config.model, REGISTERED_MODELS)
     for folder in filter(None, (source.base, source.adapter)):
         if not is_url(folder) and Path(folder).is_dir():

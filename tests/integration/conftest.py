@@ -21,6 +21,7 @@ def cluster_of_four_cpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         "AWS_SECRET_ACCESS_KEY": "testtest",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
+        "RAYALIGN_DOWNLOADS": str(tmp_path_factory.mktemp("downloads")),
     }
     with running_cluster(tmp_path_factory.mktemp("ray"), num_cpus=4, env=storage) as cluster:
         yield cluster

@@ -175,6 +175,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(
 def test_workers_that_fit_nowhere_are_refused_with_the_numbers(
     cluster_of_four_cpus: Cluster, model: Path, records: Path, tmp_path: Path
 ) -> None:
-    words = ("--model", model, "--dataset", records, "--output_dir", tmp_path / "run", "--num_workers", 9)
+    words = (
+        "--model",
+        model,
+        "--dataset",
+        records,
+        "--output_dir",
+        tmp_path / "run",
+        "--num_workers",
+        9,
+        "--wait_for_nodes",
+        2,
+    )
     output = cluster_of_four_cpus.run("pipelines/dpo.py", *words, code=2)
-    assert "--num_workers 9 with 1 CPUs and 0 GPUs each: the cluster has room for 4" in output
+    assert "Waiting for nodes, 2 s at most (--wait_for_nodes): there is room for 4 of 9 workers with 1 CPU each" in output
+    assert "--num_workers 9 with 1 CPU and 0 GPUs each: the cluster has room for 4 (1 node with 4 CPUs and 0 GPUs)" in output

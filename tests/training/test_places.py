@@ -57,6 +57,13 @@ def test_a_url_that_no_file_system_has_is_refused_with_its_flag(flag: str) -> No
     )
 
 
+@pytest.mark.parametrize("place", ["s3://", "s3:/bucket/folder", "s3:bucket", "gs:///", "file:/shared/folder"])
+def test_a_url_that_was_cut_short_is_not_taken_for_a_folder(place: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        with_whole_paths(Config(DPO()).replace({"cache_dir": place}))
+    assert str(caught.value) == (f"--cache_dir {place}: is no path and no whole URL. Write one such as s3://bucket/folder.")
+
+
 def test_a_job_needs_a_cache_that_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cluster.JOB_VARIABLE, "{}")
     run = RunConfig(output_dir="s3://bucket/run")
@@ -70,6 +77,8 @@ def sought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What nodes were asked to look for, by a run with every local input there is."""
     for name in ("model", "adapter", "pictures"):
         (tmp_path / name).mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"picture")
+    (tmp_path / "pictures" / "gone.png").symlink_to("nowhere")
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "adapter" / "adapter_config.json").write_text(
@@ -93,6 +102,7 @@ def test_every_local_file_that_a_run_reads_is_looked_for(tmp_path: Path, sought:
     assert [(file.given, file.path.removeprefix(here), file.size) for file in sought["inputs"]] == [
         (f"--dataset {here}/rows.jsonl", "/rows.jsonl", 3),
         (f"--image_root {here}/pictures", "/pictures", None),
+        (f"--image_root {here}/pictures", "/pictures/a.png", 7),
         (f"The model {here}/model", "/model/config.json", 2),
         (f"The model {here}/model", "/model/model.safetensors", 7),
         (f"--adapter {here}/adapter", "/adapter/adapter_config.json", adapter.stat().st_size),

@@ -1,0 +1,76 @@
+"""Nodes of a real cluster: one that joins while a run waits for it, and paths that are looked at from both."""
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import ray.util
+
+from rayalign import nodes
+from rayalign.algorithms import DPO
+from rayalign.config.config import Config
+from rayalign.config.sections import ClusterConfig
+from rayalign.shared_paths import SharedFile, check_shared_paths
+from tests.cluster import Cluster, free_ports, running_cluster
+
+
+@pytest.fixture
+def head(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head node without CPUs, which this process is connected to."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with running_cluster(tmp_path_factory.mktemp("head"), num_cpus=0) as cluster:
+        ray.init(address=cluster.address, logging_level=logging.WARNING)
+        yield cluster
+        ray.shutdown()
+
+
+def start_node(head: Cluster, folder: Path) -> subprocess.Popen[bytes]:
+    agent, metrics, runtime = free_ports(3)
+    words = (
+        *("start", "--block", f"--address={head.address}", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime}"),
+        f"--object-store-memory={100 * 2**20}",
+    )
+    with (folder / "node.log").open("w") as log:
+        program = str(Path(sys.executable).with_name("ray"))
+        return subprocess.Popen([program, *words], env=head.env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def test_a_run_waits_for_the_node_that_its_workers_need_and_looks_at_its_paths_from_there(
+    head: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=r"room for 0 .* and no more came in 1 s"):
+        nodes.wait_for_workers(Config(DPO(), cluster=ClusterConfig(num_workers=2, wait_for_nodes=1)))
+    started: list[subprocess.Popen[bytes]] = []
+    joins = threading.Timer(1, lambda: started.append(start_node(head, tmp_path)))
+    joins.start()
+    try:
+        began = time.monotonic()
+        with caplog.at_level(logging.INFO):
+            nodes.wait_for_workers(Config(DPO(), cluster=ClusterConfig(num_workers=2, wait_for_nodes=60)))
+            (tmp_path / "rows.jsonl").write_bytes(b"12")
+            rows = SharedFile("--dataset rows.jsonl", str(tmp_path / "rows.jsonl"), 2)
+            check_shared_paths([rows], {"--output_dir run": str(tmp_path / "run")})
+        assert 1 < time.monotonic() - began < 60
+        assert [record.getMessage() for record in caplog.records if record.name.startswith("rayalign")] == [
+            "Waiting for nodes, 60 s at most (--wait_for_nodes): there is room for 0 of 2 workers with 1 CPU each; the cluster "
+            "has 1 node with 0 CPUs and 0 GPUs",
+            "The nodes for 2 workers are there",
+            "Looking at the run's paths from 2 nodes",
+        ]
+        assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
+        assert not (tmp_path / "run").exists()
+        gone = SharedFile("--dataset gone.jsonl", str(tmp_path / "gone.jsonl"), 2)
+        with pytest.raises(ValueError, match=r"--dataset gone.jsonl: 127.0.0.1, 127.0.0.1 \(2\) \(of 2 nodes\) do not see"):
+            check_shared_paths([gone], {}, arrival_seconds=0)
+    finally:
+        joins.join()
+        for node in started:
+            node.terminate()
+            node.wait()
