@@ -30,6 +30,10 @@ STORAGE_TROUBLE = {
     errno.EROFS: ("a file system is read-only", "Make it writable, or choose another --output_dir."),
     errno.EACCES: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
     errno.EPERM: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+        ("there can't be such a file or folder", "Choose another --output_dir."),
+    ),
     errno.EIO: ("a disk fails", "Choose another --output_dir, and copy there what is kept."),
 }
 """What storage will answer again however often it is asked, by the system's number: what it is, and what helps."""

@@ -135,12 +135,27 @@ def in_a_worker(error: BaseException) -> Exception:
             "a file became larger than this process may write ([Errno 27] File too large). Raise the limit (ulimit -f).",
         ),
         (
+            FileExistsError(errno.EEXIST, "File exists", "/a"),
+            "there can't be such a file or folder ([Errno 17] File exists: '/a'). Choose another --output_dir.",
+        ),
+        (
             OSError("When uploading: AWS Error ACCESS_DENIED during PutObject operation: Access Denied."),
             "what it asks for is refused or not there (When uploading: AWS Error ACCESS_DENIED during PutObject operation: "
             "Access Denied).",
         ),
     ],
-    ids=["here", "worker", "controller", "safetensors", "task", "read-only", "refused", "limit", "object store"],
+    ids=[
+        "here",
+        "worker",
+        "controller",
+        "safetensors",
+        "task",
+        "read-only",
+        "refused",
+        "limit",
+        "a file there",
+        "object store",
+    ],
 )
 def test_storage_that_fails_for_good_ends_a_run_with_one_sentence_and_no_restart(
     tmp_path: Path, error: Exception, trouble: str
