@@ -41,6 +41,9 @@ STORAGE_TROUBLE = {
 OF_RAY = (0, signal.SIGTERM)
 """Exit codes with which Ray's own handlers of signals leave the program (in Ray Train's `fit`, and as `ray.init` sets one)."""
 
+UNMISTAKABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""Those that no code catches and goes on from: wherever one stands in a traceback, it is what ended the run."""
+
 
 @contextlib.contextmanager
 def told_endings(reached: Callable[[], str]) -> Iterator[None]:
@@ -82,14 +85,22 @@ def storage_trouble(error: Exception) -> str | None:
     for cause in causes_of(error):
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [""]
         text = lines[-1]
-        named = re.search(r"(?i)\[errno (\d+)\]|\(os error (\d+)\)", text)
-        number = cause.errno if isinstance(cause, OSError) else int(named[1] or named[2]) if named else None
-        if number in STORAGE_TROUBLE:
-            what, helps = STORAGE_TROUBLE[number]
-            return f"{what} ({text.rstrip('.')}). {helps}"
+        found = [(cause.errno, text)] if isinstance(cause, OSError) and cause.errno else [(_number_in(text), text)]
+        # A task's error is the text of a traceback, whose last lines may be of an error that followed.
+        found += [(number, line) for line in reversed(lines) if (number := _number_in(line)) in UNMISTAKABLE]
+        for number, words in found:
+            if number in STORAGE_TROUBLE:
+                what, helps = STORAGE_TROUBLE[number]
+                return f"{what} ({words.rstrip('.')}). {helps}"
         if isinstance(cause, OSError) and any(words in text for words in LASTING_WORDS):
             return f"what it asks for is refused or not there ({text.rstrip('.')})."
     return None
+
+
+def _number_in(line: str) -> int | None:
+    """The system's number of an error, as Python, Arrow or safetensors write it."""
+    named = re.search(r"(?i)\[errno (\d+)\]|\(os error (\d+)\)", line)
+    return int(named[1] or named[2]) if named else None
 
 
 def with_restarts(work: Callable[[], T], *, max_failures: int, progress: Callable[[], int] = lambda: 0) -> T:

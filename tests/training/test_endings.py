@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray.exceptions
+from ray.data.exceptions import UserCodeException
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
@@ -96,6 +97,16 @@ def test_the_users_mistake_behind_a_failure_of_the_cluster_is_told_as_such(tmp_p
 FULL = OSError(errno.ENOSPC, "No space left on device", "/runs/a/checkpoints/x")
 
 
+DATA_TASK = """Traceback (most recent call last):
+  File "store.py", line 1, in write
+OSError: [Errno 28] No space left on device: '/cache/shard'
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+ray.data.exceptions.UserCodeException: UDF failed to process a data block."""
+
+
 def in_a_worker(error: BaseException) -> Exception:
     """A failure as Ray Train reports it where a worker's function raised an error."""
     return WorkerGroupError("", {1: UserExceptionWithTraceback(error, "Traceback ...\nOSError: ..."), 0: RayActorError()})
@@ -119,6 +130,10 @@ def in_a_worker(error: BaseException) -> Exception:
                 "write", "Traceback ...\nOSError: [Errno 122] Disk quota exceeded", OSError(122, "Disk quota exceeded")
             ),
             "the quota of a disk is used up (OSError: [Errno 122] Disk quota exceeded). Free some space, or raise the quota.",
+        ),
+        (
+            RayTaskError("write", DATA_TASK, UserCodeException("UDF failed to process a data block.")),
+            "a disk is full (OSError: [Errno 28] No space left on device: '/cache/shard'). Free some space.",
         ),
         (
             OSError(errno.EROFS, "Read-only file system", "/a"),
@@ -150,6 +165,7 @@ def in_a_worker(error: BaseException) -> Exception:
         "controller",
         "safetensors",
         "task",
+        "data task",
         "read-only",
         "refused",
         "limit",
