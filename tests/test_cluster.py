@@ -38,6 +38,7 @@ from rayalign.config.sections import ClusterConfig
             "HEAD_NODE_RESOURCE_LABEL",
         ),
         (cluster.PROGRESS_LOGGER, "ray.data._internal.progress", "__name__"),
+        (cluster.TRACEBACK_LOGGER, "ray.train.v2._internal.util", "__name__"),
     ],
 )
 def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: str, theirs: str) -> None:
@@ -56,6 +57,7 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         (cluster.LAUNCHER_CONFIG, "ray.tune.execution.cluster_info", 'Path("{}").expanduser().exists()'),
         ("logger", "ray.data._internal.progress", '{}.warning(\n                "Progress bars disabled.'),
         ("worker_failures", "ray.train.v2.api.exceptions", "self.{} = worker_failures"),
+        ("logger.error", "ray.train.v2._internal.util", '{}(f"Error in training function:'),
         (cluster.WORKERS_ERROR, "ray.train.v2._internal.exceptions", "self.{} = exc"),
     ],
 )

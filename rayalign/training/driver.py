@@ -37,7 +37,7 @@ from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
 from rayalign.training.checkpoint import newest_complete, prune_checkpoints
-from rayalign.training.endings import beside_signals, run_reached, told_endings, with_restarts
+from rayalign.training.endings import beside_signals, hide_known_tracebacks, run_reached, told_endings, with_restarts
 from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
 from rayalign.training.run_folder import check_run_folder, dropped_lines, open_run, with_output_dir, write_results
@@ -178,6 +178,7 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
 
 def _train_loop(job: dict[Any, Any]) -> WorkerResult | Stopped:
     quiet_logging()
+    hide_known_tracebacks()
     # Ray Train's controller imports this module, too; what only the workers need is imported in the workers.
     from rayalign.training.worker import train_worker
 

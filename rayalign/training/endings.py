@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
-from rayalign.cluster import RAY_ERRORS, cause_in_words, causes_of, user_error_in
+from rayalign.cluster import RAY_ERRORS, TRACEBACK_LOGGER, cause_in_words, causes_of, user_error_in
 from rayalign.config.config import Config
 from rayalign.config.endings import TRACEBACK_VARIABLE, RunFailed, Terminated
 from rayalign.storage import LASTING_WORDS, Store
@@ -40,6 +40,9 @@ STORAGE_TROUBLE = {
 
 OF_RAY = (0, signal.SIGTERM)
 """Exit codes with which Ray's own handlers of signals leave the program (in Ray Train's `fit`, and as `ray.init` sets one)."""
+
+LOST_PEER = "Connection closed by peer"
+"""What a worker's exchange with another one says when that one has ended."""
 
 UNMISTAKABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """Those that no code catches and goes on from: wherever one stands in a traceback, it is what ended the run."""
@@ -95,6 +98,16 @@ def storage_trouble(error: Exception) -> str | None:
         if isinstance(cause, OSError) and any(words in text for words in LASTING_WORDS):
             return f"what it asks for is refused or not there ({text.rstrip('.')})."
     return None
+
+
+def hide_known_tracebacks() -> None:
+    """In a train worker: keeps out of the log what the driver has a sentence for, and what the other workers meet then."""
+    logging.getLogger(TRACEBACK_LOGGER).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    lines = record.getMessage().splitlines()
+    return not any(LOST_PEER in line or _number_in(line) in UNMISTAKABLE for line in lines)
 
 
 def _number_in(line: str) -> int | None:

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import logging
 import os
 import signal
 import threading
@@ -17,13 +18,14 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from safetensors import SafetensorError
 
 from rayalign.algorithms import DPO
+from rayalign.cluster import TRACEBACK_LOGGER
 from rayalign.config.config import Config
 from rayalign.config.endings import RunFailed, Terminated
 from rayalign.config.sections import RunConfig
 from rayalign.storage import Store
 from rayalign.training import endings
 from rayalign.training.checkpoint import Checkpoint
-from rayalign.training.endings import run_reached, told_endings, with_restarts
+from rayalign.training.endings import hide_known_tracebacks, run_reached, told_endings, with_restarts
 
 NOTHING = "before the first step; the same command starts from step 0, with the records that are encoded."
 
@@ -230,6 +232,20 @@ def test_failures_count_as_long_as_no_new_checkpoint_is_between_them() -> None:
     for steps, limit in (([0], 0), ([10], 0), ([0, 0], 1), ([10, 10], 1), ([10, 20, 20, 20], 2), ([10, 5, 5], 2)):
         with pytest.raises(WorkerGroupError):
             runs_until(steps, max_failures=limit)
+
+
+def test_a_workers_log_has_no_traceback_of_what_the_driver_tells_in_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    hide_known_tracebacks()
+    log = logging.getLogger(TRACEBACK_LOGGER)
+    for last in (
+        str(FULL),
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+        "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:25504.",
+        "TypeError: a mistake in the program",
+    ):
+        log.error("Error in training function:\nTraceback ...\n%s", last)
+    (said,) = caplog.messages
+    assert said.endswith("TypeError: a mistake in the program")
 
 
 def test_a_restart_is_said_with_its_cause(caplog: pytest.LogCaptureFixture) -> None:
