@@ -81,9 +81,10 @@ def run(config: Config) -> Result:
     require_lasting_folder(config.run.output_dir)
     config = with_output_dir(config)
     require_model(config.model, REGISTERED_MODELS)
-    check_run_folder(config)
-    with told_endings(functools.partial(run_reached, config)), held(Store.at(str(config.run.output_dir))) as lease:
-        return _run(config, lease)
+    with told_endings(functools.partial(run_reached, config)):
+        check_run_folder(config)
+        with held(Store.at(str(config.run.output_dir))) as lease:
+            return _run(config, lease)
 
 
 def _run(config: Config, lease: Lease) -> Result:
