@@ -67,6 +67,10 @@ WORKERS_ERROR = "_base_exc"
 when Ray Train documents a way to it.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/exceptions.py"""
 
+TRACEBACK_LOGGER = "ray.train.v2._internal.util"
+"""Logs the traceback of what a train worker's function raised. Can go when Ray Train leaves that to the driver, which gets it.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/util.py"""
+
 PROGRESS_LOGGER = "ray.data._internal.progress"
 """Warns in each process that progress bars are switched off, once they are. Can go when it no longer does.
 https://github.com/ray-project/ray/tree/ray-2.60.0/python/ray/data/_internal/progress"""

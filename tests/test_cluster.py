@@ -31,6 +31,7 @@ from rayalign.retries import StorageFailed
             "HEAD_NODE_RESOURCE_LABEL",
         ),
         (cluster.PROGRESS_LOGGER, "ray.data._internal.progress", "__name__"),
+        (cluster.TRACEBACK_LOGGER, "ray.train.v2._internal.util", "__name__"),
     ],
 )
 def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: str, theirs: str) -> None:
@@ -53,6 +54,7 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         ),
         ("logger", "ray.data._internal.progress", '{}.warning(\n                "Progress bars disabled.'),
         ("worker_failures", "ray.train.v2.api.exceptions", "self.{} = worker_failures"),
+        ("logger.error", "ray.train.v2._internal.util", '{}(f"Error in training function:'),
         (cluster.WORKERS_ERROR, "ray.train.v2._internal.exceptions", "self.{} = exc"),
     ],
 )

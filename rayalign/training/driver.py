@@ -31,7 +31,7 @@ from rayalign.report.page import Times
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
 from rayalign.training.checkpoint import newest_complete, prune_checkpoints
-from rayalign.training.endings import beside_signals, run_reached, told_endings, with_restarts
+from rayalign.training.endings import beside_signals, hide_known_tracebacks, run_reached, told_endings, with_restarts
 from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
 from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
@@ -80,9 +80,10 @@ def run(config: Config, *, began: float | None = None) -> Result:
     require_lasting_folders(config)
     config = with_whole_paths(config)
     require_model(config.model, REGISTERED_MODELS)
-    check_run_folder(config)
-    with told_endings(functools.partial(run_reached, config)), held(Store.at(str(config.run.output_dir))) as lease:
-        return _run(config, watch, lease)
+    with told_endings(functools.partial(run_reached, config)):
+        check_run_folder(config)
+        with held(Store.at(str(config.run.output_dir))) as lease:
+            return _run(config, watch, lease)
 
 
 def _run(config: Config, watch: Stopwatch, lease: Lease) -> Result:
@@ -199,6 +200,7 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
 
 def _train_loop(job: dict[Any, Any]) -> WorkerResult | Stopped:
     quiet_logging()
+    hide_known_tracebacks()
     # Ray Train's controller imports this module, too; what only the workers need is imported in the workers.
     from rayalign.training.worker import train_worker
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
-from rayalign.cluster import RAY_ERRORS, cause_in_words, causes_of, user_error_in
+from rayalign.cluster import RAY_ERRORS, TRACEBACK_LOGGER, cause_in_words, causes_of, user_error_in
 from rayalign.config.config import Config
 from rayalign.config.endings import TRACEBACK_VARIABLE, RunFailed, Terminated
 from rayalign.retries import LASTING_WORDS
@@ -31,12 +31,22 @@ STORAGE_TROUBLE = {
     errno.EROFS: ("a file system is read-only", "Make it writable, or choose another --output_dir."),
     errno.EACCES: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
     errno.EPERM: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+        ("there can't be such a file or folder", "Choose another --output_dir."),
+    ),
     errno.EIO: ("a disk fails", "Choose another --output_dir, and copy there what is kept."),
 }
 """What storage will answer again however often it is asked, by the system's number: what it is, and what helps."""
 
 OF_RAY = (0, signal.SIGTERM)
 """Exit codes with which Ray's own handlers of signals leave the program (in Ray Train's `fit`, and as `ray.init` sets one)."""
+
+LOST_PEER = "Connection closed by peer"
+"""What a worker's exchange with another one says when that one has ended."""
+
+UNMISTAKABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""Those that no code catches and goes on from: wherever one stands in a traceback, it is what ended the run."""
 
 
 @contextlib.contextmanager
@@ -79,14 +89,32 @@ def storage_trouble(error: Exception) -> str | None:
     for cause in causes_of(error):
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [""]
         text = lines[-1]
-        named = re.search(r"(?i)\[errno (\d+)\]|\(os error (\d+)\)", text)
-        number = cause.errno if isinstance(cause, OSError) else int(named[1] or named[2]) if named else None
-        if number in STORAGE_TROUBLE:
-            what, helps = STORAGE_TROUBLE[number]
-            return f"{what} ({text.rstrip('.')}). {helps}"
+        found = [(cause.errno, text)] if isinstance(cause, OSError) and cause.errno else [(_number_in(text), text)]
+        # A task's error is the text of a traceback, whose last lines may be of an error that followed.
+        found += [(number, line) for line in reversed(lines) if (number := _number_in(line)) in UNMISTAKABLE]
+        for number, words in found:
+            if number in STORAGE_TROUBLE:
+                what, helps = STORAGE_TROUBLE[number]
+                return f"{what} ({words.rstrip('.')}). {helps}"
         if isinstance(cause, OSError) and any(words in text for words in LASTING_WORDS):
             return f"what it asks for is refused or not there ({text.rstrip('.')})."
     return None
+
+
+def hide_known_tracebacks() -> None:
+    """In a train worker: keeps out of the log what the driver has a sentence for, and what the other workers meet then."""
+    logging.getLogger(TRACEBACK_LOGGER).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    lines = record.getMessage().splitlines()
+    return not any(LOST_PEER in line or _number_in(line) in UNMISTAKABLE for line in lines)
+
+
+def _number_in(line: str) -> int | None:
+    """The system's number of an error, as Python, Arrow or safetensors write it."""
+    named = re.search(r"(?i)\[errno (\d+)\]|\(os error (\d+)\)", line)
+    return int(named[1] or named[2]) if named else None
 
 
 def with_restarts(work: Callable[[], T], *, max_failures: int, progress: Callable[[], int] = lambda: 0) -> T:

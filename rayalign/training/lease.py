@@ -135,8 +135,8 @@ class Lease:
                 "here and writes nothing more; the same command goes on from what is kept."
             )
         return (
-            f"--output_dir {folder.location} was deleted while the run wrote into it. It ends here; nothing of it is left but "
-            "the encoded records. The same command starts from step 0."
+            f"--output_dir {folder.location} was deleted or moved while the run wrote into it. It ends here. Where nothing of "
+            "it is left, the same command starts from step 0, with the records that are encoded."
         )
 
 
@@ -167,11 +167,12 @@ def _acquire(folder: Store, patience: float) -> Holder:
     file = folder / LEASE
     now = time.time()
     mine = Holder(uuid.uuid4().hex, socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()), now, now)
-    deadline = time.monotonic() + patience
+    deadline, is_first = time.monotonic() + patience, file.local_path is not None
     while True:
-        if not _wait_until_free(file, deadline) and file.local_path is not None:
+        if not _wait_until_free(file, deadline) and is_first and file.local_path is not None:
             if _create(file.local_path, mine):
                 return mine
+            is_first = False
             continue
         file.write_json(asdict(mine))
         time.sleep(SETTLE_SECONDS)
@@ -233,7 +234,7 @@ def _refusal(folder: Store, holder: Holder | None) -> str:
 def _read(file: Store) -> bytes | None:
     """The file's bytes, None where there is none. Only what is no file there is told from storage that fails."""
     try:
-        return file.read_bytes()
+        return file.read_bytes() if file.local_path is None else file.local_path.read_bytes()
     except FileNotFoundError:
         return None
 

@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import logging
 import os
 import signal
 import threading
@@ -10,19 +11,21 @@ from pathlib import Path
 
 import pytest
 import ray.exceptions
+from ray.data.exceptions import UserCodeException
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from safetensors import SafetensorError
 
 from rayalign.algorithms import DPO
+from rayalign.cluster import TRACEBACK_LOGGER
 from rayalign.config.config import Config
 from rayalign.config.endings import RunFailed, Terminated
 from rayalign.config.sections import RunConfig
 from rayalign.storage import Store
 from rayalign.training import endings
 from rayalign.training.checkpoint import Checkpoint
-from rayalign.training.endings import run_reached, told_endings, with_restarts
+from rayalign.training.endings import hide_known_tracebacks, run_reached, told_endings, with_restarts
 
 NOTHING = "before the first step; the same command starts from step 0, with the records that are encoded."
 
@@ -96,6 +99,16 @@ def test_the_users_mistake_behind_a_failure_of_the_cluster_is_told_as_such(tmp_p
 FULL = OSError(errno.ENOSPC, "No space left on device", "/runs/a/checkpoints/x")
 
 
+DATA_TASK = """Traceback (most recent call last):
+  File "store.py", line 1, in write
+OSError: [Errno 28] No space left on device: '/cache/shard'
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+ray.data.exceptions.UserCodeException: UDF failed to process a data block."""
+
+
 def in_a_worker(error: BaseException) -> Exception:
     """A failure as Ray Train reports it where a worker's function raised an error."""
     return WorkerGroupError("", {1: UserExceptionWithTraceback(error, "Traceback ...\nOSError: ..."), 0: RayActorError()})
@@ -121,6 +134,10 @@ def in_a_worker(error: BaseException) -> Exception:
             "the quota of a disk is used up (OSError: [Errno 122] Disk quota exceeded). Free some space, or raise the quota.",
         ),
         (
+            RayTaskError("write", DATA_TASK, UserCodeException("UDF failed to process a data block.")),
+            "a disk is full (OSError: [Errno 28] No space left on device: '/cache/shard'). Free some space.",
+        ),
+        (
             OSError(errno.EROFS, "Read-only file system", "/a"),
             "a file system is read-only ([Errno 30] Read-only file system: '/a'). Make it writable, or choose another "
             "--output_dir.",
@@ -135,12 +152,28 @@ def in_a_worker(error: BaseException) -> Exception:
             "a file became larger than this process may write ([Errno 27] File too large). Raise the limit (ulimit -f).",
         ),
         (
+            FileExistsError(errno.EEXIST, "File exists", "/a"),
+            "there can't be such a file or folder ([Errno 17] File exists: '/a'). Choose another --output_dir.",
+        ),
+        (
             OSError("When uploading: AWS Error ACCESS_DENIED during PutObject operation: Access Denied."),
             "what it asks for is refused or not there (When uploading: AWS Error ACCESS_DENIED during PutObject operation: "
             "Access Denied).",
         ),
     ],
-    ids=["here", "worker", "controller", "safetensors", "task", "read-only", "refused", "limit", "object store"],
+    ids=[
+        "here",
+        "worker",
+        "controller",
+        "safetensors",
+        "task",
+        "data task",
+        "read-only",
+        "refused",
+        "limit",
+        "a file there",
+        "object store",
+    ],
 )
 def test_storage_that_fails_for_good_ends_a_run_with_one_sentence_and_no_restart(
     tmp_path: Path, error: Exception, trouble: str
@@ -199,6 +232,20 @@ def test_failures_count_as_long_as_no_new_checkpoint_is_between_them() -> None:
     for steps, limit in (([0], 0), ([10], 0), ([0, 0], 1), ([10, 10], 1), ([10, 20, 20, 20], 2), ([10, 5, 5], 2)):
         with pytest.raises(WorkerGroupError):
             runs_until(steps, max_failures=limit)
+
+
+def test_a_workers_log_has_no_traceback_of_what_the_driver_tells_in_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    hide_known_tracebacks()
+    log = logging.getLogger(TRACEBACK_LOGGER)
+    for last in (
+        str(FULL),
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+        "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:25504.",
+        "TypeError: a mistake in the program",
+    ):
+        log.error("Error in training function:\nTraceback ...\n%s", last)
+    (said,) = caplog.messages
+    assert said.endswith("TypeError: a mistake in the program")
 
 
 def test_a_restart_is_said_with_its_cause(caplog: pytest.LogCaptureFixture) -> None:

@@ -191,6 +191,13 @@ def test_a_damaged_lease_holds_nobody_up_for_longer_than_a_silent_holder(
     hold(tmp_path)
 
 
+def test_a_link_to_nothing_in_the_leases_place_holds_nobody_up(tmp_path: Path) -> None:
+    (tmp_path / LEASE).symlink_to(tmp_path / "nowhere")
+    with held(Store.at(str(tmp_path))):
+        assert written(tmp_path)["pid"] == os.getpid()
+    assert not (tmp_path / "nowhere").exists()
+
+
 def told(folder: Path, change: Callable[[], object]) -> str:
     """What a run is told that holds a folder while something is done to it."""
 
@@ -220,8 +227,8 @@ def test_a_run_whose_folder_was_taken_ends_with_one_sentence_and_leaves_the_leas
 def test_a_run_whose_folder_was_deleted_ends_with_one_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert told(folder, lambda: shutil.rmtree(folder)) == (
-        f"--output_dir {folder} was deleted while the run wrote into it. It ends here; nothing of it is left but the encoded "
-        "records. The same command starts from step 0."
+        f"--output_dir {folder} was deleted or moved while the run wrote into it. It ends here. Where nothing of it is left, "
+        "the same command starts from step 0, with the records that are encoded."
     )
     assert not folder.exists()
 
