@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayalign.formats.parse import parse_row
-from rayalign.formats.records import RecordError
+from rayalign.formats.records import RecordError, Unreadable
 from rayalign.sources import lines
 from rayalign.sources.files import SourceFile, count_rows, read_rows, resolve_dataset, spans_of
 
@@ -212,11 +212,27 @@ def test_a_damaged_row_group_names_the_file(tmp_path: Path) -> None:
         list(read_rows(file))
 
 
-def test_text_of_parquet_that_is_not_utf8_is_an_error_of_its_row(tmp_path: Path) -> None:
+def test_text_of_parquet_that_is_not_utf8_is_an_error_of_its_cell(tmp_path: Path) -> None:
     column = _unchecked([b"a", b"\xff", b"b"])
     pq.write_table(pa.table({"query": column}), tmp_path / "a.parquet")
     rows = list(read_rows(source(tmp_path / "a.parquet")))
-    assert [row if isinstance(row, dict) else row.reason for _, row in rows] == [{"query": "a"}, "not UTF-8", {"query": "b"}]
+    words = "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+    assert [row["query"] for _, row in rows if isinstance(row, dict)] == ["a", Unreadable("not UTF-8", words), "b"]
+
+
+def test_a_cell_that_python_can_not_hold_spoils_no_other(tmp_path: Path) -> None:
+    table = pa.table(
+        {"query": ["a", "b"], "seen": pa.array([0, -(2**62)], pa.timestamp("ms")), "born": pa.array([0, 2**30], pa.date32())}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = [row for _, row in read_rows(source(tmp_path / "a.parquet")) if isinstance(row, dict)]
+    assert [row["query"] for row in rows] == ["a", "b"]
+    assert [isinstance(cell, Unreadable) for cell in rows[1].values()] == [False, True, True]
+    record = {"response": "c", "rejected_response": "d"}
+    assert parse_row(rows[1] | record, id="a").chosen == "c"
+    with pytest.raises(RecordError) as caught:
+        parse_row({"query": rows[1]["seen"], **record}, id="a")
+    assert (caught.value.reason, caught.value.field) == ("unreadable cell", "query")
 
 
 def _unchecked(values: list[bytes]) -> pa.Array:
