@@ -191,6 +191,17 @@ def test_a_broken_csv_row_is_an_error_of_its_row(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("cell", ["\n" * 200_000, '""\n' * 70_000, "x" * 200_000 + '\n""y'])
+def test_a_csv_cell_that_is_too_long_spoils_its_own_row_only(tmp_path: Path, cell: str) -> None:
+    file = write(tmp_path / "a.csv", f'query,response\na,b\nc,"{cell}"\nd,"e\nf"\n')
+    rows = [row for _, row in read_rows(file)]
+    assert [row.reason if isinstance(row, RecordError) else row["query"] for row in rows] == ["a", "broken CSV", "d"]
+    assert [(span.first_row, span.num_rows) for span in spans_of(file, 2)] == [(0, 2), (2, 1)]
+    write(tmp_path / "a.csv", f'query,response\na,b\nc,"{cell}\nd,e\n')
+    with pytest.raises(ValueError, match=r"the row of line 3 is never closed\."):
+        list(read_rows(file))
+
+
 def test_a_csv_file_without_a_header_is_an_error_of_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "\n")
     with pytest.raises(ValueError, match=r"a\.csv: expected a first line with the names of the columns\.$"):
