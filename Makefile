@@ -45,7 +45,7 @@ slow: setup ## tests with pretrained weights and published tokenizers, which pip
 # These keep to one core each, and run side by side; so that both take about as long, the second has some of the unit tests
 # and the smoke of the benchmarks.
 BESIDE_PARITY := tests/models/test_families.py tests/policy/test_tuners.py
-NOT_UNIT := parity integration faults slow gpu real
+NOT_UNIT := parity integration faults slow gpu real hostile
 unit-tests:
 	$(call stage,unit,$(BIN)/pytest -q tests $(addprefix --ignore=,$(BESIDE_PARITY) $(addprefix tests/,$(NOT_UNIT))))
 

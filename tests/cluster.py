@@ -22,10 +22,12 @@ CANDIDATE_PORTS = iter(range(20_000 + os.getpid() % 2000, 22_700))
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the cluster answers: `address` for drivers, `dashboard` for jobs; `env` is what its processes and clients share."""
+    """Where the cluster answers: `address` for drivers, `dashboard` for jobs; `pid` is the process above all its others, and
+    `env` what they and its clients share."""
 
     address: str
     dashboard: str
+    pid: int
     env: dict[str, str] = field(repr=False)
 
     def start(self, *words: object, env: dict[str, str] | None = None, log: Path | None = None) -> subprocess.Popen[str]:
@@ -85,7 +87,7 @@ def running_cluster(folder: Path, *, num_cpus: int, env: dict[str, str] | None =
         )
     try:
         _wait_for(dashboard, head, log)
-        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", variables)
+        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", head.pid, variables)
     finally:
         head.send_signal(signal.SIGTERM)
         try:

@@ -129,7 +129,7 @@ class Encoder:
                 )
             raise RecordError("too long", words, field="messages")
         sizes = [image_size(content) for content in images]
-        check_pixels(sizes)
+        check_pixels(sizes, max_pixels=self.spec.max_pixels)
         for width, height in sizes:
             check_resized(self.processor, width, height)
 

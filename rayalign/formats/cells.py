@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rayalign.formats.pictures import looks_like_picture
-from rayalign.formats.records import IMAGE_MARK, Message, RecordError
+from rayalign.formats.records import IMAGE_MARK, Message, RecordError, Unreadable
 
 Images = tuple[str | bytes, ...]
 
@@ -67,6 +67,8 @@ def optional_text(row: Mapping[str, Any], column: str) -> str | None:
 
 def as_text(value: Any, *, column: str) -> str:
     """A value that must be text, and valid Unicode: JSON can spell half a surrogate pair, which no tokenizer takes."""
+    if isinstance(value, Unreadable):
+        raise RecordError(value.reason, value.words, field=column)
     if not isinstance(value, str):
         raise RecordError("wrong type", f"expected text, found {type(value).__name__} {_shown(value)}", field=column)
     try:

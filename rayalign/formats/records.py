@@ -7,6 +7,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pydantic
@@ -35,6 +36,15 @@ class RecordError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(RecordError, field=self.field), (self.reason, self.words)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a cell that has no value of Python's: a date before the year 1, bytes that should be text. A row may hold one
+    in a column that nothing reads."""
+
+    reason: str
+    words: str
 
 
 @contextmanager

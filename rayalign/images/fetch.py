@@ -17,18 +17,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from rayalign.formats.pictures import SIGNATURES
 from rayalign.formats.records import RecordError
+from rayalign.images.rgb import to_rgb
 from rayalign.images.urls import fetch_url
 from rayalign.storage import Store, is_url
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 64 * 2**20
-MAX_RECORD_PIXELS = 128 * 2**20
-"""Of all pictures of a record: 400 MB once they are decoded."""
+MAX_WEBP_PIXELS = 32 * 2**20
+"""Of a WebP picture, which its decoder holds four times."""
+MAX_RECORD_PIXELS = 64 * 2**20
+"""Of all pictures of a record, scaled down as they will be: 250 MB once they are decoded, and 600 MB in a processor."""
+MAX_RECORD_IMAGES = 128
+MAX_RECORD_BYTES = 256 * 2**20
+MAX_JPEG_SCANS = 100
+"""Each is decoded over the whole picture, and has few bytes; a progressive photo has about ten."""
+JPEG_SCAN = b"\xff\xda"
+"""Begins a scan; among compressed pixels, other bytes follow 255."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 STORE_SCHEMES = ("s3://", "gs://")
 URL_SECONDS = 60
@@ -57,7 +65,15 @@ def fetch_images(refs: Sequence[str | bytes], *, folder: Store, image_root: Stor
     Raises RecordError for what is wrong with a reference or its target; an OSError of failing storage passes through.
     """
     deadline = time.monotonic() + URL_SECONDS
-    return [_fetch(ref, folder=folder, image_root=image_root, allow_urls=allow_urls, deadline=deadline) for ref in refs]
+    if len(refs) > MAX_RECORD_IMAGES:
+        raise RecordError("too many images", f"{len(refs)} images; the limit is {MAX_RECORD_IMAGES}", field="images")
+    contents: list[bytes] = []
+    for ref in refs:
+        contents.append(_fetch(ref, folder=folder, image_root=image_root, allow_urls=allow_urls, deadline=deadline))
+        if sum(map(len, contents)) > MAX_RECORD_BYTES:
+            words = f"the first {len(contents)} of {len(refs)} images have more than {MAX_RECORD_BYTES // 2**20} MiB together"
+            raise RecordError("images too large", words, field="images")
+    return contents
 
 
 def _fetch(ref: str | bytes, *, folder: Store, image_root: Store | None, allow_urls: bool, deadline: float) -> bytes:
@@ -95,7 +111,7 @@ def open_image(content: bytes, *, max_pixels: int | None = None) -> Image.Image:
     try:
         image.load()
         upright = TURNS.get(image.getexif().get(0x0112, 1))
-        flat = _to_rgb(image)
+        flat = to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # as above
@@ -111,11 +127,15 @@ def image_size(content: bytes) -> tuple[int, int]:
     return image.width, image.height
 
 
-def check_pixels(sizes: Sequence[tuple[int, int]]) -> None:
-    """Raises RecordError where the pictures of one record (width, height) have too many pixels together."""
-    total = sum(width * height for width, height in sizes)
+def check_pixels(sizes: Sequence[tuple[int, int]], *, max_pixels: int | None = None) -> None:
+    """Raises RecordError where the pictures of one record (width, height), each scaled down to at most `max_pixels`, have too
+    many pixels together."""
+    total = sum(min(width * height, max_pixels or MAX_IMAGE_PIXELS) for width, height in sizes)
     if total > MAX_RECORD_PIXELS:
-        words = f"{len(sizes)} pictures of {total} pixels together; the limit is {MAX_RECORD_PIXELS}"
+        words = (
+            f"{len(sizes)} pictures of {total} pixels together; the limit is {MAX_RECORD_PIXELS}. --max_pixels scales pictures "
+            "down before they are counted"
+        )
         raise RecordError("images too large", words, field="images")
 
 
@@ -129,26 +149,19 @@ def _opened(content: bytes) -> Image.Image:
         raise
     except Exception as error:  # decoders of hostile bytes raise whatever they like
         raise _unreadable(content, error) from error
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        size = f"{image.width} x {image.height} pixels; the limit is {MAX_IMAGE_PIXELS}"
+    limit = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_IMAGE_PIXELS
+    if image.width * image.height > limit:
+        size = f"{image.width} x {image.height} pixels; the limit is {limit}"
         raise RecordError("image too large", size, field="images")
+    scans = content.count(JPEG_SCAN) if image.format in ("JPEG", "MPO") else 0
+    if scans > MAX_JPEG_SCANS:
+        raise RecordError("image too large", f"a JPEG of {scans} scans; the limit is {MAX_JPEG_SCANS}", field="images")
     return image
 
 
 def image_hash(content: bytes) -> str:
     """32 hex digits that name an image by its bytes."""
     return hashlib.sha256(content).hexdigest()[:32]
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers, whose range isn't known")
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scaling
-        return Image.fromarray(np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def _shrink(image: Image.Image, *, max_pixels: int | None) -> Image.Image:

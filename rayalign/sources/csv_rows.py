@@ -10,6 +10,8 @@ from rayalign.sources.lines import Item, raw_lines
 
 UNCLOSED = "unexpected end of data"
 """What the csv module says where a quote is open at the end."""
+TOO_LONG = "field larger than field limit"
+"""How it begins where a cell has more than 131,072 characters; it stops in the middle of the row."""
 
 
 def items(location: str, *, start: int = 0, end: int | None = None, line: int = 1) -> Iterator[Item]:
@@ -60,27 +62,32 @@ def _header(location: str) -> Item:
 
 def _split(location: str, *, start: int, end: int | None, line: int) -> Iterator[Item]:
     """Rows as the csv module splits them; it takes lines one by one, so that each row's bytes are known."""
-    taken = Item(start, start, line - 1, b"")
+    taken, quotes = Item(start, start, line - 1, b""), 0
 
     def texts() -> Iterator[str]:
-        nonlocal taken
+        nonlocal taken, quotes
         for item in raw_lines(location, start=start, end=end, line=line):
             taken = item
+            quotes += (item.raw or b"").count(b'"')
             # Bytes that aren't UTF-8 become lone surrogates, which `parse` reports for their row alone.
             yield (item.raw or b"").decode(errors="surrogateescape") + "\n"
 
-    reader = csv.reader(texts(), strict=True)
+    lines = texts()
+    reader = csv.reader(lines, strict=True)
     while True:
-        begin, first_line = taken.end, taken.line + 1
+        begin, first_line, quotes = taken.end, taken.line + 1, 0
         try:
             cells: list[str] | csv.Error | None = next(reader, None)
         except csv.Error as error:
-            if str(error) == UNCLOSED:
-                raise ValueError(
-                    f"{location}: a quote that is opened in the row of line {first_line} is never closed. Close it, or double "
-                    "it where it is part of the text."
-                ) from None
             cells = error
+            if str(error).startswith(TOO_LONG):  # the rest of its row: up to where each quote is closed
+                while quotes % 2 and cells is error:
+                    cells = error if next(lines, None) is not None else csv.Error(UNCLOSED)
+        if isinstance(cells, csv.Error) and str(cells) == UNCLOSED:
+            raise ValueError(
+                f"{location}: a quote that is opened in the row of line {first_line} is never closed. Close it, or double it "
+                "where it is part of the text."
+            )
         if cells is None:
             return
         if cells:

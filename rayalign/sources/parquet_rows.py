@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayalign.formats.records import RecordError
+from rayalign.formats.records import Unreadable
 from rayalign.storage import Store
 
 BATCH_ROWS = 32
@@ -32,9 +32,7 @@ def cut(location: str, num_rows: int) -> Iterator[tuple[int, int]]:
             start += inside
 
 
-def read(
-    location: str, *, first: int, num_rows: int | None, wanted: set[int] | None
-) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
+def read(location: str, *, first: int, num_rows: int | None, wanted: set[int] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows from `first` on, or the wanted ones of them; row groups that hold none of these are not read."""
     with _open(location) as file:
         last = file.metadata.num_rows if num_rows is None else first + num_rows
@@ -49,7 +47,7 @@ def read(
 
 def _group_rows(
     file: pq.ParquetFile, group: int, *, location: str, start: int, inside: range, wanted: set[int] | None
-) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
+) -> Iterator[tuple[int, dict[str, Any]]]:
     batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group])
     while start < inside.stop:
         try:
@@ -72,12 +70,19 @@ def _open(location: str) -> pq.ParquetFile:
         raise ValueError(f"{location} is not a readable parquet file: {error}") from None
 
 
-def row_of(batch: pa.RecordBatch, i: int) -> dict[str, Any] | RecordError:
-    """A row of a batch as Python's own types, or the RecordError of one that can't be."""
+def row_of(batch: pa.RecordBatch, i: int) -> dict[str, Any]:
+    """A row of a batch as Python's own types; a cell that can't be is `Unreadable`."""
     try:
         row: dict[str, Any] = batch.slice(i, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return RecordError("not UTF-8", str(error))
-    except (ValueError, OverflowError) as error:
-        return RecordError("unreadable row", str(error))
+    except (ValueError, OverflowError):
+        return {name: _cell(column[i]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     return row
+
+
+def _cell(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return Unreadable("not UTF-8", str(error))
+    except (ValueError, OverflowError) as error:
+        return Unreadable("unreadable cell", f"{value.type}: {error}")

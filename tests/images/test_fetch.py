@@ -16,8 +16,9 @@ from PIL import Image
 
 from rayalign.formats.records import RecordError
 from rayalign.images import fetch as fetching
-from rayalign.images.fetch import fetch_images, image_hash, open_image
+from rayalign.images.fetch import check_pixels, fetch_images, image_hash, image_size, open_image
 from rayalign.storage import Store
+from tests.hostile.pictures import hostile_pictures
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -262,6 +263,44 @@ def test_a_decompression_bomb_is_refused_by_its_header(size: tuple[int, int]) ->
     with pytest.raises(RecordError) as caught:
         open_image(png_header(*size))
     assert caught.value.reason == "image too large"
+
+
+def test_what_is_costly_to_decode_is_refused_before_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for content, words in (
+        (hostile_pictures()["scans.jpg"], "images: a JPEG of 3005 scans; the limit is 100"),
+        (encode(Image.new("RGB", (8000, 5000)), "WEBP"), "images: 8000 x 5000 pixels; the limit is 33554432"),
+    ):
+        with pytest.raises(RecordError) as caught:
+            image_size(content)
+        assert (caught.value.reason, str(caught.value)) == ("image too large", words)
+    assert open_image(encode(Image.new("RGB", (60, 50)), "JPEG", progressive=True)).size == (60, 50)
+
+
+def test_the_images_of_a_record_are_bounded_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch_all(count: int) -> list[bytes]:
+        return fetch_images(["images/a.png"] * count, folder=Store.at(str(folder)), image_root=None, allow_urls=False)
+
+    assert len(fetch_all(128)) == 128
+    with pytest.raises(RecordError) as caught:
+        fetch_all(129)
+    assert (caught.value.reason, str(caught.value)) == ("too many images", "images: 129 images; the limit is 128")
+    monkeypatch.setattr(fetching, "MAX_RECORD_BYTES", 3 * len(PNG))
+    assert len(fetch_all(3)) == 3
+    with pytest.raises(RecordError) as caught:
+        fetch_all(5)
+    assert str(caught.value) == "images: the first 4 of 5 images have more than 0 MiB together"
+
+
+def test_pixels_of_a_record_are_counted_as_they_are_scaled_down() -> None:
+    photos = [(5000, 4000)] * 4
+    check_pixels(photos, max_pixels=1_000_000)
+    check_pixels(photos[:3])
+    with pytest.raises(RecordError) as caught:
+        check_pixels(photos)
+    assert str(caught.value) == (
+        "images: 4 pictures of 80000000 pixels together; the limit is 67108864. --max_pixels scales pictures down before they "
+        "are counted"
+    )
 
 
 HALF = encode(Image.effect_noise((64, 64), 50))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayalign.formats.parse import parse_row
-from rayalign.formats.records import RecordError
+from rayalign.formats.records import RecordError, Unreadable
 from rayalign.sources import lines
 from rayalign.sources.files import SourceFile, count_rows, read_rows, resolve_dataset, spans_of
 
@@ -191,6 +191,17 @@ def test_a_broken_csv_row_is_an_error_of_its_row(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("cell", ["\n" * 200_000, '""\n' * 70_000, "x" * 200_000 + '\n""y'])
+def test_a_csv_cell_that_is_too_long_spoils_its_own_row_only(tmp_path: Path, cell: str) -> None:
+    file = write(tmp_path / "a.csv", f'query,response\na,b\nc,"{cell}"\nd,"e\nf"\n')
+    rows = [row for _, row in read_rows(file)]
+    assert [row.reason if isinstance(row, RecordError) else row["query"] for row in rows] == ["a", "broken CSV", "d"]
+    assert [(span.first_row, span.num_rows) for span in spans_of(file, 2)] == [(0, 2), (2, 1)]
+    write(tmp_path / "a.csv", f'query,response\na,b\nc,"{cell}\nd,e\n')
+    with pytest.raises(ValueError, match=r"the row of line 3 is never closed\."):
+        list(read_rows(file))
+
+
 def test_a_csv_file_without_a_header_is_an_error_of_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "\n")
     with pytest.raises(ValueError, match=r"a\.csv: expected a first line with the names of the columns\.$"):
@@ -212,11 +223,27 @@ def test_a_damaged_row_group_names_the_file(tmp_path: Path) -> None:
         list(read_rows(file))
 
 
-def test_text_of_parquet_that_is_not_utf8_is_an_error_of_its_row(tmp_path: Path) -> None:
+def test_text_of_parquet_that_is_not_utf8_is_an_error_of_its_cell(tmp_path: Path) -> None:
     column = _unchecked([b"a", b"\xff", b"b"])
     pq.write_table(pa.table({"query": column}), tmp_path / "a.parquet")
     rows = list(read_rows(source(tmp_path / "a.parquet")))
-    assert [row if isinstance(row, dict) else row.reason for _, row in rows] == [{"query": "a"}, "not UTF-8", {"query": "b"}]
+    words = "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+    assert [row["query"] for _, row in rows if isinstance(row, dict)] == ["a", Unreadable("not UTF-8", words), "b"]
+
+
+def test_a_cell_that_python_can_not_hold_spoils_no_other(tmp_path: Path) -> None:
+    table = pa.table(
+        {"query": ["a", "b"], "seen": pa.array([0, -(2**62)], pa.timestamp("ms")), "born": pa.array([0, 2**30], pa.date32())}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = [row for _, row in read_rows(source(tmp_path / "a.parquet")) if isinstance(row, dict)]
+    assert [row["query"] for row in rows] == ["a", "b"]
+    assert [isinstance(cell, Unreadable) for cell in rows[1].values()] == [False, True, True]
+    record = {"response": "c", "rejected_response": "d"}
+    assert parse_row(rows[1] | record, id="a").chosen == "c"
+    with pytest.raises(RecordError) as caught:
+        parse_row({"query": rows[1]["seen"], **record}, id="a")
+    assert (caught.value.reason, caught.value.field) == ("unreadable cell", "query")
 
 
 def _unchecked(values: list[bytes]) -> pa.Array:
