@@ -193,7 +193,7 @@ class PreparedData:
             found = cls._of_manifest(store, manifest)
             if found.index().num_rows != found.num_rows:
                 raise DamagedFile(f"{(store / MANIFEST).location} is damaged: the index has another number of records.")
-            for name, _ in found.hashes:
+            for name in (DROPPED, REMARKS):
                 found._read(name)
         except FileNotFoundError:
             return None

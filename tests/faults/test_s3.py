@@ -74,6 +74,7 @@ def bucket(
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", f"-master.port={master}", f"-volume.port={volume}"),
         *("-filer", f"-filer.port={filer}", "-s3", f"-s3.port={port}", f"-s3.config={folder / 's3.json'}"),
         *("-volume.max=20", "-master.volumeSizeLimitMB=100"),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0"),  # of fixed numbers, which another server on this machine may have
     )
     with (folder / "log.txt").open("w") as log:
         server = subprocess.Popen([program, "server", *words], stdout=log, stderr=subprocess.STDOUT)
