@@ -1,5 +1,5 @@
-"""A run whose model, data, images, cache and folder are on a real S3 server, on loopback: as it is, and behind a proxy that fails some
-of the requests."""
+"""A run whose model, data, images, cache and folder are on a real S3 server, on loopback: as it is, and behind a proxy that
+fails some of the requests."""
 
 import contextlib
 import json
