@@ -91,34 +91,33 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     test's own."""
     import pyarrow.fs as pafs
 
-    from rayalign.storage import Store
+    from rayalign import object_store
 
     (tmp_path / "stores" / "bucket").mkdir(parents=True)
     monkeypatch.setenv("RAYALIGN_DOWNLOADS", str(tmp_path / "downloads"))
-    elsewhere = Store.resolve
+    stores = pafs.SubTreeFileSystem(f"{tmp_path}/stores", pafs.LocalFileSystem())
+    elsewhere = object_store._connected
 
-    def resolve(store: Store) -> tuple[pafs.FileSystem, str]:
-        if not store.location.startswith("s3://"):
-            return elsewhere(store)
-        return pafs.LocalFileSystem(), f"{tmp_path}/stores/{store.location.removeprefix('s3://')}"
+    def connected(base: str) -> "tuple[pafs.FileSystem, str]":
+        return (stores, "bucket") if base == "s3://bucket" else elsewhere(base)
 
-    monkeypatch.setattr(Store, "resolve", resolve)
+    monkeypatch.setattr(object_store, "_connected", connected)
     return tmp_path / "stores" / "bucket"
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that pyarrow copies, as they are copied."""
-    import pyarrow.fs as pafs
+    """The files that are copied to this machine's disk, as they are copied."""
+    from rayalign import storage
 
     copied: list[str] = []
-    copy_files = pafs.copy_files
+    copy = storage._copy
 
-    def copy(source: str, *paths: Any, **systems: Any) -> None:
-        copied.append(source)
-        copy_files(source, *paths, **systems)
+    def noted(source: "storage.Store", target: Path) -> None:
+        copied.append(source.location)
+        copy(source, target)
 
-    monkeypatch.setattr(pafs, "copy_files", copy)
+    monkeypatch.setattr(storage, "_copy", noted)
     return copied
 
 

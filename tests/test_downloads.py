@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from rayalign import downloads
+from rayalign import downloads, storage
 from rayalign.downloads import model_files, model_folder, read_file, versions
 from rayalign.storage import Store
 
@@ -103,18 +102,18 @@ def test_several_that_ask_at_once_make_one_copy(copies: Callable[[], list[str]],
 def test_a_copy_that_was_cut_short_is_never_used(
     copies: Callable[[], list[str]], reads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = pafs.copy_files
+    real = storage._copy
 
-    def killed(source: str, *paths: Any, **systems: Any) -> None:
-        if source.endswith("model.safetensors"):
+    def killed(source: Store, target: Path) -> None:
+        if source.name == "model.safetensors":
             raise KeyboardInterrupt
-        real(source, *paths, **systems)
+        real(source, target)
 
-    monkeypatch.setattr(pafs, "copy_files", killed)
+    monkeypatch.setattr(storage, "_copy", killed)
     with pytest.raises(KeyboardInterrupt):
         model_folder(MODEL, weights=True)
     assert copies() == []
-    monkeypatch.setattr(pafs, "copy_files", real)
+    monkeypatch.setattr(storage, "_copy", real)
     folder = Path(model_folder(MODEL, weights=True))
     assert (folder / "model.safetensors").read_text() == "model.safetensors"
     # One that was killed with SIGKILL leaves its part, which the next to make a copy takes away.
@@ -127,13 +126,13 @@ def test_a_copy_that_was_cut_short_is_never_used(
 def test_a_file_that_changes_while_it_is_copied_ends_in_words(
     bucket: Path, copies: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pafs.copy_files
+    real = storage._copy
 
-    def cut(source: str, target: str, **systems: Any) -> None:
-        real(source, target, **systems)
-        Path(target).write_bytes(b"")
+    def cut(source: Store, target: Path) -> None:
+        real(source, target)
+        target.write_bytes(b"")
 
-    monkeypatch.setattr(pafs, "copy_files", cut)
+    monkeypatch.setattr(storage, "_copy", cut)
     with pytest.raises(ValueError) as caught:
         model_folder(MODEL, weights=True)
     assert str(caught.value).startswith(f"{MODEL}: changed while it was downloaded (")
@@ -143,10 +142,10 @@ def test_a_file_that_changes_while_it_is_copied_ends_in_words(
 def test_a_disk_without_room_is_told_with_the_variable_that_names_another(
     copies: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(*paths: Any, **systems: Any) -> None:
+    def full(source: Store, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pafs, "copy_files", full)
+    monkeypatch.setattr(storage, "_copy", full)
     with pytest.raises(ValueError) as caught:
         model_folder(MODEL, weights=True)
     said = (

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -68,14 +68,14 @@ class EncodedPair:
     images: list[bytes]
     image_hashes: list[str]
     margin: float = 0.0
-    eval_rejected_ids: Sequence[int] = ()
+    eval_rejected_ids: list[int] = field(default_factory=list)
     conversation: str = "[]"
     reference: ReferenceLogps | None = None
     """The log-probabilities under the reference, where they were computed beforehand; in columns of their own."""
 
     def as_evaluated(self) -> "EncodedPair":
         """The pair with both responses, where it was trained on with one of them only."""
-        return dataclasses.replace(self, rejected_ids=list(self.eval_rejected_ids)) if self.eval_rejected_ids else self
+        return dataclasses.replace(self, rejected_ids=self.eval_rejected_ids) if self.eval_rejected_ids else self
 
     @property
     def num_tokens(self) -> int:
@@ -143,11 +143,11 @@ class TokenCounts:
 def to_batch(pairs: Sequence[EncodedPair]) -> pa.RecordBatch:
     """Pairs as a record batch; a field that is missing or misspelt is an error, not a null."""
     columns = [[getattr(pair, name) for pair in pairs] for name in ENCODED_SCHEMA.names]
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, ENCODED_SCHEMA, strict=True)]
+    arrays = [pa.array(column, type=kind) for column, kind in zip(columns, ENCODED_SCHEMA.types, strict=True)]
     batch = pa.RecordBatch.from_arrays(arrays, schema=ENCODED_SCHEMA)
     batch.validate(full=True)
-    for column, field in zip(batch.columns, ENCODED_SCHEMA, strict=True):
-        assert column.null_count == 0, f"{field.name} is null"
+    for column, name in zip(batch.columns, ENCODED_SCHEMA.names, strict=True):
+        assert column.null_count == 0, f"{name} is null"
     return batch
 
 

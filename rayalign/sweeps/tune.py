@@ -103,9 +103,8 @@ def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
     set_ray_variables()
     name = ray.tune.get_context().get_trial_id()
     folder = Store.at(str(config.run.output_dir)) / "trials" / str(name)
-    trial = config.replace(
-        {**sampled, "output_dir": folder.location, "cache_dir": cache_of(config).location, "overwrite": False}
-    )
+    places = {"output_dir": folder.location, "cache_dir": cache_of(config).location}
+    trial = config.replace({**sampled, **places, "overwrite": False, "eval_answers": 0})
     # A trial that is started again may meet the processes of its last start while they end.
     with held(folder, patience=STALE_SECONDS) as lease:
         open_run(trial)
