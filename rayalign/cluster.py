@@ -67,6 +67,9 @@ WORKERS_ERROR = "_base_exc"
 when Ray Train documents a way to it.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/exceptions.py"""
 
+HEALTH_ERROR = "health_check_failure"
+"""The same, where a worker no longer answers. Can go when WORKERS_ERROR can."""
+
 TRACEBACK_LOGGER = "ray.train.v2._internal.util"
 """Logs the traceback of what a train worker's function raised. Can go when Ray Train leaves that to the driver, which gets it.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/util.py"""
@@ -165,7 +168,9 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
     """An error and those that Ray says are behind it, the outermost first."""
     yield error
     inner: list[Any] = list(getattr(error, "worker_failures", {}).values())
-    inner += [getattr(error, name, None) for name in ("controller_failure", "cause", WORKERS_ERROR)] + [error.__cause__]
+    inner += [getattr(error, name, None) for name in ("controller_failure", "cause", WORKERS_ERROR, HEALTH_ERROR)] + [
+        error.__cause__
+    ]
     for cause in inner:
         if isinstance(cause, BaseException) and cause is not error:
             yield from causes_of(cause)

@@ -55,6 +55,7 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         ("logger", "ray.data._internal.progress", '{}.warning(\n                "Progress bars disabled.'),
         ("worker_failures", "ray.train.v2.api.exceptions", "self.{} = worker_failures"),
         ("logger.error", "ray.train.v2._internal.util", '{}(f"Error in training function:'),
+        (cluster.HEALTH_ERROR, "ray.train.v2._internal.exceptions", "self.{} = failure"),
         (cluster.WORKERS_ERROR, "ray.train.v2._internal.exceptions", "self.{} = exc"),
     ],
 )

@@ -42,7 +42,7 @@ STORAGE_TROUBLE = {
 OF_RAY = (0, signal.SIGTERM)
 """Exit codes with which Ray's own handlers of signals leave the program (in Ray Train's `fit`, and as `ray.init` sets one)."""
 
-LOST_PEER = "Connection closed by peer"
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 """What a worker's exchange with another one says when that one has ended."""
 
 UNMISTAKABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -108,7 +108,7 @@ def hide_known_tracebacks() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     lines = record.getMessage().splitlines()
-    return not any(LOST_PEER in line or _number_in(line) in UNMISTAKABLE for line in lines)
+    return not any(_number_in(line) in UNMISTAKABLE or any(words in line for words in LOST_PEER) for line in lines)
 
 
 def _number_in(line: str) -> int | None:

@@ -51,6 +51,7 @@ def test_a_run_whose_driver_was_killed_resumes_to_the_same_weights_past_a_checkp
     weights.write_bytes(weights.read_bytes()[:100])
     (folder / "checkpoints" / "checkpoint_manager_snapshot.json").write_text('{"cut sho')
     output = cluster_of_four_cpus.run(*words)
+    assert f"Lease: process {driver.pid} on " in output
     assert "Continuing the unfinished run" in output
     assert f"Passing over checkpoint {newest}: trainable.safetensors has 100 of" in output
     assert f"Training DPO from step {int(older.name.split('_')[1])} to 36" in output
@@ -60,17 +61,24 @@ def test_a_run_whose_driver_was_killed_resumes_to_the_same_weights_past_a_checkp
     assert "Added up over 2 starts of the command" in (folder / "report.html").read_text()
 
 
-def test_a_killed_worker_is_replaced_and_the_weights_stay_the_same(
+def test_a_killed_worker_and_a_killed_controller_are_replaced_and_the_weights_stay_the_same(
     cluster_of_four_cpus: Cluster, model: Path, records: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     driver = cluster_of_four_cpus.start(*words_for(model, records, folder), log=tmp_path / "log.txt")
     wait_for(lambda: steps_logged(folder) >= 12, driver, tmp_path / "log.txt")
-    os.kill(newest_train_worker(), signal.SIGKILL)
+    os.kill(newest_process("RayTrainWorker"), signal.SIGKILL)
+    wait_for(lambda: starts_in(tmp_path / "log.txt") == 2 and steps_logged(folder) >= 22, driver, tmp_path / "log.txt")
+    os.kill(newest_process("TrainController"), signal.SIGKILL)
     assert driver.wait(timeout=300) == 0, (tmp_path / "log.txt").read_text()[-5000:]
-    starts = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "Training DPO from step" in line]
-    assert len(starts) == 2
+    assert starts_in(tmp_path / "log.txt") == 3
+    # Each came after a new checkpoint, so that each is the first in a row.
+    assert (tmp_path / "log.txt").read_text().count("Restart 1 of 2 (--max_failures): a process or machine") == 2
     assert_same_run(undisturbed, folder)
+
+
+def starts_in(log: Path) -> int:
+    return log.read_text().count("Training DPO from step")
 
 
 def steps_logged(folder: Path) -> int:
@@ -90,18 +98,18 @@ def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[str]", log
         time.sleep(0.05)
 
 
-def train_workers() -> list[int]:
-    found = subprocess.run(["pgrep", "-f", "^ray::RayTrainWorker"], capture_output=True, text=True, check=False)
+def processes(name: str) -> list[int]:
+    found = subprocess.run(["pgrep", "-f", f"^ray::{name}"], capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
 
 
-def newest_train_worker() -> int:
-    return max(train_workers())
+def newest_process(name: str) -> int:
+    return max(processes(name))
 
 
 def wait_for_end_of_workers() -> None:
     deadline = time.monotonic() + 60
-    while train_workers() and time.monotonic() < deadline:
+    while processes("RayTrainWorker") and time.monotonic() < deadline:
         time.sleep(0.1)
 
 

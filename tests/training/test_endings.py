@@ -241,6 +241,7 @@ def test_a_workers_log_has_no_traceback_of_what_the_driver_tells_in_a_sentence(c
         str(FULL),
         "Error while serializing: I/O error: No space left on device (os error 28)",
         "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:25504.",
+        "RuntimeError: [pair.cc:537] Read error [127.0.0.1]:5546: Connection reset by peer.",
         "TypeError: a mistake in the program",
     ):
         log.error("Error in training function:\nTraceback ...\n%s", last)
