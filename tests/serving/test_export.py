@@ -428,7 +428,9 @@ def parse(*words: str) -> ExportConfig:
 
 def test_flags_come_from_words_and_files(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("model: a\nlayout: vllm\n")
-    assert parse("--config", f"{tmp_path}/a.yaml", "--model", "b", "--overwrite") == ExportConfig("b", None, "vllm", True)
+    assert parse("--config", f"{tmp_path}/a.yaml", "--model", "b", "--overwrite") == ExportConfig(
+        model="b", layout="vllm", overwrite=True
+    )
 
 
 @pytest.mark.parametrize(

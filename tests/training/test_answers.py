@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rayalign.data.encoder_spec import EncoderSpec
-from rayalign.data.store import EncodedPair, PreparedData
+from rayalign.data.store import EncodedPair, PreparedData, shard_name
 from rayalign.policy.policy import Policy
 from rayalign.report.conversations import Answers
 from rayalign.storage import Store
@@ -117,7 +117,7 @@ def test_storage_that_fails_ends_no_run(asked: Asked, tmp_path: Path, caplog: py
     asked.run = Store(str(tmp_path / "file"))
     asked.ask("before", rows=[0])
     assert "The model's own answers could not be kept" in caplog.text
-    (Path(asked.data.folder.location) / "shard").unlink()
+    (Path(asked.data.folder.location) / shard_name(0)).unlink()
     asked.run = Store(str(tmp_path / "run"))
     asked.ask("before", rows=[0])
-    assert json.loads((tmp_path / "run" / ANSWERS).read_text())["failed"].startswith("FileNotFoundError")
+    assert json.loads((tmp_path / "run" / ANSWERS).read_text())["failed"].startswith("DamagedFile")
