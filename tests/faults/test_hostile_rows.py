@@ -28,7 +28,7 @@ def test_hostile_rows_are_dropped_with_words_and_the_good_ones_among_them_are_ke
     cluster_of_four_cpus: Cluster, model: Path, tmp_path: Path
 ) -> None:
     spec = EncoderSpec(model=str(model), responses="both")
-    written = write(tmp_path / "data", 300, seed=1, special_tokens=spec.tokenizer.all_special_tokens, side=SMALL_SIDE)
+    written = write(tmp_path / "data", 150, seed=1, special_tokens=spec.tokenizer.all_special_tokens, side=SMALL_SIDE)
     outcome = prepare_hostile(written, spec, tmp_path / "cache", cluster_of_four_cpus)
     assert outcome.faults == []
     assert len(outcome.reasons) > 10  # all kinds of rows were among them

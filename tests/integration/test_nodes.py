@@ -67,7 +67,7 @@ def test_a_run_waits_for_the_node_that_its_workers_need_and_looks_at_its_paths_f
         assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
         assert not (tmp_path / "run").exists()
         gone = SharedFile("--dataset gone.jsonl", str(tmp_path / "gone.jsonl"), 2)
-        with pytest.raises(ValueError, match=r"--dataset gone.jsonl: 127.0.0.1, 127.0.0.1 \(2\) \(of 2 nodes\) do not see"):
+        with pytest.raises(ValueError, match=r"--dataset gone.jsonl: [\d.]+, [\d.]+ \(2\) \(of 2 nodes\) do not see"):
             check_shared_paths([gone], {}, arrival_seconds=0)
     finally:
         joins.join()

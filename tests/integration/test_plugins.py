@@ -104,8 +104,8 @@ def test_the_template_trains_from_python_in_a_job_on_rows_of_an_own_format(job_o
     assert summary["training_records"] + summary["held_out_records"] == 60
     assert {name: summary[name] for name in told["metrics"]} == told["metrics"]
     assert {"eval_loss", "eval_rewards/accuracies", "grad_norm"} <= told["metrics"].keys()
-    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["loss"] == pytest.approx(4)  # margin 2, and rewards of 0 at the start
+    start = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert start["eval_loss"] == pytest.approx(4)  # margin 2, and rewards of 0 at the start
     assert all(weight.any() for weight in load_file(folder / "model" / "adapter_model.safetensors").values())
     assert (folder / "plugins" / "my_loss.py").read_text() == TEMPLATE.read_text()
     assert (folder / "plugins" / "my_format.py").read_text() == FORMAT

@@ -109,8 +109,10 @@ def test_the_package_is_imported_from_the_wheel(environment: Path, tmp_path: Pat
 
 def test_a_report_is_rendered_from_the_wheel(environment: Path, tmp_path: Path) -> None:
     script = (
-        "from rayalign.report.page import render_report\n"
-        "print(render_report(title='A run', config={}, summary={}, metrics=[], dropped={}, pairs=[], score_name='reward'))"
+        "from rayalign.report.conversations import Answers\n"
+        "from rayalign.report.page import Times, render_report\n"
+        "print(render_report(title='A run', config={}, summary={}, metrics=[], dropped={}, pairs=[], conversations={}, "
+        "answers=Answers(), times=Times(), num_steps=1, score_name='reward'))"
     )
     page = run(tmp_path, environment / "python", "-c", script)
     for style in (ROOT / "rayalign" / "report").glob("*.css"):
