@@ -150,9 +150,7 @@ def test_a_run_continues_from_an_adapter_on_object_storage(
     # Of the model and the adapter a copy each, and of both the description, which was there first.
     assert [name.rpartition("-")[0] for name in models] == ["runs_dpo_model"] * 2 + ["tests_llava"] * 2
     output = cluster_of_four_cpus.run(*words[:2], "s3://tests/no/such/model", *words[3:], code=2)
-    assert output.splitlines()[-1] == (
-        "pipelines/sft.py: error: --adapter s3://tests/no/such/model: there is no such folder, or nothing in it."
-    )
+    assert output.splitlines()[-1] == ("error: --adapter s3://tests/no/such/model: there is no such folder, or nothing in it.")
 
 
 def test_storage_that_fails_a_tenth_of_all_requests_changes_nothing(
