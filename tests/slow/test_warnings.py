@@ -42,8 +42,9 @@ def warnings_of(report: Path) -> list[str]:
 
 def trained(task: stages.Task, name: str, run: Any) -> tuple[list[str], dict[str, float]]:
     """The report's warnings, and the figures of the model on held-out handwriting."""
-    stages.align(task, run.pipeline, name, *stages.ONE_WORKER, "--eval_steps", 20, *run.flags, records=run.records)
-    return warnings_of(task.folder / name / "report.html"), compare.judged(task, name)
+    folder = f"run_{name}"
+    stages.align(task, run.pipeline, folder, *stages.ONE_WORKER, "--eval_steps", 20, *run.flags, records=run.records)
+    return warnings_of(task.folder / folder / "report.html"), compare.judged(task, folder)
 
 
 @pytest.mark.parametrize("name", SOUND)
