@@ -134,34 +134,35 @@ def _chosen_falls(metrics: Metrics) -> str:
 
 
 def _answers_change(metrics: Metrics, *, num_pairs: int) -> str:
-    points = _finite(metrics, "eval_exact_match")
-    if len(points) < 2 or num_pairs < FEW_PAIRS:
-        return ""
-    (_, start), (_, end) = points[0], points[-1]
-    if start - end <= max(0.03, _noise(start, end, num_pairs)):
+    shares = _fallen_share(metrics, "eval_exact_match", num_pairs=num_pairs)
+    if shares is None:
         return ""
     return (
-        f"The policy would answer with exactly the chosen response in {end:.0%} of the held-out records, and did so in "
-        f"{start:.0%} before the training: its answers get worse. A lower --learning_rate or fewer steps helps."
+        f"The policy would answer with exactly the chosen response in {shares[1]:.0%} of the held-out records, and did so in "
+        f"{shares[0]:.0%} before the training: its answers get worse. A lower --learning_rate or fewer steps helps."
     )
-
-
-def _noise(start: float, end: float, num_pairs: int) -> float:
-    """Two standard errors of the difference of two shares."""
-    return 2 * math.sqrt((start * (1 - start) + end * (1 - end)) / num_pairs)
 
 
 def _likelihood_accuracy_falls(metrics: Metrics, *, num_pairs: int) -> str:
-    points = _finite(metrics, "eval_accuracy/likelihood")
-    if len(points) < 2 or num_pairs < FEW_PAIRS:
-        return ""
-    (_, start), (_, end) = points[0], points[-1]
-    if start - end <= max(0.03, _noise(start, end, num_pairs)):
+    shares = _fallen_share(metrics, "eval_accuracy/likelihood", num_pairs=num_pairs)
+    if shares is None:
         return ""
     return (
-        f"The policy finds the chosen response the likelier one in {end:.0%} of the held-out pairs, and did so in {start:.0%} "
-        "before: by its own likelihoods it prefers them less than at the start. A lower --learning_rate or fewer steps helps."
+        f"The policy finds the chosen response the likelier one in {shares[1]:.0%} of the held-out pairs, and did so in "
+        f"{shares[0]:.0%} before: by its own likelihoods it prefers them less than at the start. A lower --learning_rate or "
+        "fewer steps helps."
     )
+
+
+def _fallen_share(metrics: Metrics, name: str, *, num_pairs: int) -> tuple[float, float] | None:
+    """The first and the last value of a share of the held-out records, where it fell by more than 0.03 and two standard
+    errors."""
+    points = _finite(metrics, name)
+    if len(points) < 2 or num_pairs < FEW_PAIRS:
+        return None
+    (_, start), (_, end) = points[0], points[-1]
+    noise = 2 * math.sqrt((start * (1 - start) + end * (1 - end)) / num_pairs)
+    return (start, end) if start - end > max(0.03, noise) else None
 
 
 def _memorised(metrics: Metrics, *, num_pairs: int) -> str:
