@@ -50,17 +50,22 @@ def test_an_accuracy_far_below_a_half_asks_for_swapped_columns() -> None:
     assert "swapped" in problems({"eval_rewards/accuracies": 0.1}, margins=(-1.0,) * 400)["coin toss"]
 
 
-# What runs of the quickstart's task logged before the first step and at the end, and the share of right greedy answers: DPO at
-# the rate of its example, KTO at five times its rate, SimPO; DPO without the NLL term, and that at five times the rate.
+# What runs of the quickstart's task logged before the first step and at the end, one seed, and the share of right greedy
+# answers: DPO at the rate of its example, KTO at five times its rate, SimPO; DPO without the NLL term, which answers worse than
+# with it, and that at five times the rate, which no longer answers.
 START = {"eval_nll_loss": 0.4356, "eval_mean_token_accuracy": 0.7719, "eval_rewards/margins": 0.0}
 SOUND = {
     "dpo, 0 to 0.56": {"eval_nll_loss": 0.9489, "eval_mean_token_accuracy": 0.7738, "eval_rewards/margins": 0.5332},
     "kto, 0 to 0.52": {"eval_nll_loss": 1.5209, "eval_mean_token_accuracy": 0.7679, "eval_rewards/margins": 0.8121},
     "simpo, 0 to 0.49": {"eval_nll_loss": 1.2519, "eval_mean_token_accuracy": 0.7691, "eval_rewards/margins": 1.4222},
 }
-BROKEN = {
-    "dpo, 0.56 to 0.20": {"eval_nll_loss": 1.6661, "eval_mean_token_accuracy": 0.7263, "eval_rewards/margins": 0.8177},
-    "dpo, 0.56 to 0": {"eval_nll_loss": 4.968, "eval_mean_token_accuracy": 0.2149, "eval_rewards/margins": 1.0527},
+HARMED = {
+    "dpo without nll, 0 to 0.20": {"eval_nll_loss": 1.6661, "eval_mean_token_accuracy": 0.7263, "eval_rewards/margins": 0.8177},
+    "dpo without nll, fast, 0 to 0": {
+        "eval_nll_loss": 4.968,
+        "eval_mean_token_accuracy": 0.2149,
+        "eval_rewards/margins": 1.0527,
+    },
 }
 
 
@@ -69,7 +74,7 @@ def test_chosen_responses_that_become_less_likely_and_stay_the_first_choice_are_
     assert problems(START, end, margins=MANY) == {}
 
 
-@pytest.mark.parametrize("end", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("end", HARMED.values(), ids=HARMED)
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_chosen_responses_that_the_policy_would_no_longer_write_are_reported(end: dict[str, float], is_finished: bool) -> None:
     found = problems(START, end, margins=MANY, is_finished=is_finished)
