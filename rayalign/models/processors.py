@@ -1,6 +1,7 @@
 """A model's processor (of a language model: its tokenizer), and images as the model takes them.
 
-Only images are read here, never videos, so a processor works without torchvision, which the video part of some needs.
+Only images are read here, never videos, so a processor is loaded without its video part, which may need torchvision or a file
+that the model's folder lacks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase, is_torchvision_available
+from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
 from rayalign.downloads import model_folder
 from rayalign.formats.records import RecordError
@@ -20,13 +21,11 @@ MAX_RESIZED_PIXELS = 2**24
 
 
 def load_processor(model: str, *, trust_remote_code: bool = False) -> Any:
-    """The processor of a folder, URL or hub id; without torchvision without its video part, whose settings it saves again."""
+    """The processor of a folder, URL or hub id without its video part, whose settings it saves again."""
     model = model_folder(model, weights=False)
-    if not is_torchvision_available():
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        own_class = processor_class(config)
-        if own_class is not None and has_video_part(own_class):
-            return without_video_part(own_class).from_pretrained(model)
+    own_class = processor_class(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
+    if own_class is not None and has_video_part(own_class):
+        return without_video_part(own_class).from_pretrained(model)
     return AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
