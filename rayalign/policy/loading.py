@@ -25,6 +25,9 @@ from rayalign.policy.prepare import model_options, prepare_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.policy.weights import load_weights
 
+NO_SUCH_KERNEL = "does not support an attention implementation"
+"""In transformers' error for a model that lacks the kernel, which it finds out while it makes the model."""
+
 
 def load_policy(
     source: ModelSource,
@@ -40,11 +43,16 @@ def load_policy(
 
     Trainable weights are float32; all others have the type of `model.dtype`. A value head is that of the source's folder, or a
     new one. Where all weights are trained and a companion's rows need a reference in the step, a frozen copy is kept as such.
-    Raises ValueError for models of unknown families, for weights and adapters that are not whole or do not fit, for flags that
-    do not fit the model or its adapter, and where the machine lacks what quantisation or the attention kernel needs.
+    On a GPU, cuDNN's attention is switched off in this process. Raises ValueError for models of unknown families, for weights
+    and adapters that are not whole or do not fit, for flags that do not fit the model or its adapter, and where the machine
+    lacks what quantisation or the attention kernel needs.
     """
     check_tuner(tuner, source, on_gpu=device.type == "cuda")
     check_attention(model, on_gpu=device.type == "cuda")
+    if device.type == "cuda":
+        # cuDNN's kernels, torch's choice on Hopper, are built anew, in tenths of a second, for each length that was not there
+        # yet: for nearly each row, and for each token that an answer grows by. The other kernels take any length.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dtype: torch.dtype = getattr(torch, model.dtype_on(device.type))
     named, source = source.base, source.here()
     config = load_config(source.base, trust_remote_code=model.trust_remote_code)
@@ -98,7 +106,15 @@ def _load_base(
         options = {**options, "device_map": "auto"}
     elif "quantization_config" in options:  # weights become 4 bits where they first arrive
         options = {**options, "device_map": {"": device}}
-    loaded = load_weights(family.auto_class, model, needs_output_head=needs_output_head, **options)
+    try:
+        loaded = load_weights(family.auto_class, model, needs_output_head=needs_output_head, **options)
+    except ValueError as error:
+        if NO_SUCH_KERNEL not in str(error):
+            raise
+        raise ValueError(
+            f"--attn_implementation: transformers' {family.model_type} can't be run with it. Leave the flag out; sdpa, the "
+            f"default, fits all models. (transformers says: {str(error).partition('. ')[0]}.)"
+        ) from None
     return loaded if "device_map" in options else loaded.to(device)
 
 

@@ -187,3 +187,15 @@ def test_names_of_before_transformers_4_52_are_read_as_before(llava: Path) -> No
     write(llava, {old_name(name): value for name, value in tensors(llava).items()})
     found = make_policy(llava).base.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items() if ".lora_" not in name)
+
+
+def test_a_kernel_that_transformers_lacks_for_a_model_is_refused(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayalign.policy.loading.check_attention", lambda *_, **__: None)  # it refuses all CPUs
+    model = ModelConfig(attn_implementation="flex_attention")
+    assert complaint(model_folder("qwen2_5_vl"), model=model).startswith(
+        "--attn_implementation: transformers' qwen2_5_vl can't be run with it. Leave the flag out; sdpa, the default, fits all "
+        "models. (transformers says: Qwen2_5_VLTextModel does not support an attention implementation through torch's"
+    )
+    assert make_policy(model_folder("llava"), model=model).base  # others have it
