@@ -77,9 +77,10 @@ bench: setup ## measure the ratios of benchmarks/README.md on this machine (abou
 	@for name in step peak reference estimate job workers overhead rows; do $(BIN)/python benchmarks/$$name.py; done
 	$(if $(SWIFT_PYTHON),$(BIN)/python benchmarks/swift_step.py --swift_python $(SWIFT_PYTHON))
 
-gpu: setup ## on a machine with an NVIDIA GPU: the tests that need one, and a 7B model's step there
+gpu: setup ## on a machine with an NVIDIA GPU: the tests that need one, a 7B model's step, and its whole job
 	$(BIN)/pytest -q tests/gpu
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu_job.py
 
 configs: setup ## rewrite pipelines/configs/*.yaml with every flag there is, values kept, and the docs' table of flags
 	@mkdir -p build; for name in $(notdir $(basename $(filter-out %/tune.yaml,$(wildcard pipelines/configs/*.yaml)))); do \

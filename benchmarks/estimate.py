@@ -24,7 +24,7 @@ from rayalign.config.sections import ModelConfig, OptimizerConfig, PlanConfig, T
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.estimate import Estimate
 from rayalign.estimate.lengths import ImageLook
-from rayalign.estimate.meter import CPU_FLOPS, Meter, tensors_of
+from rayalign.estimate.meter import MORE_FLOPS, Meter, tensors_of
 from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import VisionCosts
 from rayalign.models.processors import process_images
@@ -79,7 +79,7 @@ def measure(encoded: Encoded, config: Config) -> dict[str, float]:
     before, peak = peak_memory(step, CPU)
     with Meter([*tensors_of(policy.model), *encoded.batch.image_inputs.values()]) as meter:
         step()
-    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
         step()
     return {"tensors": meter.peak / 2**20, "process": (peak - before) / 2**20, "gflop": counter.get_total_flops() / 1e9}
 

@@ -6,7 +6,7 @@
 Needs no Ray and nothing from a model hub: weights, token ids and pictures are random. All ways to compute the step share one
 model and one adapter, and their losses and gradients are compared before anything is timed: first in float32, in a model of the
 same widths with few layers, then in the one that is timed. A step starts from tensors that lie on the device and ends with the
-gradients.
+gradients. `new lengths`: the first step on rows of other lengths, which is what each step of a run is.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from rayalign.config.sections import ModelConfig, OptimizerConfig
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.dry_run import DryRun
 from rayalign.estimate.flops import Polynomial
-from rayalign.estimate.meter import CPU_FLOPS, Meter, tensors_of
+from rayalign.estimate.meter import MORE_FLOPS, Meter, tensors_of
 from rayalign.estimate.passes import Pass
 from rayalign.estimate.vision import VisionCosts
 from rayalign.models.source import ModelSource
@@ -158,6 +158,20 @@ def time_ways(bench: Bench, ways: Sequence[Way], *, rounds: int) -> dict[Way, li
     return {way: of_way[1:] for way, of_way in zip(ways, seconds.values(), strict=True) if way not in lost}
 
 
+def time_new_lengths(bench: Bench, ways: Sequence[Way], batches: Sequence[Sequence[RawPair]]) -> dict[Way, list[float]]:
+    """Seconds of each way's first step on batches whose rows have lengths that were not there before, as in a run."""
+    seconds: dict[Way, list[float]] = {way: [] for way in ways}
+    for number, pairs in enumerate(batches):
+        bench.take(pairs)
+        for way in [*ways[number:], *ways[:number]]:
+            bench.enter(way)
+            bench.model.zero_grad()
+            taken = if_it_fits(functools.partial(seconds_of, bench.step, bench.device))
+            if taken is not None:
+                seconds[way].append(taken.wall)
+    return {way: of_way for way, of_way in seconds.items() if of_way}
+
+
 def peak_of(bench: Bench, way: Way) -> dict[str, float]:
     """GiB that a step takes at its peak above model, adapters and batches, and with them."""
     bench.enter(way)
@@ -182,7 +196,7 @@ def done_flops(bench: Bench, way: Way) -> int | None:
     bench.enter(way)
     bench.model.zero_grad()
     release_memory()
-    with FlopCounterMode(display=False, custom_mapping=CPU_FLOPS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
         bench.step()
     flops: int = counter.get_total_flops()
     return flops
@@ -290,10 +304,12 @@ def ways_of(arguments: argparse.Namespace, dtype: torch.dtype) -> list[Way]:
     return found
 
 
-def pairs_of(case: str, config: Any, arguments: argparse.Namespace) -> list[RawPair]:
+def pairs_of(case: str, config: Any, arguments: argparse.Namespace, *, number: int = 0) -> list[RawPair]:
+    """The case's batch; with a `number`, another one, whose pictures are a little smaller and whose responses are longer."""
     tile, responses = config.vision_config.image_size, RESPONSES_OF[arguments.shape]
-    height, width = (round(tile * side) for side in IMAGES[case])
-    return draw_pairs((height, width), [responses[i % len(responses)] for i in range(arguments.batch_size)])
+    height, width = (round(tile * side) - 7 * number for side in IMAGES[case])
+    of_batch = [responses[i % len(responses)] for i in range(arguments.batch_size)]
+    return draw_pairs((height, width), [(chosen + number, rejected + 2 * number) for chosen, rejected in of_batch])
 
 
 def compare_exactly(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -331,7 +347,7 @@ def run_case(name: str, bench: Bench, needed: Needed, arguments: argparse.Namesp
                 **peak_of(bench, way),
             }
         )
-    return {
+    report = {
         "case": name,
         "batch": batch_facts(bench.encoded.rows(), bench.config.image_token_id),
         "agreement": agreement,
@@ -339,6 +355,11 @@ def run_case(name: str, bench: Bench, needed: Needed, arguments: argparse.Namesp
         "out_of_memory": [asdict(way) for way in ways_of(arguments, bench.dtype) if way not in seconds],
         "milliseconds": time_parts(bench, rounds=arguments.rounds),
     }
+    others = [pairs_of(name, bench.config, arguments, number=1 + number) for number in range(arguments.rounds)]
+    of_new = time_new_lengths(bench, [*seconds], others)
+    for line, way in zip(measured, seconds, strict=True):
+        line["pairs_per_second_new_lengths"] = spread([pairs / value for value in of_new[way]]) if way in of_new else None
+    return report
 
 
 def peak_tflops_of(device: torch.device) -> float | None:
@@ -363,6 +384,7 @@ def tables_of(cases: Sequence[dict[str, Any]]) -> str:
         "attention": lambda line: line[1]["attention"],
         "checkpointing": lambda line: "yes" if line[1]["checkpointing"] else "no",
         "pairs/s": lambda line: show(line[1]["pairs_per_second"]) if "pairs_per_second" in line[1] else "out of memory",
+        "pairs/s, new lengths": spread_of("pairs_per_second_new_lengths"),
         "times as fast as TRL": spread_of("times_as_fast_as_trl"),
         "MFU": spread_of("mfu"),
         "needed, TFLOP/pair": figure("needed_tflop_per_pair"),

@@ -112,6 +112,7 @@ class Bench:
         """Brings the model into the state that a way trains it in."""
         self.way = way
         self.let_peft_compute(way.side == "trl")
+        torch.backends.cuda.enable_cudnn_sdp(way.side == "trl")  # as `load_policy` does
         self.base.disable_input_require_grads()
         self.base.activation_checkpointing_disable()
         if way.side == "trl":

@@ -242,7 +242,8 @@ def run_command(command: list[str], *, cwd: Path, environment: Mapping[str, str]
     """The lines a command prints, each with the time it came, and an empty one with the time of its exit; raises SystemExit
     with the last of them where it fails."""
     kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # each side sets its threads itself
-    settings = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
+    settings = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command,
         cwd=cwd,

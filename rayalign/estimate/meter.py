@@ -71,15 +71,18 @@ def _attention_backward_flops(query: Sequence[int], key: Sequence[int]) -> int:
     return 10 * math.prod(query) * key[2]
 
 
-CPU_FLOPS: dict[Any, Callable[..., int]] = {
-    aten.addmm_: lambda out, left, right, **_: _product_flops(left, right),
+MORE_FLOPS: dict[Any, Callable[..., int]] = {
+    # Their forms on a GPU that name the result's type end torch's own counts.
+    aten.mm: lambda left, right, *_, **__: _product_flops(left, right),
+    aten.addmm: lambda added, left, right, *_, **__: _product_flops(left, right),
+    aten.addmm_: lambda added, left, right, **_: _product_flops(left, right),
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: _attention_flops(q, k),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda out, q, k, *_, **__: _attention_backward_flops(q, k),
 }
 """What torch's own table lacks: operations of these kernels, from their arguments' shapes. The table and `shape_wrapper` are
 not documented: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/flop_counter.py, 2.13.0."""
 
-FLOPS: dict[Any, Callable[..., int]] = {**flop_registry, **{op: shape_wrapper(count) for op, count in CPU_FLOPS.items()}}
+FLOPS: dict[Any, Callable[..., int]] = {**flop_registry, **{op: shape_wrapper(count) for op, count in MORE_FLOPS.items()}}
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:

@@ -139,7 +139,9 @@ class _Worker:
         self.latest_metrics: dict[str, float] = {}
         for line in self.metrics_log.lines if self.metrics_log is not None else []:
             self.latest_metrics |= line
-        self._say("Training %s from step %d to %d", algorithm.name.upper(), self.start_step, self.sampler.num_steps)
+        steps = (self.start_step, self.sampler.num_steps)
+        chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        self._say("Training %s from step %d to %d, on %d x %s", algorithm.name.upper(), *steps, self.num_workers, chip)
         if self.device.type == "cpu" and policy.dtype == torch.float32 and multiplies_bfloat16():
             self._say("This CPU multiplies in bfloat16: with --dtype bfloat16 a step takes about 0.6 of the time")
         self.progress = Progress(self.sampler.num_steps - self.start_step)

@@ -18,7 +18,7 @@ from rayalign.data.store import EncodedPair
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.estimate import Estimate
 from rayalign.estimate.lengths import ImageLook
-from rayalign.estimate.meter import CPU_FLOPS, Meter, tensors_of
+from rayalign.estimate.meter import MORE_FLOPS, Meter, tensors_of
 from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import VisionCosts
 from rayalign.models.processors import process_images
@@ -107,7 +107,7 @@ def test_memory_and_operations_of_a_step_are_estimated(
     images = [*batch.image_inputs.values(), *(batch.companion.batch.image_inputs.values() if batch.companion else ())]
     with Meter([*held.values(), *head, *images]) as meter:
         trainer.gradients([batch], totals)
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_FLOPS)
+    counter = FlopCounterMode(display=False, custom_mapping=MORE_FLOPS)
     with counter:
         trainer.gradients([batch], totals)
     found = estimate_of(folder, config, pairs)
@@ -176,3 +176,13 @@ def test_a_run_that_goes_on_from_an_adapter_is_told_what_a_new_one_would_train(
     blueprint = dataclasses.replace(plain.blueprint, tuner=tuner, source=source)
     config = dataclasses.replace(plain.config, tuner=tuner)
     assert dataclasses.replace(plain, config=config, blueprint=blueprint).adapters == plain.adapters
+
+
+def test_products_that_name_their_results_type_are_counted() -> None:
+    """As kernels on a GPU call them; torch's own table fails on them."""
+    total = torch.zeros(4, 6, device="meta")
+    left, right = (torch.zeros(*size, device="meta", dtype=torch.bfloat16) for size in ((4, 5), (5, 6)))
+    with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        torch.mm(left, right, out_dtype=torch.float32)
+    assert counter.get_total_flops() == 2 * (2 * 4 * 5 * 6)
