@@ -26,7 +26,7 @@ from rayalign.images.urls import fetch_url
 from rayalign.storage import Store, is_url
 
 MAX_IMAGE_BYTES = 64 * 2**20
-MAX_IMAGE_PIXELS = 64 * 2**20
+MAX_IMAGE_PIXELS = 48 * 2**20
 MAX_WEBP_PIXELS = 32 * 2**20
 """Of a WebP picture, which its decoder holds four times."""
 MAX_RECORD_PIXELS = 64 * 2**20

@@ -11,7 +11,7 @@ from tests.cluster import Cluster
 from tests.hostile.files import write
 from tests.hostile.run import prepare_hostile
 
-MOST_BYTES = 1.5 * 2**30
+MOST_BYTES = 1.5e9
 """Of any process, libraries that processes share among it."""
 SMALL_SIDE = 1000
 """Of the large pictures: those at the limits take minutes and are left to `make slow`."""

@@ -13,7 +13,7 @@ from tests.hostile.run import prepare_hostile
 
 pytestmark = pytest.mark.slow
 
-MOST_BYTES = 1.5 * 2**30
+MOST_BYTES = 1.5e9
 """Of any process, libraries that processes share among it."""
 ROWS_OF_A_PART = 2500
 
