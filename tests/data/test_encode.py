@@ -487,7 +487,7 @@ def png_of(width: int, height: int) -> bytes:
     [
         (record("a" * 70_000), [], "too long", "messages: 70015 bytes of text; --max_length 1024 holds 65536 at the most"),
         (record("why?", chosen="é" * 40_000), [], "too long", "80009 bytes"),
-        (record("<image>" * 3), [png_of(8000, 8000)] * 3, "images too large", "3 pictures of 192000000 pixels together"),
+        (record("<image>" * 3), [png_of(7000, 7000)] * 3, "images too large", "3 pictures of 147000000 pixels together"),
         (
             record("<image>"),
             [png_of(1, 8000)],
