@@ -21,7 +21,6 @@ import ray.data
 import ray.exceptions
 import ray.train
 import ray.util.state
-import transformers
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from rayalign.retries import StorageFailed
@@ -251,7 +250,9 @@ def quiet_logging() -> None:
     quiet_ray()
     # It recommends a kernel for CPUs each time it is imported, which peft does.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging  # here: Ray Train's controller has no use for it
+
+    transformers_logging.disable_progress_bar()
     # peft uses transformers' old name of this; the line can go when a peft release uses the new one.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 

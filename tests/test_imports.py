@@ -30,6 +30,9 @@ def test_the_packages_modules_are_all_found() -> None:
         ("rayalign.training.loop, rayalign.training.checkpoint", {"ray"}),
         # Ray Data's fetches run in processes that start beside the training, and would import for seconds.
         ("rayalign.data.sampler, rayalign.data.store", {"ray", "torch", "transformers"}),
+        # So does Ray Train's controller.
+        ("rayalign.training.entry", {"numpy", "ray", "torch", "transformers"}),
+        ("rayalign.training.driver", {"peft"}),
     ],
 )
 def test_a_module_loads_nothing_that_it_has_no_use_for(modules: str, absent: set[str]) -> None:

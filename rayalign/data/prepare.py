@@ -28,7 +28,7 @@ from rayalign.data.remarks import remarks, unread_pictures
 from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, write_task
 from rayalign.data.sampler import nothing_held_out
 from rayalign.data.store import INDEX_SCHEMA, PreparedData, shard_name
-from rayalign.data.tasks import cut_into_tasks
+from rayalign.data.tasks import cut_into_tasks, processes_for
 from rayalign.formats.columns import parse_renames
 from rayalign.formats.parse import own_formats
 from rayalign.models.registry import REGISTERED_MODELS
@@ -209,7 +209,7 @@ def _encode(
     configure_ray_data()
     wanted = list(range(len(tasks)) if numbers is None else numbers)
     outcomes = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
-        prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True
+        prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, concurrency=processes_for(len(wanted))
     )
     tables = []
     for table in reports_of(outcomes, OUTCOME_SCHEMA):

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import ray
@@ -17,12 +18,17 @@ from rayalign.sources.rows import Span
 SPAN_ROWS = 256
 """Rows that one task reads, encodes and writes as one shard."""
 
+TASKS_OF_A_PROCESS = 4
+"""As long as each has no more work than this, another process would not pay: its start takes seconds, as some tasks do."""
+
+SCANNED_HERE = 64 * 2**20
+"""Bytes of files that the driver scans itself, in less time than a process of the cluster starts in."""
+
 
 def cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
     """The work of a preparation; files are scanned side by side, and #N draws are made here."""
-    scan = ray.remote(_spans_of)
     files = [(d, f, file) for d, dataset in enumerate(sources.datasets) for f, file in enumerate(dataset.files)]
-    spans = [result_of(outcome) for outcome in ray.get([scan.remote(file) for _, _, file in files])]
+    spans = _scan([file for _, _, file in files])
     tasks = []
     for d, dataset in enumerate(sources.datasets):
         own = [(f, span) for (owner, f, _), of_file in zip(files, spans, strict=True) if owner == d for span in of_file]
@@ -35,6 +41,19 @@ def cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
                 tasks.append(PrepareTask(d, f, span, rows))
             passed += span.num_rows
     return tasks
+
+
+def processes_for(num_tasks: int) -> int:
+    """How many processes share the tasks, at the most."""
+    return -(-num_tasks // TASKS_OF_A_PROCESS)
+
+
+def _scan(files: Sequence[SourceFile]) -> list[list[Span]]:
+    """The spans of each file."""
+    if sum(file.size for file in files) <= SCANNED_HERE:
+        return [spans_of(file, SPAN_ROWS) for file in files]
+    scan = ray.remote(_spans_of)
+    return [result_of(outcome) for outcome in ray.get([scan.remote(file) for file in files])]
 
 
 def _spans_of(file: SourceFile) -> list[Span] | Stopped:

@@ -1,7 +1,8 @@
 """Private and undocumented names of transformers that models and processors rely on, each behind one small function.
 
 Each says where the name is, in which version it was read, and when the function can go. tests/models/test_compat.py fails when
-one of them changes its meaning. Those that a policy relies on are in `rayalign.policy.compat`.
+one of them changes its meaning. Those that a policy relies on are in `rayalign.policy.compat`. Each imports what it needs: a
+driver reads configs only, and parts of transformers take seconds to load.
 """
 
 import functools
@@ -9,18 +10,11 @@ import json
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import PreTrainedConfig
-from transformers.image_processing_utils import select_best_resolution
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_MAPPING,
-)
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils.hub import cached_file
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
 
 VIDEO_PART = "video_processor"
 VIDEO_SETTINGS_FILE = "video_preprocessor_config.json"
@@ -34,6 +28,8 @@ def config_settings(model: str) -> Mapping[str, Any]:
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/configuration_utils.py
     (`PreTrainedConfig.get_config_dict`), 5.23.0. Can go when AutoConfig tells the model type without running a model's code.
     """
+    from transformers import PreTrainedConfig
+
     settings, _ = PreTrainedConfig.get_config_dict(model)
     return settings
 
@@ -44,6 +40,8 @@ def is_vision_language(model_type: str) -> bool:
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/auto/modeling_auto.py
     (`MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES`), 5.23.0. Can go when AutoModelForImageTextToText lists its types.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
@@ -53,25 +51,31 @@ def is_language_model(model_type: str) -> bool:
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/auto/modeling_auto.py
     (`MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`), 5.23.0. Can go when AutoModelForCausalLM lists its types.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def headless_class(config: PreTrainedConfig) -> Any:
+def headless_class(config: "PreTrainedConfig") -> Any:
     """The class of the model without its output head: `LlavaModel` for a `LlavaConfig`.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/auto/modeling_auto.py (`MODEL_MAPPING`),
     5.23.0. Can go when AutoModel tells the class of a config.
     """
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
     return MODEL_MAPPING[type(config)]
 
 
-def vision_tower(base: Any) -> nn.Module | None:
+def vision_tower(base: Any) -> "nn.Module | None":
     """The vision tower of a model; None where it has none.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/modeling_utils.py (`PreTrainedModel.get_encoder`),
     5.23.0: it gives the model itself, or what holds its decoder, where it finds no tower, and None where the model may have one
     and has not. Can go when it always says None for no tower.
     """
+    from torch import nn
+
     encoder, decoder = base.get_encoder(modality="image"), base.get_decoder()
     if not isinstance(encoder, nn.Module) or any(module is decoder for module in encoder.modules()):
         return None
@@ -88,6 +92,8 @@ def hub_revision(model: str) -> str:
     https://huggingface.co/docs/huggingface_hub/guides/manage-cache (snapshots). Can go when a public function of transformers
     tells the commit of what it loaded.
     """
+    from transformers.utils.hub import cached_file
+
     return Path(str(cached_file(model, "config.json"))).parent.name
 
 
@@ -98,6 +104,8 @@ def read_optional_json(model: str, name: str) -> Any:
     arguments of `cached_files` by which what is missing is no error), 5.23.0. Can go when a public function reads a file that
     may be missing.
     """
+    from transformers.utils.hub import cached_file
+
     file = cached_file(model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
     return json.loads(Path(file).read_text()) if file else None
 
@@ -105,12 +113,14 @@ def read_optional_json(model: str, name: str) -> Any:
 # Processors and images
 
 
-def processor_class(config: PreTrainedConfig) -> Any:
+def processor_class(config: "PreTrainedConfig") -> Any:
     """The class of a config's processor; None where it has none of its own.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/auto/processing_auto.py
     (`PROCESSOR_MAPPING`), 5.23.0. Can go with `without_video_part`.
     """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
     return PROCESSOR_MAPPING.get(type(config), None)
 
 
@@ -183,5 +193,7 @@ def best_resolution(height: int, width: int, resolutions: Sequence[Sequence[int]
     (`select_best_resolution`, the function that the models themselves call), 5.23.0. Can go when the processor counts an
     image's tokens.
     """
+    from transformers.image_processing_utils import select_best_resolution
+
     best_height, best_width = select_best_resolution((height, width), list(resolutions))
     return best_height, best_width

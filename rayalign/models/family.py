@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Grid = tuple[int, int]
 """Rows and columns of an image's features."""
@@ -49,6 +49,8 @@ class Family:
     @property
     def auto_class(self) -> Any:
         """The class of transformers that loads the family's models."""
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # here: seconds, for whoever reads configs
+
         return AutoModelForCausalLM if self.text_only else AutoModelForImageTextToText
 
 
@@ -57,7 +59,7 @@ class ImageInputs:
     """Some images as the model takes them: the tensors, and of each image the number of its features and, where positions need
     it, its grid (both empty where they aren't known beforehand)."""
 
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, "Tensor"] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
     grids: tuple[Grid, ...] = ()
 

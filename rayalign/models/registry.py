@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from transformers import AutoConfig
-
 from rayalign.downloads import model_folder
 from rayalign.models import (
     aya_vision,
@@ -85,6 +83,8 @@ def find_family(model_type: str) -> Family:
 def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a folder, URL or hub id. Raises ValueError for a model type that can't be trained, before any
     code that comes with the model is asked for."""
+    from transformers import AutoConfig
+
     model = model_folder(model, weights=False)
     find_family(str(config_settings(model).get("model_type")))
     return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)

@@ -6,18 +6,19 @@ Nothing here ends a run: a model that can't be asked is named in the log and on 
 
 import dataclasses
 import logging
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import TypeAdapter
 
-from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import PreparedData, Rows, from_batch
-from rayalign.policy.generation import generate_answers
-from rayalign.policy.policy import Policy
 from rayalign.report.conversations import Answers
 from rayalign.storage import Store
 from rayalign.training.distributed import gather
+
+if TYPE_CHECKING:
+    from rayalign.data.encoder_spec import EncoderSpec
+    from rayalign.policy.policy import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +38,22 @@ def sample_of(rows: Rows, count: int) -> Rows:
 
 
 def ask(
-    moment: Moment, policy: Policy, spec: EncoderSpec, data: PreparedData, rows: Rows, *, folder: Store, rank: int, workers: int
+    moment: Moment,
+    policy: "Policy",
+    spec: "EncoderSpec",
+    data: PreparedData,
+    rows: Rows,
+    *,
+    folder: Store,
+    rank: int,
+    workers: int,
 ) -> None:
     """Keeps the policy's answers to the prompts of some rows, each worker a share of them. Every worker calls it. Answers
     from before the training stay what they are once they are there."""
     if moment == "before" and gather(bool(read_answers(folder).before) if rank == 0 else None)[0]:
         return
+    from rayalign.policy.generation import generate_answers  # here: who reads answers needs no model
+
     texts: dict[str, str] = {}
     failed = ""
     try:

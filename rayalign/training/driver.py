@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib.metadata
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,11 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
-import transformers
+from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from rayalign import __version__
-from rayalign.cluster import CHECKPOINT_LIST, Stopped, free_lost_workers, quiet_logging, result_of
+from rayalign.cluster import CHECKPOINT_LIST, free_lost_workers, result_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData, TooManyDropped, prepare_run
 from rayalign.formats.parse import own_formats
@@ -31,7 +31,8 @@ from rayalign.report.page import Times
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
 from rayalign.training.checkpoint import newest_complete, prune_checkpoints
-from rayalign.training.endings import beside_signals, hide_known_tracebacks, run_reached, told_endings, with_restarts
+from rayalign.training.endings import beside_signals, run_reached, told_endings, with_restarts
+from rayalign.training.entry import JOB, train_loop
 from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
 from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
@@ -41,6 +42,8 @@ from rayalign.training.run_times import Stopwatch, begin_start, end_start
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
+
+LIBRARIES = ("ray", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,7 @@ def _run(config: Config, watch: Stopwatch, lease: Lease) -> Result:
     _write_dropped(folder, dropped_lines(data))
     check_origin(config, data)
     wait_for_workers(config)  # again: nodes that encoding did not use may have been given back
-    # It loads what models need; Ray Train's controller imports this module, too, and needs none of it.
-    from rayalign.reference.precompute import with_reference
+    from rayalign.reference.precompute import with_reference  # here: it loads what models need
 
     with watch.stage("reference"):
         data = with_restarts(lambda: with_reference(config, data), max_failures=max_failures)
@@ -179,8 +181,8 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
     filesystem, path = (None, folder.location) if folder.local_path is not None else folder.resolve()
     make_run_config: Any = ray.train.RunConfig  # type checkers see the class of Ray Train 1 under this name
     return TorchTrainer(
-        _train_loop,  # type: ignore[arg-type]  # its annotation lacks the return value that Result carries
-        train_loop_config={"config": config, "data": data},
+        train_loop,
+        train_loop_config={JOB: cloudpickle.dumps((config, data))},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=gpus > 0,
@@ -196,15 +198,6 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-
-
-def _train_loop(job: dict[Any, Any]) -> WorkerResult | Stopped:
-    quiet_logging()
-    hide_known_tracebacks()
-    # Ray Train's controller imports this module, too; what only the workers need is imported in the workers.
-    from rayalign.training.worker import train_worker
-
-    return train_worker(job["config"], job["data"])
 
 
 def _summary(config: Config, data: RunData, result: WorkerResult, times: Times) -> dict[str, Any]:
@@ -227,12 +220,7 @@ def _summary(config: Config, data: RunData, result: WorkerResult, times: Times) 
         "data_key": data.training.store.name,
         "seed": config.optimizer.seed,
         "data_seed": config.data.data_seed,
-        "versions": {
-            "rayalign": __version__,
-            "ray": ray.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"rayalign": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
     }
 
 

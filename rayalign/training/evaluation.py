@@ -16,14 +16,7 @@ from rayalign.algorithms.terms import nll_metric, wins
 from rayalign.data.batch import PairBatch
 from rayalign.ops.logprobs import PairLogps
 from rayalign.policy.policy import Policy
-
-BY_SUM, BY_TOKEN, BY_REWARD_MODEL = "accuracy/likelihood", "accuracy/per_token", "accuracy/reward_model"
-IMPLICIT_REWARD = "rewards/accuracies"
-SHUFFLED = "/shuffled"
-"""Behind an accuracy's name: the same with the pictures of other records."""
-
-PAIR_TOKENS = CHOSEN_TOKENS, REJECTED_TOKENS = "tokens/chosen", "tokens/rejected"
-"""Beside a pair's metrics: how many tokens its responses have."""
+from rayalign.training.metric_names import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, IMPLICIT_REWARD, SHUFFLED
 
 PairValues = Mapping[str, Mapping[str, float]]
 """By the pairs' ids, their own values by metric."""

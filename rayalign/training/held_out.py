@@ -16,8 +16,9 @@ from rayalign.data.stream import held_out_pairs, with_pictures_of_others
 from rayalign.report.health import Metrics, find_problems
 from rayalign.report.pairs import correlation
 from rayalign.training.distributed import gather
-from rayalign.training.evaluation import BY_SUM, CHOSEN_TOKENS, REJECTED_TOKENS, image_metrics
+from rayalign.training.evaluation import image_metrics
 from rayalign.training.loop import Trainer
+from rayalign.training.metric_names import BY_SUM, CHOSEN_TOKENS, REJECTED_TOKENS
 
 K = TypeVar("K")
 T = TypeVar("T")

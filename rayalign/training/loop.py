@@ -24,7 +24,8 @@ from rayalign.data.sampler import StepCounts, StepSampler
 from rayalign.policy.policy import Policy
 from rayalign.training.best import GOES_ON, Verdict
 from rayalign.training.distributed import gather, sum_over_workers
-from rayalign.training.evaluation import PAIR_TOKENS, WatchedForward, response_tokens, shuffled_accuracies, with_preferences
+from rayalign.training.evaluation import WatchedForward, response_tokens, shuffled_accuracies, with_preferences
+from rayalign.training.metric_names import PAIR_TOKENS
 from rayalign.training.metrics import Clock, MetricSums
 from rayalign.training.optimizer import learning_rate, make_optimizer
 

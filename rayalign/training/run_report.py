@@ -23,7 +23,7 @@ from rayalign.report.page import Times, render_report
 from rayalign.report.pairs import ScoredPair, extremes
 from rayalign.storage import Store
 from rayalign.training.answers import read_answers
-from rayalign.training.evaluation import PAIR_TOKENS
+from rayalign.training.metric_names import PAIR_TOKENS
 
 if TYPE_CHECKING:
     from rayalign.data.prepare import RunData

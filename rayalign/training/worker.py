@@ -41,9 +41,9 @@ from rayalign.training.checkpoint import (
     write_checkpoint,
 )
 from rayalign.training.distributed import gather, start_alike
-from rayalign.training.evaluation import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, SHUFFLED
 from rayalign.training.held_out import HeldOut
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
+from rayalign.training.metric_names import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, SHUFFLED
 from rayalign.training.metrics import MetricsLog
 from rayalign.training.run_report import Background, write_report
 from rayalign.training.run_times import Stopwatch, note_workers, workers_before

@@ -13,16 +13,9 @@ from rayalign.config.sections import OptimizerConfig, TunerConfig
 from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.shuffled_pictures import with_pictures_of
 from rayalign.data.store import EncodedPair
-from rayalign.training.evaluation import (
-    BY_REWARD_MODEL,
-    BY_SUM,
-    BY_TOKEN,
-    IMPLICIT_REWARD,
-    PAIR_TOKENS,
-    image_metrics,
-    response_tokens,
-)
+from rayalign.training.evaluation import image_metrics, response_tokens
 from rayalign.training.loop import Trainer
+from rayalign.training.metric_names import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, IMPLICIT_REWARD, PAIR_TOKENS
 from tests.tiny_models import counts_of, encode_pair, make_batch, make_policy, noise_image, wake_adapters
 
 ALGORITHMS: tuple[Algorithm, ...] = (SFT(), DPO(), MDPO(), CPO(), ORPO(), SimPO(), KTO())

@@ -1,0 +1,23 @@
+"""What Ray Train starts in each worker.
+
+Its controller imports this module, too, and opens what is handed through it. So nothing is imported here but where a worker
+runs, and the job goes through as bytes.
+"""
+
+import pickle
+from typing import Any
+
+JOB = "job"
+"""Among the settings that a worker gets: its configuration and data, pickled."""
+
+
+def train_loop(settings: dict[str, Any]) -> Any:
+    """Runs in each worker; returns its `WorkerResult`, or what stopped it."""
+    from rayalign.cluster import quiet_logging
+    from rayalign.training.endings import hide_known_tracebacks
+    from rayalign.training.worker import train_worker
+
+    quiet_logging()
+    hide_known_tracebacks()
+    config, data = pickle.loads(settings[JOB])
+    return train_worker(config, data)

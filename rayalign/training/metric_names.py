@@ -1,0 +1,9 @@
+"""Names of what `evaluation` measures, for those who only read it."""
+
+BY_SUM, BY_TOKEN, BY_REWARD_MODEL = "accuracy/likelihood", "accuracy/per_token", "accuracy/reward_model"
+IMPLICIT_REWARD = "rewards/accuracies"
+SHUFFLED = "/shuffled"
+"""Behind an accuracy's name: the same with the pictures of other records."""
+
+PAIR_TOKENS = CHOSEN_TOKENS, REJECTED_TOKENS = "tokens/chosen", "tokens/rejected"
+"""Beside a pair's metrics: how many tokens its responses have."""
