@@ -6,23 +6,23 @@
 import dataclasses
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from rayalign.data.batch import ImageChange, ImageProcessing
 from rayalign.data.truncation import TruncationStrategy
 from rayalign.formats.records import Responses
 from rayalign.images.fetch import open_image
 from rayalign.models.chat_templates import packaged_template
 from rayalign.models.family import Family, ImageInputs, RowLayout
-from rayalign.models.processors import load_processor, process_images, tokenizer_of
+from rayalign.models.processor_files import TEMPLATE_FILE, brings_template, processor_files
 from rayalign.models.registry import FAMILIES, find_family, load_config
+
+if TYPE_CHECKING:
+    from rayalign.data.batch import ImageChange, ImageProcessing
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,16 @@ class EncoderSpec:
     @property
     def lent_template(self) -> str | None:
         """The name of the chat template that TRL lends, where neither the model's files nor its family have one."""
-        return self._loaded[1]
+        return None if self.family.chat_template or brings_template(self._files) else self._loaded[1]
+
+    @cached_property
+    def _files(self) -> dict[str, bytes]:
+        return processor_files(self.model, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def _loaded(self) -> tuple[Any, str | None]:
+        from rayalign.models.processors import load_processor, tokenizer_of  # here: a driver needs the files only
+
         processor = load_processor(self.model, trust_remote_code=self.trust_remote_code)
         tokenizer = tokenizer_of(processor)
         lent = None
@@ -63,6 +69,8 @@ class EncoderSpec:
 
     @cached_property
     def tokenizer(self) -> Any:
+        from rayalign.models.processors import tokenizer_of
+
         return tokenizer_of(self.processor)
 
     @cached_property
@@ -95,11 +103,9 @@ class EncoderSpec:
         """Hex digest of the processor's files (tokenizer, chat template, image settings), the model's config and the
         settings."""
         digest = hashlib.sha256()
-        with tempfile.TemporaryDirectory() as folder:
-            self.processor.save_pretrained(folder)
-            for file in sorted(Path(folder).rglob("*")):
-                if file.is_file():
-                    digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        files = self._files | ({TEMPLATE_FILE: self.processor.chat_template.encode()} if self.lent_template else {})
+        for name, content in sorted(files.items()):
+            digest.update(name.encode() + b"\0" + content)
         config = {
             k: v for k, v in self.model_config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "dtype")
         }
@@ -113,10 +119,11 @@ class EncoderSpec:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def image_processing(spec: EncoderSpec) -> ImageProcessing:
+def image_processing(spec: EncoderSpec) -> "ImageProcessing":
     """The function that turns images' bytes into the model's image inputs, as the encoder saw them."""
+    from rayalign.models.processors import process_images
 
-    def process(contents: Sequence[bytes], alone: Sequence[bool], change: ImageChange | None = None) -> ImageInputs:
+    def process(contents: Sequence[bytes], alone: Sequence[bool], change: "ImageChange | None" = None) -> ImageInputs:
         opened: Sequence[Image] = [open_image(content, max_pixels=spec.max_pixels) for content in contents]
         opened = opened if change is None else change(opened)
         return process_images(spec.processor, spec.family, spec.model_config, opened, alone=alone)

@@ -40,7 +40,7 @@ from rayalign.storage import Store
 logger = logging.getLogger(__name__)
 
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Part of every cache key; raised when the meaning of cached data changes."""
 
 
@@ -149,6 +149,7 @@ def table_of_reasons(dropped: Iterable[Mapping[str, Any]], num_rows: int) -> str
 
 def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store: Store) -> PreparedData:
     started = time.monotonic()
+    _ = spec.layout  # a processor that can't be loaded is told before any process starts
     tasks = cut_into_tasks(sources, config.data_seed)
     total = sum(task.span.num_rows if task.rows is None else len(task.rows) for task in tasks)
     logger.info("Data: encoding %d records of %s", total, " ".join(dataset.argument for dataset in sources.datasets))

@@ -6,12 +6,11 @@ Whatever is wrong with a row drops that row. `prepare` runs this in the cluster'
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from rayalign.config.plugins import Plugin
-from rayalign.data.encode import Encoded, Encoder
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.remarks import SEEN_SCHEMA, ColumnsSeen, printable
 from rayalign.data.store import INDEX_SCHEMA, EncodedPair, write_shard
@@ -23,6 +22,9 @@ from rayalign.images.fetch import fetch_images
 from rayalign.sources.files import Dataset, read_rows
 from rayalign.sources.rows import Span
 from rayalign.storage import Store
+
+if TYPE_CHECKING:
+    from rayalign.data.encode import Encoded, Encoder
 
 DROPPED_FIELDS = [("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
 OUTCOME_SCHEMA = pa.schema([*INDEX_SCHEMA, *DROPPED_FIELDS, *SEEN_SCHEMA])
@@ -95,7 +97,7 @@ def _file_label(sources: Sources, task: PrepareTask) -> str:
     return f"{task.dataset}.{task.file}/{name}" if several else name
 
 
-def encode_row(row: Mapping[str, Any], *, id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> Encoded:
+def encode_row(row: Mapping[str, Any], *, id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> "Encoded":
     """A raw row, encoded for training; `folder` is its data set's. Raises RecordError where it can't be used, and what
     `encode_record` raises."""
     encoder = _encoder(spec)  # what keeps the model from encoding anything is no fault of the row
@@ -116,7 +118,7 @@ def record_of(row: Mapping[str, Any], *, id: str, sources: Sources, spec: Encode
         return record
 
 
-def encode_record(record: PreferenceRecord, *, folder: Store, sources: Sources, encoder: Encoder) -> Encoded:
+def encode_record(record: PreferenceRecord, *, folder: Store, sources: Sources, encoder: "Encoder") -> "Encoded":
     """A record with its images, encoded; relative paths start from `folder`, unless there is an image root.
 
     Raises RecordError for whatever is wrong with it; RecordTooLong, and an OSError of failing storage, pass through.
@@ -134,5 +136,7 @@ def _own_formats(plugins: tuple[Plugin, ...]) -> tuple[Format, ...]:
 
 
 @functools.lru_cache(maxsize=2)
-def _encoder(spec: EncoderSpec) -> Encoder:
+def _encoder(spec: EncoderSpec) -> "Encoder":
+    from rayalign.data.encode import Encoder  # here: a driver imports this module, too, and encodes nothing
+
     return Encoder(spec)

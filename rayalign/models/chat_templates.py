@@ -6,9 +6,10 @@ The files are read where TRL is installed; importing it would costs each process
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class ChatTemplate(NamedTuple):
@@ -49,7 +50,7 @@ PACKAGED: dict[str, Fit] = {
 """By the `model_type` of a config. TRL has more, for models that always bring their own or that think before they respond."""
 
 
-def packaged_template(tokenizer: Any, config: PreTrainedConfig) -> ChatTemplate | None:
+def packaged_template(tokenizer: Any, config: "PreTrainedConfig") -> ChatTemplate | None:
     """The template that fits a model of this config and tokenizer; None where none does."""
     fit = PACKAGED.get(config.model_type)
     if fit is None or fit.text_type not in (None, config.get_text_config().model_type):
