@@ -51,33 +51,26 @@ def test_an_accuracy_far_below_a_half_asks_for_swapped_columns() -> None:
 
 
 # What runs of the quickstart's task logged before the first step and at the end, one seed, and the share of right greedy
-# answers: DPO at the rate of its example, KTO at five times its rate, SimPO; DPO without the NLL term, which answers worse than
-# with it, and that at five times the rate, which no longer answers.
+# answers: DPO at the rate of its example and without the NLL term, KTO at five times its rate, SimPO. Then DPO without the NLL
+# term at five times the rate, which no longer answers.
 START = {"eval_nll_loss": 0.4356, "eval_mean_token_accuracy": 0.7719, "eval_rewards/margins": 0.0}
 SOUND = {
     "dpo, 0 to 0.56": {"eval_nll_loss": 0.9489, "eval_mean_token_accuracy": 0.7738, "eval_rewards/margins": 0.5332},
+    "dpo without nll, 0 to 0.20": {"eval_nll_loss": 1.6661, "eval_mean_token_accuracy": 0.7263, "eval_rewards/margins": 0.8177},
     "kto, 0 to 0.52": {"eval_nll_loss": 1.5209, "eval_mean_token_accuracy": 0.7679, "eval_rewards/margins": 0.8121},
     "simpo, 0 to 0.49": {"eval_nll_loss": 1.2519, "eval_mean_token_accuracy": 0.7691, "eval_rewards/margins": 1.4222},
 }
-HARMED = {
-    "dpo without nll, 0 to 0.20": {"eval_nll_loss": 1.6661, "eval_mean_token_accuracy": 0.7263, "eval_rewards/margins": 0.8177},
-    "dpo without nll, fast, 0 to 0": {
-        "eval_nll_loss": 4.968,
-        "eval_mean_token_accuracy": 0.2149,
-        "eval_rewards/margins": 1.0527,
-    },
-}
+HARMED = {"eval_nll_loss": 4.968, "eval_mean_token_accuracy": 0.2149, "eval_rewards/margins": 1.0527}
 
 
 @pytest.mark.parametrize("end", SOUND.values(), ids=SOUND)
-def test_chosen_responses_that_become_less_likely_and_stay_the_first_choice_are_no_problem(end: dict[str, float]) -> None:
+def test_chosen_responses_that_become_less_likely_within_bounds_are_no_problem(end: dict[str, float]) -> None:
     assert problems(START, end, margins=MANY) == {}
 
 
-@pytest.mark.parametrize("end", HARMED.values(), ids=HARMED)
 @pytest.mark.parametrize("is_finished", [True, False])
-def test_chosen_responses_that_the_policy_would_no_longer_write_are_reported(end: dict[str, float], is_finished: bool) -> None:
-    found = problems(START, end, margins=MANY, is_finished=is_finished)
+def test_chosen_responses_that_the_policy_would_no_longer_write_are_reported(is_finished: bool) -> None:
+    found = problems(START, HARMED, margins=MANY, is_finished=is_finished)
     assert found.keys() == {"chosen falls"}
     assert "log-prob per token -0.4356 at the start" in found["chosen falls"]
     assert "77.2% of their tokens were the policy's first choice" in found["chosen falls"]

@@ -6,7 +6,7 @@ The limits of the warnings were chosen on seed 0; RAYALIGN_TEST_SEED=3 makes ano
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import compare
 import stages
 from task import write_labelled
 
-SOUND = {name: compare.RUNS[name] for name in ("sft", "dpo", "mdpo", "mpo", "cpo", "orpo", "simpo", "kto", "rm")}
-SOUND["dpo_rpo"] = compare.Run("DPO with the whole NLL term", "dpo", ("--beta", 0.1, "--rpo_alpha", 1))
-BROKEN = {
+USUAL = {name: compare.RUNS[name] for name in ("sft", "dpo", "mdpo", "mpo", "cpo", "orpo", "simpo", "kto", "rm")}
+USUAL["dpo_rpo"] = compare.Run("DPO with the whole NLL term", "dpo", ("--beta", 0.1, "--rpo_alpha", 1))
+HOT = {
     "dpo_hot": compare.Run("DPO at five times the rate", "dpo", ("--rpo_alpha", 0, "--learning_rate", 5 * stages.RATE)),
     "kto_hot": compare.Run(
         "KTO on labelled responses, five times the rate", "kto", ("--learning_rate", 5 * stages.RATE), "labelled.jsonl"
@@ -50,22 +50,12 @@ def trained(task: stages.Task, name: str, run: Any) -> tuple[list[str], dict[str
     return warnings_of(task.folder / folder / "report.html"), compare.judged(task, folder)
 
 
-@pytest.mark.parametrize("name", SOUND)
-def test_a_run_whose_model_got_better_has_no_warning(
-    task: stages.Task, name: str, record_property: Callable[[str, object], None]
-) -> None:
-    found, figures = trained(task, name, SOUND[name])
-    record_property(f"{SOUND[name].title}: figures, warnings", (figures, found))
-    before = compare.judged(task, "sft")
-    assert figures.get("answers", figures["preference"]) >= before["answers"]
-    assert found == []
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_run_whose_model_reads_fewer_digits_than_at_the_start_says_so(
-    task: stages.Task, name: str, record_property: Callable[[str, object], None]
-) -> None:
-    found, figures = trained(task, name, BROKEN[name])
-    record_property(f"{BROKEN[name].title}: figures, warnings", (figures, found))
-    assert figures["digits"] < compare.judged(task, "sft")["digits"]
-    assert any(words.startswith("The chosen responses became less likely") for words in found)
+@pytest.mark.parametrize("name", [*USUAL, *HOT])
+def test_the_report_warns_of_those_models_that_got_worse(task: stages.Task, name: str) -> None:
+    """A reward model, which answers nothing, is none if it ranks as a coin does."""
+    found, figures = trained(task, name, {**USUAL, **HOT}[name])
+    if "digits" in figures:
+        got_worse = figures["digits"] < compare.judged(task, "sft")["digits"]
+    else:
+        got_worse = figures["preference"] < 0.5 + 1 / len(task.held_out_pairs.picture) ** 0.5
+    assert bool(found) == got_worse, (figures, found)
