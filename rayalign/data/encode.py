@@ -7,7 +7,6 @@ record can still be dropped with a reason, and by `batch` once more, of the pixe
 
 import functools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from rayalign.data.chat_template import ChatTemplate, Turns
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import EncodedPair
+from rayalign.data.text_ids import ResponseIds, TextIds
 from rayalign.data.truncation import RecordTooLong, count_older_rounds, next_cut, without_oldest_round
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses, record_errors
 from rayalign.images.fetch import check_pixels, decoded_size, image_hash, image_size, open_image
@@ -64,10 +64,7 @@ class Encoder:
             return rendered
 
         self.chat_template = ChatTemplate(apply, model=spec.model, image_token=self._image_token())
-        self._special_tokens = _pattern_of_special_tokens(self.tokenizer)
-        plain, marked = (list(self.tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
-        self._tokens_behind = _tokens_put_behind(plain, marked)
-        self._puts_no_tokens = plain == marked
+        self._texts = TextIds(self.tokenizer)
 
     def encode(self, record: PreferenceRecord, images: Sequence[bytes]) -> EncodedPair:
         """Encodes a record with its images' bytes; raises RecordError where it cannot be trained on."""
@@ -82,7 +79,7 @@ class Encoder:
         pictures = self._look_at(images)
         while True:
             prompt_ids, found = self._ids(prompt, responses, pictures)
-            response_ids = {side: ids for side, (ids, _) in found.items()}
+            response_ids = {side: response.ids for side, response in found.items()}
             longest, rounds = max(map(len, response_ids.values())), count_older_rounds(messages)
             cut = next_cut(len(prompt_ids), longest, older_rounds=rounds, max_length=limit, strategy=strategy)
             if cut != "oldest round":
@@ -115,7 +112,7 @@ class Encoder:
             eval_rejected_ids=self._eval_rejected_ids(messages, record, prompt, limit - len(prompt_ids)),
             conversation=json.dumps([(message.role, message.content) for message in messages]),
         )
-        return Encoded(pair, any(crosses for _, crosses in found.values()))
+        return Encoded(pair, any(response.crosses_seam for response in found.values()))
 
     def _eval_rejected_ids(self, messages: Sequence[Message], record: PreferenceRecord, prompt: str, room: int) -> list[int]:
         """The rejected response of a row that trains on the chosen one, to compare the two; none where it could not be trained
@@ -127,11 +124,10 @@ class Encoder:
             with record_errors():
                 self._refuse_special_tokens(rejected, "rejected")
                 written = self._written(messages, rejected, "rejected")[1]
-                _, found = self._response_ids(self._text_prompt(prompt), {"rejected": written})
+                ids = self._texts.responses(self._text_prompt(prompt), {"rejected": written})["rejected"].ids
         except RecordError:
             return []
-        ids, _ = found["rejected"]
-        return ids if len(ids) <= room else []
+        return [] if self.image_token_id in ids or len(ids) > room else ids
 
     def _check_sizes(self, record: PreferenceRecord, images: Sequence[bytes]) -> None:
         """Raises RecordError for texts and pictures that can't fit, before any work is done on them."""
@@ -159,8 +155,8 @@ class Encoder:
         prompt, responses = self._render(record.messages, record)
         processed = self._processed(prompt, images)
         inputs = {name: torch.as_tensor(value) for name, value in processed.items() if name != "labels"}
-        _, found = self._response_ids(self._text_prompt(prompt), {side: responses[side]})
-        response = torch.tensor([found[side][0]])
+        found = self._texts.responses(self._text_prompt(prompt), responses)
+        response = torch.tensor([found[side].ids])
         length = inputs["input_ids"].shape[1]
         for name, value in inputs.items():
             if name.endswith("_type_ids"):
@@ -192,11 +188,11 @@ class Encoder:
         return rendered.prompt, rendered.response if eos in rendered.response else rendered.response.rstrip() + eos
 
     def _refuse_special_tokens(self, text: str, field: str) -> None:
-        found = self._special_tokens.search(text)
-        if found is not None:
+        token = self._texts.special_token_in(text)
+        if token is not None:
             raise RecordError(
                 "special token in text",
-                f"{found.group()} is no text to this model: it marks a turn, an image or an end. Take it out of the text",
+                f"{token} is no text to this model: it marks a turn, an image or an end. Take it out of the text",
                 field=field,
             )
 
@@ -222,56 +218,52 @@ class Encoder:
 
     def _ids(
         self, prompt: str, responses: Mapping[str, str], pictures: Sequence[Picture]
-    ) -> tuple[list[int], dict[str, tuple[list[int], bool]]]:
-        """The ids of a rendered prompt, image tokens expanded, and of each response as `_response_ids` gives them."""
-        if pictures:
-            prompt_ids = self._ids_with_images(prompt, pictures)
-            return prompt_ids, self._response_ids(self._text_prompt(prompt), responses)[1]
+    ) -> tuple[list[int], dict[str, ResponseIds]]:
+        """The ids of a rendered prompt, image tokens expanded, and of each response. Raises RecordError where the image tokens
+        are not those of the images."""
         text = self._text_prompt(prompt)
-        plain_ids, found = self._response_ids(text, responses)
-        if not self._has_bos(text) and not self._puts_no_tokens:
-            plain_ids = self.tokenizer(text)["input_ids"]
-        return self._agreeing(self._open_ended(plain_ids), (), num_images=0), found
+        if pictures:
+            prompt_ids, found = self._ids_with_images(prompt, pictures), self._texts.responses(text, responses)
+        else:
+            prompt_ids, found = self._texts.prompt_and_responses(text, responses)
+            self._require_agreement(prompt_ids, (), num_images=0)
+        for side, response in found.items():
+            if self.image_token_id in response.ids:
+                raise RecordError("image mark in response", "a response holds the image token", field=side)
+        return prompt_ids, found
 
     def _ids_with_images(self, prompt: str, pictures: Sequence[Picture]) -> list[int]:
         if self._by_shape is not None:
             sizes = [picture.size for picture in pictures if picture.size is not None]
-            inputs = self._by_shape(prompt, sizes, add_special_tokens=not self._has_bos(prompt))
+            inputs = self._by_shape(prompt, sizes, add_special_tokens=not self._texts.has_bos(prompt))
         else:
             inputs = self._processed(prompt, [picture.content for picture in pictures])
         lengths = describe_images(self.spec.family, self.spec.model_config, inputs).lengths
-        ids: list[int] = inputs["input_ids"][0].tolist()
-        return self._agreeing(self._open_ended(ids), lengths, num_images=len(pictures))
+        ids = self._texts.open_ended(inputs["input_ids"][0].tolist())
+        self._require_agreement(ids, lengths, num_images=len(pictures))
+        return ids
 
     def _processed(self, prompt: str, images: Sequence[bytes]) -> Mapping[str, Any]:
         """The processor's output for a prompt, as arrays [1, ...]."""
         inputs: Mapping[str, Any]
         if images:
             opened = [open_image(content, max_pixels=self.spec.max_pixels) for content in images]
-            special = not self._has_bos(prompt)
+            special = not self._texts.has_bos(prompt)
             inputs = self.processor(text=[prompt], images=[opened], add_special_tokens=special, return_tensors="np")
         else:
             prompt = self._text_prompt(prompt)
-            inputs = self.tokenizer([prompt], add_special_tokens=not self._has_bos(prompt), return_tensors="np")
+            inputs = self.tokenizer([prompt], add_special_tokens=not self._texts.has_bos(prompt), return_tensors="np")
         shape = inputs["input_ids"].shape
-        length = len(self._open_ended(inputs["input_ids"][0].tolist()))
+        length = len(self._texts.open_ended(inputs["input_ids"][0].tolist()))
         return {name: value[:, :length] if value.shape == shape else value for name, value in inputs.items()}
 
     def _text_prompt(self, prompt: str) -> str:
         return self.spec.family.text_prompt(prompt, self.tokenizer)
 
-    def _has_bos(self, prompt: str) -> bool:
-        return self.tokenizer.bos_token is not None and prompt.startswith(self.tokenizer.bos_token)
-
-    def _open_ended(self, ids: list[int]) -> list[int]:
-        """A prompt's ids without what the tokenizer puts behind every text."""
-        extra = self._tokens_behind
-        return ids[: -len(extra)] if extra and ids[-len(extra) :] == extra else ids
-
-    def _agreeing(self, ids: list[int], lengths: Sequence[int], *, num_images: int) -> list[int]:
-        """The prompt's ids, if as many stand for images as the model makes features (where that can be told here)."""
+    def _require_agreement(self, ids: list[int], lengths: Sequence[int], *, num_images: int) -> None:
+        """Raises RecordError where not as many ids stand for images as the model makes features, if that can be told here."""
         if self.spec.family.image_token_counts is None:
-            return ids
+            return
         found, expected = ids.count(self.image_token_id) if self.image_token_id is not None else 0, sum(lengths)
         if found != expected:
             raise RecordError(
@@ -280,33 +272,6 @@ class Encoder:
                 "the processor's settings (patch_size, vision_feature_select_strategy) don't fit the model",
                 field="images",
             )
-        return ids
-
-    def _response_ids(self, prompt: str, responses: Mapping[str, str]) -> tuple[list[int], dict[str, tuple[list[int], bool]]]:
-        """The ids of a prompt without special tokens around it, and of each response as they follow in one tokenization of
-        both, with whether a token would cross the seam: then the prompt keeps the ids that generation sees, and the response is
-        tokenized behind a line break instead."""
-        before, *whole = self._ids_of(prompt, *(prompt + text for text in responses.values()))
-        behind = {side: _behind(before, ids) for side, ids in zip(responses, whole, strict=True)}
-        crossing = [side for side, ids in behind.items() if ids is None]
-        if crossing:
-            line_break, *whole = self._ids_of("\n", *("\n" + responses[side] for side in crossing))
-            behind |= {side: _behind(line_break, ids) for side, ids in zip(crossing, whole, strict=True)}
-        found = {}
-        for side, ids in behind.items():
-            found[side] = self._ids_of(responses[side])[0] if ids is None else ids, side in crossing
-            if self.image_token_id in found[side][0]:
-                raise RecordError("image mark in response", "a response holds the image token", field=side)
-        return before, found
-
-    def _ids_of(self, *texts: str) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return ids
-
-
-def _behind(first: list[int], both: list[int]) -> list[int] | None:
-    """The ids of a text behind another; None where a token crosses the seam."""
-    return both[len(first) :] if both[: len(first)] == first else None
 
 
 def _text_of_template(spec: EncoderSpec) -> str:
@@ -323,20 +288,6 @@ def _text_of_template(spec: EncoderSpec) -> str:
             "one to train with into its folder as chat_template.jinja."
         )
     return str(template["default"] if isinstance(template, Mapping) else template)
-
-
-def _pattern_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """What a text must not hold: written there, a special token is not text but what it stands for."""
-    tokens = {str(token) for token in tokenizer.all_special_tokens}
-    tokens |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
-
-
-def _tokens_put_behind(plain: list[int], marked: list[int]) -> list[int]:
-    """The ids that a tokenizer puts behind a text by itself (`add_eos_token`), of a text's ids without and with what it puts
-    around it; a prompt goes on."""
-    starts = [i for i in range(len(marked)) if marked[i : i + len(plain)] == plain]
-    return marked[starts[0] + len(plain) :] if starts else []
 
 
 def _responses_of(record: PreferenceRecord, responses: Responses) -> dict[str, str]:
