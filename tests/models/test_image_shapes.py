@@ -88,6 +88,7 @@ def take_own_kind(processor: Any) -> None:
     ("family", "change"),
     [
         ("qwen2_vl", keep_sizes),
+        ("idefics3", keep_sizes),
         ("llava", keep_proportions),
         ("llava", take_another_kind),
         ("llava", take_own_kind),
