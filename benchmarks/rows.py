@@ -1,7 +1,7 @@
 """How fast records become batches: encoding once, and what a train worker's stream delivers, against TRL's collator.
 
-    python benchmarks/rows.py                   # 1,000 records with a photo of 640 x 480 each; some minutes
-    python benchmarks/rows.py --pairs 24        # a smoke test, mostly imports and starts
+    python benchmarks/rows.py                   # 1,000 records with a photo of 640 x 480 each, 20,000 of text; some minutes
+    python benchmarks/rows.py --pairs 24 --texts 24     # a smoke test, mostly imports and starts
 
 Encoding is all that a run does before it trains: reading, checking and tokenizing records, fetching and checking images,
 writing shards. It is done once for all epochs and runs with the same data. The stream then reads shards, decodes images and
@@ -24,7 +24,7 @@ from typing import Any
 from measuring import in_turn, machine_facts, parser_of, ratios, seconds_of, set_up, show, spread, table, write_json
 from PIL import Image
 from runs import batches, own_cluster
-from synthetic import RECORDS_CASES, save_model, write_records
+from synthetic import QUESTION, RECORDS_CASES, save_model, write_records
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config, config_from_mapping
@@ -32,6 +32,19 @@ from rayalign.data.prepare import RunData, prepare_run
 from rayalign.data.stream import sampler_of
 
 BATCH_SIZE = 4
+
+
+def write_texts(records: Path, number: int) -> Path:
+    """As many records without pictures, each with a question of its own; their responses are those of `records`."""
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    texts = []
+    for i in range(number):
+        question = {"role": "user", "content": f"{QUESTION}, line {i}"}
+        responses = {side: lines[i % len(lines)][side] for side in ("chosen", "rejected")}
+        texts.append(json.dumps({"prompt": [question], **responses}))
+    file = records.with_name("texts.jsonl")
+    file.write_text("\n".join(texts) + "\n")
+    return file
 
 
 def trl_batches(model: Path, records: Path) -> Iterator[int]:
@@ -66,6 +79,7 @@ def main() -> None:
     parser = parser_of(__doc__, output="rows.json", rounds=3)
     parser.add_argument("--case", choices=RECORDS_CASES, default="small", help="a model and the responses' lengths")
     parser.add_argument("--pairs", type=int, default=1_000)
+    parser.add_argument("--texts", type=int, default=20_000, help="records without pictures")
     parser.add_argument("--seconds", type=float, default=15, help="of each measurement of batches")
     arguments = parser.parse_args()
     set_up(threads=1)
@@ -76,13 +90,14 @@ def main() -> None:
         folder = Path(temporary)
         model = save_model(folder / "model", case.shape)
         records = write_records(folder / "data", pairs=arguments.pairs, words=case.words)
+        texts = write_texts(records, arguments.texts)
         megabytes = sum(photo.stat().st_size for photo in (folder / "data" / "photos").iterdir()) / 1e6
 
-        def encode() -> float:
-            """Seconds of a preparation that finds nothing prepared."""
+        def encode(dataset: Path, number: int) -> float:
+            """Seconds of a preparation that finds nothing prepared; the data set has this number of records."""
             flags: dict[str, Any] = {
                 "model": str(model),
-                "dataset": [str(records)],
+                "dataset": [str(dataset)],
                 "output_dir": str(folder / "run"),
                 "cache_dir": str(folder / f"cache{len(encoded)}"),
                 "batch_size": BATCH_SIZE,
@@ -91,7 +106,7 @@ def main() -> None:
             config = config_from_mapping(DPO, flags)
             with own_cluster(config):
                 taken = seconds_of(lambda: encoded.append((config, prepare_run(config))))
-            assert encoded[-1][1].training.num_rows == arguments.pairs
+            assert encoded[-1][1].training.num_rows == number
             return taken.wall
 
         def stream() -> float:
@@ -102,23 +117,27 @@ def main() -> None:
         def collate() -> float:
             return rate_of(trl_batches(model, records), seconds=arguments.seconds)
 
-        encoding = [encode() for _ in range(arguments.rounds)]
+        encoding_texts = [encode(texts, arguments.texts) for _ in range(arguments.rounds)]
+        encoding = [encode(records, arguments.pairs) for _ in range(arguments.rounds)]
         sides: dict[str, Callable[[], float]] = {"rayalign": stream, "trl": collate}
         reading = in_turn(sides, rounds=arguments.rounds)
     report = {
         "machine": facts,
         "pairs": arguments.pairs,
+        "texts": arguments.texts,
         "photo_megabytes": round(megabytes, 1),
         "encoding": {
             "rows": spread([arguments.pairs / seconds for seconds in encoding]),
             "megabytes": spread([megabytes / seconds for seconds in encoding]),
         },
+        "encoding_texts": spread([arguments.texts / seconds for seconds in encoding_texts]),
         "pairs_per_second": {name: spread(values) for name, values in reading.items()},
         "times_as_fast": ratios(reading["rayalign"], reading["trl"]),
     }
     write_json(arguments.output, report)
     columns = {
         f"encoding, rows/s ({os.cpu_count()} cores)": lambda found: show(found["encoding"]["rows"]),
+        "of text only": lambda found: show(found["encoding_texts"]),
         "photos, MB/s": lambda found: show(found["encoding"]["megabytes"]),
         "rayalign's batches, pairs/s": lambda found: show(found["pairs_per_second"]["rayalign"]),
         "TRL's collator, pairs/s": lambda found: show(found["pairs_per_second"]["trl"]),

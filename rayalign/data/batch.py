@@ -131,10 +131,12 @@ def assemble(
 ) -> PairBatch:
     """Builds the batch of some pairs; `process_images` is an `ImageProcessing`, which is given each distinct image once.
 
-    A response without tokens has none in its row: SFT's rows are `[prompt | chosen]`.
+    A response without tokens has none in its row: SFT's rows are `[prompt | chosen]`. Raises ValueError where a prompt has
+    other image tokens than its images have features.
     """
     contents, alone, slots = _distinct_images(pairs, by_company=layout.features_by_company)
     images = process_images(contents, alone) if contents else ImageInputs()
+    _require_agreement(pairs, [images.lengths[slot] for slot in slots] if images.lengths else None, layout)
     rows, segments, in_sequence, positions = [], [], [], []
     predictors, targets, response_ids = [], [], []
     reference: list[float] = []
@@ -210,6 +212,23 @@ def assemble_changed(
     return assemble(
         alone_each, layout=layout, process_images=lambda contents, alone: process_images(contents, alone, change_all)
     )
+
+
+def _require_agreement(pairs: Sequence[EncodedPair], lengths: Sequence[int] | None, layout: RowLayout) -> None:
+    """Compares each prompt's image tokens, which the encoder counted by the sizes of its images, with the features that the
+    pixels become. `lengths`: of each image of the prompts; None where they aren't known beforehand."""
+    if lengths is None or layout.image_token_id is None:
+        return
+    left = iter(lengths)
+    for pair in pairs:
+        expected = sum(next(left) for _ in pair.image_hashes)
+        found = pair.prompt_ids.count(layout.image_token_id)
+        if found != expected:
+            raise ValueError(
+                f"Record {pair.id}: its prompt has {found} image tokens, and its {len(pair.images)} images become "
+                f"{expected} features. It seems encoded by other versions of transformers or of the processor: start with an "
+                "empty --cache_dir, and with the same versions on all machines."
+            )
 
 
 def _aligned(reference: list[float], pairs: Sequence[EncodedPair]) -> Tensor | None:

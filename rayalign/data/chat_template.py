@@ -5,6 +5,7 @@ whether they know of a system message, and in how they write a conversation once
 what the template wrote; where it isn't, the next form of contents is tried.
 """
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class ChatTemplate:
         self._apply = apply
         self._image_token = image_token
         self._known: dict[tuple[tuple[str, ...], bool], _Forms] = {}
+        self._prompt_of = functools.lru_cache(maxsize=len(FORMS))(self._render_prompt)  # a record's responses share it
         usable = self._forms_for(QUESTION)
         if not usable.forms:
             raise ValueError(
@@ -131,8 +133,7 @@ class ChatTemplate:
 
     def _render_in(self, form: frozenset[str], messages: Sequence[Message], response: str) -> Rendered:
         turns = [self._turn(form, message.role, message.content) for message in messages]
-        prompt = self._write(turns, begin_response=True)
-        _check_prompt(prompt, messages)
+        prompt = self._prompt_of(form, tuple(messages))
         whole = self._write([*turns, self._turn(form, "assistant", response)], begin_response=False)
         start = len(prompt)
         if not whole.startswith(prompt):
@@ -140,6 +141,11 @@ class ChatTemplate:
         written = whole[start:]
         _require(written, _pieces(response), "the response")
         return Rendered(prompt, written)
+
+    def _render_prompt(self, form: frozenset[str], messages: tuple[Message, ...]) -> str:
+        prompt = self._write([self._turn(form, message.role, message.content) for message in messages], begin_response=True)
+        _check_prompt(prompt, messages)
+        return prompt
 
     def _start_of_response(self, form: frozenset[str], turns: Turns, whole: str) -> int:
         """Where the response begins in a conversation that the template writes otherwise once it has one: where a placeholder

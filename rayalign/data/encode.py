@@ -1,11 +1,12 @@
 """A preference record becomes token ids: chat template, image tokens, responses, truncation; everything a batch needs.
 
-`formats.records` come in, `EncodedPair`s go out to `store` and to `batch` (tensors). Image-token agreement is checked here,
-where a record can still be dropped with a reason.
+`formats.records` come in, `EncodedPair`s go out to `store` and to `batch` (tensors). Images are decoded, which finds broken
+ones, and the tokens that stand for them follow from their sizes. That the model makes as many features is checked here, where a
+record can still be dropped with a reason, and by `batch` once more, of the pixels.
 """
 
+import functools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ from torch import Tensor
 from rayalign.data.chat_template import ChatTemplate, Turns
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import EncodedPair
+from rayalign.data.text_ids import ResponseIds, TextIds
 from rayalign.data.truncation import RecordTooLong, count_older_rounds, next_cut, without_oldest_round
 from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, Responses, record_errors
-from rayalign.images.fetch import check_pixels, image_hash, image_size, open_image
+from rayalign.images.fetch import check_pixels, decoded_size, image_hash, image_size, open_image
+from rayalign.models.image_shapes import ShapeProcessor, Size, shape_processor
 from rayalign.models.processors import check_resized, describe_images
 
 MAX_BYTES_PER_TOKEN = 64
@@ -29,6 +32,14 @@ class Encoded(NamedTuple):
 
     pair: EncodedPair
     crosses_seam: bool
+
+
+class Picture(NamedTuple):
+    """An image of a record: its bytes, and its size as the processor will see it; None where only the processor itself can tell
+    what it writes for it."""
+
+    content: bytes
+    size: Size | None
 
 
 class Encoder:
@@ -53,8 +64,7 @@ class Encoder:
             return rendered
 
         self.chat_template = ChatTemplate(apply, model=spec.model, image_token=self._image_token())
-        self._special_tokens = _pattern_of_special_tokens(self.tokenizer)
-        self._tokens_behind = _tokens_put_behind(self.tokenizer)
+        self._texts = TextIds(self.tokenizer)
 
     def encode(self, record: PreferenceRecord, images: Sequence[bytes]) -> EncodedPair:
         """Encodes a record with its images' bytes; raises RecordError where it cannot be trained on."""
@@ -62,19 +72,20 @@ class Encoder:
 
     def encode_seen(self, record: PreferenceRecord, images: Sequence[bytes]) -> Encoded:
         """`encode`, with what there is to say about the record."""
-        messages, images = list(record.messages), list(images)
+        messages = list(record.messages)
         limit, strategy = self.spec.max_length, self.spec.truncation_strategy
         self._check_sizes(record, images)
+        prompt, responses = self._render(messages, record)
+        pictures = self._look_at(images)
         while True:
-            prompt, responses = self._render(messages, record)
-            prompt_ids = self._prompt_ids(prompt, images)
-            found = {side: self._response_ids(prompt, text, side) for side, text in responses.items()}
-            response_ids = {side: ids for side, (ids, _) in found.items()}
+            prompt_ids, found = self._ids(prompt, responses, pictures)
+            response_ids = {side: response.ids for side, response in found.items()}
             longest, rounds = max(map(len, response_ids.values())), count_older_rounds(messages)
             cut = next_cut(len(prompt_ids), longest, older_rounds=rounds, max_length=limit, strategy=strategy)
             if cut != "oldest round":
                 break
-            messages, images = without_oldest_round(messages, images)
+            messages, pictures = without_oldest_round(messages, pictures)
+            prompt, responses = self._render(messages, record)
         length = len(prompt_ids) + longest
         match cut:
             case "run":
@@ -95,13 +106,13 @@ class Encoder:
             prompt_ids=prompt_ids,
             chosen_ids=response_ids.get("chosen", []),
             rejected_ids=response_ids.get("rejected", []),
-            images=images,
-            image_hashes=[image_hash(content) for content in images],
+            images=[picture.content for picture in pictures],
+            image_hashes=[image_hash(picture.content) for picture in pictures],
             margin=record.margin or 0.0,
             eval_rejected_ids=self._eval_rejected_ids(messages, record, prompt, limit - len(prompt_ids)),
             conversation=json.dumps([(message.role, message.content) for message in messages]),
         )
-        return Encoded(pair, any(crosses for _, crosses in found.values()))
+        return Encoded(pair, any(response.crosses_seam for response in found.values()))
 
     def _eval_rejected_ids(self, messages: Sequence[Message], record: PreferenceRecord, prompt: str, room: int) -> list[int]:
         """The rejected response of a row that trains on the chosen one, to compare the two; none where it could not be trained
@@ -112,10 +123,11 @@ class Encoder:
         try:
             with record_errors():
                 self._refuse_special_tokens(rejected, "rejected")
-                ids, _ = self._response_ids(prompt, self._written(messages, rejected, "rejected")[1], "rejected")
+                written = self._written(messages, rejected, "rejected")[1]
+                ids = self._texts.responses(self._text_prompt(prompt), {"rejected": written})["rejected"].ids
         except RecordError:
             return []
-        return ids if len(ids) <= room else []
+        return [] if self.image_token_id in ids or len(ids) > room else ids
 
     def _check_sizes(self, record: PreferenceRecord, images: Sequence[bytes]) -> None:
         """Raises RecordError for texts and pictures that can't fit, before any work is done on them."""
@@ -143,7 +155,8 @@ class Encoder:
         prompt, responses = self._render(record.messages, record)
         processed = self._processed(prompt, images)
         inputs = {name: torch.as_tensor(value) for name, value in processed.items() if name != "labels"}
-        response = torch.tensor([self._response_ids(prompt, responses[side], side)[0]])
+        found = self._texts.responses(self._text_prompt(prompt), responses)
+        response = torch.tensor([found[side].ids])
         length = inputs["input_ids"].shape[1]
         for name, value in inputs.items():
             if name.endswith("_type_ids"):
@@ -175,74 +188,90 @@ class Encoder:
         return rendered.prompt, rendered.response if eos in rendered.response else rendered.response.rstrip() + eos
 
     def _refuse_special_tokens(self, text: str, field: str) -> None:
-        found = self._special_tokens.search(text)
-        if found is not None:
+        token = self._texts.special_token_in(text)
+        if token is not None:
             raise RecordError(
                 "special token in text",
-                f"{found.group()} is no text to this model: it marks a turn, an image or an end. Take it out of the text",
+                f"{token} is no text to this model: it marks a turn, an image or an end. Take it out of the text",
                 field=field,
             )
 
-    def _prompt_ids(self, prompt: str, images: Sequence[bytes]) -> list[int]:
-        family = self.spec.family
-        if images and family.text_only:
+    def _look_at(self, images: Sequence[bytes]) -> list[Picture]:
+        """A record's images, decoded once. Raises RecordError for broken ones, and for those of a language model."""
+        if not images:
+            return []
+        if self.spec.family.text_only:
             raise RecordError("images for a text model", f"{self.spec.model} is a language model", field="images")
-        inputs = self._processed(prompt, images)
-        ids: list[int] = inputs["input_ids"][0].tolist()
-        lengths = describe_images(family, self.spec.model_config, inputs).lengths if images else ()
-        return self._agreeing(ids, images, expected=sum(lengths) if family.image_token_counts else None)
+        if self._by_shape is None:  # the processor decodes them
+            return [Picture(content, None) for content in images]
+        pictures = []
+        for content in images:
+            width, height = decoded_size(content, max_pixels=self.spec.max_pixels)
+            pictures.append(Picture(content, (height, width)))
+        return pictures
+
+    @functools.cached_property
+    def _by_shape(self) -> ShapeProcessor | None:
+        """The processor for images of which only the size is known; None where there is no telling."""
+        mark = self._image_token()
+        return None if mark is None else shape_processor(self.processor, mark)
+
+    def _ids(
+        self, prompt: str, responses: Mapping[str, str], pictures: Sequence[Picture]
+    ) -> tuple[list[int], dict[str, ResponseIds]]:
+        """The ids of a rendered prompt, image tokens expanded, and of each response. Raises RecordError where the image tokens
+        are not those of the images."""
+        text = self._text_prompt(prompt)
+        if pictures:
+            prompt_ids, found = self._ids_with_images(prompt, pictures), self._texts.responses(text, responses)
+        else:
+            prompt_ids, found = self._texts.prompt_and_responses(text, responses)
+            self._require_agreement(prompt_ids, (), num_images=0)
+        for side, response in found.items():
+            if self.image_token_id in response.ids:
+                raise RecordError("image mark in response", "a response holds the image token", field=side)
+        return prompt_ids, found
+
+    def _ids_with_images(self, prompt: str, pictures: Sequence[Picture]) -> list[int]:
+        if self._by_shape is not None:
+            sizes = [picture.size for picture in pictures if picture.size is not None]
+            inputs = self._by_shape(prompt, sizes, add_special_tokens=not self._texts.has_bos(prompt))
+        else:
+            inputs = self._processed(prompt, [picture.content for picture in pictures])
+        lengths = describe_images(self.spec.family, self.spec.model_config, inputs).lengths
+        ids = self._texts.open_ended(inputs["input_ids"][0].tolist())
+        self._require_agreement(ids, lengths, num_images=len(pictures))
+        return ids
 
     def _processed(self, prompt: str, images: Sequence[bytes]) -> Mapping[str, Any]:
         """The processor's output for a prompt, as arrays [1, ...]."""
-        prompt = prompt if images else self.spec.family.text_prompt(prompt, self.tokenizer)
-        has_bos = self.tokenizer.bos_token is not None and prompt.startswith(self.tokenizer.bos_token)
         inputs: Mapping[str, Any]
         if images:
             opened = [open_image(content, max_pixels=self.spec.max_pixels) for content in images]
-            inputs = self.processor(text=[prompt], images=[opened], add_special_tokens=not has_bos, return_tensors="np")
+            special = not self._texts.has_bos(prompt)
+            inputs = self.processor(text=[prompt], images=[opened], add_special_tokens=special, return_tensors="np")
         else:
-            inputs = self.tokenizer([prompt], add_special_tokens=not has_bos, return_tensors="np")
-        extra = self._tokens_behind
-        if extra and inputs["input_ids"][0, -len(extra) :].tolist() == extra:
-            behind = inputs["input_ids"].shape
-            inputs = {name: value[:, : -len(extra)] if value.shape == behind else value for name, value in inputs.items()}
-        return inputs
+            prompt = self._text_prompt(prompt)
+            inputs = self.tokenizer([prompt], add_special_tokens=not self._texts.has_bos(prompt), return_tensors="np")
+        shape = inputs["input_ids"].shape
+        length = len(self._texts.open_ended(inputs["input_ids"][0].tolist()))
+        return {name: value[:, :length] if value.shape == shape else value for name, value in inputs.items()}
 
-    def _agreeing(self, ids: list[int], images: Sequence[bytes], *, expected: int | None) -> list[int]:
-        """The prompt's ids, if as many stand for images as the model makes features (None: that can't be told here)."""
-        found = ids.count(self.image_token_id) if self.image_token_id is not None else 0
-        if expected is not None and found != expected:
+    def _text_prompt(self, prompt: str) -> str:
+        return self.spec.family.text_prompt(prompt, self.tokenizer)
+
+    def _require_agreement(self, ids: list[int], lengths: Sequence[int], *, num_images: int) -> None:
+        """Raises RecordError where not as many ids stand for images as the model makes features, if that can be told here."""
+        if self.spec.family.image_token_counts is None:
+            return
+        found, expected = ids.count(self.image_token_id) if self.image_token_id is not None else 0, sum(lengths)
+        if found != expected:
             raise RecordError(
                 "image token mismatch",
-                f"{found} image tokens in the prompt, but the model makes {expected} features of the {len(images)} images; "
+                f"{found} image tokens in the prompt, but the model makes {expected} features of the {num_images} images; "
                 "the processor's settings (patch_size, vision_feature_select_strategy) don't fit the model",
                 field="images",
             )
-        return ids
-
-    def _response_ids(self, prompt: str, text: str, side: str) -> tuple[list[int], bool]:
-        """The ids of a response as they follow the prompt's in one tokenization of both, and whether a token would cross the
-        seam: then the prompt keeps the ids that generation sees, and the response is tokenized behind a line break instead.
-        """
-        prompt = self.spec.family.text_prompt(prompt, self.tokenizer)
-        ids = self._ids_behind(prompt, text)
-        crosses = ids is None
-        if ids is None:
-            ids = self._ids_behind("\n", text)
-        if ids is None:
-            ids = self._ids_of(text)
-        if self.image_token_id in ids:
-            raise RecordError("image mark in response", "a response holds the image token", field=side)
-        return ids, crosses
-
-    def _ids_behind(self, before: str, text: str) -> list[int] | None:
-        """A text's ids behind another text; None where a token crosses the seam."""
-        first, both = self._ids_of(before), self._ids_of(before + text)
-        return both[len(first) :] if both[: len(first)] == first else None
-
-    def _ids_of(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 def _text_of_template(spec: EncoderSpec) -> str:
@@ -259,20 +288,6 @@ def _text_of_template(spec: EncoderSpec) -> str:
             "one to train with into its folder as chat_template.jinja."
         )
     return str(template["default"] if isinstance(template, Mapping) else template)
-
-
-def _pattern_of_special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """What a text must not hold: written there, a special token is not text but what it stands for."""
-    tokens = {str(token) for token in tokenizer.all_special_tokens}
-    tokens |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
-
-
-def _tokens_put_behind(tokenizer: Any) -> list[int]:
-    """The ids that a tokenizer puts behind a text by itself (`add_eos_token`); a prompt goes on."""
-    plain, marked = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    starts = [i for i in range(len(marked)) if marked[i : i + len(plain)] == plain]
-    return list(marked[starts[0] + len(plain) :]) if starts else []
 
 
 def _responses_of(record: PreferenceRecord, responses: Responses) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Locates, fetches, bounds and decodes an image of a record; nothing a record says can reach outside its data set's folder.
 
-`fetch_images` gives the compressed bytes that travel with the record, `open_image` the picture next to the processor.
+`fetch_images` gives the compressed bytes that travel with the record, `decoded_size` what its encoding needs, `open_image` the
+picture next to the processor.
 """
 
 import base64
@@ -16,14 +17,17 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from rayalign.formats.pictures import SIGNATURES
 from rayalign.formats.records import RecordError
-from rayalign.images.rgb import to_rgb
+from rayalign.images.rgb import require_rgb, to_rgb
 from rayalign.images.urls import fetch_url
 from rayalign.storage import Store, is_url
+
+T = TypeVar("T")
 
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_IMAGE_PIXELS = 48 * 2**20
@@ -55,6 +59,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What brings an image of each EXIF orientation upright."""
+SIDEWAYS = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
+"""Those of them that make the width the height."""
 
 
 def fetch_images(refs: Sequence[str | bytes], *, folder: Store, image_root: Store | None, allow_urls: bool) -> list[bytes]:
@@ -107,18 +113,37 @@ def open_image(content: bytes, *, max_pixels: int | None = None) -> Image.Image:
 
     Only the first frame of an animation is decoded. Raises RecordError for what can't be decoded or is too large to.
     """
+    flat, upright = _decoded(content, to_rgb)
+    if upright is not None:
+        flat = flat.transpose(upright)
+    size = _shrunk(*flat.size, max_pixels=max_pixels)
+    return flat if size == flat.size else flat.resize(size, Image.Resampling.LANCZOS)
+
+
+def decoded_size(content: bytes, *, max_pixels: int | None = None) -> tuple[int, int]:
+    """Width and height of what `open_image` gives, and the same errors: the picture is decoded whole, and then dropped."""
+
+    def measure(image: Image.Image) -> tuple[int, int]:
+        require_rgb(image)
+        return image.size
+
+    (width, height), upright = _decoded(content, measure)
+    if upright in SIDEWAYS:
+        width, height = height, width
+    return _shrunk(width, height, max_pixels=max_pixels)
+
+
+def _decoded(content: bytes, use: Callable[[Image.Image], T]) -> tuple[T, Image.Transpose | None]:
+    """What is made of the decoded picture, and what brings it upright."""
     image = _opened(content)
     try:
         image.load()
         upright = TURNS.get(image.getexif().get(0x0112, 1))
-        flat = to_rgb(image)
+        return use(image), upright
     except MemoryError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # decoders of hostile bytes raise whatever they like
         raise _unreadable(content, error) from error
-    if upright is not None:
-        flat = flat.transpose(upright)
-    return _shrink(flat, max_pixels=max_pixels)
 
 
 def image_size(content: bytes) -> tuple[int, int]:
@@ -147,7 +172,7 @@ def _opened(content: bytes) -> Image.Image:
         raise RecordError("image too large", f"{error}", field="images") from None
     except MemoryError:
         raise
-    except Exception as error:  # decoders of hostile bytes raise whatever they like
+    except Exception as error:  # as above
         raise _unreadable(content, error) from error
     limit = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_IMAGE_PIXELS
     if image.width * image.height > limit:
@@ -164,13 +189,12 @@ def image_hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _shrink(image: Image.Image, *, max_pixels: int | None) -> Image.Image:
-    if max_pixels is None or image.width * image.height <= max_pixels:
-        return image
-    scale = math.sqrt(max_pixels / (image.width * image.height))
-    width = min(max(1, int(image.width * scale)), max_pixels)
-    height = max(1, min(int(image.height * scale), max_pixels // width))
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+def _shrunk(width: int, height: int, *, max_pixels: int | None) -> tuple[int, int]:
+    if max_pixels is None or width * height <= max_pixels:
+        return width, height
+    scale = math.sqrt(max_pixels / (width * height))
+    new_width = min(max(1, int(width * scale)), max_pixels)
+    return new_width, max(1, min(int(height * scale), max_pixels // new_width))
 
 
 def _data_uri(ref: str) -> bytes:

@@ -7,6 +7,15 @@ from PIL import Image
 
 BAND_PIXELS = 2**20
 
+ALWAYS_RGB = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
+"""Modes that every picture of can be converted."""
+
+
+def require_rgb(image: Image.Image) -> None:
+    """Raises what `to_rgb` would for a decoded picture."""
+    if image.mode not in ALWAYS_RGB or "transparency" in image.info:
+        to_rgb(image)
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture in RGB: on white where it is transparent, 16 bits a pixel scaled to 8. Raises ValueError for pixels without a

@@ -197,3 +197,58 @@ def best_resolution(height: int, width: int, resolutions: Sequence[Sequence[int]
 
     best_height, best_width = select_best_resolution((height, width), list(resolutions))
     return best_height, best_width
+
+
+# What image processors do to a picture's size; of heights and widths in pixels
+
+
+def number_of_tiles(image_processor: Any, height: int, width: int, options: Mapping[str, Any]) -> int:
+    """How many tiles InternVL's and Aya Vision's image processor cuts a picture into, with the whole picture.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/got_ocr2/image_processing_pil_got_ocr2.py
+    (`get_number_of_image_patches`), 5.23.0. This and the next three can go when processors write a prompt from images' sizes.
+    """
+    tiles: int = image_processor.get_number_of_image_patches(height, width, dict(options))
+    return tiles
+
+
+def qwen_resize(height: int, width: int, *, factor: int, frames: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size to which the image processor of Qwen2-VL to Qwen3-VL scales a picture. Raises ValueError for one too long.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/qwen2_vl/image_processing_pil_qwen2_vl.py
+    (`smart_resize`), 5.23.0.
+    """
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
+
+    resized: tuple[int, int] = image_processing_pil_qwen2_vl.smart_resize(
+        height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    return resized
+
+
+def glm_resize(height: int, width: int, *, factor: int, frames: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The same of GLM-4.1V and GLM-4.6V, whose limits are of all `frames` that a picture stands for.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/glm4v/image_processing_pil_glm4v.py
+    (`smart_resize`), 5.23.0.
+    """
+    from transformers.models.glm4v import image_processing_pil_glm4v
+
+    resized: tuple[int, int] = image_processing_pil_glm4v.smart_resize(
+        frames, height, width, temporal_factor=frames, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    return resized
+
+
+def idefics_resize(height: int, width: int, longest_side: int) -> tuple[int, int]:
+    """The size to which Idefics3's and SmolVLM's image processor scales a picture before it is cut.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/models/idefics3/image_processing_pil_idefics3.py
+    (`get_resize_output_image_size`), 5.23.0.
+    """
+    import numpy as np
+    from transformers.models.idefics3 import image_processing_pil_idefics3
+
+    picture = np.broadcast_to(np.uint8(0), (3, height, width))
+    resized: tuple[int, int] = image_processing_pil_idefics3.get_resize_output_image_size(picture, longest_side)
+    return resized

@@ -1,6 +1,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from rayalign.data.batch import PairBatch, assemble
@@ -129,3 +130,26 @@ def test_moving_a_batch_keeps_its_contents() -> None:
     for name in TENSORS:
         assert torch.equal(vars(moved)[name], vars(batch)[name]), name
     assert torch.equal(moved.image_inputs["pixel_values"], batch.image_inputs["pixel_values"])
+
+
+def test_images_that_become_more_or_fewer_features_than_a_prompt_has_image_tokens_are_an_error_of_its_record() -> None:
+    image = 3
+    layout = RowLayout(pad_token_id=0, image_token_id=image)
+    first = EncodedPair("first", [4, image, image, 5], [7], [8], [b"red"], ["hash of red"])
+    second = EncodedPair("data.jsonl:9", [image, image, 4, image], [7], [8], [b"red", b"blue"], ["hash of red", "hash of blue"])
+    text = EncodedPair("text", [4], [7], [8], [], [])
+
+    def features(red: int, blue: int) -> PairBatch:
+        images = ImageInputs({"pixel_values": torch.zeros(2)}, (red, blue))
+        return assemble([text, first, second], layout=layout, process_images=lambda contents, alone: images)
+
+    assert features(2, 1).image_lengths == (2, 1)
+    with pytest.raises(ValueError) as caught:
+        features(2, 2)
+    assert str(caught.value) == (
+        "Record data.jsonl:9: its prompt has 3 image tokens, and its 2 images become 4 features. It seems encoded by other "
+        "versions of transformers or of the processor: start with an empty --cache_dir, and with the same versions on all "
+        "machines."
+    )
+    with pytest.raises(ValueError, match="Record first: its prompt has 2 image tokens, and its 1 images become 1 features"):
+        features(1, 2)  # as many features in all of them

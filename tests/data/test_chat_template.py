@@ -210,3 +210,22 @@ def test_a_language_models_contents_are_plain_strings_first() -> None:
     messages = messages_of([("user", "Which colour?")], picture=False)
     assert template_of(either, image_token=None).render(messages, RESPONSE, side="chosen").prompt == "Which colour?|"
     assert template_of(either).render(messages, RESPONSE, side="chosen").prompt.startswith("P")
+
+
+def test_the_responses_of_a_record_share_one_rendering_of_its_prompt() -> None:
+    written = []
+
+    def apply(turns: Turns, begin_response: bool) -> str:
+        written.append(begin_response)
+        return "".join(f"{turn['content']}|" for turn in turns)
+
+    template = ChatTemplate(apply, model="M", image_token=None)
+    for question in ("Which colour?", "Which size?"):
+        messages = [Message(role="user", content=question)]
+        written.clear()
+        rendered = [
+            template.render(messages, response, side=side) for side, response in (("chosen", "red"), ("rejected", "blue"))
+        ]
+        assert [both.prompt for both in rendered] == [f"{question}|"] * 2
+        assert [both.response for both in rendered] == ["red|", "blue|"]
+        assert written == [True, False, False]

@@ -20,7 +20,7 @@ from rayalign.data.store import EncodedPair
 from rayalign.formats.records import Message, PreferenceRecord, RecordError
 from rayalign.images.fetch import image_hash
 from rayalign.models import processors
-from tests.tiny_families import chat_template
+from tests.tiny_families import TINY_FAMILIES, chat_template
 from tests.tiny_models import noise_image
 
 # Ids of the tiny tokenizer.
@@ -436,6 +436,52 @@ def test_the_batch_sees_images_at_the_size_that_the_encoder_counted(model_folder
     assert len(counts) == 3
 
 
+LYING = noise_image(40, 150, seed=3)
+
+
+@pytest.mark.parametrize("max_pixels", [None, 700])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_the_ids_of_a_prompt_with_images_are_the_processors_own(
+    model_folder: Callable[..., Path], family: str, max_pixels: int | None
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.effect_noise((120, 30), 60).convert("RGB").save(file, "JPEG", exif=exif)
+    standing = file.getvalue()
+    encoder = Encoder(EncoderSpec(str(model_folder(family)), responses="both", max_pixels=max_pixels))
+    assert encoder._by_shape is not None
+    for images in ([standing], [LYING, RED], [BLUE, standing, LYING]):
+        given = record("<image>" * len(images) + "Which digit?")
+        pair = encoder.encode(given, images)
+        row = encoder.plain_row(given, images, "chosen")["input_ids"][0].tolist()
+        assert [*pair.prompt_ids, *pair.chosen_ids] == row
+
+
+def test_no_picture_of_a_record_is_resized_for_its_ids(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(EncoderSpec(str(llava), responses="both"))
+    encoder.encode(record("<image>Which digit?"), [RED])
+    monkeypatch.setattr(Image.Image, "resize", lambda *arguments, **options: pytest.fail("a picture was resized"))
+    assert encoder.encode(record("<image>Which digit?"), [LYING]).prompt_ids.count(IMAGE) == 16
+    with pytest.raises(RecordError, match="not a whole PNG") as caught:
+        encoder.encode(record("<image>Which digit?"), [LYING[:3000]])
+    assert caught.value.reason == "image unreadable"
+
+
+def test_a_processor_of_another_kind_writes_prompts_itself(variant: Callable[..., Path], llava: Path) -> None:
+    folder = variant()
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["image_processor"] |= {"image_processor_type": "ViTImageProcessor", "size": {"height": 28, "width": 28}}
+    file.write_text(json.dumps(settings))
+    encoder = Encoder(EncoderSpec(str(folder), responses="both"))
+    assert encoder._by_shape is None
+    given = record("<image>Which <image> digit?")
+    assert encoder.encode(given, [LYING, RED]).prompt_ids == encode(llava, given, [LYING, RED]).prompt_ids
+    with pytest.raises(RecordError, match="not a whole PNG"):
+        encoder.encode(given, [LYING[:3000], RED])
+
+
 def test_the_fingerprint_depends_on_contents_and_settings_but_not_on_the_folder(
     llava: Path, variant: Callable[..., Path]
 ) -> None:
@@ -487,7 +533,7 @@ def png_of(width: int, height: int) -> bytes:
     [
         (record("a" * 70_000), [], "too long", "messages: 70015 bytes of text; --max_length 1024 holds 65536 at the most"),
         (record("why?", chosen="é" * 40_000), [], "too long", "80009 bytes"),
-        (record("<image>" * 3), [png_of(7000, 7000)] * 3, "images too large", "3 pictures of 147000000 pixels together"),
+        (record("<image>" * 3), [png_of(6000, 8000)] * 3, "images too large", "3 pictures of 144000000 pixels together"),
         (
             record("<image>"),
             [png_of(1, 8000)],

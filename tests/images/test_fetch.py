@@ -4,9 +4,11 @@ import base64
 import contextlib
 import io
 import os
+import re
 import struct
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from PIL import Image
 
 from rayalign.formats.records import RecordError
 from rayalign.images import fetch as fetching
-from rayalign.images.fetch import check_pixels, fetch_images, image_hash, image_size, open_image
+from rayalign.images.fetch import check_pixels, decoded_size, fetch_images, image_hash, image_size, open_image
 from rayalign.storage import Store
-from tests.hostile.pictures import hostile_pictures
+from tests.hostile.pictures import hostile_pictures, sound_pictures
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -236,7 +238,7 @@ def test_exif_orientation_is_applied_once(format: str, options: dict[str, Any], 
     exif = Image.Exif()
     exif[0x0112] = orientation
     opened = open_image(encode(stored, format, exif=exif, **options))
-    assert opened.size == (32, 16)
+    assert opened.size == (32, 16) == decoded_size(encode(stored, format, exif=exif, **options))
     dark = [sum(opened.getpixel(corner)) < 100 for corner in ((2, 2), (29, 2), (2, 13), (29, 13))]  # type: ignore[arg-type]
     assert dark == [True, False, False, False]
 
@@ -330,6 +332,7 @@ def test_broken_bytes_and_other_formats_are_unreadable(content: bytes) -> None:
     ) as caught:
         open_image(content)
     assert caught.value.reason == "image unreadable"
+    assert outcome(decoded_size, content) == outcome(open_image, content)
 
 
 def test_every_cut_of_a_png_is_an_error_of_its_record_or_an_image() -> None:
@@ -351,7 +354,37 @@ def test_every_cut_of_a_png_is_an_error_of_its_record_or_an_image() -> None:
     ],
 )
 def test_max_pixels_shrinks_and_keeps_the_shape(size: tuple[int, int], max_pixels: int | None, shrunk: tuple[int, int]) -> None:
-    assert open_image(encode(Image.new("RGB", size)), max_pixels=max_pixels).size == shrunk
+    content = encode(Image.new("RGB", size))
+    assert open_image(content, max_pixels=max_pixels).size == shrunk == decoded_size(content, max_pixels=max_pixels)
+
+
+def outcome(look: Callable[[bytes], Any], content: bytes) -> tuple[int, int] | str:
+    """A picture's size, or the error in its place."""
+    try:
+        found = look(content)
+    except RecordError as error:
+        return re.sub(" at 0x[0-9a-f]+", "", f"{error.reason}: {error}")
+    size: tuple[int, int] = found.size if isinstance(found, Image.Image) else found
+    return size
+
+
+@pytest.mark.filterwarnings("ignore")  # what Pillow says of odd files
+def test_a_decoded_picture_has_the_size_that_it_is_opened_with_and_is_as_broken() -> None:
+    pictures = {**sound_pictures(), **hostile_pictures()}
+    found = {name: (outcome(decoded_size, content), outcome(open_image, content)) for name, content in pictures.items()}
+    assert {name: pair for name, pair in found.items() if pair[0] != pair[1]} == {}
+    assert {type(measured) for measured, _ in found.values()} == {tuple, str}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "TIFF", "PNG", "GIF", "BMP"])
+def test_a_cut_picture_is_found_by_decoding_it(format: str) -> None:
+    content = encode(Image.effect_noise((64, 64), 50).convert("RGB"), format)
+    assert decoded_size(content) == (64, 64)
+    for share in (0.3, 0.6, 0.9):
+        cut = content[: int(len(content) * share)]
+        assert outcome(decoded_size, cut) == outcome(open_image, cut)
+        if format != "GIF":
+            assert isinstance(outcome(decoded_size, cut), str)
 
 
 def test_the_hash_names_the_bytes() -> None:

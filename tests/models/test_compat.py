@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -169,3 +170,38 @@ def test_the_best_resolution_is_what_the_processor_cuts_into_tiles(size: tuple[i
     height, width = compat.best_resolution(*size, PINPOINTS)
     tiles = images([Image.new("RGB", (size[1], size[0]))], return_tensors="pt")["pixel_values"].shape[1]
     assert tiles == 1 + (height // 28) * (width // 28)
+
+
+RESIZED = [(30, 90), (300, 20), (57, 57), (200, 333)]
+
+
+@pytest.mark.parametrize("family", ["internvl", "aya_vision"])
+def test_tiles_are_counted_as_they_are_cut(family: str) -> None:
+    images = make_processor(family).image_processor
+    for height, width in RESIZED:
+        made = images([np.zeros((height, width, 3), np.uint8)], crop_to_patches=True)["num_patches"]
+        assert [compat.number_of_tiles(images, height, width, {"crop_to_patches": True})] == list(made)
+
+
+@pytest.mark.parametrize(
+    ("family", "resize"),
+    [
+        ("qwen2_vl", compat.qwen_resize),
+        ("qwen3_vl", compat.qwen_resize),
+        ("glm4v", compat.glm_resize),
+        ("glm46v", compat.glm_resize),
+    ],
+)
+def test_grids_of_patches_come_from_the_resized_picture(family: str, resize: Any) -> None:
+    images = make_processor(family).image_processor
+    limits = {"min_pixels": images.size["shortest_edge"], "max_pixels": images.size["longest_edge"]}
+    for height, width in RESIZED:
+        made = images([np.zeros((height, width, 3), np.uint8)])["image_grid_thw"][0]
+        resized = resize(height, width, factor=images.patch_size * 2, frames=images.temporal_patch_size, **limits)
+        assert tuple(side // images.patch_size for side in resized) == tuple(made[1:])
+
+
+def test_idefics_scales_the_longer_side() -> None:
+    assert compat.idefics_resize(30, 90, 56) == (18, 56)
+    assert compat.idefics_resize(300, 20, 56) == (56, 4)  # even
+    assert compat.idefics_resize(57, 57, 90) == (90, 90)
