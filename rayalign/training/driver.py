@@ -38,6 +38,7 @@ from rayalign.training.places import check_places, require_lasting_folders, with
 from rayalign.training.run_folder import check_run_folder, open_run, write_results
 from rayalign.training.run_report import dropped_lines
 from rayalign.training.run_times import Stopwatch, begin_start, end_start
+from rayalign.training.sinks import check_sinks
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def run(config: Config, *, began: float | None = None) -> Result:
     config.check_inputs()
     require_lasting_folders(config)
     config = with_whole_paths(config)
+    check_sinks(config.run.report_to)
     require_model(config.model, REGISTERED_MODELS)
     with told_endings(functools.partial(run_reached, config)):
         check_run_folder(config)

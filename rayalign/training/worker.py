@@ -47,6 +47,7 @@ from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import MetricsLog
 from rayalign.training.run_report import Background, write_report
 from rayalign.training.run_times import Stopwatch, note_workers, workers_before
+from rayalign.training.sinks import Reporting, reporting_of
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -137,8 +138,12 @@ class _Worker:
         self.warned: set[str] = set()
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
         self.latest_metrics: dict[str, float] = {}
-        for line in self.metrics_log.lines if self.metrics_log is not None else []:
-            self.latest_metrics |= line
+        self.reporting: Reporting | None = None
+        if self.metrics_log is not None:
+            lines, sent = self.metrics_log.lines, self.metrics_log.sent
+            for line in lines:
+                self.latest_metrics |= line
+            self.reporting = reporting_of(config.run.report_to, self.folder, config.to_dict(), lines=lines, sent=sent)
         steps = (self.start_step, self.sampler.num_steps)
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self._say("Training %s from step %d to %d, on %d x %s", algorithm.name.upper(), *steps, self.num_workers, chip)
@@ -211,7 +216,9 @@ class _Worker:
         if self.rank == 0:
             self._write_model()
             assert self.metrics_log is not None
+            assert self.reporting is not None
             self.metrics_log.flush()
+            self.reporting.close()
             self.report.wait()
             note_workers(self.folder, self.watch.seconds)
         return WorkerResult(
@@ -260,9 +267,7 @@ class _Worker:
         return step
 
     def _log(self, metrics: Mapping[str, float]) -> None:
-        self.latest_metrics |= metrics
-        if self.metrics_log is not None:
-            self.metrics_log.append(metrics)
+        self._keep(metrics)
         step = int(metrics["step"])
         self.progress.add(step - self.start_step - self.progress.done)
         shown = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
@@ -290,10 +295,15 @@ class _Worker:
             self._warn(is_finished=True)
 
     def _logged(self, step: int, line: dict[str, float]) -> dict[str, float]:
-        self.latest_metrics |= line
-        if self.metrics_log is not None and line:
-            self.metrics_log.append({"step": step, **line})
+        if line:
+            self._keep({"step": step, **line})
         return line
+
+    def _keep(self, line: Mapping[str, float]) -> None:
+        """Writes a line of metrics, and sends it on where it is a new one."""
+        self.latest_metrics |= line
+        if self.metrics_log is not None and self.reporting is not None and self.metrics_log.append(line):
+            self.reporting.log(line)
 
     def _warn(self, *, is_finished: bool) -> None:
         """Says what looks wrong in the run so far; each thing once."""
