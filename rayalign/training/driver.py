@@ -22,6 +22,7 @@ from rayalign.config.config import Config
 from rayalign.data.prepare import RunData, TooManyDropped, prepare_run
 from rayalign.formats.parse import own_formats
 from rayalign.joining import start_ray
+from rayalign.log_lines import configure_logging
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.size import reason_for_gpus
 from rayalign.models.source import require_model, resolve_model
@@ -35,6 +36,7 @@ from rayalign.training.endings import beside_signals, hide_known_tracebacks, run
 from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
 from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
+from rayalign.training.profiling import profiled_steps
 from rayalign.training.run_folder import check_run_folder, open_run, write_results
 from rayalign.training.run_report import dropped_lines
 from rayalign.training.run_times import Stopwatch, begin_start, end_start
@@ -81,6 +83,7 @@ def run(config: Config, *, began: float | None = None) -> Result:
     require_lasting_folders(config)
     config = with_whole_paths(config)
     check_sinks(config.run.report_to)
+    profiled_steps(config.run.profile_steps)
     require_model(config.model, REGISTERED_MODELS)
     with told_endings(functools.partial(run_reached, config)):
         check_run_folder(config)
@@ -96,6 +99,7 @@ def _run(config: Config, watch: Stopwatch, lease: Lease) -> Result:
     logger.info("Results will be in %s", folder.location)
     max_failures = config.cluster.max_failures
     try:
+        logger.info("Data: looking at %s", " ".join(config.data.dataset))
         with watch.stage("encoding"):
             data = with_restarts(lambda: prepare_run(config), max_failures=max_failures)
     except TooManyDropped as error:
@@ -201,6 +205,7 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
 
 
 def _train_loop(job: dict[Any, Any]) -> WorkerResult | Stopped:
+    configure_logging(of_ray_train=True)
     quiet_logging()
     hide_known_tracebacks()
     # Ray Train's controller imports this module, too; what only the workers need is imported in the workers.

@@ -285,10 +285,16 @@ class Reporting:
 
 
 def reporting_of(
-    report_to: Sequence[str], folder: Store, config: Mapping[str, Any], *, lines: Iterable[Line], sent: Iterable[LineKey]
+    report_to: Sequence[str],
+    folder: Store,
+    config: Mapping[str, Any],
+    *,
+    lines: Iterable[Line],
+    sent: Iterable[LineKey],
+    others: Mapping[str, MetricsSink] | None = None,
 ) -> Reporting:
-    """The sinks that --report_to names, for the run in a folder, whose name is the run's."""
-    sinks = {name: SINKS[name](folder) for name in dict.fromkeys(report_to) if name != "none"}
+    """The sinks that --report_to names and some others, for the run in a folder, whose name is the run's."""
+    sinks = {**(others or {}), **{name: SINKS[name](folder) for name in dict.fromkeys(report_to) if name != "none"}}
     return Reporting(sinks, run=folder.name, config=config, lines=lines, sent=sent)
 
 
