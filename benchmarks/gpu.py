@@ -51,25 +51,11 @@ from rayalign.estimate.meter import MORE_FLOPS, Meter, tensors_of
 from rayalign.estimate.passes import Pass
 from rayalign.estimate.vision import VisionCosts
 from rayalign.models.source import ModelSource
+from rayalign.training.mfu import peak_tflops
 from rayalign.training.optimizer import make_optimizer
 
 EXACT_LAYERS = 2
 """Of the language model whose steps are compared in float32."""
-
-PEAK_TFLOPS = {
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 4090": 165.0,
-}
-"""Dense bfloat16 with float32 sums, in the makers' data sheets; the first name that the device's name contains counts."""
-
 
 TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.1, 0.15)}
 """How far a way may be from the one it is compared with: its loss, absolutely, and its gradient (all adapters' as one vector),
@@ -366,7 +352,7 @@ def peak_tflops_of(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return peak_tflops(name)
 
 
 def tables_of(cases: Sequence[dict[str, Any]]) -> str:

@@ -5,8 +5,10 @@ Names of Ray that its documentation does not promise are here and in `joining`, 
 version 2.60.0) and when they can go. tests/test_cluster.py compares each with the installed Ray.
 """
 
+import itertools
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -16,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import ray
+import ray._private.ray_logging
 import ray._private.worker
 import ray.data
 import ray.exceptions
@@ -23,6 +26,7 @@ import ray.train
 import ray.util.state
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from rayalign.log_lines import OWN_LINE, configure_logging
 from rayalign.retries import StorageFailed
 
 logger = logging.getLogger(__name__)
@@ -76,6 +80,32 @@ https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal
 PROGRESS_LOGGER = "ray.data._internal.progress"
 """Warns in each process that progress bars are switched off, once they are. Can go when it no longer does.
 https://github.com/ray-project/ray/tree/ray-2.60.0/python/ray/data/_internal/progress"""
+
+TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+"""Warns at each start of a cluster that it asks for a token, which is what we want. Can go when that is no warning.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/authentication/authentication_token_setup.py"""
+
+COLOR_VARIABLE = "RAY_COLOR_PREFIX"
+"""0 prints the names of Ray's processes without escape codes, which Ray writes into files, too. Can go when it doesn't.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py (`print_worker_logs`)"""
+
+LOG_HANDLER = "ray_print_logs"
+"""What prints the lines of Ray's processes in the process that started or joined the cluster, by Ray's `print_to_stdstream`.
+Can go when Ray documents a way to choose what is printed, and how.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py (`connect`)"""
+
+SILENT_ACTORS = ("PlacementGroupCleaner",)
+"""Actors of Ray whose lines are not shown. PlacementGroupCleaner fails where a machine has several clusters, with a long
+traceback; `free_lost_workers` does its work. Can go together with that."""
+
+NOISE = re.compile(
+    "has constructor arguments in the object store and max_restarts > 0"  # https://github.com/ray-project/ray/issues/53727
+    "|Failed to load CPU gemm_4bit_forward"
+    "|^USDT:|External init callback must run in same thread"
+)
+"""Lines that are not shown. Ray says the first of actors of its own (PreemptionWatcher), whose restart nobody needs;
+bitsandbytes the second when it is imported, before it can be asked not to; torch's profiler the others when it begins and ends.
+Can go when they say so no more."""
 
 USER_ERRORS = (ValueError, FloatingPointError)
 """What a user can fix: flags, data, a model's files; a loss that is no longer finite."""
@@ -233,6 +263,8 @@ def set_ray_variables() -> None:
     os.environ.setdefault(TRAIN_POLL_VARIABLE, POLL_SECONDS)
     os.environ[TUNE_METRIC_CHECK_VARIABLE] = "1"
     os.environ[TUNE_SIGINT_VARIABLE] = "1"
+    if not sys.stderr.isatty():
+        os.environ.setdefault(COLOR_VARIABLE, "0")
 
 
 def configure_ray_data() -> None:
@@ -244,12 +276,8 @@ def configure_ray_data() -> None:
 
 def quiet_logging() -> None:
     """In a process of Ray or of the command: rayalign's own lines, and of Ray and other libraries only what goes wrong."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("rayalign").setLevel(logging.INFO)
+    configure_logging()
     quiet_ray()
-    # It recommends a kernel for CPUs each time it is imported, which peft does.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging  # here: Ray Train's controller has no use for it
 
     transformers_logging.disable_progress_bar()
@@ -261,4 +289,23 @@ def quiet_ray() -> None:
     """Lets Ray's libraries log warnings only, in this process."""
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger(PROGRESS_LOGGER).setLevel(logging.ERROR)
+    for name in (PROGRESS_LOGGER, TOKEN_LOGGER):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def tidy_worker_logs() -> None:
+    """From now on this process, which has joined a cluster, prints what Ray's processes log in a tidy form: rayalign's own
+    lines as they are, others behind the name of their process, and not at all what SILENT_ACTORS and NOISE name."""
+    dispatcher = ray._private.ray_logging.global_worker_stdstream_dispatcher
+    if any(name == LOG_HANDLER for name, _ in dispatcher.handlers):
+        dispatcher.remove_handler(LOG_HANDLER)
+        dispatcher.add_handler(LOG_HANDLER, print_worker_lines)
+
+
+def print_worker_lines(logged: dict[str, Any]) -> None:
+    """Prints lines of one process of the cluster, as Ray hands them over."""
+    if logged.get("actor_name") in SILENT_ACTORS:
+        return
+    lines = (line for line in logged["lines"] if not NOISE.search(line))
+    for is_own, some in itertools.groupby(lines, key=lambda line: OWN_LINE.match(line) is not None):
+        ray._private.worker.print_to_stdstream({**logged, "lines": list(some)}, ignore_prefix=is_own)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import ray
 import ray._private.utils
 
-from rayalign.cluster import quiet_ray, set_ray_variables
+from rayalign.cluster import quiet_ray, set_ray_variables, tidy_worker_logs
 from rayalign.config.config import Config
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,8 @@ def start_ray(config: Config) -> None:
     if ray.is_initialized():
         return
     address = _address_given()
-    with _own_sigterm_handler():
+    with _own_sigterm_handler(), contextlib.ExitStack() as then:
+        then.callback(tidy_worker_logs)
         if address or _started_here():
             # None is the cluster of `ray start`; "auto" would find the private one of any other process, too.
             ray.init(address=address, logging_level=logging.WARNING)

@@ -23,6 +23,7 @@ from rayalign.config.endings import user_errors
 from rayalign.config.flags import did_you_mean
 from rayalign.config.methods import advice_for_method
 from rayalign.config.sections import ExportConfig
+from rayalign.log_lines import configure_logging
 from rayalign.sweeps.search_space import check_search
 
 OWN_FLAGS = ("help", "version")
@@ -72,7 +73,7 @@ def run(config: Config) -> None:
 
 def _train(words: Sequence[str], prog: str, summary: str, *, algorithm: str | None) -> None:
     config = command_line.parse(ALGORITHMS, words, prog=prog, description=summary, algorithm=algorithm)
-    command_line.configure_logging()
+    configure_logging()
     with user_errors():
         config.check_inputs()  # here and below, so that it is told before Ray and torch are loaded
         run(config)
@@ -80,7 +81,7 @@ def _train(words: Sequence[str], prog: str, summary: str, *, algorithm: str | No
 
 def _tune(words: Sequence[str], prog: str, summary: str) -> None:
     config, sweep = command_line.parse_sweep(ALGORITHMS, words, prog=prog, description=summary, check=check_search)
-    command_line.configure_logging()
+    configure_logging()
     with user_errors():
         config.check_inputs()
         if config.run.dry_run:
@@ -95,7 +96,7 @@ def _tune(words: Sequence[str], prog: str, summary: str) -> None:
 
 def _plan(words: Sequence[str], prog: str, summary: str) -> None:
     config, gpus = command_line.parse_plan(ALGORITHMS, words, prog=prog, description=summary)
-    command_line.configure_logging()
+    configure_logging()
     with user_errors():
         config.check_inputs()
 
@@ -111,7 +112,7 @@ def _plan(words: Sequence[str], prog: str, summary: str) -> None:
 def _export(words: Sequence[str], prog: str, summary: str) -> None:
     example = "--model output/rm/model --output_dir output/rm/classifier"
     config = command_line.parse_section(ExportConfig, words, prog=prog, description=summary, example=example)
-    command_line.configure_logging()
+    configure_logging()
 
     with user_errors():
         if config.checkpoint or config.run_dir:

@@ -22,11 +22,12 @@ CANDIDATE_PORTS = iter(range(20_000 + os.getpid() % 2000, 22_700))
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the cluster answers: `address` for drivers, `dashboard` for jobs; `pid` is the process above all its others, and
-    `env` what they and its clients share."""
+    """Where the cluster answers: `address` for drivers, `dashboard` for jobs, `metrics` for Prometheus; `pid` is the process
+    above all its others, and `env` what they and its clients share."""
 
     address: str
     dashboard: str
+    metrics: str
     pid: int
     env: dict[str, str] = field(repr=False)
 
@@ -87,7 +88,8 @@ def running_cluster(folder: Path, *, num_cpus: int, env: dict[str, str] | None =
         )
     try:
         _wait_for(dashboard, head, log)
-        yield Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", head.pid, variables)
+        pages = (f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics")
+        yield Cluster(f"127.0.0.1:{port}", *pages, head.pid, variables)
     finally:
         head.send_signal(signal.SIGTERM)
         try:

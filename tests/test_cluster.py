@@ -32,6 +32,7 @@ from rayalign.retries import StorageFailed
         ),
         (cluster.PROGRESS_LOGGER, "ray.data._internal.progress", "__name__"),
         (cluster.TRACEBACK_LOGGER, "ray.train.v2._internal.util", "__name__"),
+        (cluster.TOKEN_LOGGER, "ray._private.authentication.authentication_token_setup", "__name__"),
     ],
 )
 def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: str, theirs: str) -> None:
@@ -55,6 +56,9 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         ("logger", "ray.data._internal.progress", '{}.warning(\n                "Progress bars disabled.'),
         ("worker_failures", "ray.train.v2.api.exceptions", "self.{} = worker_failures"),
         ("logger.error", "ray.train.v2._internal.util", '{}(f"Error in training function:'),
+        (cluster.COLOR_VARIABLE, "ray._private.worker", 'if os.getenv("{}") == "0":'),
+        (cluster.LOG_HANDLER, "ray._private.worker", 'dispatcher.add_handler(\n                "{}",'),
+        (cluster.SILENT_ACTORS[0], "ray.train.v2._internal.execution.controller.placement_group_cleaner", "class {}:"),
         (cluster.HEALTH_ERROR, "ray.train.v2._internal.exceptions", "self.{} = failure"),
         (cluster.WORKERS_ERROR, "ray.train.v2._internal.exceptions", "self.{} = exc"),
     ],
@@ -222,3 +226,18 @@ def test_results_in_a_folder_that_ray_unpacked_are_refused_without_a_job_too(
     for lost in (None, "runs", "./runs", f"{unpacked}/runs"):
         with pytest.raises(ValueError, match="Ray made for this job and deletes"):
             cluster.require_lasting_folder(lost)
+
+
+def test_lines_of_rays_processes_are_printed_tidily(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cluster.COLOR_VARIABLE, "0")
+    worker = {"is_err": True, "pid": 7, "ip": "here", "localhost": "here", "actor_name": "RayTrainWorker", "task_name": None}
+    ours = ["12:00:01 Step 1/4  loss 0.5", "Where it is:", "12:00:02 Step 2/4  loss 0.25"]
+    noise = [
+        "[E] Actor 'PreemptionWatcher' has constructor arguments in the object store and max_restarts > 0. If",
+        "USDT:2026",
+    ]
+    cluster.print_worker_lines({**worker, "lines": [*ours, *noise]})
+    cluster.print_worker_lines({**worker, "actor_name": "PlacementGroupCleaner", "lines": ["ConnectionError: several"]})
+    assert capsys.readouterr().err.splitlines() == [ours[0], f"(RayTrainWorker pid=7) {ours[1]}", ours[2]]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rayalign.progress import LINE_SECONDS, Progress, per_second
+from rayalign.progress import LINE_SECONDS, Progress, StepProgress, duration, per_second
 
 
 class Clock:
@@ -81,3 +81,46 @@ def test_the_end_is_said_by_whoever_knows_the_result(clock: Clock, count_at: Add
 @pytest.mark.parametrize(("rate", "words"), [(0.24, "0.2/s"), (9.44, "9.4/s"), (17.4, "17/s"), (1234.5, "1234/s")])
 def test_a_rate_has_the_digits_that_matter(rate: float, words: str) -> None:
     assert per_second(rate) == words
+
+
+def step(progress: StepProgress, clock: Clock, seconds: float) -> None:
+    with progress.step(pairs=8):
+        clock.now += seconds
+
+
+def test_the_first_step_of_a_run_gives_no_rate_and_counts_into_none(clock: Clock) -> None:
+    progress = StepProgress(0, 100, every={}, clock=clock)
+    step(progress, clock, 60)
+    assert (progress.pairs_per_second, progress.seconds_to_go, progress.words) == (None, None, "")
+    for _ in range(3):
+        step(progress, clock, 2)
+    assert progress.pairs_per_second == 4
+    assert progress.words == "4.0 pairs/s, 3 min to go"  # 96 steps of 2 s
+
+
+def test_a_runs_rate_is_that_of_its_last_steps(clock: Clock) -> None:
+    progress = StepProgress(0, 100, every={}, clock=clock)
+    for seconds in (60, *[10] * 20, *[2] * 20):
+        step(progress, clock, seconds)
+    assert progress.pairs_per_second == 4
+    assert progress.seconds_to_go == 59 * 2
+
+
+def test_what_comes_between_the_steps_counts_into_the_time_to_go_and_not_into_the_rate(clock: Clock) -> None:
+    progress = StepProgress(10, 25, every={"evaluation": 5, "saving": 10}, clock=clock)
+    with progress.pause("evaluation"):
+        clock.now += 30
+    for _ in range(3):
+        step(progress, clock, 2)
+    assert progress.pairs_per_second == 4
+    assert progress.seconds_to_go == 12 * 2 + 3 * 30  # evaluations at 15, 20 and 25
+    with progress.pause("saving"):
+        clock.now += 7
+    assert progress.seconds_to_go == 12 * 2 + 3 * 30 + 2 * 7  # at 20 and at the end
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0 s"), (119.4, "119 s"), (119.6, "2 min"), (7170, "2 h 0 min"), (12000, "3 h 20 min")]
+)
+def test_a_duration_has_the_digits_that_matter(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

@@ -154,9 +154,10 @@ ELSEWHERE: Sequence[Elsewhere] = (
     ),
     Elsewhere("sequence_parallel_size sequence_parallel", SWIFT, "a row is not split over workers here. Leave it out."),
     Elsewhere(
-        "report_to logging_dir run_name use_swanlab swanlab_project plot_loss",
+        "logging_dir run_name use_swanlab swanlab_project plot_loss",
         ALL,
-        "metrics always go to metrics.jsonl and report.html in --output_dir. Leave it out.",
+        "metrics go to metrics.jsonl, report.html and tensorboard/ in --output_dir, whose name is the run's; --report_to names "
+        "more places. Leave it out.",
     ),
     Elsewhere("disable_tqdm logging_first_step log_level", ALL, "pass --logging_steps for how often a line is logged."),
     Elsewhere(

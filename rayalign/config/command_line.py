@@ -5,7 +5,6 @@ the program with exit code 2 and a sentence on stderr.
 """
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +26,6 @@ if TYPE_CHECKING:
 DEFAULT_ALGORITHM = "dpo"
 STEERING = ("config", "print_config")
 """What only a command line has."""
-
-
-def configure_logging() -> None:
-    """Sends rayalign's log to stderr from INFO on, other libraries' from WARNING on."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("rayalign").setLevel(logging.INFO)
 
 
 def parse(

@@ -219,6 +219,16 @@ class RunConfig:
         None, "The run's folder: local, shared or s3:// gs://. Default: output/<algorithm> below the current folder."
     )
     logging_steps: int = flag(5, "Steps between two lines of metrics.", at_least=1)
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "none"], ...] = flag(
+        ("tensorboard",),
+        "Where metrics go beside metrics.jsonl: tensorboard (event files in --output_dir), wandb, mlflow, several of them, or "
+        "none.",
+    )
+    profile_steps: str | None = flag(
+        None,
+        "Trace these optimizer steps with torch.profiler, FIRST:LAST as the log counts them (10:12; quoted in YAML): a file "
+        "for each worker in profile/, which Perfetto opens. Default: none.",
+    )
     eval_steps: int = flag(50, "Steps between two passes over the held-out records (also at the end).", at_least=1)
     eval_on_start: bool = flag(
         True, "A pass over the held-out records before the first step, too: what the training changes is told from there."

@@ -29,6 +29,7 @@ from rayalign.training.lease import STALE_SECONDS, held
 from rayalign.training.origin import check_origin
 from rayalign.training.places import require_lasting_folders, with_whole_paths
 from rayalign.training.run_folder import open_run
+from rayalign.training.sinks import check_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     """
     config.check_inputs()
     ranges = check_search(config, sweep)
+    check_sinks(config.run.report_to)
     require_lasting_folders(config)
     config = with_whole_paths(config)
     require_model(config.model, REGISTERED_MODELS)

@@ -36,9 +36,11 @@ from rayalign.training.entry import JOB, train_loop
 from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
 from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
+from rayalign.training.profiling import profiled_steps
 from rayalign.training.run_folder import check_run_folder, open_run, write_results
 from rayalign.training.run_report import dropped_lines
 from rayalign.training.run_times import Stopwatch, begin_start, end_start
+from rayalign.training.sinks import check_sinks
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -82,6 +84,8 @@ def run(config: Config, *, began: float | None = None) -> Result:
     config.check_inputs()
     require_lasting_folders(config)
     config = with_whole_paths(config)
+    check_sinks(config.run.report_to)
+    profiled_steps(config.run.profile_steps)
     require_model(config.model, REGISTERED_MODELS)
     with told_endings(functools.partial(run_reached, config)):
         check_run_folder(config)
@@ -97,6 +101,7 @@ def _run(config: Config, watch: Stopwatch, lease: Lease) -> Result:
     logger.info("Results will be in %s", folder.location)
     max_failures = config.cluster.max_failures
     try:
+        logger.info("Data: looking at %s", " ".join(config.data.dataset))
         with watch.stage("encoding"):
             data = with_restarts(lambda: prepare_run(config), max_failures=max_failures)
     except TooManyDropped as error:

@@ -14,9 +14,11 @@ JOB = "job"
 def train_loop(settings: dict[str, Any]) -> Any:
     """Runs in each worker; returns its `WorkerResult`, or what stopped it."""
     from rayalign.cluster import quiet_logging
+    from rayalign.log_lines import configure_logging
     from rayalign.training.endings import hide_known_tracebacks
     from rayalign.training.worker import train_worker
 
+    configure_logging(of_ray_train=True)
     quiet_logging()
     hide_known_tracebacks()
     config, data = pickle.loads(settings[JOB])

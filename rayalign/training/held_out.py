@@ -2,12 +2,13 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
 
 from rayalign.config.config import Config
+from rayalign.data.batch import PairBatch
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import StepCounts, StepSampler, cut_micro_batches, draw_rows
 from rayalign.data.shuffled_pictures import Pictures, shuffle_pictures
@@ -26,15 +27,25 @@ T = TypeVar("T")
 
 class HeldOut:
     """A worker's share of the held-out records. `rows` of `data` are those of all workers; `pairs` has, since the last
-    evaluation, each pair's own values by metric, those of other workers, too."""
+    evaluation, each pair's own values by metric, those of other workers, too. All batches go through `watched`."""
 
-    def __init__(self, config: Config, data: RunData, sampler: StepSampler, *, rank: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: RunData,
+        sampler: StepSampler,
+        *,
+        rank: int,
+        num_workers: int,
+        watched: Callable[[Iterator[PairBatch]], Iterator[PairBatch]] = lambda batches: batches,
+    ) -> None:
         self.data: PreparedData = data.held_out or data.training
         rows = np.arange(data.held_out.num_rows) if data.held_out else sampler.held_out
         self.rows: Rows = draw_rows(rows, at_most=config.run.max_eval_records, seed=config.data.data_seed)
         self.pairs: dict[str, dict[str, float]] = {}
         self._config = config
         self._spec = data.spec
+        self._watched = watched
         self._rank, self._num_workers = rank, num_workers
         self._packs_rows = sampler.settings.packs_rows
         self._order = None
@@ -69,7 +80,7 @@ class HeldOut:
             order=self._order,
             seen=self._seen,
         )
-        metrics, pairs = trainer.evaluate(batches, counts)
+        metrics, pairs = trainer.evaluate(lambda: self._watched(batches()), counts)
         self.pairs = _together(pairs)
         return {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -78,7 +89,8 @@ class HeldOut:
         worker calls it."""
         partners = shuffle_pictures(_together(self._seen), seed=self._config.data.data_seed)
         micro_batches, _ = self._cut
-        pairs = trainer.evaluate_shuffled(with_pictures_of_others(self.data, micro_batches, partners, self._spec))
+        batches = with_pictures_of_others(self.data, micro_batches, partners, self._spec)
+        pairs = trainer.evaluate_shuffled(self._watched(batches))
         return {f"eval_{name}": value for name, value in image_metrics(self.pairs, _together(pairs)).items()}
 
     def problems(self, metrics: Metrics, *, is_finished: bool) -> dict[str, str]:

@@ -232,13 +232,15 @@ class _EvalMode(AbstractContextManager[None]):
 class LoopEvents:
     """What is done with a line of metrics, and at evaluations and checkpoints. All workers call each, at the same steps.
 
-    `judge` says after an evaluation what it means for the run, the same to every worker.
+    `judge` says after an evaluation what it means for the run, the same to every worker. `around_step`: a context for each
+    step, by its number, counted from 1, and its pairs.
     """
 
     log: Callable[[Mapping[str, float]], None]
     evaluate: Callable[[int], None]
     save: Callable[[int], None]
     judge: Callable[[int], Verdict] = lambda step: GOES_ON
+    around_step: Callable[[int, int], AbstractContextManager[None]] = lambda step, pairs: nullcontext()
 
 
 def run_steps(
@@ -263,7 +265,8 @@ def run_steps(
     for step in range(start_step, sampler.num_steps):
         count = len(sampler.micro_batches(step, trainer.rank))
         counts = sampler.counts(step)
-        result = trainer.step(step, clock.waited_for(_take(stream, step, count)), counts)
+        with events.around_step(step + 1, counts.pairs):
+            result = trainer.step(step, clock.waited_for(_take(stream, step, count)), counts)
         clock.count(pairs=counts.pairs, tokens=result.num_tokens)
         for output in result.outputs:
             window.add(output)

@@ -11,6 +11,7 @@ from rayalign.algorithms import LossOutput
 from rayalign.data.batch import PairBatch
 from rayalign.storage import Store
 from rayalign.training.distributed import gather
+from rayalign.training.sinks import key_of
 
 REMOTE_FLUSH_SECONDS = 30
 
@@ -117,18 +118,20 @@ class MetricsLog:
     def __init__(self, store: Store, *, start_step: int) -> None:
         self._store = store
         lines = read_metrics(store)
+        self.sent = frozenset(key_of(line) for line in lines)
+        """The keys of the lines that earlier starts of the run wrote, those behind their last checkpoint included."""
         self.lines: list[dict[str, float]] = [line for line in lines if line["step"] <= start_step]
         self._flushed = time.monotonic()
         self.flush()
 
-    def append(self, line: Mapping[str, float]) -> None:
-        """Adds a line. One that stands already, with the same names at the same step, is replaced: a run that was killed
-        between its last step and its end is evaluated again."""
+    def append(self, line: Mapping[str, float]) -> bool:
+        """Adds a line; returns whether it is a new one. One that stands already, with the same names at the same step, is
+        replaced: a run that was killed between its last step and its end is evaluated again."""
         for index, before in enumerate(self.lines):
             if before["step"] == line["step"] and before.keys() == line.keys():
                 self.lines[index] = dict(line)
                 self.flush()
-                return
+                return False
         self.lines.append(dict(line))
         local = self._store.local_path
         if local is not None:
@@ -136,6 +139,7 @@ class MetricsLog:
                 file.write(json.dumps(self.lines[-1]) + "\n")
         elif time.monotonic() - self._flushed > REMOTE_FLUSH_SECONDS:
             self.flush()
+        return True
 
     def flush(self) -> None:
         """Writes the whole file."""

@@ -18,8 +18,10 @@ from rayalign.training.best import NOTE
 from rayalign.training.checkpoint import has_checkpoint
 from rayalign.training.metrics import read_metrics
 from rayalign.training.origin import ORIGIN_NOTE
+from rayalign.training.profiling import PROFILE
 from rayalign.training.run_report import REPORT, Background, write_report
 from rayalign.training.run_times import RUN_TIMES
+from rayalign.training.sinks import EVENTS, RUN_IDS
 
 if TYPE_CHECKING:
     from rayalign.data.prepare import RunData
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 CONTENTS = (
     *("checkpoints", NOTE, "model", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, ORIGIN_NOTE, ANSWERS, RUN_TIMES, REPORT),
-    *("summary.json", "plugins", "config.yaml"),
+    *(EVENTS, RUN_IDS, PROFILE, "wandb", "mlflow.db", "summary.json", "plugins", "config.yaml"),
 )
 """What a run writes, in the order in which it is deleted: as long as a checkpoint is left, so is the configuration that it was
 made with, and a deletion cut short is never taken for a run of other flags."""
@@ -36,6 +38,7 @@ made with, and a deletion cut short is never taken for a run of other flags."""
 FREE_TO_CHANGE = frozenset(
     {
         *("resume", "overwrite", "output_dir", "logging_steps", "eval_steps", "eval_on_start", "max_eval_records"),
+        *("report_to", "profile_steps"),
         *("eval_answers", "save_steps", "save_total_limit"),
         *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "load_best_model_at_end"),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),

@@ -5,7 +5,8 @@ import functools
 import logging
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
 from rayalign.policy.saving import save_policy
-from rayalign.progress import Progress
+from rayalign.progress import StepProgress
 from rayalign.storage import Store
 from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, write_note
@@ -41,12 +42,17 @@ from rayalign.training.checkpoint import (
     write_checkpoint,
 )
 from rayalign.training.distributed import gather, start_alike
+from rayalign.training.gauges import Gauges
 from rayalign.training.held_out import HeldOut
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metric_names import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, SHUFFLED
 from rayalign.training.metrics import MetricsLog
+from rayalign.training.mfu import flops_per_token, peak_tflops
+from rayalign.training.profiling import StepProfiler, profiled_steps
 from rayalign.training.run_report import Background, write_report
 from rayalign.training.run_times import Stopwatch, note_workers, workers_before
+from rayalign.training.sinks import Reporting, reporting_of
+from rayalign.training.watchdog import Watchdog
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
@@ -101,6 +107,9 @@ class _Worker:
         self.report = Background()
         context = ray.train.get_context()
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.gauges = Gauges(self.folder.name, self.rank)
+        self.watchdog = Watchdog(self.rank, functools.partial(logger.warning, "Warning: %s"), idle=self.gauges.idle)
+        self.watchdog.start()
         self.attempt = gather(uuid.uuid4().hex[:8])[0]
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.device = ray.train.torch.get_device()
@@ -132,19 +141,32 @@ class _Worker:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
         if self.rank == 0:
             self._settle_checkpoints(checkpoint)
-        self.held_out = HeldOut(config, data, self.sampler, rank=self.rank, num_workers=self.num_workers)
+        watched = self.watchdog.watched
+        self.held_out = HeldOut(config, data, self.sampler, rank=self.rank, num_workers=self.num_workers, watched=watched)
         self._require_held_out()
         self.warned: set[str] = set()
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
         self.latest_metrics: dict[str, float] = {}
-        for line in self.metrics_log.lines if self.metrics_log is not None else []:
-            self.latest_metrics |= line
+        self.reporting: Reporting | None = None
+        if self.metrics_log is not None:
+            lines, sent = self.metrics_log.lines, self.metrics_log.sent
+            for line in lines:
+                self.latest_metrics |= line
+            others = {"Prometheus": self.gauges}
+            flags = config.to_dict()
+            self.reporting = reporting_of(config.run.report_to, self.folder, flags, lines=lines, sent=sent, others=others)
         steps = (self.start_step, self.sampler.num_steps)
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self._say("Training %s from step %d to %d, on %d x %s", algorithm.name.upper(), *steps, self.num_workers, chip)
         if self.device.type == "cpu" and policy.dtype == torch.float32 and multiplies_bfloat16():
             self._say("This CPU multiplies in bfloat16: with --dtype bfloat16 a step takes about 0.6 of the time")
-        self.progress = Progress(self.sampler.num_steps - self.start_step)
+        every = {"evaluation": config.run.eval_steps, "saving": config.run.save_steps}
+        self.progress = StepProgress(*steps, every=every)
+        profiled = profiled_steps(config.run.profile_steps)
+        if profiled and not set(profiled) & set(range(self.start_step + 1, self.sampler.num_steps + 1)):
+            self._say("--profile_steps %s: no such step is still to come", config.run.profile_steps)
+        self.profiler = StepProfiler(profiled, self.folder, rank=self.rank)
+        self.flops_per_token = flops_per_token(policy)
 
     def _settle_checkpoints(self, loaded: FetchedCheckpoint | None) -> None:
         """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes others
@@ -179,7 +201,10 @@ class _Worker:
             companion=self.trainer.algorithm.needs.companion,
             pin_memory=self.device.type == "cuda",
         )
-        events = LoopEvents(log=self._log, evaluate=self._evaluate, save=self._save, judge=self._judge)
+        stream = self.watchdog.watched(stream)
+        events = LoopEvents(
+            log=self._log, evaluate=self._evaluate, save=self._save, judge=self._judge, around_step=self._around_step
+        )
         if self.start_step == 0:
             if self.config.run.eval_on_start:
                 self._evaluate(0)
@@ -200,6 +225,7 @@ class _Worker:
                     tokens_before=self.latest_metrics.get("num_tokens", 0),
                 )
             )
+        self.profiler.close()
         stopped = self._why_stopped(last_step)
         model_step = last_step
         if self.config.run.load_best_model_at_end and self.best.step not in (None, last_step):
@@ -211,9 +237,12 @@ class _Worker:
         if self.rank == 0:
             self._write_model()
             assert self.metrics_log is not None
+            assert self.reporting is not None
             self.metrics_log.flush()
+            self.reporting.close()
             self.report.wait()
             note_workers(self.folder, self.watch.seconds)
+        self.watchdog.stop()
         return WorkerResult(
             metrics={name: value for name, value in self.latest_metrics.items() if name != "step"},
             num_steps=last_step,
@@ -259,21 +288,41 @@ class _Worker:
         self._evaluate(step)
         return step
 
+    @contextmanager
+    def _around_step(self, step: int, pairs: int) -> Iterator[None]:
+        self.profiler.before(step)
+        with self.progress.step(pairs):
+            yield
+        self.watchdog.tick()
+        self.profiler.after(step)
+
     def _log(self, metrics: Mapping[str, float]) -> None:
-        self.latest_metrics |= metrics
-        if self.metrics_log is not None:
-            self.metrics_log.append(metrics)
+        metrics = {**metrics, **self._mfu(metrics["tokens_per_second"])}
+        self._keep(metrics)
         step = int(metrics["step"])
-        self.progress.add(step - self.start_step - self.progress.done)
         shown = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
-        figures = "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
-        rate = ", ".join(filter(None, [f"{metrics['pairs_per_second']:.1f} pairs/s", self.progress.time_to_go]))
-        self._say("Step %d/%d  %s  %s", step, self.sampler.num_steps, figures, rate)
+        figures = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
+        if self.device.type == "cuda":
+            figures += [f"{metrics['tokens_per_second']:.0f} tokens/s"]
+            figures += [f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []
+        figures += [self.progress.words] if self.progress.words else []
+        self._say("Step %d/%d  %s", step, self.sampler.num_steps, "  ".join(figures))
+
+    def _mfu(self, tokens_per_second: float) -> dict[str, float]:
+        """The share of the peak of all GPUs, where that is known and the arithmetic is the table's."""
+        policy, gpus = self.trainer.policy, self.num_workers * (self.config.cluster.gpus_per_worker or 0)
+        peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        if peak is None or not gpus or policy.dtype not in (torch.bfloat16, torch.float16):
+            return {}
+        return {"mfu": tokens_per_second * self.flops_per_token / (peak * 1e12 * gpus)}
 
     @_timed("evaluation")
     def _evaluate(self, step: int) -> None:
         if len(self.held_out.rows):
-            line = self._logged(step, self.held_out.evaluate(self.trainer))
+            self.watchdog.tick()
+            self._say("Evaluating %d held-out records at step %d", len(self.held_out.rows), step)
+            with self.progress.pause("evaluation"):
+                line = self._logged(step, self.held_out.evaluate(self.trainer))
             shown = "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN_EVALUATION if name in line)
             self._say("Evaluation at step %d  %s", step, shown)
             self._warn(is_finished=False)
@@ -290,10 +339,15 @@ class _Worker:
             self._warn(is_finished=True)
 
     def _logged(self, step: int, line: dict[str, float]) -> dict[str, float]:
-        self.latest_metrics |= line
-        if self.metrics_log is not None and line:
-            self.metrics_log.append({"step": step, **line})
+        if line:
+            self._keep({"step": step, **line})
         return line
+
+    def _keep(self, line: Mapping[str, float]) -> None:
+        """Writes a line of metrics, and sends it on where it is a new one."""
+        self.latest_metrics |= line
+        if self.metrics_log is not None and self.reporting is not None and self.metrics_log.append(line):
+            self.reporting.log(line)
 
     def _warn(self, *, is_finished: bool) -> None:
         """Says what looks wrong in the run so far; each thing once."""
@@ -328,12 +382,15 @@ class _Worker:
         """Lets the model answer some held-out prompts by itself, for the page."""
         data, sample = self.held_out.data, sample_of(self.held_out.rows, self.config.run.eval_answers)
         if len(sample) and self.trainer.algorithm.needs.head == "language":
+            self._say("The model answers %d held-out prompts", len(sample))
             spec, policy = self.data.spec, self.trainer.policy
             ask(moment, policy, spec, data, sample, folder=self.folder, rank=self.rank, workers=self.num_workers)
 
     @_timed("saving")
     def _save(self, step: int) -> None:
-        with tempfile.TemporaryDirectory() as temporary:
+        self.watchdog.tick()
+        self._say("Saving the checkpoint of step %d", step)
+        with self.progress.pause("saving"), tempfile.TemporaryDirectory() as temporary:
             checkpoint = None
             if self.rank == 0:
                 trainer = self.trainer
@@ -347,6 +404,7 @@ class _Worker:
                 checkpoint_dir_name=checkpoint_name(step, self.attempt),
                 checkpoint_upload_fn=self._upload if self.folder.local_path is None else None,
             )
+        self.watchdog.tick()
         if self.rank == 0:
             if self.best.step == step:
                 write_note(self.folder, self.best, checkpoint_name(step, self.attempt))
@@ -362,6 +420,7 @@ class _Worker:
 
     @_timed("saving")
     def _write_model(self) -> None:
+        self._say("Writing the model to %s", (self.folder / "model").location)
         with tempfile.TemporaryDirectory() as temporary:
             save_policy(self.trainer.policy, Path(temporary), safe_serialization=self.config.run.safe_serialization)
             self.data.spec.processor.save_pretrained(temporary)

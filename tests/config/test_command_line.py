@@ -1,4 +1,3 @@
-import logging
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -371,16 +370,3 @@ def test_a_mistake_in_a_search_is_told(capsys: pytest.CaptureFixture[str], words
 def test_the_command_line_needs_neither_ray_nor_torch():
     code = "import sys, rayalign.config.command_line; sys.exit(bool({'ray', 'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
-
-
-def test_logging_goes_to_stderr_from_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    root, own = logging.getLogger(), logging.getLogger("rayalign")
-    monkeypatch.setattr(root, "handlers", [])
-    monkeypatch.setattr(own, "level", logging.NOTSET)
-    command_line.configure_logging()
-    logging.getLogger("rayalign.training.driver").info("step %d", 3)
-    logging.getLogger("other").info("noise")
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.endswith("INFO rayalign.training.driver: step 3\n")
-    assert "noise" not in err

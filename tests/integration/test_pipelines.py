@@ -1,6 +1,8 @@
 """The pipelines as a person runs them: SFT, then DPO from its result, with two workers, and what stands in the folder."""
 
 import json
+import re
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.cluster import Cluster
+from tests.cluster import ROOT, Cluster
 
 SMALL = (
     *("--num_workers", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2, "--dataset_test_ratio", 0.1),
@@ -34,8 +36,12 @@ def dpo_run(cluster_of_four_cpus: Cluster, sft_run: Path, good_records: Path) ->
         *("--rlhf_type", "dpo", "--model", sft_run / "model", "--sft_type", "lora", "--dataset", f"{good_records}#40"),
         *("--num_train_epochs", 2, "--lora_target_modules", "DEFAULT", "--gradient_checkpointing", "true"),
         *("--beta", 0.1, "--rpo_alpha", 0.1, "--warmup_ratio", 0.03, "--save_total_limit", 2, "--output_dir", folder),
+        *("--profile_steps", "2:3"),
     )
-    cluster_of_four_cpus.run("pipelines/rlhf.py", *words, *SMALL)
+    log = cluster_of_four_cpus.run("pipelines/rlhf.py", *words, *SMALL)
+    (folder.parent / "log.txt").write_text(log)
+    with urllib.request.urlopen(cluster_of_four_cpus.metrics, timeout=10) as page:  # before Ray forgets the workers
+        (folder.parent / "exported.txt").write_bytes(page.read())
     return folder
 
 
@@ -43,7 +49,7 @@ def test_a_run_leaves_the_whole_folder(dpo_run: Path) -> None:
     names = {path.name for path in dpo_run.iterdir()}
     assert names == {
         "config.yaml", "metrics.jsonl", "dropped.jsonl", "origin.json", "reference.json", "checkpoints", "model", "report.html",
-        "answers.json", "times.json", "best.json", "summary.json",
+        "answers.json", "times.json", "best.json", "summary.json", "tensorboard", "profile",
     }  # fmt: skip
     summary = json.loads((dpo_run / "summary.json").read_text())
     assert summary["training_records"] == 36
@@ -53,6 +59,35 @@ def test_a_run_leaves_the_whole_folder(dpo_run: Path) -> None:
     page = (dpo_run / "report.html").read_text()
     assert "<html" in page
     assert "Not finished" not in page
+
+
+def test_the_dashboard_shows_what_ray_exports_of_a_run(dpo_run: Path) -> None:
+    exported = (dpo_run.parent / "exported.txt").read_text()
+    names = set(re.findall(r'^(ray_rayalign_\w+)\{.*rank="\d",run="dpo"', exported, re.MULTILINE))
+    dashboard = (ROOT / "deploy" / "grafana" / "rayalign.json").read_text()
+    shown = set(re.findall(r'"expr": "(\w+)\{', dashboard))
+    assert shown - names == {"ray_rayalign_train_mfu"}  # on GPUs only
+
+
+def test_tensorboard_gets_the_lines_of_the_metrics(dpo_run: Path) -> None:
+    lines = [json.loads(line) for line in (dpo_run / "metrics.jsonl").read_text().splitlines()]
+    (file,) = (dpo_run / "tensorboard").iterdir()
+    content = file.read_bytes()
+    for name in ("train/loss", "train/rewards/margins", "eval/loss"):
+        metric = name.replace("train/", "").replace("eval/", "eval_")
+        assert content.count(f"{name}\x15".encode()) == sum(metric in line for line in lines)  # 0x15: a float follows
+
+
+def test_every_worker_traces_the_steps_that_were_asked_for(dpo_run: Path) -> None:
+    assert {path.name for path in (dpo_run / "profile").iterdir()} == {f"rank_{rank}_step_2.json.gz" for rank in (0, 1)}
+
+
+def test_every_line_of_the_log_says_when_without_colours(dpo_run: Path) -> None:
+    lines = (dpo_run.parent / "log.txt").read_text().splitlines()
+    steps = [line for line in lines if " Step " in line]
+    assert len(steps) == 3
+    assert all(re.match(r"\d\d:\d\d:\d\d Step \d/6  loss ", line) for line in steps)
+    assert not [line for line in lines if "\x1b" in line]
 
 
 def test_a_run_tells_where_its_time_went(dpo_run: Path) -> None:
