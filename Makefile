@@ -96,8 +96,10 @@ dist: setup ## build wheel and source distribution into dist/, and test them
 	$(BIN)/python .ci/dist.py dist
 	RAYALIGN_DIST=dist $(BIN)/pytest -q tests/integration/test_wheel.py
 
+# Not those that no test needs: wandb and mlflow bring many packages, tensorboard only looks at files.
+LOCKED_EXTRAS := $(addprefix --extra ,dev tune qlora smolvlm quickstart)
 lock: ## resolve pyproject.toml anew into requirements.lock
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet uv
-	build/lock/bin/uv pip compile pyproject.toml --universal --python-version 3.10 --all-extras --upgrade \
+	build/lock/bin/uv pip compile pyproject.toml --universal --python-version 3.10 $(LOCKED_EXTRAS) --upgrade \
 		--custom-compile-command "make lock" --quiet --output-file requirements.lock

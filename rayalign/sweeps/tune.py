@@ -28,6 +28,7 @@ from rayalign.training.endings import told_endings, with_restarts
 from rayalign.training.lease import STALE_SECONDS, held
 from rayalign.training.origin import check_origin
 from rayalign.training.places import require_lasting_folders, with_whole_paths
+from rayalign.training.profiling import profiled_steps
 from rayalign.training.run_folder import open_run
 from rayalign.training.sinks import check_sinks
 
@@ -51,6 +52,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     config.check_inputs()
     ranges = check_search(config, sweep)
     check_sinks(config.run.report_to)
+    profiled_steps(config.run.profile_steps)
     require_lasting_folders(config)
     config = with_whole_paths(config)
     require_model(config.model, REGISTERED_MODELS)

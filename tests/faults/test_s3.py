@@ -108,6 +108,7 @@ def words_for(records: Path, folder: str) -> tuple[object, ...]:
         *("--output_dir", f"s3://tests/{folder}/dpo"),
         *("--num_workers", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2, "--dataset_test_ratio", 0.1),
         *("--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--precompute_ref_log_probs", "true"),
+        *("--profile_steps", 2),
     )
 
 
@@ -116,7 +117,7 @@ def test_a_run_lives_on_object_storage_and_continues_there(
 ) -> None:
     words = words_for(records, "runs")
     cluster_of_four_cpus.run(*words)
-    names = {"config.yaml", "metrics.jsonl", "dropped.jsonl", "checkpoints", "model", "report.html", "summary.json"}
+    names = {"config.yaml", "metrics.jsonl", "dropped.jsonl", "checkpoints", "model", "report.html", "summary.json", "profile"}
     assert names <= bucket.names("runs/dpo")
     adapter = bucket.read("runs/dpo/model/adapter_model.safetensors")
     losses = bucket.losses("runs/dpo")
@@ -133,6 +134,10 @@ def test_a_run_lives_on_object_storage_and_continues_there(
     bucket.files.delete_dir(f"tests/runs/dpo/checkpoints/{last}")
     output = cluster_of_four_cpus.run(*words)
     assert "from step 2 to 4" in output
+    assert bucket.names("runs/dpo/profile") == {"rank_0_step_2.json.gz", "rank_1_step_2.json.gz"}
+    # TensorBoard's events of both starts, each step once. 0x15: a float follows.
+    (events,) = bucket.names("runs/dpo/tensorboard")
+    assert bucket.read(f"runs/dpo/tensorboard/{events}").count(b"train/loss\x15") == 4
     assert "encoded before" in output
     assert "Reference: log-probs of 50 records, computed before, from s3://tests/runs/.rayalign_cache/" in output
     assert bucket.read("runs/dpo/model/adapter_model.safetensors") == adapter
