@@ -78,8 +78,8 @@ def test_chosen_responses_that_the_policy_would_no_longer_write_are_reported(is_
 
 
 def test_training_values_serve_where_there_was_no_evaluation() -> None:
-    falling = [{"nll_loss": 1.0 + 0.2 * k} for k in range(10)]
-    assert "(perplexity 3 to 14.88)" in problems(*falling)["chosen falls"]
+    falling = [{"nll_loss": 1.0 + 0.4 * k} for k in range(10)]
+    assert "(perplexity 3.32 to 81.45)" in problems(*falling)["chosen falls"]
     assert problems(*falling[:6]) == {}
 
 
