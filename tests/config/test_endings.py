@@ -57,7 +57,11 @@ def test_a_signal_ends_the_command_with_its_code(capsys: pytest.CaptureFixture[s
         os.kill(os.getpid(), number)
         signal.pause()
 
-    with pytest.raises(SystemExit) as ended, user_errors():
-        wait_for_the_signal()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a program that a shell put behind ignores Ctrl-C
+    try:
+        with pytest.raises(SystemExit) as ended, user_errors():
+            wait_for_the_signal()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == code
     assert capsys.readouterr().err == "interrupted\n"
