@@ -210,7 +210,11 @@ def _encode(
     configure_ray_data()
     wanted = list(range(len(tasks)) if numbers is None else numbers)
     outcomes = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
-        prepare_rows, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, concurrency=processes_for(len(wanted))
+        prepare_rows,
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.TaskPoolStrategy(size=processes_for(len(wanted))),
     )
     tables = []
     for table in reports_of(outcomes, OUTCOME_SCHEMA):
