@@ -5,19 +5,12 @@ from collections.abc import Callable
 import pytest
 
 from rayalign.progress import LINE_SECONDS, Progress, StepProgress, duration, per_second
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.watching import Clock
 
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

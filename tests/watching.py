@@ -6,6 +6,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+class Clock:
+    """Seconds that pass only when a test says so, in the place of `time.monotonic`."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the most elements that any operation's result had."""
 

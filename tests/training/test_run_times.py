@@ -7,20 +7,11 @@ import pytest
 from rayalign.report.page import Times
 from rayalign.storage import Store
 from rayalign.training.run_times import RUN_TIMES, Stopwatch, begin_start, end_start, note_workers, times_of, workers_before
-
-
-class Clock:
-    """A clock that stands until it is told to go on."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.watching import Clock
 
 
 def test_a_stage_within_another_counts_for_itself_alone() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     watch = Stopwatch({"saving": 7.0}, clock=clock)
     clock.now += 1  # of no stage
     with watch.stage("training"):

@@ -9,13 +9,7 @@ import pytest
 
 from rayalign.data.stream import ahead
 from rayalign.training.watchdog import LEAST_SECONDS, TIMES_LONGEST, WAITS, Watchdog
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.watching import Clock
 
 
 @pytest.fixture
