@@ -20,6 +20,7 @@ from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.models.registry import find_family, load_config
 from rayalign.models.source import ModelSource
 from rayalign.policy.adapters import add_adapters
+from rayalign.policy.fused_norms import fuse_norms
 from rayalign.policy.policy import Policy
 from rayalign.policy.prepare import attention_kernels
 
@@ -95,6 +96,8 @@ class Bench:
         self.dtype, self.device = self.base.dtype, self.base.device
         self.family = find_family(config.model_type)
         self._adapted = [(module, type(module)) for module in model.modules() if isinstance(module, lora.Linear)]
+        # As `prepare_model` does on a GPU; here on each device, so that a rehearsal runs them.
+        self._norms = [(module, type(module)) for module in fuse_norms(self.base)]
         config.save_pretrained(folder / "model")
         save_processor(folder / "model", config)
 
@@ -112,6 +115,8 @@ class Bench:
         """Brings the model into the state that a way trains it in."""
         self.way = way
         self.let_peft_compute(way.side == "trl")
+        for module, kind in self._norms:
+            module.__class__ = kind.__bases__[0] if way.side == "trl" else kind
         torch.backends.cuda.enable_cudnn_sdp(way.side == "trl")  # as `load_policy` does
         self.base.disable_input_require_grads()
         self.base.activation_checkpointing_disable()

@@ -78,6 +78,23 @@ MORE_FLOPS: dict[Any, Callable[..., int]] = {
     aten.addmm_: lambda added, left, right, **_: _product_flops(left, right),
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *_, **__: _attention_flops(q, k),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda out, q, k, *_, **__: _attention_backward_flops(q, k),
+    # torch 2.11's own counts refuse fewer heads of keys than of queries.
+    **dict.fromkeys(
+        (
+            aten._scaled_dot_product_flash_attention,
+            aten._scaled_dot_product_efficient_attention,
+            aten._scaled_dot_product_cudnn_attention,
+        ),
+        lambda q, k, *_, **__: _attention_flops(q, k),
+    ),
+    **dict.fromkeys(
+        (
+            aten._scaled_dot_product_flash_attention_backward,
+            aten._scaled_dot_product_efficient_attention_backward,
+            aten._scaled_dot_product_cudnn_attention_backward,
+        ),
+        lambda out, q, k, *_, **__: _attention_backward_flops(q, k),
+    ),
 }
 """What torch's own table lacks: operations of these kernels, from their arguments' shapes. The table and `shape_wrapper` are
 not documented: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/flop_counter.py, 2.13.0."""

@@ -186,3 +186,11 @@ def test_products_that_name_their_results_type_are_counted() -> None:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
         torch.mm(left, right, out_dtype=torch.float32)
     assert counter.get_total_flops() == 2 * (2 * 4 * 5 * 6)
+
+
+def test_attention_of_fewer_heads_of_keys_than_of_queries_is_counted() -> None:
+    """As flash attention on a GPU is given them."""
+    query, key = (torch.zeros(1, heads, 16, 64, device="meta", requires_grad=True) for heads in (8, 2))
+    with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
+        torch.ops.aten._scaled_dot_product_flash_attention(query, key, key)[0].sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * (8 * 16 * 16 * 64)

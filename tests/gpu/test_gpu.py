@@ -31,7 +31,8 @@ from rayalign.training.loop import Trainer
 from rayalign.training.metrics import MetricSums
 from tests.tiny_models import REFERRED, counts_of, make_batch, noise_image, wake_adapters
 
-pytestmark = pytest.mark.gpu
+# torch's compiler warns of itself, and fails where that is an error.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 ROOT = Path(__file__).parents[2]
 KERNELS: tuple[str, ...] = get_args(get_type_hints(ModelConfig)["attn_implementation"])
