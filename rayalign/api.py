@@ -141,15 +141,14 @@ def export(
     layout: Literal["transformers", "vllm"] = "transformers",
     overwrite: bool = False,
 ) -> str:
-    """Writes a reward model (the model/ folder of a run of rm) as one folder with a `score` head, which transformers, ms-swift
-    and vLLM load, and returns its path or URL.
+    """Writes a trained model (the model/ folder of a run) as one plain folder, its adapter merged, and returns its path or URL.
 
-    `layout` is the head's name: transformers reads score.weight, vLLM language_model.score.weight. `overwrite` replaces an
-    earlier export. With `checkpoint` the model of a checkpoint of any run is written, as its model/ is: "best", "last" or a
+    A reward model gets a `score` head, which transformers, ms-swift and vLLM load; `layout` is its name: transformers reads
+    score.weight, vLLM language_model.score.weight. `overwrite` replaces an earlier export. With `checkpoint` the model of a checkpoint of any run is written, as its model/ is: "best", "last" or a
     step of the run in `run_dir`, or a checkpoint's folder.
 
-    Raises ValueError for a model without a value head, a checkpoint that is not there or not whole, and a folder that must not
-    be overwritten.
+    Raises ValueError for a model with neither adapter nor value head, a checkpoint that is not there or not whole, and a folder
+    that must not be overwritten.
     """
     from rayalign.config.flags import section_from_mapping
     from rayalign.config.sections import ExportConfig

@@ -110,7 +110,7 @@ def _plan(words: Sequence[str], prog: str, summary: str) -> None:
 
 
 def _export(words: Sequence[str], prog: str, summary: str) -> None:
-    example = "--model output/rm/model --output_dir output/rm/classifier"
+    example = "--model output/dpo/model --output_dir output/dpo/merged"
     config = command_line.parse_section(ExportConfig, words, prog=prog, description=summary, example=example)
     configure_logging()
 
@@ -141,7 +141,7 @@ VERBS: Mapping[str, Verb] = {
     "rlhf": _trainer("Any training algorithm by name: `--rlhf_type dpo` and so on.", None),
     "tune": Verb("A sweep over the flags of any training algorithm: many short runs, ranked by a metric.", _tune),
     "plan": Verb("What a run will need, before it is started: memory, GPUs, hours and cost.", _plan),
-    "export": Verb("A checkpoint as a model folder; a reward model with a `score` head, for other programs.", _export),
+    "export": Verb("A trained model as a plain folder, its adapter merged; a reward model; or a checkpoint.", _export),
 }
 
 

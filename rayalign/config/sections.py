@@ -361,8 +361,8 @@ class ExportConfig:
 
     model: str | None = flag(
         None,
-        "The reward model: the model/ folder of a run of rm, local or s3:// gs://. With --checkpoint: where the run's base "
-        "model is now, if it has moved.",
+        "The model/ folder of a run, local or s3:// gs://: its adapter is merged, a reward model's head becomes a score layer. "
+        "With --checkpoint: where the run's base model is now, if it has moved.",
     )
     checkpoint: str | None = flag(
         None,
@@ -373,8 +373,8 @@ class ExportConfig:
     output_dir: str | None = flag(None, "Folder that is written: local, shared or s3:// gs://.")
     layout: Literal["transformers", "vllm"] = flag(
         "transformers",
-        "The head's name. transformers: score.weight, which transformers and ms-swift read; vllm: language_model.score.weight, "
-        "which vLLM reads.",
+        "The name of a reward model's head. transformers: score.weight, which transformers and ms-swift read; vllm: "
+        "language_model.score.weight, which vLLM reads.",
     )
     overwrite: bool = flag(False, "Replace an earlier export in --output_dir.")
 

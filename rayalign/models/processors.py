@@ -20,13 +20,14 @@ MAX_RESIZED_PIXELS = 2**24
 """Pixels of one picture after the processor's resize; 200 MB in float32."""
 
 
-def load_processor(model: str, *, trust_remote_code: bool = False) -> Any:
-    """The processor of a folder, URL or hub id without its video part, whose settings it saves again."""
+def load_processor(model: str, *, folder: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The processor of a folder, URL or hub id without its video part, whose settings it saves again. Its files may lie in
+    another `folder` than the model's."""
     model = model_folder(model, weights=False)
     own_class = processor_class(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
     if own_class is not None and has_video_part(own_class):
-        return without_video_part(own_class).from_pretrained(model)
-    return AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return without_video_part(own_class).from_pretrained(folder or model)
+    return AutoProcessor.from_pretrained(folder or model, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_of(processor: Any) -> Any:

@@ -72,8 +72,26 @@ def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Fam
 
 
 def merge_adapter(base: Any, adapter: str) -> Any:
-    """The model with an adapter worked into its weights. Raises ValueError for one that does not fit the model whole."""
-    return read_adapter(base, adapter).wrap(base, TRAINED, trainable=False, fused=False).merge_and_unload()
+    """The model with an adapter worked into its weights, which are rounded once. Raises ValueError for one that does not fit
+    the model whole, or whose numbers are not finite."""
+    model = read_adapter(base, adapter).wrap(base, TRAINED, trainable=False, fused=False)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            _merge(layer, f"{adapter}: {name_in_base(name)}", is_dry=base.device.type == "meta")
+    return model.unload()
+
+
+def _merge(layer: Any, named: str, *, is_dry: bool) -> None:
+    """Adds a layer's update to its weight in float32: peft would round the update, and then the sum."""
+    weight = layer.get_base_layer().weight
+    dtype = weight.dtype
+    weight.data = weight.data.float()
+    try:
+        layer.merge(safe_merge=not is_dry)
+    except ValueError:
+        raise ValueError(f"{named} has numbers that are not finite. Export another checkpoint of its run.") from None
+    weight = layer.get_base_layer().weight
+    weight.data = weight.data.to(dtype)
 
 
 class AdapterSwitch:

@@ -1,7 +1,8 @@
-"""A reward model in sequence-classification form: one model with a `score` head, which transformers, ms-swift and vLLM load.
+"""The result of a run as one plain folder, which loads without peft: its adapter merged, a reward model's head as `score`.
 
-`policy` trains a reward model and saves it as an adapter (or weights) with a value head beside it; here the adapter is merged
-and the head becomes `score.weight` [1, H], the layout of transformers' `...ForSequenceClassification` classes.
+`policy` saves an adapter (or weights), and for a reward model a value head beside it. `merge` writes the first; here a reward
+model becomes one with `score.weight` [1, H], the layout of transformers' `...ForSequenceClassification` classes, which
+transformers, ms-swift and vLLM load.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -26,6 +27,8 @@ from rayalign.ops.value_head import find_value_head, load_value_head
 from rayalign.policy.adapters import merge_adapter
 from rayalign.policy.compat import keep_weight_names
 from rayalign.policy.weights import load_weights
+from rayalign.serving.merge import processor_of, write_merged
+from rayalign.serving.model_card import is_export, write_card
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -34,27 +37,44 @@ LABEL = "reward"
 
 
 def run(config: ExportConfig) -> Store:
-    """Writes the reward model of `config.model` in sequence-classification form and returns its folder.
+    """Writes the model of `config.model`, a reward model in sequence-classification form, and returns its folder.
 
-    Raises ValueError where the model has no value head, and where the folder holds anything that must not be overwritten.
+    Raises ValueError where there is neither an adapter to merge nor a value head, and where the folder holds anything that must
+    not be overwritten.
     """
     if not config.model or not config.output_dir:
-        raise ValueError("Pass --model with the model/ folder of a run of rm, and --output_dir with a new folder.")
-    output = Store.at(config.output_dir)
-    _check_output(output, Store.at(config.model), overwrite=config.overwrite)
+        raise ValueError("Pass --model with the model/ folder of a run, and --output_dir with a new folder.")
+    output, model = Store.at(config.output_dir), Store.at(config.model)
+    _check_output(output, model, overwrite=config.overwrite)
     with tempfile.TemporaryDirectory() as temporary:
-        source = require_model(ModelConfig(model=config.model), REGISTERED_MODELS).here()
-        if find_value_head(Path(source.adapter or source.base)) is None:
-            raise ValueError(
-                f"--model {config.model}: has neither value_head.safetensors nor value_head.bin, so it is no reward model. "
-                "Give the model/ folder of a run of rm."
-            )
+        named = require_model(ModelConfig(model=config.model), REGISTERED_MODELS)
+        source = named.here()
         folder = Path(temporary) / "export"
-        write_sequence_classifier(source, folder, layout=config.layout)
+        if find_value_head(Path(source.adapter or source.base)) is not None:
+            write_sequence_classifier(source, folder, layout=config.layout)
+            form = "The reward model in sequence-classification form"
+        else:
+            _check_merge(config, source)
+            write_merged(source, folder)
+            form = "The model with its adapter merged"
+        write_card(folder, name=output.name, base=named.base, model=model)
         output.delete()
         output.upload(folder)
-    logger.info("The reward model in sequence-classification form is in %s", output.location)
+    logger.info("%s is in %s", form, output.location)
     return output
+
+
+def _check_merge(config: ExportConfig, source: ModelSource) -> None:
+    if source.adapter is None:
+        raise ValueError(
+            f"--model {config.model}: has neither an adapter, which could be merged, nor a value head "
+            "(value_head.safetensors or value_head.bin), as reward models have. It is a plain model already: copy it, or give "
+            "the model/ folder of a run."
+        )
+    if config.layout != "transformers":
+        raise ValueError(
+            f"--layout {config.layout}: names the head of a reward model, and {config.model} has none. Leave it out."
+        )
 
 
 def write_sequence_classifier(
@@ -67,7 +87,7 @@ def write_sequence_classifier(
         base = merge_adapter(base, source.adapter)
     config = base.config
     head = load_value_head(Path(source.adapter or source.base), config.get_text_config().hidden_size).summary
-    processor = AutoProcessor.from_pretrained(_processor_folder(source))
+    processor = processor_of(source)
     _set_classifier_config(config, bias=head.bias.item())
     _set_pad_token(config, processor.tokenizer)
     classifier = _assemble(base, head.weight)
@@ -191,13 +211,6 @@ def _save_for_vllm(classifier: Any, folder: Path, max_shard_size: str) -> None:
         index.write_text(json.dumps(shards, indent=2) + "\n")
 
 
-def _processor_folder(source: ModelSource) -> str:
-    """A run writes the processor beside its adapter; an adapter from elsewhere may come alone."""
-    if source.adapter and (Path(source.adapter) / "processor_config.json").is_file():
-        return source.adapter
-    return source.base
-
-
 def _check_output(output: Store, model: Store, *, overwrite: bool) -> None:
     if f"{model.location}/".startswith(f"{output.location}/"):
         raise ValueError(f"--output_dir {output.location} holds the model that is exported. Choose another folder.")
@@ -208,13 +221,8 @@ def _check_output(output: Store, model: Store, *, overwrite: bool) -> None:
             f"--output_dir {output.location} is not empty. Pass --overwrite true to replace an earlier export, or another "
             "--output_dir."
         )
-    if not _is_export(output):
+    if not is_export(output):
         raise ValueError(
             f"--output_dir {output.location} holds something else than an earlier export, which is all that --overwrite true "
             "replaces. Choose another folder."
         )
-
-
-def _is_export(folder: Store) -> bool:
-    config = folder / "config.json"
-    return config.exists() and "ForSequenceClassification" in str(config.read_json().get("architectures"))

@@ -25,6 +25,8 @@ from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
 from rayalign.serving.export import load_sequence_classifier, run, sequence_classifier_class, write_sequence_classifier
+from rayalign.serving.model_card import write_card
+from rayalign.storage import Store
 from tests.tiny_models import FAMILIES, encode_pair, make_batch, make_policy, make_processor, noise_image, wake_adapters
 
 # float32 through two layers, and adapters merged into the weights, whose sums are rounded anew; scores are near 1.
@@ -330,13 +332,7 @@ def complaint(**flags: Any) -> str:
     return str(caught.value)
 
 
-def test_a_model_without_a_head_is_refused(model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    save_policy(make_policy(model_folder("llava")), tmp_path / "sft")
-    for model in (tmp_path / "sft", model_folder("llava")):
-        assert complaint(model=str(model), output_dir=str(tmp_path / "out")) == (
-            f"--model {model}: has neither value_head.safetensors nor value_head.bin, so it is no reward model. "
-            "Give the model/ folder of a run of rm."
-        )
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert complaint(model=f"file://{tmp_path}/none", output_dir=str(tmp_path / "out")) == (
         f"--model file://{tmp_path}/none: there is no such folder (looked for {tmp_path}/none)."
     )
@@ -400,13 +396,14 @@ def test_a_folder_with_anything_else_in_it_is_never_overwritten(model_folder: Ca
     assert (
         complaint(model=str(model))
         == complaint(output_dir=str(out))
-        == ("Pass --model with the model/ folder of a run of rm, and --output_dir with a new folder.")
+        == ("Pass --model with the model/ folder of a run, and --output_dir with a new folder.")
     )
 
 
 def test_overwriting_leaves_no_file_of_the_earlier_export(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     source, _ = reward_model(model_folder("llava"), tmp_path / "model")
     write_sequence_classifier(source, tmp_path / "out", layout="vllm", max_shard_size="150KB")
+    write_card(tmp_path / "out", name="out", base=source.base, model=Store.at(str(tmp_path / "model")))
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
     run(ExportConfig(model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), overwrite=True))
     assert {file.name for file in (tmp_path / "out").glob("*safetensors*")} == {"model.safetensors"}
