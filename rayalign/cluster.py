@@ -274,6 +274,11 @@ def configure_ray_data() -> None:
     context.enable_progress_bars = False  # they flood job logs; `progress` says a line from time to time
 
 
+def place_ray_data(labels: Mapping[str, str]) -> None:
+    """The nodes of all tasks and actors of the data sets that this process builds next, by their labels; empty: any node."""
+    ray.data.DataContext.get_current().execution_options.label_selector = dict(labels) or None
+
+
 def quiet_logging() -> None:
     """In a process of Ray or of the command: rayalign's own lines, and of Ray and other libraries only what goes wrong."""
     configure_logging()

@@ -7,14 +7,16 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from rayalign.cluster import owns_cluster
 from rayalign.config.config import Config
+from rayalign.config.labels import fits_selector, in_words
 
 logger = logging.getLogger(__name__)
 
@@ -24,31 +26,67 @@ WAIT_SECONDS = 600
 LOOK_SECONDS, SAY_SECONDS = 1, 60
 """Between two looks at the nodes, and between two lines about what is missing."""
 
+ACCELERATOR = "accelerator_type:"
+"""What Ray calls the resource that says which kind of GPU a node has, before the kind. A node has 1 of it."""
+
+ACCELERATOR_SHARE = 0.001
+"""How much of it Ray Train asks for."""
+
+MOST_KINDS = 5
+"""Kinds of nodes that a message tells."""
+
 Resources = Mapping[str, float]
 
 
 @dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, as Ray knows it."""
+
+    resources: Resources
+    labels: Mapping[str, str]
+
+    @property
+    def kind_of_gpu(self) -> str | None:
+        return next((name.removeprefix(ACCELERATOR) for name in self.resources if name.startswith(ACCELERATOR)), None)
+
+
+@dataclass(frozen=True)
 class Room:
-    """Room on nodes for `count` processes that need `each` (CPU, GPU): what they are called, and which flags ask for them."""
+    """Room for `count` processes that need `each` (CPU, GPU) on nodes with some kind of GPU and labels: what they are called,
+    and which flags ask for them."""
 
     count: int
     each: Resources
     name: str
     flags: str
     remedy: str
+    kind_of_gpu: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def of_one(self) -> str:
-        return _in_words(self.each)
+        kind = f" of type {self.kind_of_gpu}" if self.kind_of_gpu else ""
+        place = f" on nodes with {in_words(self.labels)}" if self.labels else ""
+        return f"{_in_words(self.each)}{kind} each{place}"
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one asks of Ray."""
+        return {**self.each, **({f"{ACCELERATOR}{self.kind_of_gpu}": ACCELERATOR_SHARE} if self.kind_of_gpu else {})}
+
+    def on(self, nodes: Sequence[Node]) -> int:
+        """How many processes the nodes hold."""
+        return fits([node.resources for node in nodes if fits_selector(node.labels, self.labels)], self.bundle)
 
 
 def resolve_cluster(config: Config, needs_gpu: Callable[[], str | None] = lambda: None) -> Config:
-    """The same configuration with the workers' GPUs resolved: as --gpus_per_worker says, else one where a node has some, or
-    where `needs_gpu` gives a reason to ask for one."""
+    """The same configuration with the workers' GPUs resolved: as --gpus_per_worker says, else one where their kind is named, a
+    node for workers has some, or `needs_gpu` gives a reason to ask for one."""
     cluster = config.cluster
     gpus = cluster.gpus_per_worker
     if gpus is None:
-        has_gpus = any(node.get("GPU", 0) for node in _nodes())
+        nodes = [node for node in _nodes() if fits_selector(node.labels, cluster.worker_labels)]
+        has_gpus = cluster.accelerator_type is not None or any(node.resources.get("GPU", 0) for node in nodes)
         reason = None if has_gpus else needs_gpu()
         gpus = float(has_gpus or reason is not None)
         if reason is not None:
@@ -66,12 +104,22 @@ def wait_for_workers(config: Config) -> None:
     each = {"CPU": cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     flags = f"--num_workers {cluster.num_workers} with {_in_words({'CPU': cluster.cpus_per_worker, 'GPU': gpus})} each"
     remedy = "Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes."
-    _wait_for(Room(cluster.num_workers, each, "workers", flags, remedy), config)
+    kind, labels = cluster.accelerator_type, cluster.worker_labels
+    places = [f"--accelerator_type {kind}"] * (kind is not None) + [f"--label_selector {in_words(labels)}"] * bool(labels)
+    if places:
+        named = " and ".join(place.partition(" ")[0] for place in places)
+        remedy += f" Without {named}, workers run on any node."
+    _wait_for(Room(cluster.num_workers, each, "workers", ", ".join([flags, *places]), remedy, kind, labels), config)
 
 
 def wait_for_cpus(config: Config) -> None:
-    """Waits until some node has a CPU, which encoding records takes; raises ValueError where none has within the limit."""
-    _wait_for(Room(1, {"CPU": 1}, "tasks that encode records", "Records are encoded on 1 CPU at least", "Add nodes."), config)
+    """Waits until some node for it has a CPU, which encoding records takes; raises ValueError where none has within the
+    limit."""
+    flags, remedy, labels = "Records are encoded on 1 CPU at least", "Add nodes.", config.cluster.data_labels
+    if labels:
+        flags += f", --data_label_selector {in_words(labels)}"
+        remedy += " Without --data_label_selector, they are encoded on any node."
+    _wait_for(Room(1, {"CPU": 1}, "tasks that encode records", flags, remedy, labels=labels), config)
 
 
 def fits(nodes: Sequence[Resources], each: Resources) -> int:
@@ -82,14 +130,14 @@ def fits(nodes: Sequence[Resources], each: Resources) -> int:
 
 def _wait_for(room: Room, config: Config) -> None:
     """Raises ValueError where the nodes lack room and none that bring it come within --wait_for_nodes."""
-    if fits(_nodes(), room.each) >= room.count:
+    if room.on(_nodes()) >= room.count:
         return
     limit = config.cluster.wait_for_nodes
     if limit is None:
         limit = 0 if owns_cluster() else WAIT_SECONDS
     started = said = time.monotonic()
     with _asked_for(room) if limit else contextlib.nullcontext():
-        while fits(_nodes(), room.each) < room.count:
+        while room.on(_nodes()) < room.count:
             now = time.monotonic()
             if now - started >= limit:
                 raise ValueError(_refusal(room, _nodes(), limit))
@@ -108,37 +156,49 @@ def _asked_for(room: Room) -> Iterator[None]:
     A placement group that waits for its nodes is this run's own and goes with it. A request of ray.autoscaler.sdk would be the
     whole cluster's, and replace that of another run.
     """
-    group = placement_group([dict(room.each)] * room.count, strategy="PACK")
+    selectors = [dict(room.labels)] * room.count if room.labels else None
+    group = placement_group([room.bundle] * room.count, strategy="PACK", bundle_label_selector=selectors)
     try:
         yield
     finally:
         remove_placement_group(group)
 
 
-def _nodes() -> list[Resources]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _nodes() -> list[Node]:
+    return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
 
 
-def _waiting(room: Room, nodes: Sequence[Resources], seconds: float) -> str:
+def _waiting(room: Room, nodes: Sequence[Node], seconds: float) -> str:
     return (
-        f"Waiting for nodes, {seconds:.0f} s at most (--wait_for_nodes): there is room for {fits(nodes, room.each)} of "
-        f"{room.count} {room.name} with {room.of_one} each; the cluster has {_cluster_in_words(nodes)}"
+        f"Waiting for nodes, {seconds:.0f} s at most (--wait_for_nodes): there is room for {room.on(nodes)} of "
+        f"{room.count} {room.name} with {room.of_one}; the cluster has {_cluster_in_words(nodes, room)}"
     )
 
 
-def _refusal(room: Room, nodes: Sequence[Resources], waited: float) -> str:
+def _refusal(room: Room, nodes: Sequence[Node], waited: float) -> str:
     came = f", and no more came in {waited:g} s (--wait_for_nodes)" if waited else ""
-    on_cpus = " --gpus_per_worker 0 trains on CPUs." if "GPU" in room.each and not any(n.get("GPU") for n in nodes) else ""
-    return (
-        f"{room.flags}: the cluster has room for {fits(nodes, room.each)} ({_cluster_in_words(nodes)}){came}. "
-        f"{room.remedy}{on_cpus}"
-    )
+    without_gpus = "GPU" in room.each and not room.kind_of_gpu and not any(node.resources.get("GPU") for node in nodes)
+    on_cpus = " --gpus_per_worker 0 trains on CPUs." if without_gpus else ""
+    there = _cluster_in_words(nodes, room)
+    return f"{room.flags}: the cluster has room for {room.on(nodes)} ({there}){came}. {room.remedy}{on_cpus}"
 
 
-def _cluster_in_words(nodes: Sequence[Resources]) -> str:
-    largest = {name: max((node.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
-    single = "1 node with" if len(nodes) == 1 else f"{len(nodes)} nodes, the largest with"
-    return f"{single} {_in_words(largest)}"
+def _cluster_in_words(nodes: Sequence[Node], room: Room) -> str:
+    """The number of nodes and the largest one; where not every node will do, each kind of node with what the room asks for."""
+    if not room.kind_of_gpu and not room.labels:
+        largest = {name: max((node.resources.get(name, 0) for node in nodes), default=0) for name in ("CPU", "GPU")}
+        return f"{'1 node with' if len(nodes) == 1 else f'{len(nodes)} nodes, the largest with'} {_in_words(largest)}"
+    kinds = Counter(_node_in_words(node, room) for node in nodes).most_common()
+    told = [f"{count} {'node' if count == 1 else 'nodes'} with {words}" for words, count in kinds[:MOST_KINDS]]
+    others = sum(count for _, count in kinds[MOST_KINDS:])
+    return "; ".join([*told, *([f"{others} others"] if others else [])]) or "no nodes"
+
+
+def _node_in_words(node: Node, room: Room) -> str:
+    has = _in_words({name: node.resources.get(name, 0) for name in ("CPU", "GPU")})
+    kind = [f"of type {node.kind_of_gpu or 'unknown'}"] if room.kind_of_gpu and node.resources.get("GPU") else []
+    labels = [f"{label}={node.labels[label]}" if label in node.labels else f"no {label}" for label in room.labels]
+    return ", ".join([" ".join([has, *kind]), *labels])
 
 
 def _in_words(resources: Resources) -> str:

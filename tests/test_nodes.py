@@ -13,8 +13,9 @@ from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig
 
 
-def node(cpus: float, gpus: float = 0, *, alive: bool = True) -> dict[str, Any]:
-    return {"Alive": alive, "Resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})}}
+def node(cpus: float, gpus: float = 0, *, alive: bool = True, kind: str = "", **labels: str) -> dict[str, Any]:
+    resources = {"CPU": cpus, **({"GPU": gpus} if gpus else {}), **({f"accelerator_type:{kind}": 1} if kind else {})}
+    return {"Alive": alive, "Resources": resources, "Labels": {"ray.io/node-id": "7", **labels}}
 
 
 def config(**flags: Any) -> Config:
@@ -25,9 +26,15 @@ class FakeRay:
     """Ray's nodes, other ones at each look (the last for ever), and the placement groups that were asked for and given back."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *looks: list[dict[str, Any]]) -> None:
-        self.looks, self.asked, self.withdrawn = list(looks), [], []  # type: ignore[var-annotated]
+        self.looks, self.asked, self.selectors, self.withdrawn = list(looks), [], [], []  # type: ignore[var-annotated]
         monkeypatch.setattr(ray, "nodes", lambda: self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])
-        monkeypatch.setattr(nodes, "placement_group", lambda bundles, strategy: self.asked.append(bundles) or "group")
+
+        def placement_group(bundles: list[Any], *, strategy: str, bundle_label_selector: list[Any] | None) -> str:
+            self.asked.append(bundles)
+            self.selectors.append(bundle_label_selector)
+            return "group"
+
+        monkeypatch.setattr(nodes, "placement_group", placement_group)
         monkeypatch.setattr(nodes, "remove_placement_group", self.withdrawn.append)
         monkeypatch.setattr(nodes, "LOOK_SECONDS", 0.001)
 
@@ -53,6 +60,9 @@ def never() -> str | None:
         ([node(4)], {}, lambda: "m has about 7.2 billion parameters", 1),
         ([], {}, lambda: "m has about 7.2 billion parameters", 1),
         ([node(4)], {"gpus_per_worker": 0}, never, 0),
+        ([node(4)], {"accelerator_type": "L4"}, never, 1),
+        ([node(4), node(8, 2, pool="b")], {"label_selector": ("pool=a",)}, lambda: None, 0),
+        ([node(4), node(8, 2, pool="b")], {"label_selector": ("pool=b",)}, never, 1),
     ],
 )
 def test_a_worker_gets_a_gpu_where_there_are_any_or_the_model_is_too_large_without(
@@ -156,4 +166,58 @@ def test_records_are_encoded_where_a_node_has_a_cpu(cluster: Callable[..., FakeR
         nodes.wait_for_cpus(config(wait_for_nodes=0))
     assert str(caught.value) == (
         "Records are encoded on 1 CPU at least: the cluster has room for 0 (1 node with 0 CPUs and 1 GPU). Add nodes."
+    )
+
+
+def test_workers_are_counted_on_nodes_of_their_kind_and_labels_only(cluster: Callable[..., FakeRay]) -> None:
+    found = cluster(
+        [node(8, 2, kind="A100", zone="a"), node(8, 2, kind="L4", zone="a"), node(8, 2, kind="L4"), node(8, zone="a")]
+    )
+    l4: dict[str, Any] = {"gpus_per_worker": 1, "accelerator_type": "L4", "wait_for_nodes": 0}
+    nodes.wait_for_workers(config(num_workers=4, **l4))
+    nodes.wait_for_workers(config(num_workers=2, label_selector=("zone=a",), **l4))
+    nodes.wait_for_workers(config(num_workers=2, label_selector=("zone=!a",), **l4))
+    nodes.wait_for_workers(config(num_workers=24, label_selector=("zone=in(a,b)",), wait_for_nodes=0))
+    assert not found.asked
+    with pytest.raises(ValueError) as caught:
+        nodes.wait_for_workers(config(num_workers=3, label_selector=("zone=a", "pool=!spot"), **l4))
+    assert str(caught.value) == (
+        "--num_workers 3 with 1 CPU and 1 GPU each, --accelerator_type L4, --label_selector zone=a pool=!spot: the cluster has "
+        "room for 2 (1 node with 8 CPUs and 2 GPUs of type A100, zone=a, no pool; 1 node with 8 CPUs and 2 GPUs of type L4, "
+        "zone=a, no pool; 1 node with 8 CPUs and 2 GPUs of type L4, no zone, no pool; 1 node with 8 CPUs and 0 GPUs, zone=a, "
+        "no pool). Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes. Without --accelerator_type and "
+        "--label_selector, workers run on any node."
+    )
+
+
+def test_kinds_of_nodes_are_told_with_their_number_and_the_rarest_left_out(cluster: Callable[..., FakeRay]) -> None:
+    cluster([*(node(4, zone="a") for _ in range(3)), *(node(cpus, zone="b") for cpus in range(8, 14))])
+    with pytest.raises(ValueError, match=r"room for 0 \(3 nodes with 4 CPUs and 0 GPUs, zone=a; .*; 2 others\)\. "):
+        nodes.wait_for_workers(config(gpus_per_worker=0, label_selector=("zone=c",), wait_for_nodes=0))
+
+
+def test_nodes_of_a_kind_are_asked_for_and_waited_for(
+    cluster: Callable[..., FakeRay], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = cluster([node(8, 1)], [node(8, 1)], [node(8, 1)], [node(8, 1), node(8, 1, kind="L4", zone="a")])
+    with caplog.at_level(logging.INFO):
+        nodes.wait_for_workers(config(gpus_per_worker=1, accelerator_type="L4", label_selector=("zone=a",), wait_for_nodes=600))
+    assert found.asked == [[{"CPU": 1, "GPU": 1, "accelerator_type:L4": 0.001}]]
+    assert found.selectors == [[{"zone": "a"}]]
+    assert found.withdrawn == ["group"]
+    assert caplog.messages[0] == (
+        "Waiting for nodes, 600 s at most (--wait_for_nodes): there is room for 0 of 1 workers with 1 CPU and 1 GPU of type L4 "
+        "each on nodes with zone=a; the cluster has 1 node with 8 CPUs and 1 GPU of type unknown, no zone"
+    )
+
+
+def test_records_are_encoded_on_nodes_with_the_labels_for_it(cluster: Callable[..., FakeRay]) -> None:
+    cluster([node(4)], [node(4)], [node(4), node(2, pool="cpu")])
+    nodes.wait_for_cpus(config(data_label_selector=("pool=cpu",)))
+    cluster([node(4)])
+    with pytest.raises(ValueError) as caught:
+        nodes.wait_for_cpus(config(data_label_selector=("pool=cpu",), wait_for_nodes=0))
+    assert str(caught.value) == (
+        "Records are encoded on 1 CPU at least, --data_label_selector pool=cpu: the cluster has room for 0 (1 node with 4 CPUs "
+        "and 0 GPUs, no pool). Add nodes. Without --data_label_selector, they are encoded on any node."
     )

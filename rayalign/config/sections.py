@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rayalign.config.flags import check_bounds, flag
+from rayalign.config.labels import LABEL, parse_selector
 
 
 @dataclass(frozen=True)
@@ -287,6 +288,17 @@ class ClusterConfig:
         at_least=0,
     )
     cpus_per_worker: float = flag(1, "CPUs of each worker; its threads.", above=0)
+    accelerator_type: str | None = flag(
+        None, "Kind of GPU that workers run on, by Ray's name of it: L4, A100, H100 and so on. Default: any."
+    )
+    label_selector: tuple[str, ...] = flag(
+        (),
+        "LABEL=VALUE ...: labels of the nodes that workers run on, such as ray.io/market-type=on-demand; also LABEL=!VALUE and "
+        "LABEL=in(A,B). Default: any node.",
+    )
+    data_label_selector: tuple[str, ...] = flag(
+        (), "The same for the tasks that encode records, such as a group of nodes without GPUs. Default: any node."
+    )
     strategy: Literal["auto", "ddp", "device_map"] = flag(
         "auto",
         "ddp: a whole model on each worker; device_map: a worker spreads its model over its GPUs. "
@@ -306,6 +318,26 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        kind = self.accelerator_type
+        if kind is not None and not LABEL.fullmatch(kind):
+            raise ValueError(f"--accelerator_type {kind}: must be one of Ray's names, such as L4, A100 or H100.")
+        if kind is not None and self.gpus_per_worker == 0:
+            raise ValueError(
+                f"--accelerator_type {kind} with --gpus_per_worker 0: it says which GPUs the workers get, and they get none. "
+                "Leave one of the two out."
+            )
+        parse_selector("label_selector", self.label_selector)
+        parse_selector("data_label_selector", self.data_label_selector)
+
+    @property
+    def worker_labels(self) -> dict[str, str]:
+        """Labels of the workers' nodes, with their conditions."""
+        return parse_selector("label_selector", self.label_selector)
+
+    @property
+    def data_labels(self) -> dict[str, str]:
+        """Labels of the nodes that encode records, with their conditions."""
+        return parse_selector("data_label_selector", self.data_label_selector)
 
     @property
     def spreads_models(self) -> bool:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from rayalign.cluster import configure_ray_data, report, reports_of
+from rayalign.cluster import configure_ray_data, place_ray_data, report, reports_of
 from rayalign.config.config import Config
 from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
@@ -59,6 +59,7 @@ def prepare_run(config: Config) -> RunData:
 
     Raises ValueError for what the user can fix.
     """
+    place_ray_data(config.cluster.data_labels)
     source = resolve_model(config.model, REGISTERED_MODELS)
     spec = EncoderSpec(
         model=source.base,

@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from rayalign.cluster import configure_ray_data, quiet_logging, report, reports_of
+from rayalign.cluster import configure_ray_data, place_ray_data, quiet_logging, report, reports_of
 from rayalign.config.config import Config
 from rayalign.data.batch import PairBatch
 from rayalign.data.prepare import RunData
@@ -119,6 +119,8 @@ def _run_pass(
 ) -> None:
     cluster = config.cluster
     configure_ray_data()
+    place_ray_data(cluster.worker_labels)
+    kind: dict[str, Any] = {"accelerator_type": cluster.accelerator_type} if cluster.accelerator_type else {}
     outcomes = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
         ShardScorer,
         fn_constructor_kwargs={"config": config, "data": data, "records": records, "folder": key.folder_name},
@@ -128,6 +130,7 @@ def _run_pass(
         compute=ray.data.ActorPoolStrategy(size=min(cluster.num_workers, len(shards))),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker or None,
+        **kind,
     )
     for table in reports_of(outcomes, OUTCOME_SCHEMA):
         if progress.add(pa.compute.sum(table["rows"]).as_py() or 0):

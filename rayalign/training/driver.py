@@ -25,7 +25,7 @@ from rayalign.joining import start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.size import reason_for_gpus
 from rayalign.models.source import require_model, resolve_model
-from rayalign.nodes import resolve_cluster, wait_for_workers
+from rayalign.nodes import resolve_cluster, wait_for_cpus, wait_for_workers
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.report.page import Times
 from rayalign.storage import Store
@@ -131,6 +131,8 @@ def join_cluster(config: Config) -> Config:
     check_tuner(config.tuner, source, on_gpu=on_gpu)
     check_attention(config.model, on_gpu=on_gpu)
     wait_for_workers(config)
+    if config.cluster.data_label_selector:
+        wait_for_cpus(config)
     check_places(config)
     return config
 
@@ -184,14 +186,18 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
     gpus = cluster.gpus_per_worker or 0
     # On an object store, Ray Train's own files go through the calls that are tried again; a disk is its own to open.
     filesystem, path = (None, folder.location) if folder.local_path is not None else folder.resolve()
-    make_run_config: Any = ray.train.RunConfig  # type checkers see the class of Ray Train 1 under this name
+    # Type checkers see the classes of Ray Train 1 under these names.
+    make_run_config: Any = ray.train.RunConfig
+    make_scaling_config: Any = ray.train.ScalingConfig
     return TorchTrainer(
         train_loop,
         train_loop_config={JOB: cloudpickle.dumps((config, data))},
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=make_scaling_config(
             num_workers=cluster.num_workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+            accelerator_type=cluster.accelerator_type,
+            label_selector=cluster.worker_labels or None,
         ),
         run_config=make_run_config(
             name="checkpoints",

@@ -3,24 +3,21 @@
 import copy
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from rayalign import __version__
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config.command_line import build
-
-REPOSITORY = Path(__file__).parents[1]
+from tests.deploy.files import REPOSITORY, locked_version, read_yaml
 
 
 @pytest.fixture
 def cluster() -> dict[str, Any]:
-    return yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
+    return read_yaml("cluster.yaml")
 
 
 def policy(name: str) -> dict[str, Any]:
@@ -65,12 +62,6 @@ def test_the_dashboard_is_bound_to_localhost_and_every_node_asks_for_the_token(c
     assert "--dashboard-host=127.0.0.1" in head
     for command in (head, worker):
         assert command.startswith("RAY_AUTH_MODE=token ")
-
-
-def locked_version(package: str) -> str:
-    found = re.search(rf"^{package}==(\S+)$", (REPOSITORY / "requirements.lock").read_text(), re.MULTILINE)
-    assert found
-    return found[1]
 
 
 def test_the_image_is_built_on_the_locked_ray_with_gpus():
@@ -139,3 +130,9 @@ def test_the_first_command_says_how_many_gpus_it_wants():
 def test_every_mounted_file_of_the_repository_exists(cluster: dict[str, Any]):
     for local in cluster["file_mounts"].values():
         assert local.startswith("~") or (REPOSITORY / local).exists(), local
+
+
+def test_records_can_be_encoded_on_nodes_without_gpus_by_their_label(cluster: dict[str, Any]):
+    labelled = [kind for kind in cluster["available_node_types"].values() if kind.get("labels") == {"pool": "cpu"}]
+    assert labelled
+    assert not any("GPU" in kind["resources"] for kind in labelled)

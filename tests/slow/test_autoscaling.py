@@ -1,0 +1,155 @@
+"""A cluster that begins with nothing but a head: Ray's second autoscaler brings nodes when a run asks, and takes them back.
+
+The nodes are processes of this machine, started by the provider that Ray's own tests use.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
+
+from rayalign import nodes
+from rayalign.algorithms import DPO
+from rayalign.config.config import Config
+from rayalign.config.sections import ClusterConfig
+from tests.cluster import free_ports
+
+MOST_SECONDS = 90
+
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+"""By its class: of its own type, `fake_multinode`, Ray's wheel lacks a file."""
+
+NODE_TYPES = {
+    FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+    "gpu": {
+        "resources": {"CPU": 2, "GPU": 1, "accelerator_type:L4": 1, "object_store_memory": 100 * 2**20},
+        "labels": {"pool": "train"},
+        "node_config": {},
+        "min_workers": 0,
+        "max_workers": 3,
+    },
+    "cpu": {
+        "resources": {"CPU": 2, "object_store_memory": 100 * 2**20},
+        "labels": {"pool": "cpu"},
+        "node_config": {},
+        "min_workers": 0,
+        "max_workers": 3,
+    },
+}
+
+
+def cluster_config(address: str) -> dict[str, Any]:
+    """What `ray start --autoscaling-config` takes, for a head at this address."""
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    return {
+        "cluster_name": "fake",
+        "max_workers": 6,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 0.1,
+        "provider": {
+            "type": "external",
+            "module": PROVIDER,
+            "launch_multiple": True,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "gcs_address": address,
+            "disable_node_updaters": True,
+        },
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "available_node_types": NODE_TYPES,
+        "head_node_type": FAKE_HEAD_NODE_TYPE,
+        **{f"{when}_commands": [] for when in commands},
+    }
+
+
+@pytest.fixture
+def autoscaling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A head node whose autoscaler starts and ends the nodes, which this process is connected to."""
+    folder = tmp_path_factory.mktemp("head")
+    port, dashboard, agent, client, metrics, runtime = free_ports(6)
+    address = f"127.0.0.1:{port}"
+    (folder / "cluster.json").write_text(json.dumps(cluster_config(address)))
+    words = (
+        *(
+            "start",
+            "--head",
+            "--block",
+            "--disable-usage-stats",
+            "--num-cpus=0",
+            f"--port={port}",
+            "--node-ip-address=127.0.0.1",
+        ),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+        *(f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime}"),
+        *(f"--object-store-memory={100 * 2**20}", f"--temp-dir={folder}", f"--autoscaling-config={folder / 'cluster.json'}"),
+    )
+    variables = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
+    log = folder / "head.log"
+    with log.open("w") as output:
+        head = subprocess.Popen(
+            [str(Path(sys.executable).with_name("ray")), *words],
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        until(lambda: "Ray runtime started" in log.read_text())
+        ray.init(address=address, logging_level=logging.WARNING)
+        yield
+        ray.shutdown()
+    finally:
+        head.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(timeout=20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + MOST_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def pools() -> Counter[str]:
+    """How many nodes there are besides the head, by their label."""
+    return Counter(node["Labels"]["pool"] for node in ray.nodes() if node["Alive"] and "pool" in node["Labels"])
+
+
+@pytest.mark.usefixtures("autoscaling")
+def test_nodes_of_the_kind_that_a_run_asks_for_come_from_zero_and_go_when_idle() -> None:
+    flags: dict[str, Any] = {"gpus_per_worker": 1, "accelerator_type": "L4", "label_selector": ("pool=train",)}
+    config = Config(
+        DPO(),
+        cluster=ClusterConfig(num_workers=2, data_label_selector=("pool=cpu",), wait_for_nodes=MOST_SECONDS, **flags),
+    )
+    assert pools() == {}
+    nodes.wait_for_workers(config)
+    assert pools() == {"train": 2}
+    nodes.wait_for_cpus(config)
+    assert pools()["cpu"] == 1
+    until(lambda: not pools())

@@ -1,0 +1,36 @@
+"""What the driver asks Ray Train for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayalign.algorithms import DPO
+from rayalign.config.config import Config
+from rayalign.config.sections import ClusterConfig
+from rayalign.storage import Store
+from rayalign.training.driver import _torch_trainer
+
+
+@pytest.mark.parametrize(
+    ("flags", "resources", "kind", "labels"),
+    [
+        ({"num_workers": 2}, {"CPU": 1}, None, None),
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, {"CPU": 1, "GPU": 0.5}, None, None),
+        (
+            {"num_workers": 2, "gpus_per_worker": 1, "accelerator_type": "L4", "label_selector": ("zone=a", "pool=!spot")},
+            {"CPU": 1, "GPU": 1, "accelerator_type:L4": 0.001},
+            "L4",
+            [{"zone": "a", "pool": "!spot"}] * 2,
+        ),
+    ],
+)
+def test_workers_are_asked_for_with_their_kind_of_gpu_and_labels(
+    tmp_path: Path, flags: dict[str, Any], resources: dict[str, float], kind: str | None, labels: list[dict[str, str]] | None
+) -> None:
+    config: Any = Config(DPO(), cluster=ClusterConfig(**flags))
+    nothing: Any = None
+    scaling: Any = _torch_trainer(config, nothing, Store.at(str(tmp_path)), []).scaling_config
+    assert (scaling.num_workers, scaling._resources_per_worker_not_none) == (2, resources)
+    assert scaling.accelerator_type == kind
+    assert scaling._label_selector_per_worker(2) == labels
