@@ -144,8 +144,9 @@ def export(
     """Writes a trained model (the model/ folder of a run) as one plain folder, its adapter merged, and returns its path or URL.
 
     A reward model gets a `score` head, which transformers, ms-swift and vLLM load; `layout` is its name: transformers reads
-    score.weight, vLLM language_model.score.weight. `overwrite` replaces an earlier export. With `checkpoint` the model of a checkpoint of any run is written, as its model/ is: "best", "last" or a
-    step of the run in `run_dir`, or a checkpoint's folder.
+    score.weight, vLLM language_model.score.weight. `overwrite` replaces an earlier export. With `checkpoint` the model of a
+    checkpoint of any run is written, as its model/ is: "best", "last" or a step of the run in `run_dir`, or a checkpoint's
+    folder.
 
     Raises ValueError for a model with neither adapter nor value head, a checkpoint that is not there or not whole, and a folder
     that must not be overwritten.
