@@ -114,7 +114,7 @@ def read_optional_json(model: str, name: str) -> Any:
 
 
 def ids_only(tokenizer: Any) -> Callable[..., list[list[int]]]:
-    """`ids_only(tokenizer)(texts, add_special_tokens=...)`: the ids that calling the tokenizer gives, in half the time where the
+    """`ids_only(tokenizer)(texts, add_special_tokens=...)`: the ids that calling the tokenizer gives, in less time where the
     tokenizers library makes them, as it leaves out the places of tokens in their texts.
 
     https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/tokenization_utils_tokenizers.py (`_encode_plus`),
