@@ -6,6 +6,7 @@ cluster. `stream` brings them to the train workers.
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -28,7 +29,7 @@ from rayalign.data.remarks import remarks, unread_pictures
 from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, write_task
 from rayalign.data.sampler import nothing_held_out
 from rayalign.data.store import INDEX_SCHEMA, PreparedData, shard_name
-from rayalign.data.tasks import cut_into_tasks, processes_for
+from rayalign.data.tasks import cut_into_tasks, has_pictures, memory_of_a_task, processes_for
 from rayalign.formats.columns import parse_renames
 from rayalign.formats.parse import own_formats
 from rayalign.models.registry import REGISTERED_MODELS
@@ -40,7 +41,7 @@ from rayalign.storage import Store
 logger = logging.getLogger(__name__)
 
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Part of every cache key; raised when the meaning of cached data changes."""
 
 
@@ -187,8 +188,10 @@ def _mended(data: PreparedData, sources: Sources, spec: EncoderSpec, config: Dat
     first = (data.folder / shard_name(shards[0])).location
     logger.warning("Data: encoding again %d of the shards, which are damaged or missing: %s", len(shards), first)
     tasks = cut_into_tasks(sources, config.data_seed)
+    numbers = sorted({shard % len(tasks) for shard in shards})
+    shards = [shard for shard in data.shards() if shard % len(tasks) in numbers]  # all of a task, which writes them anew
     folder = data.folder / f"mended_{uuid.uuid4().hex[:12]}"
-    outcome = _encode(tasks, sources, spec, folder, Progress(data.num_rows), numbers=shards)
+    outcome = _encode(tasks, sources, spec, folder, Progress(data.num_rows), numbers=numbers)
     index = outcome.filter(pa.compute.is_null(outcome["reason"])).select(INDEX_SCHEMA.names)
     is_same = data.mend(shards, folder, index)
     folder.delete()
@@ -210,12 +213,15 @@ def _encode(
     prepare_rows = functools.partial(_prepare_rows, tasks=ray.put(tasks), sources=sources, spec=spec, folder=folder)
     configure_ray_data()
     wanted = list(range(len(tasks)) if numbers is None else numbers)
+    if not wanted:
+        return OUTCOME_SCHEMA.empty_table()
     outcomes = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
         prepare_rows,
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.TaskPoolStrategy(size=processes_for(len(wanted))),
+        memory=memory_of_a_task(),
+        compute=ray.data.TaskPoolStrategy(size=processes_for(len(wanted), with_pictures=has_pictures(tasks, sources, spec))),
     )
     tables = []
     for table in reports_of(outcomes, OUTCOME_SCHEMA):
@@ -258,12 +264,13 @@ def _dropped_line(line: Mapping[str, Any], sources: Sources) -> dict[str, Any]:
 
 
 def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: EncoderSpec, folder: Store) -> pa.Table:
-    """Runs in Ray Data's processes: reads, validates and encodes the rows of one task, and writes them as one shard."""
+    """Runs in Ray Data's processes: reads, validates and encodes the rows of one task, and writes them as one shard or several,
+    whose numbers are the task's own modulo the number of tasks."""
     number = batch["item"][0].as_py()
-    shard = folder / shard_name(number)
 
     def lines() -> list[dict[str, Any]]:
-        return [{**line, "shard": number} for line in write_task(_fetch(tasks)[number], shard, sources, spec)]
+        fetched = _fetch(tasks)
+        return write_task(fetched[number], folder, itertools.count(number, len(fetched)), sources, spec)
 
     return report(lines, OUTCOME_SCHEMA)
 

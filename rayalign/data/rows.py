@@ -1,10 +1,10 @@
-"""Raw rows become encoded pairs: a task's are read, renamed, parsed, checked, encoded and written as one shard.
+"""Raw rows become encoded pairs: a task's are read, renamed, parsed, checked, encoded and written as one shard, or several.
 
 Whatever is wrong with a row drops that row. `prepare` runs this in the cluster's processes; nothing here needs a cluster.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 from rayalign.config.plugins import Plugin
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.remarks import SEEN_SCHEMA, ColumnsSeen, printable
-from rayalign.data.store import INDEX_SCHEMA, EncodedPair, write_shard
+from rayalign.data.store import INDEX_SCHEMA, ShardWriter
 from rayalign.data.truncation import RecordTooLong
 from rayalign.formats.columns import Renames, renamed, require_pictures_read
 from rayalign.formats.parse import Format, own_formats, parse_row
@@ -57,11 +57,14 @@ class Sources:
     columns: Renames = ()
 
 
-def write_task(task: PrepareTask, shard: Store, sources: Sources, spec: EncoderSpec) -> list[dict[str, Any]]:
-    """Writes a task's pairs; returns a line of OUTCOME_SCHEMA, but for the shard's number, for each of its rows."""
+def write_task(
+    task: PrepareTask, into: Store, numbers: Iterator[int], sources: Sources, spec: EncoderSpec
+) -> list[dict[str, Any]]:
+    """Writes a task's pairs into shards of a folder, which get the given numbers; returns a line of OUTCOME_SCHEMA for each of
+    its rows."""
     file = sources.datasets[task.dataset].files[task.file]
     label, folder = _file_label(sources, task), Store(file.location).parent
-    pairs: list[EncodedPair] = []
+    shards = ShardWriter(into, numbers)
     outcomes: list[dict[str, Any]] = []
     seen = ColumnsSeen(sources.columns, _own_formats(sources.plugins))
     for row, content in read_rows(file, task.span, task.rows):
@@ -81,12 +84,11 @@ def write_task(task: PrepareTask, shard: Store, sources: Sources, spec: EncoderS
         else:
             outcome |= {"id": pair.id, "num_images": len(pair.images), "crosses_seam": crosses}
             outcome |= {f"{side}_tokens": len(getattr(pair, f"{side}_ids")) for side in ("prompt", "chosen", "rejected")}
-            pairs.append(pair)
+            shards.add(pair)
         outcomes.append(outcome)
-    if pairs:
-        written = (outcome for outcome in outcomes if "id" in outcome)
-        for outcome, place in zip(written, write_shard(shard, pairs), strict=True):
-            outcome |= place._asdict()
+    written = (outcome for outcome in outcomes if "id" in outcome)
+    for outcome, place in zip(written, shards.finish(), strict=True):
+        outcome |= place
     return outcomes
 
 

@@ -1,8 +1,9 @@
 """Encoded records on storage: shards of pairs, one index, one manifest. Written by `prepare`, read at random by every worker.
 
 A data set is complete or absent: the manifest is written last, and it names the files that count, with their hashes. A shard
-holds one Arrow record batch per pair, and the index says where it stands and what its checksum is: one pair is one small read,
-on a disk and on an object store alike, and is compared with what was written.
+holds its pictures, each once however many pairs show it, and behind them one Arrow record batch per pair, which says where its
+pictures stand. The index says where the pair stands and what its checksum is: a pair is one small read and one for each of its
+pictures, on a disk and on an object store alike, and all are compared with what was written.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +57,16 @@ ENCODED_SCHEMA = pa.schema(
 one of SFT's rows, one of the two of a record with a single labelled response. `eval_rejected_ids`: the rejected response of
 SFT's pairs, which is compared with the chosen one where the pair is held out, and never trained on. `conversation` is what the
 prompt was made of, for people to read: JSON [[role, text], ...] with `<image>` where a picture stands."""
+
+PICTURES = pa.field(
+    "pictures", pa.list_(pa.struct(list(zip(Place._fields, (pa.int64(), pa.int64(), pa.uint32()), strict=True))))
+)
+IMAGES_COLUMN = ENCODED_SCHEMA.get_field_index("images")
+STORED_SCHEMA = ENCODED_SCHEMA.set(IMAGES_COLUMN, PICTURES.with_nullable(False))
+"""A pair as a shard holds it: with a `checked.Place` of the shard for each image."""
+
+SHARD_BYTES = 64 * 2**20
+"""Of pairs and pictures, after which a task begins another shard. The task holds a shard twice while it writes it."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +152,18 @@ class TokenCounts:
         return tokens
 
 
-def to_batch(pairs: Sequence[EncodedPair]) -> pa.RecordBatch:
-    """Pairs as a record batch; a field that is missing or misspelt is an error, not a null."""
+def to_batch(pairs: Sequence[EncodedPair], *, places: Mapping[str, Place] | None = None) -> pa.RecordBatch:
+    """Pairs as a record batch; a field that is missing or misspelt is an error, not a null. With the `places` of pictures by
+    their hashes, these stand in the pictures' place (STORED_SCHEMA)."""
     columns = [[getattr(pair, name) for pair in pairs] for name in ENCODED_SCHEMA.names]
-    arrays = [pa.array(column, type=kind) for column, kind in zip(columns, ENCODED_SCHEMA.types, strict=True)]
-    batch = pa.RecordBatch.from_arrays(arrays, schema=ENCODED_SCHEMA)
+    schema = ENCODED_SCHEMA
+    if places is not None:
+        schema = STORED_SCHEMA
+        columns[IMAGES_COLUMN] = [[places[digest]._asdict() for digest in pair.image_hashes] for pair in pairs]
+    arrays = [pa.array(column, type=kind) for column, kind in zip(columns, schema.types, strict=True)]
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
     batch.validate(full=True)
-    for column, name in zip(batch.columns, ENCODED_SCHEMA.names, strict=True):
+    for column, name in zip(batch.columns, schema.names, strict=True):
         assert column.null_count == 0, f"{name} is null"
     return batch
 
@@ -161,15 +178,59 @@ def from_batch(batch: pa.RecordBatch | pa.Table) -> list[EncodedPair]:
 
 
 def shard_name(shard: int) -> str:
-    """The file of a shard, which has the number of the task that wrote it."""
+    """The file of a shard."""
     return f"shard_{shard:06d}.arrow"
 
 
 def write_shard(file: Store, pairs: Sequence[EncodedPair]) -> list[Place]:
     """Writes pairs as one shard; returns the place of each, for the index."""
-    content, places = pack(ENCODED_SCHEMA, (to_batch([pair]) for pair in pairs))
-    file.write_bytes(content)
-    return places
+    pictures = {digest: image for pair in pairs for digest, image in zip(pair.image_hashes, pair.images, strict=True)}
+    places: dict[str, Place] = {}
+    size = 0
+    for digest, image in pictures.items():
+        places[digest] = Place(size, len(image), zlib.crc32(image))
+        size += len(image)
+    batch = to_batch(pairs, places=places)
+    content, of_pairs = pack(STORED_SCHEMA, (batch.slice(row, 1) for row in range(len(pairs))))
+    file.write_bytes(b"".join([*pictures.values(), content]))
+    return [place._replace(start=size + place.start) for place in of_pairs]
+
+
+class ShardWriter:
+    """Writes the pairs of a task into shards of about SHARD_BYTES, which get the given numbers one after another."""
+
+    def __init__(self, folder: Store, numbers: Iterator[int]) -> None:
+        self._folder, self._numbers = folder, numbers
+        self._lines: list[dict[str, int]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pairs: list[EncodedPair] = []
+        self._pictures: dict[str, bytes] = {}
+        self._bytes = 0
+
+    def add(self, pair: EncodedPair) -> None:
+        for digest, image in zip(pair.image_hashes, pair.images, strict=True):
+            if digest not in self._pictures:
+                self._pictures[digest] = image
+                self._bytes += len(image)
+        images = [self._pictures[digest] for digest in pair.image_hashes]  # one of several with the same content is kept
+        self._pairs.append(dataclasses.replace(pair, images=images))
+        self._bytes += 4 * (pair.num_tokens + len(pair.eval_rejected_ids)) + len(pair.conversation)
+        if self._bytes >= SHARD_BYTES:
+            self._write()
+
+    def finish(self) -> list[dict[str, int]]:
+        """Of each pair, in the order in which they came, its shard's number and its place, as the index has them."""
+        if self._pairs:
+            self._write()
+        return self._lines
+
+    def _write(self) -> None:
+        number = next(self._numbers)
+        places = write_shard(self._folder / shard_name(number), self._pairs)
+        self._lines += [{"shard": number, **place._asdict()} for place in places]
+        self._begin()
 
 
 @dataclass(frozen=True)
@@ -263,6 +324,11 @@ class PreparedData:
         """What the preparation had to say about the data set: logging's level and words. Raises DamagedFile."""
         return [(level, words) for level, words in json.loads(self._read(REMARKS))]
 
+    def shards(self) -> list[int]:
+        """The numbers of all shards, sorted."""
+        numbers: list[int] = np.unique(self.index()["shard"].to_numpy()).tolist()
+        return numbers
+
     def damaged_shards(self) -> list[int]:
         """The shards that are missing, end too early, or were found damaged by a run."""
         index = self.index()
@@ -342,7 +408,10 @@ class PairReader:
 
     def _read_row(self, row: int) -> pa.RecordBatch:
         shard, *place = (int(values[row]) for values in self._places)
-        return self._open(shard).read_batch(Place(*place), ENCODED_SCHEMA)
+        file = self._open(shard)
+        stored = file.read_batch(Place(*place), STORED_SCHEMA)
+        images = [file.read(Place(**picture)) for picture in stored["pictures"][0].as_py()]
+        return stored.set_column(IMAGES_COLUMN, ENCODED_SCHEMA.field("images"), pa.array([images], pa.list_(pa.binary())))
 
     def _open_shard(self, shard: int) -> CheckedFile:
         return CheckedFile(self._folder / shard_name(shard))

@@ -10,16 +10,24 @@ import numpy as np
 import ray
 
 from rayalign.cluster import Stopped, outcome_of, result_of
-from rayalign.data.rows import PrepareTask, Sources
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.data.rows import PrepareTask, Sources, record_of
 from rayalign.data.store import Rows
-from rayalign.sources.files import Dataset, SourceFile, spans_of
+from rayalign.formats.records import RecordError
+from rayalign.sources.files import Dataset, SourceFile, read_rows, spans_of
 from rayalign.sources.rows import Span
 
 SPAN_ROWS = 256
-"""Rows that one task reads, encodes and writes as one shard."""
+"""Rows that one task reads, encodes and writes as one shard, or several where their pictures are large."""
 
 TASKS_OF_A_PROCESS = 4
 """As long as each has no more work than this, another process would not pay: its start takes seconds, as some tasks do."""
+
+TASKS_WITH_PICTURES = 2
+"""The same of rows with pictures, which take three times as long or more."""
+
+TASK_BYTES = 2**30
+"""Memory of a process that encodes: 0.5 GB of libraries, a shard twice, and the pictures of a record while they are decoded."""
 
 SCANNED_HERE = 64 * 2**20
 """Bytes of files that the driver scans itself, in less time than a process of the cluster starts in."""
@@ -43,9 +51,26 @@ def cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
     return tasks
 
 
-def processes_for(num_tasks: int) -> int:
+def processes_for(num_tasks: int, *, with_pictures: bool) -> int:
     """How many processes share the tasks, at the most."""
-    return -(-num_tasks // TASKS_OF_A_PROCESS)
+    return -(-num_tasks // (TASKS_WITH_PICTURES if with_pictures else TASKS_OF_A_PROCESS))
+
+
+def has_pictures(tasks: Sequence[PrepareTask], sources: Sources, spec: EncoderSpec) -> bool:
+    """Whether the first row has some; what is wrong with it is told where it is encoded."""
+    task = tasks[0]
+    _, row = next(read_rows(sources.datasets[task.dataset].files[task.file], task.span, task.rows))
+    try:
+        return not isinstance(row, RecordError) and bool(record_of(row, id="", sources=sources, spec=spec).images)
+    except RecordError:
+        return False
+
+
+def memory_of_a_task() -> int:
+    """The bytes to ask Ray for, so that it starts no more processes on a machine than fit: TASK_BYTES, or as much as the
+    largest machine has."""
+    of_nodes = [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
+    return int(min(TASK_BYTES, max(of_nodes)))
 
 
 def _scan(files: Sequence[SourceFile]) -> list[list[Span]]:

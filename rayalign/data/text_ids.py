@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from rayalign.models.compat import ids_only
+
 
 class ResponseIds(NamedTuple):
     """A response's ids, and whether a token would cross into it from its prompt, if both were tokenized as one text."""
@@ -16,10 +18,10 @@ class TextIds:
     """The ids of texts by one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._ids_of = ids_only(tokenizer)
         self._bos: str | None = tokenizer.bos_token
         self._special_tokens = _pattern_of_special_tokens(tokenizer)
-        plain, marked = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+        plain, marked = (self._ids_of(["a"], add_special_tokens=special)[0] for special in (False, True))
         self._puts_no_tokens = plain == marked
         self._tokens_behind = _tokens_behind(plain, marked)
 
@@ -41,7 +43,7 @@ class TextIds:
         """The ids of a prompt, with the special tokens that the tokenizer puts before it, and those of `responses`."""
         ids, found = self._plain(prompt, responses)
         if not self.has_bos(prompt) and not self._puts_no_tokens:
-            ids = self._tokenizer(prompt)["input_ids"]
+            (ids,) = self._ids_of([prompt], add_special_tokens=True)
         return self.open_ended(ids), found
 
     def responses(self, prompt: str, responses: Mapping[str, str]) -> dict[str, ResponseIds]:
@@ -50,20 +52,19 @@ class TextIds:
         return self._plain(prompt, responses)[1]
 
     def _plain(self, prompt: str, responses: Mapping[str, str]) -> tuple[list[int], dict[str, ResponseIds]]:
-        before, *whole = self._ids_of(prompt, *(prompt + text for text in responses.values()))
+        before, *whole = self._plain_ids(prompt, *(prompt + text for text in responses.values()))
         behind = {side: _behind(before, ids) for side, ids in zip(responses, whole, strict=True)}
         crossing = [side for side, ids in behind.items() if ids is None]
         if crossing:
-            line_break, *whole = self._ids_of("\n", *("\n" + responses[side] for side in crossing))
+            line_break, *whole = self._plain_ids("\n", *("\n" + responses[side] for side in crossing))
             behind |= {side: _behind(line_break, ids) for side, ids in zip(crossing, whole, strict=True)}
         found = {}
         for side, ids in behind.items():
-            found[side] = ResponseIds(self._ids_of(responses[side])[0] if ids is None else ids, side in crossing)
+            found[side] = ResponseIds(self._plain_ids(responses[side])[0] if ids is None else ids, side in crossing)
         return before, found
 
-    def _ids_of(self, *texts: str) -> list[list[int]]:
-        ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return ids
+    def _plain_ids(self, *texts: str) -> list[list[int]]:
+        return self._ids_of(texts, add_special_tokens=False)
 
 
 def _behind(first: list[int], both: list[int]) -> list[int] | None:

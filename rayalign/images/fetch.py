@@ -113,7 +113,7 @@ def open_image(content: bytes, *, max_pixels: int | None = None) -> Image.Image:
 
     Only the first frame of an animation is decoded. Raises RecordError for what can't be decoded or is too large to.
     """
-    flat, upright = _decoded(content, to_rgb)
+    flat, upright = _decoded(content, _opened(content), to_rgb)
     if upright is not None:
         flat = flat.transpose(upright)
     size = _shrunk(*flat.size, max_pixels=max_pixels)
@@ -121,21 +121,34 @@ def open_image(content: bytes, *, max_pixels: int | None = None) -> Image.Image:
 
 
 def decoded_size(content: bytes, *, max_pixels: int | None = None) -> tuple[int, int]:
-    """Width and height of what `open_image` gives, and the same errors: the picture is decoded whole, and then dropped."""
+    """Width and height of what `open_image` gives, and the same errors: the picture is decoded whole, and then dropped.
 
-    def measure(image: Image.Image) -> tuple[int, int]:
-        require_rgb(image)
-        return image.size
-
-    (width, height), upright = _decoded(content, measure)
+    A JPEG is decoded to an eighth of each side, in half the time: its decoder reads and checks every coefficient all the same,
+    and computes one pixel of 64. What can't be decoded so, as lossless and broken ones, is decoded as the others are.
+    """
+    image = _opened(content)
+    size = image.size
+    is_scaled = image.draft(None, (1, 1)) is not None
+    try:
+        decoded, upright = _decoded(content, image, _rgb_size)
+    except RecordError:
+        if not is_scaled:
+            raise
+        is_scaled = False
+        decoded, upright = _decoded(content, _opened(content), _rgb_size)
+    width, height = size if is_scaled else decoded
     if upright in SIDEWAYS:
         width, height = height, width
     return _shrunk(width, height, max_pixels=max_pixels)
 
 
-def _decoded(content: bytes, use: Callable[[Image.Image], T]) -> tuple[T, Image.Transpose | None]:
-    """What is made of the decoded picture, and what brings it upright."""
-    image = _opened(content)
+def _rgb_size(image: Image.Image) -> tuple[int, int]:
+    require_rgb(image)
+    return image.size
+
+
+def _decoded(content: bytes, image: Image.Image, use: Callable[[Image.Image], T]) -> tuple[T, Image.Transpose | None]:
+    """What is made of the opened picture once it is decoded, and what brings it upright."""
     try:
         image.load()
         upright = TURNS.get(image.getexif().get(0x0112, 1))

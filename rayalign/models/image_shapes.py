@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayalign.models.compat import glm_resize, idefics_resize, number_of_tiles, qwen_resize
+from rayalign.models.compat import glm_resize, idefics_resize, ids_only, number_of_tiles, qwen_resize
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -26,6 +26,9 @@ Rule = Callable[[Any, Settings, Sequence[Size]], Mapping[str, Any]]
 
 TRIED_SIZES: tuple[Size, ...] = ((96, 64), (40, 150))
 """One near a square, and a long one."""
+
+WITHOUT_EFFECT = {"add_special_tokens", "padding", "padding_side", "return_tensors", "return_token_type_ids"}
+"""Options of processors to their tokenizer; but for the first, they change nothing in the ids of a single text."""
 
 
 class ShapesOnly:
@@ -44,11 +47,29 @@ class ShapesOnly:
         return self._rule(self._image_processor, setting, _sizes_of(images))
 
 
+class IdsOnly:
+    """Stands in for a tokenizer within a processor that needs nothing but the ids of a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids_of = ids_only(tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
+        if len(text) == 1 and not options.get("return_token_type_ids") and options.keys() <= WITHOUT_EFFECT:
+            return {"input_ids": self._ids_of(text, add_special_tokens=options["add_special_tokens"])}
+        inputs: Mapping[str, Any] = self._tokenizer(text, **options)
+        return inputs
+
+
 class ShapeProcessor:
     """A processor for prompts with images of given sizes."""
 
-    def __init__(self, processor: Any, rule: Rule) -> None:
+    def __init__(self, processor: Any, rule: Rule, tokenizer: Any) -> None:
         self._processor = copy.copy(processor)
+        self._processor.tokenizer = tokenizer
         self._processor.image_processor = ShapesOnly(processor.image_processor, rule)
 
     def __call__(self, prompt: str, sizes: Sequence[Size], *, add_special_tokens: bool) -> Mapping[str, Any]:
@@ -68,17 +89,23 @@ def shape_processor(processor: Any, image_mark: str) -> ShapeProcessor | None:
     rule = RULES.get(kind.__name__.removesuffix("Fast").removesuffix("Pil"))
     if rule is None or not kind.__module__.startswith("transformers."):
         return None
-    by_shape = ShapeProcessor(processor, rule)
+    own = processor.tokenizer
+    tried = (ShapeProcessor(processor, rule, tokenizer) for tokenizer in (IdsOnly(own), own))
+    return next((by_shape for by_shape in tried if _writes_the_same(by_shape, processor, image_mark)), None)
+
+
+def _writes_the_same(by_shape: ShapeProcessor, processor: Any, image_mark: str) -> bool:
+    """Whether a trial gives the same ids as the processor itself."""
     try:
         for height, width in TRIED_SIZES:
             image = np.zeros((height, width, 3), np.uint8)
             true = processor(text=[image_mark], images=[[image]], add_special_tokens=False, return_tensors="np")
             told = by_shape(image_mark, [(height, width)], add_special_tokens=False)
             if not np.array_equal(true["input_ids"], told["input_ids"]):
-                return None
+                return False
     except Exception:  # noqa: BLE001 - settings that no rule knows; what the processor itself refuses it will refuse again
-        return None
-    return by_shape
+        return False
+    return True
 
 
 def _sizes_of(images: Any) -> list[Size]:

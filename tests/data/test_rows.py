@@ -1,5 +1,6 @@
 """From a raw row to an encoded pair, or to why it is dropped: what each algorithm makes of pairs and of labelled responses."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -132,7 +133,7 @@ def test_whatever_goes_wrong_with_a_row_drops_that_row(model_folder: Callable[..
     sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False)
     spec = EncoderSpec(str(model_folder("qwen2_vl")), responses="both")
     task = PrepareTask(0, 0, spans_of(sources.datasets[0].files[0], 256)[0], None)
-    lines = write_task(task, Store(str(tmp_path / "shard")), sources, spec)
+    lines = write_task(task, Store(str(tmp_path / "shards")), itertools.count(), sources, spec)
     assert [line.get("reason") for line in lines] == [None, "unusable record", None]
     assert lines[1]["source_row"] == 1
     assert lines[1]["detail"] == "ValueError: absolute aspect ratio must be smaller than 200, got 250.0"
@@ -164,7 +165,8 @@ def outcome_of_rows(model_folder: Callable[..., Path], tmp_path: Path) -> Callab
         spec = EncoderSpec(str(model_folder(model)), responses="both")
         lines = write_task(
             PrepareTask(0, 0, spans_of(sources.datasets[0].files[0], 256)[0], None),
-            Store(str(tmp_path / "shard")),
+            Store(str(tmp_path / "shards")),
+            itertools.count(),
             sources,
             spec,
         )

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import logging
 import pickle
@@ -17,8 +18,10 @@ from rayalign.data.checked import NOTES, CheckedFile, DamagedFile, Place
 from rayalign.data.store import (
     ENCODED_SCHEMA,
     INDEX_SCHEMA,
+    STORED_SCHEMA,
     EncodedPair,
     PreparedData,
+    ShardWriter,
     from_batch,
     shard_name,
     to_batch,
@@ -154,10 +157,42 @@ def test_a_missing_or_misspelt_field_is_an_error_and_not_a_null(missing: str) ->
         from_batch(table.rename_columns([f"{name}_" if name == missing else name for name in table.column_names]))
 
 
-def test_a_shard_holds_one_record_batch_for_each_pair(data: PreparedData) -> None:
-    file = pa.ipc.open_file(pa.py_buffer((data.folder / shard_name(0)).read_bytes()))
-    assert file.num_record_batches == 3
-    assert [from_batch(file.get_batch(i))[0].id for i in range(3)] == ["a", "c", "e"]
+def test_a_shard_holds_each_picture_once_and_behind_them_one_record_batch_for_each_pair(tmp_path: Path) -> None:
+    one, two = b"1" * 1000, b"2" * 2000
+    pairs = [
+        EncodedPair("a", [1], [1], [1], [one, two], ["h1", "h2"]),
+        EncodedPair("b", [1], [1], [1], [two], ["h2"]),
+        EncodedPair("c", [1], [1], [1], [one, one], ["h1", "h1"]),
+    ]
+    places = write_shard(Store(str(tmp_path / "shard")), pairs)
+    content = (tmp_path / "shard").read_bytes()
+    assert content.startswith(one + two)
+    assert one not in content[1000:]
+    assert content.count(two) == 1
+    file = pa.ipc.open_file(pa.py_buffer(content[3000:]))
+    assert [file.get_batch(i)["id"].to_pylist() for i in range(file.num_record_batches)] == [["a"], ["b"], ["c"]]
+    messages = [pa.py_buffer(content[place.start :][: place.size]) for place in places]
+    rows = [pa.ipc.read_record_batch(message, STORED_SCHEMA).to_pylist()[0] for message in messages]
+    assert [[content[at["start"] :][: at["size"]] for at in row["pictures"]] for row in rows] == [p.images for p in pairs]
+
+
+def test_a_task_begins_another_shard_where_one_is_full_and_counts_pictures_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rayalign.data.store, "SHARD_BYTES", 2500)
+    store = Store(str(tmp_path / "cache"))
+    writer = ShardWriter(store / "one", itertools.count(3, 10))
+    hashes = ["h1", "h1", "h1", "h2", "h2", "h3", "h1"]  # two distinct ones are within the bytes, with the third it is full
+    for number, digest in enumerate(hashes):
+        writer.add(EncodedPair(str(number), [1], [1], [1], [digest.encode() * 500], [digest]))
+    lines = writer.finish()
+    assert [line["shard"] for line in lines] == [3, 3, 3, 3, 3, 3, 13]
+    assert [file.name for file in (store / "one").list()] == ["shard_000003.arrow", "shard_000013.arrow"]
+    columns = {"dataset": 0, "file": 0, "prompt_tokens": 1, "chosen_tokens": 1, "rejected_tokens": 1}
+    index = [{"id": str(row), "source_row": row, **columns, **line} for row, line in enumerate(lines)]
+    data = PreparedData.finish(store, attempt="one", index=pa.Table.from_pylist(index, INDEX_SCHEMA), dropped=[])
+    assert [pair.images for pair in from_batch(data.reader().read(range(7)))] == [[h.encode() * 500] for h in hashes]
+    assert data.shards() == [3, 13]
 
 
 def test_an_index_with_other_columns_is_refused(data: PreparedData, tmp_path: Path) -> None:
@@ -186,9 +221,12 @@ def test_places_and_checksums_of_pairs_stay_what_they_are(tmp_path: Path) -> Non
     ]
     places = write_shard(Store(str(tmp_path / "shard")), pairs)
     content = (tmp_path / "shard").read_bytes()
-    for place, pair in zip(places, pairs, strict=True):
+    rows = []
+    for place in places:
         message = content[place.start : place.start + place.size]
-        assert from_batch(pa.ipc.read_record_batch(pa.py_buffer(message), ENCODED_SCHEMA)) == [pair]
+        rows += pa.ipc.read_record_batch(pa.py_buffer(message), STORED_SCHEMA).to_pylist()
+    assert [row.pop("pictures") for row in rows] == [[{"start": 0, "size": 4, "checksum": zlib.crc32(b"\x89PNG")}], []]
+    assert [EncodedPair(**row, images=pair.images) for row, pair in zip(rows, pairs, strict=True)] == pairs
     assert [place.size % 8 for place in places] == [0, 0]
 
 
@@ -263,7 +301,10 @@ def test_other_pairs_are_not_put_in_the_place_of_a_damaged_shard(data: PreparedD
     file = Path(data.folder.location) / shard_name(1)
     cut(file)
     content = file.read_bytes()
-    changed = [dataclasses.replace(pair, images=[b"another picture"]) if pair.id == "b" else pair for pair in PAIRS]
+    changed = [
+        dataclasses.replace(pair, images=[b"another picture"], image_hashes=["h9"]) if pair.id == "b" else pair
+        for pair in PAIRS
+    ]
     repairs = Store(str(tmp_path / "repairs"))
     for pairs in (changed, [pair for pair in PAIRS if pair.id != "b"]):
         assert not data.mend([1], repairs, write_shards(repairs, (1,), pairs))

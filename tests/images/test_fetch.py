@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import os
+import random
 import re
 import struct
 import time
@@ -20,7 +21,7 @@ from rayalign.formats.records import RecordError
 from rayalign.images import fetch as fetching
 from rayalign.images.fetch import check_pixels, decoded_size, fetch_images, image_hash, image_size, open_image
 from rayalign.storage import Store
-from tests.hostile.pictures import hostile_pictures, sound_pictures
+from tests.hostile.pictures import hostile_pictures, photo, sound_pictures
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -385,6 +386,43 @@ def test_a_cut_picture_is_found_by_decoding_it(format: str) -> None:
         assert outcome(decoded_size, cut) == outcome(open_image, cut)
         if format != "GIF":
             assert isinstance(outcome(decoded_size, cut), str)
+
+
+# 20 x 12 pixels of grey, each predicted from its neighbours: such pictures can't be decoded to a smaller size.
+LOSSLESS_JPEG = base64.b64decode(
+    "/9j/xAAVAAEBAAAAAAAAAAAAAAAAAAACCP/DAAsIAAwAFAEAEQD/2gAIAQAABgAAn9ttttttttttJJJJJJJJJNJJJJJJJJJNJJJJJJJJJNJJJJJJJJJN"
+    "JJJJJJJJJNJJJJJJJJJNJJJJJJJJJNJJJJJJJJJNJJJJJJJJJNJJJJJJJJJNJJJJJJJJJP/Z"
+)
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """Some bytes cut off, changed, left out or put in between."""
+    place = draw.randrange(2, len(content))
+    match draw.randrange(4):
+        case 0:
+            return content[:place]
+        case 1:
+            return content[:place] + draw.randbytes(1) + content[place + 1 :]
+        case 2:
+            return content[:place] + content[place + draw.randrange(1, 50) :]
+    return content[:place] + draw.randbytes(draw.randrange(1, 30)) + content[place:]
+
+
+@pytest.mark.filterwarnings("ignore")  # what Pillow says of odd files
+def test_a_damaged_jpeg_is_found_broken_or_sound_as_where_all_of_its_pixels_are_computed() -> None:
+    kinds: list[tuple[Image.Image, dict[str, Any]]] = []
+    for image in (photo(48, 36), photo(33, 17).convert("L"), photo(16, 65).convert("CMYK")):
+        kinds += [(image, options) for options in ({}, {"progressive": True}, {"restart_marker_blocks": 2}, {"quality": 100})]
+    kinds += [(photo(48, 36), {"subsampling": subsampling}) for subsampling in (0, 1, 2)]
+    contents = [encode(image, "JPEG", **options) for image, options in kinds] + [LOSSLESS_JPEG]
+    assert [outcome(decoded_size, content) for content in contents] == [image.size for image, _ in kinds] + [(20, 12)]
+    draw = random.Random(0)
+    found = []
+    for content in contents:
+        for broken in (damaged(content, draw) for _ in range(60)):
+            found.append(outcome(open_image, broken))
+            assert outcome(decoded_size, broken) == found[-1]
+    assert {type(size) for size in found} == {tuple, str}
 
 
 def test_the_hash_names_the_bytes() -> None:

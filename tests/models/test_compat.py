@@ -4,20 +4,23 @@ first.
 A test whose name says that a workaround is still needed fails when the workaround can go.
 """
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from PIL import Image
 from torch import nn
 
 from rayalign.models import compat
-from tests.tiny_families import PINPOINTS
+from tests.tiny_families import PINPOINTS, make_tokenizer
 from tests.tiny_models import make_model, make_processor
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -99,6 +102,62 @@ def test_a_file_of_a_model_of_the_hub_may_be_missing_and_the_hub_away(hub_cache:
     assert compat.read_optional_json(hub_cache, "config.json") == {"model_type": "llava"}
     assert compat.read_optional_json(hub_cache, "settings.json") is None
     assert compat.read_optional_json("nobody/nothing", "settings.json") is None
+
+
+# Tokenizers
+
+TEXTS = ("Which digit is it? <image>The digit is  two.</s>", "", " ümlaut 猫\n", "<s>USER: a")
+
+
+def unigram_tokenizer() -> Any:
+    """With a normalizer, and a mark before the first word only."""
+    words = [("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz ."), ("▁it", -1.0)]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(words, unk_id=0))
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+
+
+def bpe_tokenizer(change: Callable[[Any], None] = lambda tokenizer: None) -> Any:
+    tokenizer = make_tokenizer()
+    around = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = around
+    change(tokenizer)
+    return tokenizer
+
+
+def cut_and_pad(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        bpe_tokenizer,
+        unigram_tokenizer,
+        functools.partial(bpe_tokenizer, cut_and_pad),
+        functools.partial(bpe_tokenizer, lambda tokenizer: setattr(tokenizer, "split_special_tokens", True)),
+    ],
+)
+@pytest.mark.parametrize("special", [False, True])
+def test_ids_alone_are_those_of_a_call(make: Callable[[], Any], special: bool) -> None:
+    expected = make()(list(TEXTS), add_special_tokens=special)["input_ids"]
+    ids_of = compat.ids_only(make())
+    assert ids_of(TEXTS, add_special_tokens=special) == expected
+    assert ids_of(TEXTS, add_special_tokens=special) == expected  # after the first call, which may change settings, too
+
+
+def test_ids_alone_come_from_the_tokenizers_library_and_from_no_tokenizer_with_a_way_of_its_own() -> None:
+    class Own(transformers.PreTrainedTokenizerFast):
+        def _encode_plus(self, *arguments: Any, **options: Any) -> Any:
+            return {"input_ids": [[7]]}
+
+    backend = make_tokenizer().backend_tokenizer
+    assert compat.ids_only(Own(tokenizer_object=backend))(["a"], add_special_tokens=False) == [[7]]
+    usual = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    usual._encode_plus = lambda *arguments, **options: pytest.fail("it was called")
+    assert compat.ids_only(usual)(["a cat"], add_special_tokens=False) == [[68, 299]]
 
 
 # Processors and images
