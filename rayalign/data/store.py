@@ -1,9 +1,9 @@
 """Encoded records on storage: shards of pairs, one index, one manifest. Written by `prepare`, read at random by every worker.
 
 A data set is complete or absent: the manifest is written last, and it names the files that count, with their hashes. A shard
-holds its pictures, each once however many pairs show it, and behind them one Arrow record batch per pair, which says where its
-pictures stand. The index says where the pair stands and what its checksum is: a pair is one small read and one for each of its
-pictures, on a disk and on an object store alike, and all are compared with what was written.
+holds one Arrow record batch per pair, and before it those of the pair's pictures that no pair before it has: each picture is
+there once, however many pairs show it. The index says where a pair with its own pictures stands and what the checksum is: that
+is one read, with another for each picture that an earlier pair has, on a disk and on an object store alike.
 """
 
 import dataclasses
@@ -27,7 +27,6 @@ from rayalign.data.checked import (
     Place,
     forget,
     names_noted,
-    pack,
     read_whole,
     require_undamaged,
     sha256_of,
@@ -59,11 +58,16 @@ SFT's pairs, which is compared with the chosen one where the pair is held out, a
 prompt was made of, for people to read: JSON [[role, text], ...] with `<image>` where a picture stands."""
 
 PICTURES = pa.field(
-    "pictures", pa.list_(pa.struct(list(zip(Place._fields, (pa.int64(), pa.int64(), pa.uint32()), strict=True))))
+    "pictures",
+    pa.list_(pa.struct(list(zip(Place._fields, (pa.int64(), pa.int64(), pa.uint32()), strict=True)))),
+    nullable=False,
 )
 IMAGES_COLUMN = ENCODED_SCHEMA.get_field_index("images")
-STORED_SCHEMA = ENCODED_SCHEMA.set(IMAGES_COLUMN, PICTURES.with_nullable(False))
+STORED_SCHEMA = ENCODED_SCHEMA.set(IMAGES_COLUMN, PICTURES)
 """A pair as a shard holds it: with a `checked.Place` of the shard for each image."""
+
+TAIL = 8
+"""Bytes behind a pair's record batch, which say how long that is."""
 
 SHARD_BYTES = 64 * 2**20
 """Of pairs and pictures, after which a task begins another shard. The task holds a shard twice while it writes it."""
@@ -152,14 +156,10 @@ class TokenCounts:
         return tokens
 
 
-def to_batch(pairs: Sequence[EncodedPair], *, places: Mapping[str, Place] | None = None) -> pa.RecordBatch:
-    """Pairs as a record batch; a field that is missing or misspelt is an error, not a null. With the `places` of pictures by
-    their hashes, these stand in the pictures' place (STORED_SCHEMA)."""
-    columns = [[getattr(pair, name) for pair in pairs] for name in ENCODED_SCHEMA.names]
-    schema = ENCODED_SCHEMA
-    if places is not None:
-        schema = STORED_SCHEMA
-        columns[IMAGES_COLUMN] = [[places[digest]._asdict() for digest in pair.image_hashes] for pair in pairs]
+def to_batch(pairs: Sequence[EncodedPair], schema: pa.Schema = ENCODED_SCHEMA) -> pa.RecordBatch:
+    """Pairs as a record batch of ENCODED_SCHEMA, or some columns of it; a field that is missing or misspelt is an error, not a
+    null."""
+    columns = [[getattr(pair, name) for pair in pairs] for name in schema.names]
     arrays = [pa.array(column, type=kind) for column, kind in zip(columns, schema.types, strict=True)]
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
     batch.validate(full=True)
@@ -183,17 +183,27 @@ def shard_name(shard: int) -> str:
 
 
 def write_shard(file: Store, pairs: Sequence[EncodedPair]) -> list[Place]:
-    """Writes pairs as one shard; returns the place of each, for the index."""
-    pictures = {digest: image for pair in pairs for digest, image in zip(pair.image_hashes, pair.images, strict=True)}
-    places: dict[str, Place] = {}
-    size = 0
-    for digest, image in pictures.items():
-        places[digest] = Place(size, len(image), zlib.crc32(image))
-        size += len(image)
-    batch = to_batch(pairs, places=places)
-    content, of_pairs = pack(STORED_SCHEMA, (batch.slice(row, 1) for row in range(len(pairs))))
-    file.write_bytes(b"".join([*pictures.values(), content]))
-    return [place._replace(start=size + place.start) for place in of_pairs]
+    """Writes pairs as one shard; returns the place of each, with the pictures before it, for the index."""
+    without_images = to_batch(pairs, ENCODED_SCHEMA.remove(IMAGES_COLUMN))
+    pictures: dict[str, Place] = {}
+    parts: list[bytes] = []
+    places = []
+    end = 0
+    for row, pair in enumerate(pairs):
+        start, first = end, len(parts)
+        for digest, image in zip(pair.image_hashes, pair.images, strict=True):
+            if digest not in pictures:
+                pictures[digest] = Place(end, len(image), zlib.crc32(image))
+                parts.append(image)
+                end += len(image)
+        of_pair = pa.array([[pictures[digest]._asdict() for digest in pair.image_hashes]], PICTURES.type)
+        batch = without_images.slice(row, 1).add_column(IMAGES_COLUMN, PICTURES, of_pair).serialize().to_pybytes()
+        parts += [batch, len(batch).to_bytes(TAIL, "little")]
+        end += len(batch) + TAIL
+        checksum = functools.reduce(lambda before, part: zlib.crc32(part, before), parts[first:], 0)
+        places.append(Place(start, end - start, checksum))
+    file.write_bytes(b"".join(parts))
+    return places
 
 
 class ShardWriter:
@@ -409,8 +419,16 @@ class PairReader:
     def _read_row(self, row: int) -> pa.RecordBatch:
         shard, *place = (int(values[row]) for values in self._places)
         file = self._open(shard)
-        stored = file.read_batch(Place(*place), STORED_SCHEMA)
-        images = [file.read(Place(**picture)) for picture in stored["pictures"][0].as_py()]
+        content, (start, size, _) = file.read(Place(*place)), place
+        tail = size - TAIL
+        batch = pa.py_buffer(content[tail - int.from_bytes(content[tail:], "little") : tail])
+        stored = pa.ipc.read_record_batch(batch, STORED_SCHEMA)
+
+        def picture(at: Place) -> bytes:
+            is_here = start <= at.start and at.start + at.size <= start + size
+            return content[at.start - start : at.start - start + at.size] if is_here else file.read(at)
+
+        images = [picture(Place(**at)) for at in stored["pictures"][0].as_py()]
         return stored.set_column(IMAGES_COLUMN, ENCODED_SCHEMA.field("images"), pa.array([images], pa.list_(pa.binary())))
 
     def _open_shard(self, shard: int) -> CheckedFile:

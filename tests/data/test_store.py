@@ -19,6 +19,7 @@ from rayalign.data.store import (
     ENCODED_SCHEMA,
     INDEX_SCHEMA,
     STORED_SCHEMA,
+    TAIL,
     EncodedPair,
     PreparedData,
     ShardWriter,
@@ -157,23 +158,56 @@ def test_a_missing_or_misspelt_field_is_an_error_and_not_a_null(missing: str) ->
         from_batch(table.rename_columns([f"{name}_" if name == missing else name for name in table.column_names]))
 
 
-def test_a_shard_holds_each_picture_once_and_behind_them_one_record_batch_for_each_pair(tmp_path: Path) -> None:
-    one, two = b"1" * 1000, b"2" * 2000
+def stored(content: bytes, place: Place) -> dict[str, object]:
+    """A pair's row of STORED_SCHEMA in a shard's content."""
+    end = place.start + place.size - TAIL
+    size = int.from_bytes(content[end : end + TAIL], "little")
+    (row,) = pa.ipc.read_record_batch(pa.py_buffer(content[end - size : end]), STORED_SCHEMA).to_pylist()
+    return row
+
+
+def test_a_shard_holds_each_picture_once_before_the_first_pair_that_shows_it(tmp_path: Path) -> None:
+    one, two, three = b"1" * 1000, b"2" * 2000, b"3" * 500
     pairs = [
         EncodedPair("a", [1], [1], [1], [one, two], ["h1", "h2"]),
         EncodedPair("b", [1], [1], [1], [two], ["h2"]),
-        EncodedPair("c", [1], [1], [1], [one, one], ["h1", "h1"]),
+        EncodedPair("c", [1], [1], [1], [one, three, one], ["h1", "h3", "h1"]),
     ]
     places = write_shard(Store(str(tmp_path / "shard")), pairs)
     content = (tmp_path / "shard").read_bytes()
+    assert [content.count(picture) for picture in (one, two, three)] == [1, 1, 1]
     assert content.startswith(one + two)
-    assert one not in content[1000:]
-    assert content.count(two) == 1
-    file = pa.ipc.open_file(pa.py_buffer(content[3000:]))
-    assert [file.get_batch(i)["id"].to_pylist() for i in range(file.num_record_batches)] == [["a"], ["b"], ["c"]]
-    messages = [pa.py_buffer(content[place.start :][: place.size]) for place in places]
-    rows = [pa.ipc.read_record_batch(message, STORED_SCHEMA).to_pylist()[0] for message in messages]
+    assert content[places[2].start :].startswith(three)
+    assert [place.start for place in places[1:]] + [len(content)] == [place.start + place.size for place in places]
+    rows = [stored(content, place) for place in places]
+    assert [row["id"] for row in rows] == ["a", "b", "c"]
     assert [[content[at["start"] :][: at["size"]] for at in row["pictures"]] for row in rows] == [p.images for p in pairs]
+
+
+def test_a_pair_is_one_read_and_one_more_for_each_picture_of_an_earlier_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = b"1" * 1000, b"2" * 2000
+    store = Store(str(tmp_path))
+    writer = ShardWriter(store / "one", itertools.count())
+    pairs = [
+        EncodedPair("a", [1], [1], [1], [one, two], ["h1", "h2"]),
+        EncodedPair("b", [1], [1], [1], [two, b"3"], ["h2", "h3"]),
+        EncodedPair("c", [1], [1], [1], [], []),
+    ]
+    for pair in pairs:
+        writer.add(pair)
+    columns = {"dataset": 0, "file": 0, "prompt_tokens": 1, "chosen_tokens": 1, "rejected_tokens": 1}
+    index = [{"id": str(row), "source_row": row, **columns, **line} for row, line in enumerate(writer.finish())]
+    data = PreparedData.finish(store, attempt="one", index=pa.Table.from_pylist(index, INDEX_SCHEMA), dropped=[])
+    read, reads = CheckedFile.read, []
+    monkeypatch.setattr(CheckedFile, "read", lambda file, place, **options: reads.append(place) or read(file, place, **options))
+    reader, counts = data.reader(), []
+    for row, pair in enumerate(pairs):
+        reads.clear()
+        assert from_batch(reader.read([row])) == [pair]
+        counts.append(len(reads))
+    assert counts == [1, 2, 1]
 
 
 def test_a_task_begins_another_shard_where_one_is_full_and_counts_pictures_once(
@@ -221,13 +255,10 @@ def test_places_and_checksums_of_pairs_stay_what_they_are(tmp_path: Path) -> Non
     ]
     places = write_shard(Store(str(tmp_path / "shard")), pairs)
     content = (tmp_path / "shard").read_bytes()
-    rows = []
-    for place in places:
-        message = content[place.start : place.start + place.size]
-        rows += pa.ipc.read_record_batch(pa.py_buffer(message), STORED_SCHEMA).to_pylist()
+    rows = [stored(content, place) for place in places]
     assert [row.pop("pictures") for row in rows] == [[{"start": 0, "size": 4, "checksum": zlib.crc32(b"\x89PNG")}], []]
     assert [EncodedPair(**row, images=pair.images) for row, pair in zip(rows, pairs, strict=True)] == pairs
-    assert [place.size % 8 for place in places] == [0, 0]
+    assert [place.checksum for place in places] == [zlib.crc32(content[p.start : p.start + p.size]) for p in places]
 
 
 Damage = Callable[[Path], None]
