@@ -1,0 +1,53 @@
+"""A policy whose language model is sharded over workers (torch's FSDP2): each holds a share of every weight, and a layer is
+whole only while it runs.
+
+Whole on every worker stay adapters, a value head, vision tower and aligner, whose gradients `training.loop` adds up once a
+step. Those of sharded weights are added up in the backward of each micro-batch, so that no worker ever holds all of them; sums
+they are, not means, since losses are divided by the counts of the whole step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from rayalign.policy.policy import Policy
+
+
+class _Root(nn.Module):
+    """Runs a function as its forward, in which the weights that belong to no layer are whole: a policy runs embeddings,
+    decoder and output head apart from each other, and FSDP makes weights whole for one module's forward."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device) -> None:
+    """Spreads a policy, which has been loaded whole on the CPU or on the device, over the workers of a mesh, layer by layer.
+
+    All of them call it, with the same weights. Weights keep their types: what is computed is what a whole model computes.
+    """
+    if policy.start is not None:
+        shard_policy(policy.start, mesh, device=device)
+    base = policy.base
+    layers = base.get_decoder().layers
+    language = {*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()}
+    whole = {p for name, p in policy.model.named_parameters() if p not in language or ".lora_" in name}
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    if policy.value_head is not None:
+        policy.value_head.to(device)
+    root = _Root(base)
+    for unit in (*layers, root):
+        sharded: FSDPModule = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+    policy.sharded = root
+    policy.device = device

@@ -1,0 +1,78 @@
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rayalign.algorithms import DPO, KTO, MDPO, ORPO, RM, SFT, Needs, SimPO
+from rayalign.config.sections import TunerConfig
+from rayalign.data.companions import Damaged, Mismatched
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.training.lockstep import Fillers, in_step, is_filler
+from tests.sharded_steps import FULL, IDLE, MIXED, Case, batches_of, differences, steps_of, together
+
+VISION = TunerConfig(sft_type="full", freeze_vit=False, freeze_aligner=False)
+CASES = {
+    "dpo, adapters": Case(DPO()),
+    "mdpo, adapters": Case(MDPO(), "qwen2_vl", deals=MIXED),
+    "kto, all weights, one worker idle": Case(KTO(), tuner=FULL, deals=IDLE),
+    "rm, all weights": Case(RM(), "qwen2_vl", tuner=FULL),
+    "sft, all weights and the tower's": Case(SFT(), tuner=VISION, deals=IDLE),
+    "simpo, all weights, float32": Case(SimPO(), tuner=FULL, dtype=torch.float32, checkpointing=False),
+    "orpo, all weights": Case(ORPO(), "qwen2_vl", tuner=FULL, checkpointing=False),
+}
+MOST = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""The largest relative difference of sums that are made in another order."""
+
+
+@pytest.fixture(scope="module")
+def folders(model_folder: Callable[..., Path]) -> dict[str, Path]:
+    return {family: model_folder(family) for family in ("llava", "qwen2_vl")}
+
+
+@pytest.fixture(scope="module")
+def workers(folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    return together(functools.partial(steps_of, CASES), 2, folders, tmp_path_factory.mktemp("workers"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_of_a_sharded_policy_are_those_of_a_whole_one(
+    folders: Mapping[str, Path], workers: list[dict[str, Tensor]], name: str
+) -> None:
+    case = CASES[name]
+    found = differences(case, name, workers[0], folders[case.family])
+    assert found.keys() == {"metric", "norm", "gradient", "weight"}
+    # Metrics are kept as float32 where they are divided by counts.
+    assert found.pop("metric") < 1e-5
+    assert max(found.values()) < MOST[case.dtype]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_workers_end_with_the_same(workers: list[dict[str, Tensor]], name: str) -> None:
+    one, other = ({n: v for n, v in worker.items() if n.startswith(f"{name}: ")} for worker in workers)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_filler_has_what_the_batch_has_that_it_stands_for(folders: Mapping[str, Path]) -> None:
+    layout = EncoderSpec(str(folders["llava"]), "both").layout
+    damaged = Fillers(layout, Needs(companion=Damaged(), reference=True)).batch(companion=True, reference=True)
+    assert is_filler(damaged)
+    assert damaged.row_lengths == ((2, 4),)
+    assert damaged.companion is not None
+    assert damaged.companion.rows.tolist() == []  # it belongs to none of the pairs
+    assert damaged.companion.batch.row_lengths == ((2, 3),)
+    assert damaged.reference_logps is not None
+    assert damaged.companion.batch.reference_logps is not None
+    mismatched = Fillers(layout, Needs(companion=Mismatched(), reference=True)).batch(companion=True, reference=True)
+    assert mismatched.companion is not None
+    assert mismatched.companion.batch.reference_logps is None  # nobody knows its rows beforehand
+    chosen = Fillers(layout, Needs(responses="chosen")).batch(companion=False, reference=False)
+    assert (chosen.row_lengths, chosen.companion, chosen.reference_logps) == (((2, 3),), None, None)
+
+
+def test_without_fillers_batches_go_by_as_they_are(folders: Mapping[str, Path]) -> None:
+    batches = batches_of(Case(DPO()), folders["llava"], [(0,), (1, 2)])
+    assert list(in_step(iter(batches), None)) == batches
