@@ -287,9 +287,10 @@ class ClusterConfig:
         at_least=0,
     )
     cpus_per_worker: float = flag(1, "CPUs of each worker; its threads.", above=0)
-    strategy: Literal["auto", "ddp", "device_map"] = flag(
+    strategy: Literal["auto", "ddp", "fsdp", "device_map"] = flag(
         "auto",
-        "ddp: a whole model on each worker; device_map: a worker spreads its model over its GPUs. "
+        "ddp: a whole model on each worker; fsdp: each worker has a share of the language model's weights, gradients and "
+        "moments; device_map: a worker spreads its model over its GPUs. "
         "auto: device_map where a worker has several GPUs, else ddp.",
     )
     wait_for_nodes: float | None = flag(
@@ -306,6 +307,16 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.shards_models and (self.gpus_per_worker or 0) > 1:
+            raise ValueError(
+                f"--gpus_per_worker {self.gpus_per_worker:g} with --strategy fsdp: a worker has one GPU there, and the model "
+                "is sharded over workers. Pass --gpus_per_worker 1 and a higher --num_workers."
+            )
+
+    @property
+    def shards_models(self) -> bool:
+        """Whether a model is sharded over the workers."""
+        return self.strategy == "fsdp"
 
     @property
     def spreads_models(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -27,6 +28,13 @@ class _Root(nn.Module):
 
     def forward(self, function: Callable[[], Any]) -> Any:
         return function()
+
+
+def all_workers(device: torch.device) -> DeviceMesh:
+    """The workers of a run, each of which has a share of every weight."""
+    group = dist.group.WORLD
+    assert group is not None
+    return DeviceMesh.from_group(group, device.type)
 
 
 def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device) -> None:
@@ -51,3 +59,13 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device) -> N
         sharded.set_force_sum_reduction_for_comms(True)
     policy.sharded = root
     policy.device = device
+
+
+def agreed(policy: Policy, choice: int) -> int:
+    """Rank 0's choice, on which the next forward depends: all workers of a sharded policy run the same ones. Every worker of
+    such a one calls it."""
+    if policy.sharded is None:
+        return choice
+    chosen = torch.tensor(choice, device=policy.device)
+    dist.broadcast(chosen, src=0)
+    return int(chosen)

@@ -1,4 +1,4 @@
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,8 +10,23 @@ from rayalign.algorithms import DPO, KTO, MDPO, ORPO, RM, SFT, Needs, SimPO
 from rayalign.config.sections import TunerConfig
 from rayalign.data.companions import Damaged, Mismatched
 from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.policy.generation import as_trained, greedy_ids
+from rayalign.policy.policy import Policy
+from rayalign.policy.sharding import agreed
 from rayalign.training.lockstep import Fillers, in_step, is_filler
-from tests.sharded_steps import FULL, IDLE, MIXED, Case, batches_of, differences, steps_of, together
+from tests.sharded_steps import (
+    FULL,
+    IDLE,
+    MIXED,
+    Case,
+    batches_of,
+    differences,
+    pairs_of,
+    steps_of,
+    together,
+    trainer_of,
+)
+from tests.tiny_models import make_batch
 
 VISION = TunerConfig(sft_type="full", freeze_vit=False, freeze_aligner=False)
 CASES = {
@@ -32,9 +47,24 @@ def folders(model_folder: Callable[..., Path]) -> dict[str, Path]:
     return {family: model_folder(family) for family in ("llava", "qwen2_vl")}
 
 
+def answer_of(policy: Policy, folder: Path) -> Tensor:
+    """The ids of an answer to a picture."""
+    prompt = make_batch(folder, [dataclasses.replace(pairs_of(folder)[0], chosen_ids=[], rejected_ids=[])])
+    assert prompt.image_inputs
+    with as_trained(policy):
+        return torch.tensor(greedy_ids(policy, prompt, end_tokens=frozenset(), max_new_tokens=6))
+
+
+def work_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    case, folder = CASES["dpo, adapters"], folders["llava"]
+    policy = trainer_of(case, folder, sharded=True, rank=rank).policy
+    answers = {"answer": answer_of(policy, folder), "agreed": torch.tensor(agreed(policy, 5 + rank))}
+    return steps_of(CASES, rank, folders) | answers
+
+
 @pytest.fixture(scope="module")
 def workers(folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    return together(functools.partial(steps_of, CASES), 2, folders, tmp_path_factory.mktemp("workers"))
+    return together(work_of, 2, folders, tmp_path_factory.mktemp("workers"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,6 +84,14 @@ def test_all_workers_end_with_the_same(workers: list[dict[str, Tensor]], name: s
     one, other = ({n: v for n, v in worker.items() if n.startswith(f"{name}: ")} for worker in workers)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_workers_answer_together_as_one_does(folders: Mapping[str, Path], workers: list[dict[str, Tensor]]) -> None:
+    policy = trainer_of(CASES["dpo, adapters"], folders["llava"], sharded=False).policy
+    answer = answer_of(policy, folders["llava"])
+    assert [worker["answer"].tolist() for worker in workers] == [answer.tolist()] * 2
+    assert [int(worker["agreed"]) for worker in workers] == [5, 5]  # rank 0's choice
+    assert agreed(policy, 7) == 7
 
 
 def test_a_filler_has_what_the_batch_has_that_it_stands_for(folders: Mapping[str, Path]) -> None:
