@@ -87,9 +87,17 @@ def batches_of(case: Case, folder: Path, deal: Deal) -> list[PairBatch]:
         partners = [pairs[(i + 1) % len(pairs)] for i in numbers]
         batch = make_batch(folder, [pairs[i] for i in numbers], needs=needs, partners=partners)
         if case.tuner.sft_type == "full" and needs.reference:
-            batch = dataclasses.replace(batch, reference_logps=-1.0 - 0.1 * batch.targets.float() % 2)
+            batch = _with_reference(batch)
+            if batch.companion is not None and needs.stable_companion:
+                rows = dataclasses.replace(batch.companion, batch=_with_reference(batch.companion.batch))
+                batch = dataclasses.replace(batch, companion=rows)
         batches.append(batch)
     return batches
+
+
+def _with_reference(batch: PairBatch) -> PairBatch:
+    """The batch with log-probs of some reference, as they are stored before the training."""
+    return dataclasses.replace(batch, reference_logps=-1.0 - 0.1 * batch.targets.float() % 2)
 
 
 def whole(tensor: Tensor) -> Tensor:

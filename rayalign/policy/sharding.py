@@ -37,6 +37,13 @@ def all_workers(device: torch.device) -> DeviceMesh:
     return DeviceMesh.from_group(group, device.type)
 
 
+def sharded_weights(model: nn.Module, base: Any) -> list[nn.Parameter]:
+    """The weights that are sharded of a model as it is trained and its `base`: the language model's and the output head's,
+    without adapters."""
+    language = {*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()}
+    return [p for name, p in model.named_parameters() if p in language and ".lora_" not in name]
+
+
 def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device) -> None:
     """Spreads a policy, which has been loaded whole on the CPU or on the device, over the workers of a mesh, layer by layer.
 
@@ -46,8 +53,8 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device) -> N
         shard_policy(policy.start, mesh, device=device)
     base = policy.base
     layers = base.get_decoder().layers
-    language = {*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()}
-    whole = {p for name, p in policy.model.named_parameters() if p not in language or ".lora_" in name}
+    sharded_ones = set(sharded_weights(policy.model, base))
+    whole = {p for p in policy.model.parameters() if p not in sharded_ones}
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     if policy.value_head is not None:

@@ -5,11 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rayalign.algorithms import DPO, KTO, MDPO, ORPO, RM, SFT, Needs, SimPO
-from rayalign.config.sections import TunerConfig
+from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.companions import Damaged, Mismatched
 from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.estimate.architecture import Blueprint
+from rayalign.estimate.memory import Memory
+from rayalign.estimate.sharding import share_of
+from rayalign.models.source import ModelSource
 from rayalign.policy.generation import as_trained, greedy_ids
 from rayalign.policy.policy import Policy
 from rayalign.policy.sharding import agreed
@@ -17,6 +22,7 @@ from rayalign.training.lockstep import Fillers, in_step, is_filler
 from tests.sharded_steps import (
     FULL,
     IDLE,
+    LORA,
     MIXED,
     Case,
     batches_of,
@@ -37,6 +43,10 @@ CASES = {
     "sft, all weights and the tower's": Case(SFT(), tuner=VISION, deals=IDLE),
     "simpo, all weights, float32": Case(SimPO(), tuner=FULL, dtype=torch.float32, checkpointing=False),
     "orpo, all weights": Case(ORPO(), "qwen2_vl", tuner=FULL, checkpointing=False),
+}
+HELD = {
+    name: Case(DPO(), tuner=tuner, dtype=torch.float32)
+    for name, tuner in {"held, adapters": LORA, "held, all weights": FULL}.items()
 }
 MOST = {torch.float64: 1e-12, torch.float32: 1e-5}
 """The largest relative difference of sums that are made in another order."""
@@ -59,7 +69,22 @@ def work_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
     case, folder = CASES["dpo, adapters"], folders["llava"]
     policy = trainer_of(case, folder, sharded=True, rank=rank).policy
     answers = {"answer": answer_of(policy, folder), "agreed": torch.tensor(agreed(policy, 5 + rank))}
-    return steps_of(CASES, rank, folders) | answers
+    return steps_of(CASES, rank, folders) | answers | held_of(rank, folder)
+
+
+def held_of(rank: int, folder: Path) -> dict[str, Tensor]:
+    """Bytes of frozen and of trainable weights that a worker holds, by case."""
+    results = {}
+    for name, case in HELD.items():
+        policy = trainer_of(case, folder, sharded=True, rank=rank).policy
+        for trainable in (False, True):
+            own = [whole_or_own(p) for p in policy.model.parameters() if p.requires_grad == trainable]
+            results[f"{name} {trainable}"] = torch.tensor(sum(p.numel() * p.element_size() for p in own))
+    return results
+
+
+def whole_or_own(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +117,26 @@ def test_workers_answer_together_as_one_does(folders: Mapping[str, Path], worker
     assert [worker["answer"].tolist() for worker in workers] == [answer.tolist()] * 2
     assert [int(worker["agreed"]) for worker in workers] == [5, 5]  # rank 0's choice
     assert agreed(policy, 7) == 7
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_plan_knows_what_each_worker_holds(folders: Mapping[str, Path], workers: list[dict[str, Tensor]], name: str) -> None:
+    case, spec = HELD[name], EncoderSpec(str(folders["llava"]), "both")
+    source = ModelSource(str(folders["llava"]))
+    skeleton = Blueprint(spec.model_config, source, ModelConfig(dtype="float32"), case.tuner, case.algorithm.needs).build()
+    parameters = list(skeleton.model.parameters())
+    frozen, trainable = (sum(4 * p.numel() for p in parameters if p.requires_grad == trained) for trained in (False, True))
+    whole = Memory(frozen, trainable, trainable, 2 * trainable, kept=0, working=0, images=0)
+    share = share_of(whole, skeleton, num_workers=2)
+    for worker in workers:
+        assert share.weights == pytest.approx(int(worker[f"{name} False"]), abs=2)
+        assert share.trainable == pytest.approx(int(worker[f"{name} True"]), abs=2)
+    assert (share.gradients, share.moments) == (share.trainable, pytest.approx(2 * share.trainable, abs=2))
+    layers = skeleton.base.get_decoder().layers
+    in_layer = sum(4 * p.numel() for n, p in layers[0].named_parameters() if ".lora_" not in n)
+    outside = [*skeleton.base.get_decoder().norm.parameters(), skeleton.base.get_input_embeddings().weight, skeleton.head]
+    whole_at_a_time = 2 * in_layer + sum(4 * p.numel() for p in outside)
+    assert share.working == (1 + (case.tuner is FULL)) * whole_at_a_time  # with the gradients of what is trained
 
 
 def test_a_filler_has_what_the_batch_has_that_it_stands_for(folders: Mapping[str, Path]) -> None:
