@@ -96,7 +96,7 @@ class Bench:
         self.dtype, self.device = self.base.dtype, self.base.device
         self.family = find_family(config.model_type)
         self._adapted = [(module, type(module)) for module in model.modules() if isinstance(module, lora.Linear)]
-        # As `prepare_model` does on a GPU; here on each device, so that a rehearsal runs them.
+        # As `load_policy` does on a GPU; here on each device, so that a rehearsal runs them.
         self._norms = [(module, type(module)) for module in fuse_norms(self.base)]
         config.save_pretrained(folder / "model")
         save_processor(folder / "model", config)

@@ -141,8 +141,8 @@ ELSEWHERE: Sequence[Elsewhere] = (
     Elsewhere(
         "deepspeed fsdp fsdp_config deepspeed_config_path zero_hpz_partition_size",
         ALL,
-        "a model is not sharded over workers here. Leave it out: each worker has a whole one, or --strategy device_map spreads "
-        "it over the worker's GPUs.",
+        "pass --strategy fsdp, which shards the language model over the workers (--num_workers); --strategy device_map spreads "
+        "it over one worker's GPUs.",
     ),
     Elsewhere(
         "device_map max_memory device_map_config", (*SWIFT, FACTORY), "pass --strategy device_map and --gpus_per_worker."

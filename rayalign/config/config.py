@@ -36,6 +36,7 @@ class Config:
                 "its weights are always .safetensors. Leave the flag out."
             )
         self._check_reference()
+        self._check_sharding()
 
     def _check_reference(self) -> None:
         precompute = self.model.precompute_ref_log_probs
@@ -49,6 +50,21 @@ class Config:
                 "--precompute_ref_log_probs false with --sft_type full: the reference is the model at the start, and its "
                 "weights are gone after the first step. Leave the flag out, or use --sft_type lora."
             )
+
+    def _check_sharding(self) -> None:
+        if not self.cluster.shards_models:
+            return
+        unfit = {
+            "quant_bits": (self.tuner.quant_bits, "weights of 4 bits are not sharded here"),
+            "freeze_llm": (self.tuner.freeze_llm, "it is the language model that is sharded, and here it would not be trained"),
+            "torch_compile": (self.model.torch_compile, "compiled layers are not sharded here"),
+            "dtype": (self.model.dtype == "float16" and "float16", "its loss scale is not kept for sharded gradients"),
+        }
+        for name, (value, reason) in unfit.items():
+            if value:
+                raise ValueError(
+                    f"--{name} {str(value).lower()} with --strategy fsdp: {reason}. Leave one of the two flags out."
+                )
 
     def check_inputs(self) -> None:
         """Raises ValueError where no model or no data is given, without which no run can begin."""

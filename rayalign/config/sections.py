@@ -299,9 +299,10 @@ class ClusterConfig:
     data_label_selector: tuple[str, ...] = flag(
         (), "The same for the tasks that encode records, such as a group of nodes without GPUs. Default: any node."
     )
-    strategy: Literal["auto", "ddp", "device_map"] = flag(
+    strategy: Literal["auto", "ddp", "fsdp", "device_map"] = flag(
         "auto",
-        "ddp: a whole model on each worker; device_map: a worker spreads its model over its GPUs. "
+        "ddp: a whole model on each worker; fsdp: each worker has a share of the language model's weights, gradients and "
+        "moments; device_map: a worker spreads its model over its GPUs. "
         "auto: device_map where a worker has several GPUs, else ddp.",
     )
     wait_for_nodes: float | None = flag(
@@ -328,6 +329,11 @@ class ClusterConfig:
             )
         parse_selector("label_selector", self.label_selector)
         parse_selector("data_label_selector", self.data_label_selector)
+        if self.shards_models and (self.gpus_per_worker or 0) > 1:
+            raise ValueError(
+                f"--gpus_per_worker {self.gpus_per_worker:g} with --strategy fsdp: a worker has one GPU there, and the model "
+                "is sharded over workers. Pass --gpus_per_worker 1 and a higher --num_workers."
+            )
 
     @property
     def worker_labels(self) -> dict[str, str]:
@@ -338,6 +344,11 @@ class ClusterConfig:
     def data_labels(self) -> dict[str, str]:
         """Labels of the nodes that encode records, with their conditions."""
         return parse_selector("data_label_selector", self.data_label_selector)
+
+    @property
+    def shards_models(self) -> bool:
+        """Whether a model is sharded over the workers."""
+        return self.strategy == "fsdp"
 
     @property
     def spreads_models(self) -> bool:

@@ -108,10 +108,20 @@ def remedies(memory_with: Callable[[Config, int], Memory], config: Config, gpu_b
         tried.append(("--sft_type lora", config.replace({"sft_type": "lora"})))
     elif config.tuner.quant_bits is None:
         tried.append(("--quant_bits 4", config.replace({"quant_bits": 4})))
+    if config.cluster.num_workers > 1 and config.cluster.strategy in ("auto", "ddp") and _can_be_sharded(config):
+        tried.append(("--strategy fsdp", config.replace({"strategy": "fsdp"})))
     if config.model.dtype == "float32":
         tried.append(("--dtype bfloat16", config.replace({"dtype": "bfloat16"})))
     found = [(words, memory_with(changed, changed.optimizer.batch_size)) for words, changed in tried]
     return [(words, memory) for words, memory in found if memory.total <= gpu_bytes]
+
+
+def _can_be_sharded(config: Config) -> bool:
+    try:
+        config.replace({"strategy": "fsdp"})
+    except ValueError:
+        return False
+    return True
 
 
 def time_of(config: Config, plan: PlanConfig, *, flops: float, per_worker: int) -> Time:

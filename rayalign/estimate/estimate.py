@@ -11,9 +11,13 @@ from rayalign.estimate.advice import Schedule, Time
 from rayalign.estimate.architecture import Blueprint, Skeleton
 from rayalign.estimate.dry_run import DryRun
 from rayalign.estimate.flops import LanguageCosts, PairFlops, PassOptions, language_costs, pair_flops
-from rayalign.estimate.memory import GB, Memory, MicroBatch, memory_of
+from rayalign.estimate.memory import GB, Memory, MicroBatch, holds_copy, memory_of
 from rayalign.estimate.shapes import DataShapes
+from rayalign.estimate.sharding import share_of
 from rayalign.estimate.vision import VisionCosts
+
+MOST_DOUBLINGS = 10
+"""A model is sharded over at most 1,024 workers in an advice."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Estimate:
     @cached_property
     def memory_with_other_checkpointing(self) -> Memory:
         """With gradient checkpointing where the run has none, and without where it has."""
-        return memory_of(self.skeleton, self._other, self._vision, self.batch)
+        return self._on_a_worker(memory_of(self.skeleton, self._other, self._vision, self.batch), self.skeleton)
 
     @property
     def gpu_bytes(self) -> int:
@@ -68,6 +72,8 @@ class Estimate:
 
     @cached_property
     def gpus_per_worker(self) -> int | None:
+        if self.config.cluster.shards_models:
+            return 1 if self.memory.total <= self.gpu_bytes else None
         return advice.gpus_per_worker(self.memory, self.gpu_bytes)
 
     @cached_property
@@ -80,7 +86,23 @@ class Estimate:
         return advice.longest_row(self.memory_of, self.batch, self.gpu_bytes)
 
     def memory_of(self, batch: MicroBatch) -> Memory:
-        return memory_of(self.skeleton, self._dry_run, self._vision, batch)
+        return self._on_a_worker(memory_of(self.skeleton, self._dry_run, self._vision, batch), self.skeleton)
+
+    @cached_property
+    def workers_needed(self) -> int | None:
+        """The fewest workers, doubled from two on, over which a sharded model fits; None where no number does."""
+        whole = memory_of(self.skeleton, self._dry_run, self._vision, self.batch)
+        counts = (2**n for n in range(1, MOST_DOUBLINGS + 1))
+        return next((n for n in counts if self._shared(whole, self.skeleton, n).total <= self.gpu_bytes), None)
+
+    def _on_a_worker(self, memory: Memory, skeleton: Skeleton, config: Config | None = None) -> Memory:
+        """What a worker holds, of the memory of one that holds the whole model."""
+        cluster = (config or self.config).cluster
+        return self._shared(memory, skeleton, cluster.num_workers) if cluster.shards_models else memory
+
+    def _shared(self, memory: Memory, skeleton: Skeleton, num_workers: int) -> Memory:
+        copied = self.blueprint.dtype if holds_copy(self.blueprint) else None
+        return share_of(memory, skeleton, num_workers=num_workers, copied=copied)
 
     @cached_property
     def options(self) -> PassOptions:
@@ -139,4 +161,5 @@ class Estimate:
     def _memory_with(self, config: Config, rows: int) -> Memory:
         blueprint = dataclasses.replace(self.blueprint, model=config.model, tuner=config.tuner)
         batch = dataclasses.replace(self.batch, rows=min(rows, self.batch.rows))
-        return memory_of(blueprint.build(), DryRun(blueprint), self._vision, batch)
+        skeleton = blueprint.build()
+        return self._on_a_worker(memory_of(skeleton, DryRun(blueprint), self._vision, batch), skeleton, config)

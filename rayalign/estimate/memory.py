@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rayalign.estimate.architecture import Skeleton
+from rayalign.estimate.architecture import Blueprint, Skeleton
 from rayalign.estimate.dry_run import DryRun, RowShape
 from rayalign.estimate.shapes import PairShape
 from rayalign.estimate.vision import VisionCosts
@@ -83,7 +83,7 @@ def memory_of(skeleton: Skeleton, dry_run: DryRun, vision: VisionCosts | None, b
     working = 0
     if blueprint.tuner.quant_bits is not None:
         frozen, working = _quantised(skeleton, frozen, double=blueprint.tuner.bnb_4bit_use_double_quant)
-    if blueprint.tuner.sft_type == "full" and blueprint.needs.runs_reference_in_step:
+    if holds_copy(blueprint):
         # That needs the model as it was at the start.
         frozen += sum(skeleton.sizes.values()) * torch.finfo(blueprint.dtype).bits // 8
     activations = dry_run.activations(batch.shape())
@@ -102,6 +102,11 @@ def memory_of(skeleton: Skeleton, dry_run: DryRun, vision: VisionCosts | None, b
         working=working,
         images=images,
     )
+
+
+def holds_copy(blueprint: Blueprint) -> bool:
+    """Whether a frozen copy of the model is held beside it."""
+    return blueprint.tuner.sft_type == "full" and blueprint.needs.runs_reference_in_step
 
 
 def _bytes(tensors: list[torch.nn.Parameter]) -> int:

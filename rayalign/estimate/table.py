@@ -144,14 +144,20 @@ def _machines(found: Estimate) -> Iterator[str]:
     size, memory = f"{found.plan.gpu_memory_gb:g} GB", found.memory
     yield f"On GPUs of {size}, {found.plan.gpu_tflops:g} TFLOPS"
     per_worker = found.gpus_per_worker
+    cluster = found.config.cluster
+    name = f"fsdp over {cluster.num_workers} workers" if cluster.shards_models else "ddp"
     if per_worker == 1:
-        yield f"  strategy: ddp, one GPU per worker ({_gb(memory.total)} of {found.plan.gpu_memory_gb:g} GB used)"
+        yield f"  strategy: {name}, one GPU per worker ({_gb(memory.total)} of {found.plan.gpu_memory_gb:g} GB used)"
         longest = found.longest_row
         times = longest / found.batch.shape().tokens
         yield f"  longest row that fits: about {longest:,} tokens, {times:.1f} times the data's{_beyond(longest, found)}"
     else:
         yield f"  a worker needs {_gb(memory.total)} GB, more than one GPU has"
-        if per_worker is None:
+        if cluster.shards_models:
+            needed = found.workers_needed
+            enough = "no number of workers would do" if needed is None else f"--num_workers {needed} would do"
+            yield f"  strategy: {name}; {enough}"
+        elif per_worker is None:
             yield f"  and more than {MOST_GPUS} GPUs of a worker have together"
         else:
             yield f"  strategy: device_map, {per_worker} GPUs per worker (--gpus_per_worker {per_worker}); they take turns"

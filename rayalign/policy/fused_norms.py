@@ -1,6 +1,6 @@
 """RMS norms in one kernel on a GPU, in place of the seven that transformers' own arithmetic takes.
 
-`prepare` calls it for models whose weights are on a GPU. A norm rounds once there, after its weight, where transformers rounds
+`loading` calls it for models that run on a GPU. A norm rounds once there, after its weight, where transformers rounds
 before it, too.
 """
 

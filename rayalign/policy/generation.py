@@ -14,6 +14,7 @@ from rayalign.data.batch import PairBatch, assemble
 from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.store import EncodedPair
 from rayalign.policy.policy import Policy
+from rayalign.policy.sharding import agreed
 
 
 def generate_answers(policy: Policy, spec: EncoderSpec, pairs: Sequence[EncodedPair], *, max_new_tokens: int) -> list[str]:
@@ -36,7 +37,7 @@ def greedy_ids(policy: Policy, batch: PairBatch, *, end_tokens: frozenset[int], 
     position_ids = batch.position_ids.amax().expand(*batch.position_ids.shape[:-1], 1)
     ids: list[int] = []
     logits = policy.logits_behind_prompt(batch, policy.image_features(batch), cache)
-    while (token := int(logits.argmax())) not in end_tokens:
+    while (token := agreed(policy, int(logits.argmax()))) not in end_tokens:
         ids.append(token)
         if len(ids) == max_new_tokens:
             break

@@ -20,6 +20,7 @@ from rayalign.models.parts import find_parts
 from rayalign.models.registry import find_family, load_config
 from rayalign.models.source import ModelSource
 from rayalign.ops.value_head import load_value_head
+from rayalign.policy.fused_norms import fuse_norms
 from rayalign.policy.policy import Policy
 from rayalign.policy.prepare import model_options, prepare_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
@@ -37,12 +38,14 @@ def load_policy(
     device: torch.device,
     needs: Needs,
     spread_over_gpus: bool = False,
+    stay_on_cpu: bool = False,
     seed: int = 42,
 ) -> Policy:
     """Loads the weights and prepares them for training: adapters, or all weights, of the parts that are not frozen.
 
     Trainable weights are float32; all others have the type of `model.dtype`. A value head is that of the source's folder, or a
     new one. Where all weights are trained and a companion's rows need a reference in the step, a frozen copy is kept as such.
+    With `stay_on_cpu` the weights wait there for `sharding` to put them on the device, share by share.
     On a GPU, cuDNN's attention is switched off in this process. Raises ValueError for models of unknown families, for weights
     and adapters that are not whole or do not fit, for flags that do not fit the model or its adapter, and where the machine
     lacks what quantisation or the attention kernel needs.
@@ -61,11 +64,12 @@ def load_policy(
     if tuner.quant_bits is not None:
         options["quantization_config"] = _quantisation(family, config, model, tuner, dtype)
     torch.manual_seed(seed)  # all workers', before anything that may draw
-    base = _load_base(
-        source.base, family, options, None if spread_over_gpus else device, needs_output_head=needs.head != "value"
-    )
+    place = torch.device("cpu") if stay_on_cpu else None if spread_over_gpus else device
+    base = _load_base(source.base, family, options, place, needs_output_head=needs.head != "value")
     torch.manual_seed(seed)
     prepared = prepare_model(base, source, model=model, tuner=tuner, family=family, needs=needs, dtype=dtype)
+    if device.type == "cuda":
+        fuse_norms(base)
     if named != source.base:
         _note_name(prepared, base, named)
     value_head = None

@@ -6,9 +6,9 @@ weights are trained, it is the model at the start, whose log-probabilities come 
 known before their step (a companion's that differ from epoch to epoch) there is a frozen copy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -33,11 +33,14 @@ from rayalign.policy.adapters import AdapterSwitch
 from rayalign.policy.compat import attention_kernel, image_arguments
 from rayalign.policy.prepare import set_modes
 
+T = TypeVar("T")
+
 
 class Policy:
     """A VLM under training. `model` is the PEFT-wrapped (LoRA) or plain (full) transformers model; a reward model has a
     `value_head`, too. `dtype` is the type of the arithmetic, whatever the type of the trainable weights; `start` is a frozen
-    copy as reference."""
+    copy as reference. `sharded`, where `sharding` has put the weights on several workers, runs a function with the embeddings
+    and the output head whole; every worker must then run the same forwards in the same order."""
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Policy:
         self.model: Any = model
         self.value_head = value_head
         self.start = start
+        self.sharded: Callable[[Callable[[], Any]], Any] | None = None
         self.base: Any = self.model.get_base_model() if isinstance(model, PeftModel) else model
         self.family = family
         self.image_token_id: int | None = None if family.text_only else self.base.config.image_token_id
@@ -101,26 +105,41 @@ class Policy:
 
     def _score_tokens(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Of each of the batch's targets [N] the log-probability, and whether no other token is likelier."""
-        head = self.base.get_output_embeddings().weight
-        states = self._states(batch, images, batch.predictors).to(head.device)
-        with self._arithmetic():
-            return score_tokens(states, head, batch.targets.to(head.device), softcap=self._softcap)
+
+        def score() -> tuple[Tensor, Tensor]:
+            head = self.base.get_output_embeddings().weight
+            states = self._states(batch, images, batch.predictors).to(head.device)
+            with self._arithmetic():
+                return score_tokens(states, head, batch.targets.to(head.device), softcap=self._softcap)
+
+        return self._run(score)
+
+    def _run(self, forward: Callable[[], T]) -> T:
+        """What a forward gives; it runs embeddings, decoder or output head, which are whole within it."""
+        return self.sharded(forward) if self.sharded is not None else forward()
 
     def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected responses by the value head, each at the response's last token."""
         assert self.value_head is not None
         device = self.value_head.summary.weight.device
-        chosen, rejected = self.value_head(self._states(batch, images, batch.last_token).to(device)).chunk(2)
+        states = self._run(lambda: self._states(batch, images, batch.last_token))
+        chosen, rejected = self.value_head(states.to(device)).chunk(2)
         return chosen, rejected
 
     def logits_behind_prompt(self, batch: PairBatch, images: tuple[Tensor, ...], cache: Cache) -> Tensor:
         """The logits [V] of what follows the one prompt of a batch, whose keys and values `cache` keeps."""
-        embedded = self._embedded(batch.input_ids, [images[slot] for slot in batch.image_slots])
-        return self._next_logits(**embedded, **self._masks(batch), position_ids=batch.position_ids, past_key_values=cache)
+
+        def behind() -> Tensor:
+            embedded = self._embedded(batch.input_ids, [images[slot] for slot in batch.image_slots])
+            return self._next_logits(**embedded, **self._masks(batch), position_ids=batch.position_ids, past_key_values=cache)
+
+        return self._run(behind)
 
     def logits_behind_token(self, token: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
         """The same of what follows one more token [1, 1], at its position [1, 1] or [3, 1, 1], behind what `cache` keeps."""
-        return self._next_logits(**self._embedded(token, ()), position_ids=position_ids, past_key_values=cache)
+        return self._run(
+            lambda: self._next_logits(**self._embedded(token, ()), position_ids=position_ids, past_key_values=cache)
+        )
 
     def _next_logits(self, **inputs: Any) -> Tensor:
         head = self.base.get_output_embeddings()

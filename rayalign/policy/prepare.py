@@ -17,7 +17,6 @@ from rayalign.models.source import ModelSource
 from rayalign.ops.attention import SHARED_PREFIX
 from rayalign.policy.adapters import add_adapters, merge_adapter, trainable_parts
 from rayalign.policy.compat import register_shared_prefix, without_peft_warnings
-from rayalign.policy.fused_norms import fuse_norms
 
 
 def model_options(family: Family, model: ModelConfig, tuner: TunerConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -65,8 +64,6 @@ def prepare_model(
     if not needs.dropout:
         _turn_off_dropout(prepared)
     set_modes(base)
-    if base.device.type == "cuda":
-        fuse_norms(base)
     if model.gradient_checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return prepared

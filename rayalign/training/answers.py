@@ -47,9 +47,10 @@ def ask(
     folder: Store,
     rank: int,
     workers: int,
+    together: bool = False,
 ) -> None:
-    """Keeps the policy's answers to the prompts of some rows, each worker a share of them. Every worker calls it. Answers
-    from before the training stay what they are once they are there."""
+    """Keeps the policy's answers to the prompts of some rows, each worker a share of them, or all of them `together`, which a
+    sharded policy needs. Every worker calls it. Answers from before the training stay what they are once they are there."""
     if moment == "before" and gather(bool(read_answers(folder).before) if rank == 0 else None)[0]:
         return
     from rayalign.policy.generation import generate_answers  # here: who reads answers needs no model
@@ -57,10 +58,15 @@ def ask(
     texts: dict[str, str] = {}
     failed = ""
     try:
-        pairs = from_batch(data.reader().read(rows[rank::workers]))
+        pairs = from_batch(data.reader().read(rows if together else rows[rank::workers]))
+    except Exception as error:  # noqa: BLE001  # of storage
+        failed, pairs = f"{type(error).__name__}: {error}", []
+    if together and any(gather(failed)):
+        pairs = []  # what one can't read all leave alone
+    try:
         said = generate_answers(policy, spec, pairs, max_new_tokens=MAX_NEW_TOKENS)
         texts = {pair.id: text for pair, text in zip(pairs, said, strict=True)}
-    except Exception as error:  # noqa: BLE001  # of a model or of storage: a run is worth more than what it says
+    except Exception as error:  # noqa: BLE001  # of a model: a run is worth more than what it says
         failed = f"{type(error).__name__}: {error}"
     everyone = gather((texts, failed))
     if rank == 0:

@@ -1,8 +1,9 @@
 """What a checkpoint holds, and how the newest whole one is found.
 
 A checkpoint folder is complete or it does not count: its manifest names every file with size and hash. A run that goes on reads
-the newest checkpoint, and deletes others only when every worker holds its content with the right hashes. Only safetensors and
-JSON: nothing is unpickled.
+the newest checkpoint, and deletes others only when every worker holds its content with the right hashes. Where weights are
+sharded, each worker writes its own, and reads its own if there are as many workers as then (`checkpoint_files`). Only
+safetensors and JSON: nothing is unpickled.
 """
 
 import hashlib
@@ -15,22 +16,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from rayalign.storage import Store
 from rayalign.training.best import Best, best_from
-from rayalign.training.distributed import gather
+from rayalign.training.checkpoint_files import (
+    MOMENTS,
+    WEIGHTS,
+    SavedTensors,
+    copy_own_part,
+    like,
+    num_shards,
+    save_tensors,
+    shard_file,
+    tensor_files,
+    whole_file,
+)
+from rayalign.training.distributed import gather, is_sharded
 
 if TYPE_CHECKING:
     from rayalign.policy.policy import Policy
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-WEIGHTS, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+Shard = tuple[int, int]
+"""Which shard of how many a worker holds."""
+ALL_SHARDS: Shard = (0, 0)
 NONE_YET = Best()
 REMEDY = "Continue the run with the flags that it began with, or choose another --output_dir."
 
@@ -53,26 +67,41 @@ class FetchedCheckpoint:
 
 
 def write_checkpoint(
-    folder: Path, policy: "Policy", optimizer: Optimizer, *, step: int, scaler: GradScaler | None = None, best: Best = NONE_YET
+    folder: Path,
+    policy: "Policy",
+    optimizer: Optimizer,
+    *,
+    step: int,
+    scaler: GradScaler | None = None,
+    best: Best = NONE_YET,
+    rank: int = 0,
 ) -> None:
     """Writes the trainable weights, the optimizer's moments, the number of steps done, float16's loss scale and the best
-    evaluation so far; the manifest last."""
+    evaluation so far; the manifest last. Of sharded weights every worker calls it, and writes what it holds of them; rank 0
+    writes all else."""
     names = {id(p): name for name, p in policy.trainable.items()}
-    save_file({name: p.detach().contiguous() for name, p in policy.trainable.items()}, folder / WEIGHTS)
+    save_tensors(policy.trainable, folder, WEIGHTS, rank=rank)
     moments = {
-        f"{names[id(p)]}|{key}": value.detach().contiguous().clone()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{names[id(p)]}|{key}": value.detach().clone() for p, state in optimizer.state.items() for key, value in state.items()
     }
-    save_file(moments, folder / MOMENTS)
-    state: dict[str, Any] = {"step": step, "torch": torch.__version__}
-    if scaler is not None and scaler.is_enabled():
-        state["loss_scale"] = scaler.state_dict()
-    if best != NONE_YET:
-        state["best"] = best.to_dict()
-    (folder / STATE).write_text(json.dumps(state))
+    save_tensors(moments, folder, MOMENTS, rank=rank)
+    if rank == 0:
+        state: dict[str, Any] = {"step": step, "torch": torch.__version__}
+        if scaler is not None and scaler.is_enabled():
+            state["loss_scale"] = scaler.state_dict()
+        if best != NONE_YET:
+            state["best"] = best.to_dict()
+        (folder / STATE).write_text(json.dumps(state))
     files = {file.name: _file_entry(file) for file in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps(files))
+    if trains_shards(policy):
+        files = {name: entry for worker in gather(files) for name, entry in worker.items()}
+    if rank == 0:
+        (folder / MANIFEST).write_text(json.dumps(files))
+
+
+def trains_shards(policy: "Policy") -> bool:
+    """Whether trainable weights are sharded, so that every worker has some of a checkpoint."""
+    return any(map(is_sharded, policy.trainable.values()))
 
 
 def load_checkpoint(
@@ -80,53 +109,60 @@ def load_checkpoint(
 ) -> None:
     """Restores weights, optimizer and loss scale in place. Raises ValueError where the checkpoint is of another model, adapter
     or precision."""
-    moments = load_file(checkpoint.folder / MOMENTS)
     loss_scale = json.loads((checkpoint.folder / STATE).read_text()).get("loss_scale")
-    weights = _fitting_weights(checkpoint.folder / WEIGHTS, policy, checkpoint.store.location)
     parameters = policy.trainable
     scales_loss = scaler is not None and scaler.is_enabled()
-    if scales_loss != (loss_scale is not None):
-        kinds = {True: "float16", False: "another type"}
-        raise ValueError(
-            f"The checkpoint {checkpoint.store.location} was trained in {kinds[not scales_loss]}, and this run trains in "
-            f"{kinds[scales_loss]}. Pass the same --dtype."
-        )
-    if scaler is not None and scales_loss:
-        scaler.load_state_dict(loss_scale)
+    with (
+        SavedTensors(checkpoint.folder, MOMENTS) as moments,
+        SavedTensors(checkpoint.folder, WEIGHTS) as weights,
+    ):
+        _require_fit(weights, parameters, checkpoint.store.location)
+        if scales_loss != (loss_scale is not None):
+            kinds = {True: "float16", False: "another type"}
+            raise ValueError(
+                f"The checkpoint {checkpoint.store.location} was trained in {kinds[not scales_loss]}, and this run trains in "
+                f"{kinds[scales_loss]}. Pass the same --dtype."
+            )
+        if scaler is not None and scales_loss:
+            scaler.load_state_dict(loss_scale)
+        _restore(weights, parameters)
+        for key in sorted(moments.names):
+            name, moment = key.split("|")
+            parameter = parameters[name]
+            # AdamW keeps its step counts on the CPU unless it is fused or capturable.
+            optimizer.state[parameter][moment] = (
+                _on_device(moments.value(key), parameter, optimizer)
+                if moment == "step"
+                else like(parameter, moments.own_part(key, parameter))
+            )
+
+
+def load_weights(folder: Path, policy: "Policy") -> None:
+    """Restores the trainable weights of a checkpoint's files alone, in place. Raises ValueError where they are of another model
+    or adapter."""
+    with SavedTensors(folder, WEIGHTS) as weights:
+        _require_fit(weights, policy.trainable, folder.name)
+        _restore(weights, policy.trainable)
+
+
+def _restore(weights: SavedTensors, parameters: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    for key, value in moments.items():
-        name, moment = key.split("|")
-        parameter = parameters[name]
-        # AdamW keeps its step counts on the CPU unless it is fused or capturable.
-        optimizer.state[parameter][moment] = (
-            _on_device(value, parameter, optimizer) if moment == "step" else value.to(parameter.device)
-        )
+            copy_own_part(parameter, weights.own_part(name, parameter))
 
 
-def load_weights(file: Path, policy: "Policy") -> None:
-    """Restores the trainable weights of a checkpoint's file alone, in place. Raises ValueError where they are of another model
-    or adapter."""
-    weights = _fitting_weights(file, policy, file.parent.name)
-    with torch.no_grad():
-        for name, parameter in policy.trainable.items():
-            parameter.copy_(weights[name])
-
-
-def _fitting_weights(file: Path, policy: "Policy", checkpoint: str) -> dict[str, Tensor]:
-    """Trainable weights by name, which are those of the policy."""
-    weights, parameters = load_file(file), policy.trainable
-    if set(weights) != set(parameters):
-        odd = sorted(set(weights) ^ set(parameters))[:3]
+def _require_fit(weights: SavedTensors, parameters: Mapping[str, Tensor], checkpoint: str) -> None:
+    """Raises ValueError where weights are not those of a policy."""
+    if weights.names != set(parameters):
+        odd = sorted(weights.names ^ set(parameters))[:3]
         raise ValueError(f"The checkpoint {checkpoint} trains other weights than this run ({', '.join(odd)}, ...). {REMEDY}")
     for name, parameter in parameters.items():
-        if weights[name].shape != parameter.shape:
+        shape = weights.shape_beside(name, parameter)
+        if shape != parameter.shape:
             raise ValueError(
-                f"The checkpoint {checkpoint} has {name} of shape {tuple(weights[name].shape)}, "
-                f"and this run trains one of {tuple(parameter.shape)}. {REMEDY}"
+                f"The checkpoint {checkpoint} has {name} of shape {shape}, and this run trains one of "
+                f"{tuple(parameter.shape)}. {REMEDY}"
             )
-    return weights
 
 
 def load_best(checkpoint: FetchedCheckpoint) -> Best:
@@ -134,13 +170,16 @@ def load_best(checkpoint: FetchedCheckpoint) -> Best:
     return best_from(json.loads((checkpoint.folder / STATE).read_text()).get("best"))
 
 
-def fetch_newest(folder: Store, temporary: Path, *, gather: Callable[[Any], list[Any]] = gather) -> FetchedCheckpoint | None:
-    """The checkpoint with the most steps that every worker can read whole, hashes and all, copied into `temporary`; those that
-    are damaged are passed over with a warning. Every worker calls it, and gets the same one."""
+def fetch_newest(
+    folder: Store, temporary: Path, *, shard: Shard = ALL_SHARDS, gather: Callable[[Any], list[Any]] = gather
+) -> FetchedCheckpoint | None:
+    """The checkpoint with the most steps that every worker can read, hashes and all, copied into `temporary`; those that
+    are damaged are passed over with a warning. Every worker calls it, and gets the same one: all files, or of those of other
+    workers none where it holds the same `shard` as the one that wrote its own."""
     listed: list[Checkpoint] = gather(_newest_first(folder))[0]
     for checkpoint in listed:
         copy = temporary / checkpoint.store.name
-        problem = next(filter(None, gather(_fetch(checkpoint.store, copy))), None)
+        problem = next(filter(None, gather(_fetch(checkpoint.store, copy, shard))), None)
         if problem is None:
             return FetchedCheckpoint(checkpoint.store, checkpoint.step, copy)
         logger.warning("Passing over checkpoint %s: %s.", checkpoint.store.location, problem)
@@ -148,24 +187,34 @@ def fetch_newest(folder: Store, temporary: Path, *, gather: Callable[[Any], list
     return None
 
 
-def fetch(store: Store, step: int, temporary: Path, *, gather: Callable[[Any], list[Any]] = gather) -> FetchedCheckpoint:
+def fetch(
+    store: Store,
+    step: int,
+    temporary: Path,
+    *,
+    shard: Shard = ALL_SHARDS,
+    gather: Callable[[Any], list[Any]] = gather,
+) -> FetchedCheckpoint:
     """One checkpoint, copied into `temporary` by every worker. Raises ValueError on each where one of them can't read it whole,
     hashes and all."""
     copy = temporary / store.name
-    problem = next(filter(None, gather(_fetch(store, copy))), None)
+    problem = next(filter(None, gather(_fetch(store, copy, shard))), None)
     if problem is not None:
         raise ValueError(f"The checkpoint {store.location} is damaged: {problem}.")
     return FetchedCheckpoint(store, step, copy)
 
 
 def fetch_weights(store: Store, temporary: Path) -> Path:
-    """The file of a checkpoint's trainable weights, copied into `temporary`. Raises ValueError where it is damaged."""
+    """A folder in `temporary` with a copy of a checkpoint's trainable weights. Raises ValueError where they are damaged."""
     copy = temporary / store.name
     copy.mkdir()
-    problem = _what_is_missing(store) or _fetch_files(store, copy, (MANIFEST, WEIGHTS))
+    problem = _what_is_missing(store)
+    if problem is None:
+        names = [file.name for file in store.list() if file.name.startswith(WEIGHTS)]
+        problem = _fetch_files(store, copy, (MANIFEST, *names))
     if problem is not None:
         raise ValueError(f"The checkpoint {store.location} is damaged: {problem}.")
-    return copy / WEIGHTS
+    return copy
 
 
 def whole_checkpoints(folder: Store) -> list[Checkpoint]:
@@ -224,13 +273,17 @@ def _newest_first(folder: Store) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
-def _fetch(store: Store, copy: Path) -> str | None:
+def _fetch(store: Store, copy: Path, shard: Shard) -> str | None:
     """Copies a checkpoint's files into the new folder `copy`; returns what is wrong with them."""
     copy.mkdir()
     problem = _what_is_missing(store)
     if problem is not None:
         return problem
-    return _fetch_files(store, copy, (MANIFEST, WEIGHTS, MOMENTS, STATE))
+    number, of = shard
+    count = num_shards(file.name for file in store.list())
+    shards = (number,) if 0 < count == of else range(count)
+    wanted = [shard_file(kind, n, count) for kind in (WEIGHTS, MOMENTS) for n in shards]
+    return _fetch_files(store, copy, (MANIFEST, STATE, whole_file(WEIGHTS), whole_file(MOMENTS), *wanted))
 
 
 def _fetch_files(store: Store, copy: Path, names: Sequence[str]) -> str | None:
@@ -263,8 +316,10 @@ def _parse_manifest(content: bytes) -> Mapping[str, Any]:
         manifest = json.loads(content)
     except (ValueError, RecursionError):
         raise ValueError("its manifest is cut short or no JSON") from None
-    if not isinstance(manifest, dict) or set(manifest) != {WEIGHTS, MOMENTS, STATE}:
-        raise ValueError(f"its manifest does not name {WEIGHTS}, {MOMENTS} and {STATE}")
+    count = num_shards(manifest) if isinstance(manifest, dict) else 0
+    if not isinstance(manifest, dict) or set(manifest) != {*tensor_files(count), STATE}:
+        shards = f", and all {count} shards of the first two" if count else ""
+        raise ValueError(f"its manifest does not name {whole_file(WEIGHTS)}, {whole_file(MOMENTS)} and {STATE}{shards}")
     if not all(isinstance(entry, dict) and {"size", "sha256"} <= set(entry) for entry in manifest.values()):
         raise ValueError("its manifest lacks sizes and hashes")
     return manifest

@@ -116,8 +116,8 @@ def _algorithm(name: str, plugins: Any, folder: Store) -> type[Algorithm]:
 
 
 def write_model(config: Config, weights: Path, folder: Path) -> None:
-    """Writes into `folder` what a run of this configuration with these trainable weights writes as its model/. Runs on the CPU,
-    which holds the whole model for it."""
+    """Writes into `folder` what a run of this configuration writes as its model/, with the trainable weights of the folder
+    `weights`. Runs on the CPU, which holds the whole model for it."""
     source = require_model(config.model, REGISTERED_MODELS)
     dtype: Any = config.model.dtype_on("cuda" if config.cluster.gpus_per_worker else "cpu")
     model = replace(

@@ -1,11 +1,15 @@
-"""What train workers do together, in plain torch.distributed: nothing where a process is alone."""
+"""What train workers do together, in plain torch.distributed: nothing where a process is alone.
 
-from collections.abc import Iterable
+Weights and gradients are whole on each worker, or sharded (`DTensor`s).
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from rayalign.policy.policy import Policy
@@ -45,7 +49,27 @@ def _sum_bucket(bucket: list[Tensor]) -> None:
 
 
 def start_alike(policy: "Policy") -> None:
-    """Gives every worker rank 0's trainable weights."""
+    """Gives every worker rank 0's trainable weights; sharded ones are from the model's files, and the same already."""
     if dist.is_initialized():
         for parameter in policy.trainable.values():
-            dist.broadcast(parameter.data, src=0)
+            if not is_sharded(parameter):
+                dist.broadcast(parameter.data, src=0)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each worker holds only some of a tensor's rows."""
+    return isinstance(tensor, DTensor)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the gradients of all parameters, summed over workers, down to a norm; returns the norm [] that they had. Every
+    worker calls it."""
+    whole = [p for p in parameters if not is_sharded(p)]
+    sharded = [p for p in parameters if is_sharded(p)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(whole, max_norm)
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in (whole, sharded) if group]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
+    for group in (whole, sharded):
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm

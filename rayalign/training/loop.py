@@ -1,8 +1,9 @@
 """The optimizer step and the run around it, in plain torch: for one process, under Ray Train, or on a bare GPU machine.
 
 A step runs its micro-batches, sums gradients over workers once, clips, and updates. Nothing hooks into the backward pass, so
-any number of forwards, uneven tails and idle workers are fine. Where the loss of a pair depends on the other pairs of the step
-(KTO's KL estimate, AOT's ranks), the statistics of all of them are taken before the first gradient.
+any number of forwards, uneven tails and idle workers are fine; only where weights are sharded must workers go in step
+(`lockstep`). Where the loss of a pair depends on the other pairs of the step (KTO's KL estimate, AOT's ranks), the statistics
+of all of them are taken before the first gradient.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ from rayalign.data.batch import PairBatch
 from rayalign.data.sampler import StepCounts, StepSampler
 from rayalign.policy.policy import Policy
 from rayalign.training.best import GOES_ON, Verdict
-from rayalign.training.distributed import gather, sum_over_workers
+from rayalign.training.distributed import clip_gradients, gather, is_sharded, sum_over_workers
 from rayalign.training.evaluation import WatchedForward, response_tokens, shuffled_accuracies, with_preferences
+from rayalign.training.lockstep import Fillers, RecordedForward, in_step, is_filler
 from rayalign.training.metric_names import PAIR_TOKENS
 from rayalign.training.metrics import Clock, MetricSums
 from rayalign.training.optimizer import learning_rate, make_optimizer
@@ -57,7 +59,8 @@ class StepResult:
 class Trainer:
     """One worker's share of the optimisation: the policy and its optimizer.
 
-    `gather` brings a value of every worker together, by rank.
+    `gather` brings a value of every worker together, by rank. `fillers`, where the policy is sharded, are what a worker runs
+    that has fewer micro-batches than others.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class Trainer:
         num_steps: int,
         rank: int = 0,
         gather: Callable[[Any], list[Any]] = gather,
+        fillers: Fillers | None = None,
     ) -> None:
+        self.fillers = fillers
         self.policy = policy
         self.algorithm = algorithm
         self.config = config
@@ -91,16 +96,21 @@ class Trainer:
         """Fills the gradients of a whole step, summed over workers, times the loss scale; returns what this worker's
         micro-batches contributed, without a graph, and their tokens."""
         # Statistics take a pass of their own over every micro-batch, and a stream gives each once.
-        batches = list(map(self._with_features, micro_batches)) if self.algorithm.needs.statistics else micro_batches
+        own = in_step(micro_batches, self.fillers)
+        batches = list(map(self._with_features, own)) if self.algorithm.needs.statistics else own
         outputs, num_tokens = [], 0
-        for batch, output in self._outputs(lambda: batches, counts):
+        for batch, statistics in self._with_statistics(lambda: batches):
+            if is_filler(batch):
+                self._run_filler(batch, counts, statistics).backward()
+                continue
             num_tokens += batch.num_tokens
+            output = self.algorithm.loss(self.policy, batch.to(self.policy.device), counts, statistics)
             self.scaler.scale(output.loss).backward()
             outputs.append(dataclasses.replace(output, loss=output.loss.detach()))
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        sum_over_workers(p.grad for p in self._parameters if p.grad is not None)
+        sum_over_workers(p.grad for p in self._parameters if p.grad is not None and not is_sharded(p))
         return outputs, num_tokens
 
     def step(self, step: int, micro_batches: Iterable[PairBatch], counts: StepCounts) -> StepResult:
@@ -114,7 +124,7 @@ class Trainer:
         outputs, num_tokens = self.gradients(micro_batches, counts)
         # The sums are the same on every worker, and so is what follows from them.
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf)
+        norm = clip_gradients(self._parameters, self.config.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.num_steps)
         self.scaler.step(self.optimizer)
@@ -134,10 +144,20 @@ class Trainer:
         return is_skipped
 
     def statistics(self, batches: Iterable[PairBatch]) -> list[Tensor]:
-        """What this worker contributes to the step's statistics, for each of its micro-batches [B, K]."""
+        """What this worker contributes to the step's statistics, for each of its micro-batches [B, K]; for a filler [0, K]."""
         assert isinstance(self.algorithm, AlgorithmWithStatistics)
+        found = []
         with torch.no_grad():
-            return [self.algorithm.statistics(self.policy, batch.to(self.policy.device)).cpu() for batch in batches]
+            for batch in batches:
+                values = self.algorithm.statistics(self.policy, batch.to(self.policy.device)).cpu()
+                found.append(values[:0] if is_filler(batch) else values)
+        return found
+
+    def _run_filler(self, batch: PairBatch, counts: StepCounts, statistics: StepStatistics | None) -> Tensor:
+        """Runs the forwards that a loss takes; returns a loss [] without a gradient, whose backward runs theirs."""
+        forward = RecordedForward(self.policy)
+        self.algorithm.loss(forward, batch.to(self.policy.device), counts, statistics)
+        return forward.nothing
 
     def evaluate(
         self, batches: Callable[[], Iterable[PairBatch]], counts: StepCounts
@@ -149,7 +169,10 @@ class Trainer:
         sums = MetricSums()
         pairs: dict[str, dict[str, float]] = {}
         with torch.no_grad(), _dropout_off(self.policy):
-            for batch, statistics in self._with_statistics(batches):
+            for batch, statistics in self._with_statistics(lambda: in_step(batches(), self.fillers)):
+                if is_filler(batch):
+                    self._run_filler(batch, counts, statistics)
+                    continue
                 forward = WatchedForward(self.policy, batch.to(self.policy.device))
                 output = with_preferences(self.algorithm.loss(forward, forward.batch, counts, statistics), forward)
                 sums.add(output)
@@ -169,9 +192,11 @@ class Trainer:
         beside_reference = self.algorithm.needs.reference and self.policy.can_run_reference
         pairs = {}
         with torch.no_grad(), _dropout_off(self.policy):
-            for batch in batches:
+            for batch in in_step(batches, self.fillers):
                 moved = batch.to(self.policy.device)
                 found = shuffled_accuracies(self.policy, moved, beside_reference=beside_reference)
+                if is_filler(batch):
+                    continue
                 values = {name: of_pairs.tolist() for name, of_pairs in found.items()}
                 for number, (pair_id, *tokens) in enumerate(zip(batch.ids, *response_tokens(batch), strict=True)):
                     if all(tokens):
@@ -184,13 +209,6 @@ class Trainer:
             return batch
         with torch.no_grad():
             return dataclasses.replace(batch, image_features=self.policy.image_features(batch.to(self.policy.device)))
-
-    def _outputs(
-        self, batches: Callable[[], Iterable[PairBatch]], counts: StepCounts
-    ) -> Iterator[tuple[PairBatch, LossOutput]]:
-        """Each micro-batch with what the algorithm makes of it."""
-        for batch, statistics in self._with_statistics(batches):
-            yield batch, self.algorithm.loss(self.policy, batch.to(self.policy.device), counts, statistics)
 
     def _with_statistics(self, batches: Callable[[], Iterable[PairBatch]]) -> Iterable[tuple[PairBatch, StepStatistics | None]]:
         """Each micro-batch with the step's statistics, if the algorithm needs them."""
@@ -207,7 +225,7 @@ class Trainer:
         whole = torch.cat(lines).to(self.policy.device) if lines else torch.empty(0)
         before = sum(len(batch) for worker in everyone[: self.rank] for batch in worker)
         starts = itertools.accumulate((len(batch) for batch in mine), initial=before)
-        return [StepStatistics(whole, first) for first, _ in zip(starts, mine, strict=False)]
+        return [StepStatistics(whole, first if len(batch) else 0) for first, batch in zip(starts, mine, strict=False)]
 
 
 def _dropout_off(policy: Policy) -> AbstractContextManager[None]:

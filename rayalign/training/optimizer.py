@@ -1,11 +1,13 @@
 """The optimizer of a run and the learning rate of each of its steps."""
 
 import math
+from typing import Any
 
 import torch
 
 from rayalign.config.sections import OptimizerConfig
 from rayalign.policy.policy import Policy
+from rayalign.training.distributed import is_sharded
 
 
 def make_optimizer(policy: Policy, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -19,9 +21,11 @@ def make_optimizer(policy: Policy, config: OptimizerConfig) -> torch.optim.AdamW
             "There is nothing to train: the adapter that training starts from is on frozen parts of the model only. Turn "
             "--freeze_vit, --freeze_aligner or --freeze_llm off."
         )
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    # torch's kernels for many tensors at a time take no sharded ones among others.
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if (p.ndim >= 2) == decays and is_sharded(p) == sharded], "weight_decay": decay}
+        for decays, decay in ((True, config.weight_decay), (False, 0.0))
+        for sharded in (False, True)
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

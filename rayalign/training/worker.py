@@ -23,12 +23,14 @@ from rayalign.data.stream import fetch_pairs, pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
-from rayalign.policy.saving import save_policy
+from rayalign.policy.saving import gather_weights, save_policy
+from rayalign.policy.sharding import all_workers, shard_policy
 from rayalign.progress import StepProgress
 from rayalign.storage import Store
 from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, write_note
 from rayalign.training.checkpoint import (
+    ALL_SHARDS,
     NONE_YET,
     FetchedCheckpoint,
     checkpoint_name,
@@ -38,12 +40,14 @@ from rayalign.training.checkpoint import (
     load_best,
     load_checkpoint,
     prune_checkpoints,
+    trains_shards,
     whole_at,
     write_checkpoint,
 )
 from rayalign.training.distributed import gather, start_alike
 from rayalign.training.gauges import Gauges
 from rayalign.training.held_out import HeldOut
+from rayalign.training.lockstep import Fillers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metric_names import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, SHUFFLED
 from rayalign.training.metrics import MetricsLog
@@ -117,7 +121,8 @@ class _Worker:
         self.sampler = sampler_of(config, data)
         if data.held_out and self.sampler.settings.with_partners:
             require_partners(data.held_out.num_rows, "in --val_dataset")
-        checkpoint = fetch_newest(self.folder / "checkpoints", temporary)
+        self.shard = (self.rank, self.num_workers) if config.cluster.shards_models else ALL_SHARDS
+        checkpoint = fetch_newest(self.folder / "checkpoints", temporary, shard=self.shard)
         self.start_step = checkpoint.step if checkpoint else 0
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
         self.tables = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
@@ -130,12 +135,18 @@ class _Worker:
                 device=self.device,
                 needs=algorithm.needs,
                 spread_over_gpus=config.cluster.spreads_models,
+                stay_on_cpu=config.cluster.shards_models,
                 seed=config.optimizer.seed,
             )
         if policy.family.model_type not in FAMILIES:
             check_forward(policy, data.spec)
+        fillers = None
+        if config.cluster.shards_models:
+            shard_policy(policy, all_workers(self.device), device=self.device)
+            fillers = Fillers(data.spec.layout, algorithm.needs)
         start_alike(policy)
-        self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=self.sampler.num_steps, rank=self.rank)
+        num_steps = self.sampler.num_steps
+        self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=num_steps, rank=self.rank, fillers=fillers)
         self.best = load_best(checkpoint) if checkpoint else NONE_YET
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
@@ -234,8 +245,8 @@ class _Worker:
             self._evaluate(model_step)
         self._evaluate_shuffled(model_step)
         self._answer("after")
+        self._write_model()
         if self.rank == 0:
-            self._write_model()
             assert self.metrics_log is not None
             assert self.reporting is not None
             self.metrics_log.flush()
@@ -278,7 +289,7 @@ class _Worker:
             if store is None:
                 raise ValueError(f"The checkpoint of step {step} is gone.")
             with tempfile.TemporaryDirectory() as temporary:
-                checkpoint = fetch(store, step, Path(temporary))
+                checkpoint = fetch(store, step, Path(temporary), shard=self.shard)
                 load_checkpoint(checkpoint, self.trainer.policy, self.trainer.optimizer, scaler=self.trainer.scaler)
         except ValueError as error:
             raise ValueError(
@@ -384,18 +395,34 @@ class _Worker:
         if len(sample) and self.trainer.algorithm.needs.head == "language":
             self._say("The model answers %d held-out prompts", len(sample))
             spec, policy = self.data.spec, self.trainer.policy
-            ask(moment, policy, spec, data, sample, folder=self.folder, rank=self.rank, workers=self.num_workers)
+            ask(
+                moment,
+                policy,
+                spec,
+                data,
+                sample,
+                folder=self.folder,
+                rank=self.rank,
+                workers=self.num_workers,
+                together=policy.sharded is not None,
+            )
 
     @_timed("saving")
     def _save(self, step: int) -> None:
         self.watchdog.tick()
         self._say("Saving the checkpoint of step %d", step)
         with self.progress.pause("saving"), tempfile.TemporaryDirectory() as temporary:
-            checkpoint = None
-            if self.rank == 0:
-                trainer = self.trainer
+            checkpoint, trainer = None, self.trainer
+            has_shards = trains_shards(trainer.policy)
+            if self.rank == 0 or has_shards:
                 write_checkpoint(
-                    Path(temporary), trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler, best=self.best
+                    Path(temporary),
+                    trainer.policy,
+                    trainer.optimizer,
+                    step=step,
+                    scaler=trainer.scaler,
+                    best=self.best,
+                    rank=self.rank,
                 )
                 checkpoint = ray.train.Checkpoint.from_directory(temporary)
             ray.train.report(
@@ -405,6 +432,8 @@ class _Worker:
                 checkpoint_upload_fn=self._upload if self.folder.local_path is None else None,
             )
         self.watchdog.tick()
+        if has_shards:
+            gather(None)  # until then another worker's files may be under way, and the checkpoint seem damaged
         if self.rank == 0:
             if self.best.step == step:
                 write_note(self.folder, self.best, checkpoint_name(step, self.attempt))
@@ -421,8 +450,13 @@ class _Worker:
     @_timed("saving")
     def _write_model(self) -> None:
         self._say("Writing the model to %s", (self.folder / "model").location)
+        # Every worker has a share of sharded weights.
+        gathered = gather_weights(self.trainer.policy, keep=self.rank == 0)
+        if self.rank != 0:
+            return
         with tempfile.TemporaryDirectory() as temporary:
-            save_policy(self.trainer.policy, Path(temporary), safe_serialization=self.config.run.safe_serialization)
+            safe = self.config.run.safe_serialization
+            save_policy(self.trainer.policy, Path(temporary), safe_serialization=safe, gathered=gathered)
             self.data.spec.processor.save_pretrained(temporary)
             (self.folder / "model").upload(Path(temporary))
 

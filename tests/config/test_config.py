@@ -5,9 +5,10 @@ from typing import ClassVar, Literal
 
 import pytest
 
+from rayalign.algorithms import DPO
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import check_bounds, did_you_mean, flag, flags_of, nearest
-from rayalign.config.sections import OptimizerConfig, TuneConfig
+from rayalign.config.sections import ClusterConfig, ModelConfig, OptimizerConfig, TuneConfig, TunerConfig
 
 
 @dataclass(frozen=True)
@@ -164,3 +165,39 @@ def test_values_that_python_code_gives_are_held_to_type_and_bounds(wrong: dict, 
 
 def test_equal_configs_have_one_hash_and_can_be_keys():
     assert {Config(Toy(beta=0.5)): 1}[Config(Toy()).replace({"beta": "0.5"})] == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"tuner": TunerConfig(quant_bits=4)}, "--quant_bits 4 with --strategy fsdp: weights of 4 bits are not sharded here."),
+        (
+            {"tuner": TunerConfig(freeze_llm=True, freeze_vit=False)},
+            "--freeze_llm true with --strategy fsdp: it is the language model that is sharded, and here it would not be "
+            "trained.",
+        ),
+        (
+            {"model": ModelConfig(torch_compile=True)},
+            "--torch_compile true with --strategy fsdp: compiled layers are not sharded here.",
+        ),
+        (
+            {"model": ModelConfig(dtype="float16")},
+            "--dtype float16 with --strategy fsdp: its loss scale is not kept for sharded gradients.",
+        ),
+    ],
+)
+def test_what_a_sharded_model_can_not_do_is_refused(sections, message):
+    with pytest.raises(ValueError) as caught:
+        Config(DPO(), cluster=ClusterConfig(strategy="fsdp"), **sections)
+    assert str(caught.value) == f"{message} Leave one of the two flags out."
+    Config(DPO(), cluster=ClusterConfig(strategy="ddp"), **sections)
+
+
+def test_a_worker_that_holds_a_shard_has_one_gpu():
+    with pytest.raises(ValueError) as caught:
+        ClusterConfig(strategy="fsdp", gpus_per_worker=2)
+    assert str(caught.value) == (
+        "--gpus_per_worker 2 with --strategy fsdp: a worker has one GPU there, and the model is sharded over workers. "
+        "Pass --gpus_per_worker 1 and a higher --num_workers."
+    )
+    assert ClusterConfig(strategy="fsdp", gpus_per_worker=1).shards_models

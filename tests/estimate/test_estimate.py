@@ -12,14 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config.config import Config
-from rayalign.config.sections import ModelConfig, OptimizerConfig, PlanConfig, TunerConfig
+from rayalign.config.sections import ClusterConfig, ModelConfig, OptimizerConfig, PlanConfig, TunerConfig
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import EncodedPair
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.estimate import Estimate
 from rayalign.estimate.lengths import ImageLook
+from rayalign.estimate.memory import GB
 from rayalign.estimate.meter import MORE_FLOPS, Meter, tensors_of
 from rayalign.estimate.shapes import DataShapes, PairShape
+from rayalign.estimate.table import plan_text
 from rayalign.estimate.vision import VisionCosts
 from rayalign.models.processors import process_images
 from rayalign.models.source import ModelSource
@@ -194,3 +196,26 @@ def test_attention_of_fewer_heads_of_keys_than_of_queries_is_counted() -> None:
     with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
         torch.ops.aten._scaled_dot_product_flash_attention(query, key, key)[0].sum().backward()
     assert counter.get_total_flops() == (2 + 5) * 2 * (8 * 16 * 16 * 64)
+
+
+def test_a_model_that_is_sharded_is_planned_by_a_worker_s_share(model_folder: Callable[..., Path]):
+    folder = model_folder("llava_next", **TEXT)
+    given = Config(ALGORITHMS["simpo"](), model=ModelConfig(dtype="float32"), tuner=FULL, cluster=ClusterConfig(num_workers=8))
+    found = estimate_of(folder, given, pairs_with(folder, 0))
+    shared = dataclasses.replace(found, config=given.replace({"strategy": "fsdp"}))
+    assert shared.memory.moments < found.memory.moments / 4  # the tower's weights are not trained
+    assert found.memory.kept == shared.memory.kept  # activations are not shared
+    limit = (shared.memory.total + 1) / GB
+    small, enough = (dataclasses.replace(e, plan=PlanConfig(gpu_memory_gb=limit)) for e in (found, shared))
+    assert ("--strategy fsdp", shared.memory) in small.remedies
+    assert machines(enough)[1].startswith("  strategy: fsdp over 8 workers, one GPU per worker (")
+    two = dataclasses.replace(enough, config=enough.config.replace({"num_workers": 2}))
+    assert machines(two)[2] == "  strategy: fsdp over 2 workers; --num_workers 8 would do"
+    never = dataclasses.replace(enough, plan=PlanConfig(gpu_memory_gb=1))
+    assert machines(never)[2] == "  strategy: fsdp over 8 workers; no number of workers would do"
+
+
+def machines(found: Estimate) -> list[str]:
+    """What a plan says of GPUs and workers."""
+    told = plan_text(found).splitlines()
+    return told[next(number for number, line in enumerate(told) if line.startswith("On GPUs of")) :]

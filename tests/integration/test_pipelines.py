@@ -45,6 +45,18 @@ def dpo_run(cluster_of_four_cpus: Cluster, sft_run: Path, good_records: Path) ->
     return folder
 
 
+def test_a_sharded_run_ends_with_the_adapter_of_a_run_that_is_not(
+    cluster_of_four_cpus: Cluster, sft_run: Path, model: Path, records: Path
+) -> None:
+    folder = sft_run.parent / "sharded"
+    words = ("--model", model, "--dataset", records, "--output_dir", folder, "--num_train_epochs", 2, "--strategy", "fsdp")
+    cluster_of_four_cpus.run("pipelines/sft.py", *words, *SMALL)
+    one, other = (load_file(run / "model" / "adapter_model.safetensors") for run in (sft_run, folder))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_run_leaves_the_whole_folder(dpo_run: Path) -> None:
     names = {path.name for path in dpo_run.iterdir()}
     assert names == {

@@ -1,0 +1,43 @@
+"""What a worker holds of a language model that is sharded over workers; `policy.sharding` does it."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from rayalign.estimate.architecture import Skeleton
+from rayalign.estimate.memory import Memory
+from rayalign.policy.sharding import sharded_weights
+
+LAYERS_AT_A_TIME = 2
+"""The layer that runs, and the one whose weights are on their way to run next, or whose gradients are on their way."""
+
+
+def share_of(memory: Memory, skeleton: Skeleton, *, num_workers: int, copied: torch.dtype | None = None) -> Memory:
+    """The memory of one of some workers over which the language model is sharded; `copied` is the type of a frozen copy of the
+    model that is held beside it, if there is one.
+
+    Whole are, as long as they are used, embeddings and output head, and a layer or two; of trained ones their gradients are,
+    too, until the workers have added them up.
+    """
+    weights = set(sharded_weights(skeleton.model, skeleton.base))
+    frozen = _bytes([p for p in weights if not p.requires_grad])
+    trained = _bytes([p for p in weights if p.requires_grad])
+    if copied is not None:
+        frozen += sum(p.numel() for p in weights) * torch.finfo(copied).bits // 8
+    layers = [[p for p in layer.parameters() if p in weights] for layer in skeleton.base.get_decoder().layers]
+    in_layers = {p for layer in layers for p in layer}
+    running = [*(weights - in_layers), *(LAYERS_AT_A_TIME * max(layers, key=_bytes))]
+    saved = 1 - 1 / num_workers
+    return dataclasses.replace(
+        memory,
+        weights=memory.weights - round(saved * frozen),
+        trainable=memory.trainable - round(saved * trained),
+        gradients=memory.gradients - round(saved * trained),
+        moments=memory.moments - round(saved * 2 * trained),
+        working=memory.working + _bytes(running) + _bytes([p for p in running if p.requires_grad]),
+    )
+
+
+def _bytes(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

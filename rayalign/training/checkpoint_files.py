@@ -1,0 +1,128 @@
+"""The tensors of a checkpoint in its files: whole ones in one file, sharded ones in a file of each worker.
+
+A shard has a worker's rows of each tensor, in the order of ranks, so that shards joined are the tensor, and any number of
+workers can take their rows of those that another number wrote.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+KINDS = WEIGHTS, MOMENTS = "trainable", "optimizer"
+"""Files whose names begin so hold the trainable weights, and what the optimizer keeps of each."""
+
+_SHARD = re.compile(rf"({'|'.join(KINDS)})-(\d{{5}})-of-(\d{{5}})\.safetensors")
+
+
+def whole_file(kind: str) -> str:
+    return f"{kind}.safetensors"
+
+
+def shard_file(kind: str, number: int, count: int) -> str:
+    """The file of shard `number`, from 0, of so many."""
+    return f"{kind}-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def tensor_files(count: int) -> set[str]:
+    """All files of tensors of a checkpoint with so many shards."""
+    shards = {shard_file(kind, number, count) for kind in KINDS for number in range(count)}
+    return {whole_file(kind) for kind in KINDS} | shards
+
+
+def num_shards(names: Iterable[str]) -> int:
+    """The number of shards of a checkpoint with files of these names; 0 where nothing is sharded."""
+    return max((int(match[3]) for match in map(_SHARD.fullmatch, names) if match), default=0)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path, kind: str, *, rank: int) -> None:
+    """Writes this worker's files: rank 0's has all whole tensors."""
+    shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    whole = {name: tensor for name, tensor in tensors.items() if name not in shards}
+    if rank == 0:
+        save_file({name: tensor.detach().contiguous() for name, tensor in whole.items()}, folder / whole_file(kind))
+    if shards:
+        number, count = _place(next(iter(shards.values())))
+        own = {name: tensor.to_local().detach().contiguous() for name, tensor in shards.items()}
+        save_file(own, folder / shard_file(kind, number, count))
+
+
+class SavedTensors(contextlib.ExitStack):
+    """The tensors of one kind in the files of a folder, as far as they are there; a context that has them open."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        super().__init__()
+        found = {int(m[2]) - 1: m[0] for file in folder.iterdir() if (m := _SHARD.fullmatch(file.name)) and m[1] == kind}
+        self._count = num_shards(found.values())
+        self._whole = self._open(folder / whole_file(kind))
+        self._shards = {number: self._open(folder / name) for number, name in sorted(found.items())}
+        self._in_whole = set(self._whole.keys())
+        self.names = self._in_whole.union(*(shard.keys() for shard in self._shards.values()))
+
+    def shape_beside(self, name: str, like: Tensor) -> tuple[int, ...]:
+        """The shape of a tensor; where its shards are not all there, that which it has if it has as many rows as `like`."""
+        if name in self._in_whole:
+            return tuple(self._whole.get_slice(name).get_shape())
+        shapes = {number: shard.get_slice(name).get_shape() for number, shard in self._shards.items()}
+        rest = next(iter(shapes.values()))[1:]
+        if len(shapes) == self._count:
+            return (sum(shape[0] for shape in shapes.values()), *rest)
+        fits = all(shape[0] == len(rows_of(len(like), n, self._count)) for n, shape in shapes.items())
+        return (len(like) if fits else -1, *rest)
+
+    def own_part(self, name: str, like: Tensor) -> Tensor:
+        """What a worker holds of a tensor: where `like` is sharded its rows of it, else all."""
+        rows = rows_of(len(like), *_place(like)) if isinstance(like, DTensor) else None
+        if name in self._in_whole:
+            tensor: Tensor = self._whole.get_tensor(name)
+            return tensor if rows is None else tensor[rows.start : rows.stop].clone()
+        rows = range(len(like)) if rows is None else rows
+        parts = []
+        for number, shard in self._shards.items():
+            there = rows_of(len(like), number, self._count)
+            first, last = max(rows.start, there.start), min(rows.stop, there.stop)
+            if first < last:
+                parts.append(shard.get_slice(name)[first - there.start : last - there.start])
+        return torch.cat(parts) if parts else torch.empty(0, *like.shape[1:], dtype=like.dtype)
+
+    def value(self, name: str) -> Tensor:
+        """A tensor that is whole."""
+        tensor: Tensor = self._whole.get_tensor(name)
+        return tensor
+
+    def _open(self, file: Path) -> Any:
+        return self.enter_context(safe_open(file, "pt"))
+
+
+def rows_of(rows: int, number: int, count: int) -> range:
+    """The rows of shard `number` of a tensor with so many, as torch cuts it: even shares, the last ones shorter or empty."""
+    share = -(-rows // count)
+    return range(min(number * share, rows), min((number + 1) * share, rows))
+
+
+def like(parameter: Tensor, own: Tensor) -> Tensor:
+    """A tensor that is spread as a parameter is, of which `own` is this worker's part."""
+    own = own.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return own
+    return DTensor.from_local(
+        own, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def copy_own_part(parameter: Tensor, own: Tensor) -> None:
+    """Puts a worker's part of a parameter in place."""
+    (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(own)
+
+
+def _place(tensor: DTensor) -> Sequence[int]:
+    """Which shard a worker has of how many."""
+    mesh = tensor.device_mesh
+    return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)

@@ -1,0 +1,209 @@
+import functools
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rayalign.algorithms import SimPO
+from rayalign.config.sections import TunerConfig
+from rayalign.policy.policy import Policy
+from rayalign.policy.saving import gather_weights, save_policy
+from rayalign.storage import Store
+from rayalign.training.checkpoint import (
+    ALL_SHARDS,
+    FetchedCheckpoint,
+    checkpoint_name,
+    fetch_newest,
+    load_checkpoint,
+    load_weights,
+    write_checkpoint,
+)
+from rayalign.training.checkpoint import fetch_weights as fetch_weights_of
+from rayalign.training.checkpoint_files import num_shards, rows_of, shard_file
+from rayalign.training.distributed import gather
+from rayalign.training.loop import Trainer
+from tests.sharded_steps import Case, batches_of, pairs_of, together, trainer_of, whole
+from tests.tiny_models import counts_of
+
+CASE = Case(SimPO(), tuner=TunerConfig(sft_type="full", freeze_aligner=False), dtype=torch.float32)
+"""Trained weights of which some are sharded, and some (the aligner's) are not."""
+
+NAME = checkpoint_name(1, "a")
+
+
+def take_step(trainer: Trainer, folder: Path, step: int, rank: int, num_workers: int) -> None:
+    pairs = range(4)[rank::num_workers]
+    trainer.step(step, batches_of(CASE, folder, [pairs] if pairs else []), counts_of(pairs_of(folder)))
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights and moments, whole."""
+    named = trainer.policy.trainable
+    moments = {f"{name} {key}": whole(value) for name, p in named.items() for key, value in trainer.optimizer.state[p].items()}
+    return {name: whole(p) for name, p in named.items()} | moments
+
+
+def blank(*, sharded: bool, folder: Path, rank: int = 0) -> Trainer:
+    """A trainer with other weights than those of any checkpoint."""
+    trainer = trainer_of(CASE, folder, sharded=sharded, rank=rank)
+    with torch.no_grad():
+        for parameter in trainer.policy.trainable.values():
+            parameter.fill_(0.5)
+    return trainer
+
+
+def restore(trainer: Trainer, checkpoints: Path, temporary: Path, shard: tuple[int, int]) -> set[str]:
+    """Restores the newest checkpoint; returns the files that were fetched for it."""
+    temporary.mkdir()
+    found = fetch_newest(Store(str(checkpoints)), temporary, shard=shard)
+    assert found is not None
+    load_checkpoint(found, trainer.policy, trainer.optimizer)
+    return {file.name for file in found.folder.iterdir()}
+
+
+def save_model(policy: Policy, folder: Path, *, rank: int = 0) -> None:
+    gathered = gather_weights(policy, keep=rank == 0)
+    if rank == 0:
+        save_policy(policy, folder, gathered=gathered)
+    else:
+        assert not gathered
+
+
+def work_of(out: Path, rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Saves in the middle of two steps and goes on; goes on again from what was saved, and from what one process saved."""
+    folder = folders["llava"]
+    trainer = trainer_of(CASE, folder, sharded=True, rank=rank)
+    take_step(trainer, folder, 0, rank, 2)
+    own = out / f"written by {rank}"
+    own.mkdir()
+    write_checkpoint(own, trainer.policy, trainer.optimizer, step=1, rank=rank)
+    shutil.copytree(own, out / "together" / NAME, dirs_exist_ok=True)  # as Ray Train does with each worker's files
+    saved = {f"saved {name}": value for name, value in state_of(trainer).items()}
+    take_step(trainer, folder, 1, rank, 2)
+    undisturbed = {f"undisturbed {name}": value for name, value in state_of(trainer).items()}
+    gather(None)
+    resumed = blank(sharded=True, folder=folder, rank=rank)
+    fetched = restore(resumed, out / "together", out / f"fetched by {rank}", (rank, 2))
+    assert num_shards(fetched) == 2
+    assert len(fetched) == 4 + 2  # the other worker's shards stay where they are
+    take_step(resumed, folder, 1, rank, 2)
+    save_model(resumed.policy, out / "model", rank=rank)
+    one = blank(sharded=True, folder=folder, rank=rank)
+    restore(one, out / "alone", out / f"of one, fetched by {rank}", (rank, 2))
+    return (
+        saved
+        | undisturbed
+        | {f"resumed {name}": value for name, value in state_of(resumed).items()}
+        | {f"of one {name}": value for name, value in state_of(one).items()}
+    )
+
+
+def part(results: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind} "): value for name, value in results.items() if name.startswith(f"{kind} ")}
+
+
+def equal(some: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return some.keys() == other.keys() and all(torch.equal(some[name], other[name]) for name in some)
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder: Callable[..., Path]) -> Path:
+    return model_folder("llava")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, out: Path) -> Trainer:
+    """One process after a step, and its checkpoint in `alone`."""
+    trainer = trainer_of(CASE, folder, sharded=False)
+    take_step(trainer, folder, 0, 0, 1)
+    (out / "alone" / NAME).mkdir(parents=True)
+    write_checkpoint(out / "alone" / NAME, trainer.policy, trainer.optimizer, step=1)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def workers(folder: Path, out: Path, alone: Trainer, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    return together(functools.partial(work_of, out), 2, {"llava": folder}, tmp_path_factory.mktemp("workers"))
+
+
+def test_as_many_workers_go_on_to_the_bit_and_read_their_own_shards_only(workers: list[dict[str, Tensor]]) -> None:
+    for worker in workers:
+        assert equal(part(worker, "resumed"), part(worker, "undisturbed"))
+        assert not equal(part(worker, "resumed"), part(worker, "saved"))
+
+
+def test_one_worker_goes_on_from_what_two_have_saved(
+    folder: Path, out: Path, workers: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    trainer = blank(sharded=False, folder=folder)
+    restore(trainer, out / "together", tmp_path / "fetched", ALL_SHARDS)
+    assert equal(state_of(trainer), part(workers[0], "saved"))
+
+
+def test_two_workers_go_on_from_what_one_has_saved(alone: Trainer, workers: list[dict[str, Tensor]]) -> None:
+    for worker in workers:
+        assert equal(part(worker, "of one"), state_of(alone))
+
+
+def test_a_sharded_model_is_saved_as_a_whole_one_is(
+    folder: Path, out: Path, workers: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    trainer = blank(sharded=False, folder=folder)
+    with torch.no_grad():
+        for name, parameter in trainer.policy.trainable.items():
+            parameter.copy_(part(workers[0], "resumed")[name])
+    save_model(trainer.policy, tmp_path / "model")
+    files = {file.name for file in (tmp_path / "model").iterdir()}
+    assert {file.name for file in (out / "model").iterdir()} == files
+    for name in files - {"model.safetensors"}:
+        assert (out / "model" / name).read_text() == (tmp_path / "model" / name).read_text()
+    assert equal(*(load_file(place / "model" / "model.safetensors") for place in (out, tmp_path)))
+
+
+def test_a_model_can_be_made_of_shards(folder: Path, out: Path, workers: list[dict[str, Tensor]], tmp_path: Path) -> None:
+    weights = fetch_weights_of(Store(str(out / "together")) / NAME, tmp_path)
+    assert not any(file.name.startswith("optimizer") for file in weights.iterdir())
+    trainer = blank(sharded=False, folder=folder)
+    load_weights(weights, trainer.policy)
+    saved = part(workers[0], "saved")
+    assert all(torch.equal(p, saved[name]) for name, p in trainer.policy.trainable.items())
+
+
+def test_without_one_of_its_shards_a_checkpoint_does_not_count(
+    out: Path, workers: list[dict[str, Tensor]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = shard_file("optimizer", 1, 2)
+    for number, change in enumerate((lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-1]))):
+        checkpoints = tmp_path / f"damaged {number}"
+        shutil.copytree(out / "together", checkpoints)
+        change(checkpoints / NAME / lost)
+        with caplog.at_level(logging.WARNING):
+            assert fetch_newest(Store(str(checkpoints)), tmp_path, shard=(0, 2)) is None  # though its own are whole
+        assert lost in caplog.messages[-1]
+
+
+def test_shards_of_another_model_are_refused(
+    model_folder: Callable[..., Path], out: Path, workers: list[dict[str, Tensor]]
+) -> None:
+    wider = trainer_of(CASE, model_folder("llava", intermediate_size=96), sharded=False)
+    place = out / "together" / NAME
+    with pytest.raises(ValueError, match=r"has model.language_model.layers.0.mlp.* and this run trains one of"):
+        load_checkpoint(FetchedCheckpoint(Store(str(place)), 1, place), wider.policy, wider.optimizer)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_rows_are_shared_out_as_torch_does_it(rows: int, count: int) -> None:
+    chunks = torch.arange(rows).chunk(count)
+    expected = [chunk.tolist() for chunk in chunks] + [[]] * (count - len(chunks))
+    assert [list(rows_of(rows, number, count)) for number in range(count)] == expected

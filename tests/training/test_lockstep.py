@@ -1,0 +1,161 @@
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rayalign.algorithms import DPO, KTO, MDPO, ORPO, RM, SFT, Needs, SimPO
+from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.data.companions import Damaged, Mismatched
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.estimate.architecture import Blueprint
+from rayalign.estimate.memory import Memory
+from rayalign.estimate.sharding import share_of
+from rayalign.models.source import ModelSource
+from rayalign.policy.generation import as_trained, greedy_ids
+from rayalign.policy.policy import Policy
+from rayalign.policy.sharding import agreed
+from rayalign.training.lockstep import Fillers, in_step, is_filler
+from tests.sharded_steps import (
+    FULL,
+    IDLE,
+    LORA,
+    MIXED,
+    Case,
+    batches_of,
+    differences,
+    pairs_of,
+    steps_of,
+    together,
+    trainer_of,
+)
+from tests.tiny_models import make_batch
+
+VISION = TunerConfig(sft_type="full", freeze_vit=False, freeze_aligner=False)
+CASES = {
+    "dpo, adapters": Case(DPO()),
+    "mdpo, adapters": Case(MDPO(), "qwen2_vl", deals=MIXED),
+    "kto, all weights, one worker idle": Case(KTO(), tuner=FULL, deals=IDLE),
+    "rm, all weights": Case(RM(), "qwen2_vl", tuner=FULL),
+    "sft, all weights and the tower's": Case(SFT(), tuner=VISION, deals=IDLE),
+    "simpo, all weights, float32": Case(SimPO(), tuner=FULL, dtype=torch.float32, checkpointing=False),
+    "orpo, all weights": Case(ORPO(), "qwen2_vl", tuner=FULL, checkpointing=False),
+}
+HELD = {
+    name: Case(DPO(), tuner=tuner, dtype=torch.float32)
+    for name, tuner in {"held, adapters": LORA, "held, all weights": FULL}.items()
+}
+MOST = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""The largest relative difference of sums that are made in another order."""
+
+
+@pytest.fixture(scope="module")
+def folders(model_folder: Callable[..., Path]) -> dict[str, Path]:
+    return {family: model_folder(family) for family in ("llava", "qwen2_vl")}
+
+
+def answer_of(policy: Policy, folder: Path) -> Tensor:
+    """The ids of an answer to a picture."""
+    prompt = make_batch(folder, [dataclasses.replace(pairs_of(folder)[0], chosen_ids=[], rejected_ids=[])])
+    assert prompt.image_inputs
+    with as_trained(policy):
+        return torch.tensor(greedy_ids(policy, prompt, end_tokens=frozenset(), max_new_tokens=6))
+
+
+def work_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    case, folder = CASES["dpo, adapters"], folders["llava"]
+    policy = trainer_of(case, folder, sharded=True, rank=rank).policy
+    answers = {"answer": answer_of(policy, folder), "agreed": torch.tensor(agreed(policy, 5 + rank))}
+    return steps_of(CASES, rank, folders) | answers | held_of(rank, folder)
+
+
+def held_of(rank: int, folder: Path) -> dict[str, Tensor]:
+    """Bytes of frozen and of trainable weights that a worker holds, by case."""
+    results = {}
+    for name, case in HELD.items():
+        policy = trainer_of(case, folder, sharded=True, rank=rank).policy
+        for trainable in (False, True):
+            own = [whole_or_own(p) for p in policy.model.parameters() if p.requires_grad == trainable]
+            results[f"{name} {trainable}"] = torch.tensor(sum(p.numel() * p.element_size() for p in own))
+    return results
+
+
+def whole_or_own(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@pytest.fixture(scope="module")
+def workers(folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    return together(work_of, 2, folders, tmp_path_factory.mktemp("workers"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_of_a_sharded_policy_are_those_of_a_whole_one(
+    folders: Mapping[str, Path], workers: list[dict[str, Tensor]], name: str
+) -> None:
+    case = CASES[name]
+    found = differences(case, name, workers[0], folders[case.family])
+    assert found.keys() == {"metric", "norm", "gradient", "weight"}
+    # Metrics are kept as float32 where they are divided by counts.
+    assert found.pop("metric") < 1e-5
+    assert max(found.values()) < MOST[case.dtype]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_workers_end_with_the_same(workers: list[dict[str, Tensor]], name: str) -> None:
+    one, other = ({n: v for n, v in worker.items() if n.startswith(f"{name}: ")} for worker in workers)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_workers_answer_together_as_one_does(folders: Mapping[str, Path], workers: list[dict[str, Tensor]]) -> None:
+    policy = trainer_of(CASES["dpo, adapters"], folders["llava"], sharded=False).policy
+    answer = answer_of(policy, folders["llava"])
+    assert [worker["answer"].tolist() for worker in workers] == [answer.tolist()] * 2
+    assert [int(worker["agreed"]) for worker in workers] == [5, 5]  # rank 0's choice
+    assert agreed(policy, 7) == 7
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_plan_knows_what_each_worker_holds(folders: Mapping[str, Path], workers: list[dict[str, Tensor]], name: str) -> None:
+    case, spec = HELD[name], EncoderSpec(str(folders["llava"]), "both")
+    source = ModelSource(str(folders["llava"]))
+    skeleton = Blueprint(spec.model_config, source, ModelConfig(dtype="float32"), case.tuner, case.algorithm.needs).build()
+    parameters = list(skeleton.model.parameters())
+    frozen, trainable = (sum(4 * p.numel() for p in parameters if p.requires_grad == trained) for trained in (False, True))
+    whole = Memory(frozen, trainable, trainable, 2 * trainable, kept=0, working=0, images=0)
+    share = share_of(whole, skeleton, num_workers=2)
+    for worker in workers:
+        assert share.weights == pytest.approx(int(worker[f"{name} False"]), abs=2)
+        assert share.trainable == pytest.approx(int(worker[f"{name} True"]), abs=2)
+    assert (share.gradients, share.moments) == (share.trainable, pytest.approx(2 * share.trainable, abs=2))
+    layers = skeleton.base.get_decoder().layers
+    in_layer = sum(4 * p.numel() for n, p in layers[0].named_parameters() if ".lora_" not in n)
+    outside = [*skeleton.base.get_decoder().norm.parameters(), skeleton.base.get_input_embeddings().weight, skeleton.head]
+    whole_at_a_time = 2 * in_layer + sum(4 * p.numel() for p in outside)
+    assert share.working == (1 + (case.tuner is FULL)) * whole_at_a_time  # with the gradients of what is trained
+
+
+def test_a_filler_has_what_the_batch_has_that_it_stands_for(folders: Mapping[str, Path]) -> None:
+    layout = EncoderSpec(str(folders["llava"]), "both").layout
+    damaged = Fillers(layout, Needs(companion=Damaged(), reference=True)).batch(companion=True, reference=True)
+    assert is_filler(damaged)
+    assert damaged.row_lengths == ((2, 4),)
+    assert damaged.companion is not None
+    assert damaged.companion.rows.tolist() == []  # it belongs to none of the pairs
+    assert damaged.companion.batch.row_lengths == ((2, 3),)
+    assert damaged.reference_logps is not None
+    assert damaged.companion.batch.reference_logps is not None
+    mismatched = Fillers(layout, Needs(companion=Mismatched(), reference=True)).batch(companion=True, reference=True)
+    assert mismatched.companion is not None
+    assert mismatched.companion.batch.reference_logps is None  # nobody knows its rows beforehand
+    chosen = Fillers(layout, Needs(responses="chosen")).batch(companion=False, reference=False)
+    assert (chosen.row_lengths, chosen.companion, chosen.reference_logps) == (((2, 3),), None, None)
+
+
+def test_without_fillers_batches_go_by_as_they_are(folders: Mapping[str, Path]) -> None:
+    batches = batches_of(Case(DPO()), folders["llava"], [(0,), (1, 2)])
+    assert list(in_step(iter(batches), None)) == batches
