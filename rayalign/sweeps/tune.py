@@ -245,11 +245,12 @@ def _finish(space: SearchSpace, sweep: TuneConfig, folder: Store, outcomes: list
     seed = space.base.optimizer.seed
     write_tables(folder, standings, sweep.metric, seed=seed)
     saved = saved_in_words(outcomes, "The scheduler")
-    logger.info("%s%s", table(standings, sweep.metric), f"\n{saved}" if saved else "")
+    logger.info("The sweep, best first:\n%s%s", table(standings, sweep.metric), f"\n{saved}" if saved else "")
     best = require_best(standings, sweep.metric).outcomes[0].trial
     # In a folder of its own, on the data that is prepared.
-    places = {"output_dir": (folder / "best").location, "cache_dir": cache_of(space.base).location}
-    config = space.config(best.flags).replace({**places, "overwrite": False})
+    config = space.config(best.flags).replace(
+        {"output_dir": (folder / "best").location, "cache_dir": cache_of(space.base).location, "overwrite": False}
+    )
     model = folder / TRIALS / best.name / "model"
     if not _has_model_of(folder, best):
         (folder / SWEEP).delete()  # so that a copy cut short is not taken for a whole one
@@ -258,7 +259,8 @@ def _finish(space: SearchSpace, sweep: TuneConfig, folder: Store, outcomes: list
     lines = trial_lines(standings, sweep.metric, seed=seed)
     settings = setting_lines(standings, sweep.metric)
     (folder / SWEEP).write_json({"metric": sweep.metric, "mode": sweep.mode, "trials": lines, "settings": settings})
-    logger.info("Best: %s; its flags are in %s, its model in %s", best.words, (folder / BEST).location, BEST_MODEL)
+    places = [(folder / name).location for name in (BEST, BEST_MODEL)]
+    logger.info("Best: %s; its flags are in %s, its model in %s", best.words, *places)
     return Sweep(folder, tuple(lines), config)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rayalign.algorithms import DPO
+from rayalign.algorithms import ALGORITHMS, DPO
+from rayalign.config import command_line
 from rayalign.config.config import Config
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TuneConfig
 from rayalign.storage import Store
@@ -15,6 +16,7 @@ from rayalign.sweeps import tune
 from rayalign.sweeps.schedulers import asha_share, plan_in_words, scheduler_of
 from rayalign.sweeps.search_space import check_search
 from rayalign.sweeps.sweep_folder import check_sweep_folder, write_search
+from rayalign.sweeps.trials import Outcome, Trial
 
 
 def base(folder: Path, **run: Any) -> Config:
@@ -92,6 +94,40 @@ def test_optuna_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytes
     assert str(error.value) == (
         '--search_alg optuna: Optuna is not installed. Run pip install "rayalign[tune]", or leave the flag out.'
     )
+
+
+def finished(folder: Path, number: int, beta: float, value: float) -> Outcome:
+    """A trial that finished, with a model."""
+    trial = Trial(number, {"beta": beta})
+    model = folder / "trials" / trial.name / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "adapter").write_text(f"beta {beta}")
+    return Outcome(trial, "finished", value=value, last={"step": 1}, best={"step": 1}, steps=1, num_steps=1)
+
+
+def test_the_best_trials_flags_run_as_they_are_into_a_folder_of_their_own(tmp_path: Path):
+    space = check_search(base(tmp_path, overwrite=True, eval_answers=3), SWEEP)
+    outcomes = [finished(tmp_path, 1, 1.25, 0.5), finished(tmp_path, 2, 1.75, 0.8)]
+    sweep = tune._finish(space, SWEEP, Store.at(str(tmp_path)), outcomes)
+    again = command_line.parse(ALGORITHMS, ["--config", f"{tmp_path}/best.yaml"], prog="x.py", description="")
+    assert again == sweep.best
+    assert again.to_dict() == {
+        **space.base.to_dict(),
+        "beta": 1.75, "output_dir": f"{tmp_path}/best", "cache_dir": f"{tmp_path.parent}/.rayalign_cache",
+        "overwrite": False,
+    }
+
+
+def test_the_best_trials_model_is_copied_when_another_one_is_the_best(tmp_path: Path):
+    space, folder = check_search(base(tmp_path), SWEEP), Store.at(str(tmp_path))
+    outcomes = [finished(tmp_path, 1, 1.25, 0.5), finished(tmp_path, 2, 1.75, 0.8)]
+    tune._finish(space, SWEEP, folder, outcomes)
+    assert (tmp_path / "model" / "adapter").read_text() == "beta 1.75"
+    (tmp_path / "model" / "mark").touch()
+    tune._finish(space, SWEEP, folder, outcomes)
+    assert (tmp_path / "model" / "mark").exists()
+    tune._finish(space, replace(SWEEP, mode="min"), folder, outcomes)
+    assert [(file.name, file.read_text()) for file in (tmp_path / "model").iterdir()] == [("adapter", "beta 1.25")]
 
 
 SWEEP = TuneConfig(search=("beta=uniform:1:2",))
