@@ -13,10 +13,11 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from rayalign.config.flags import did_you_mean
+from rayalign.report.sweep_page import DrawnTrial, render_sweep
 from rayalign.storage import Store
 from rayalign.sweeps.trials import TRIALS, Outcome, short
 
-SWEEP, BEST, BEST_MODEL = "sweep.json", "best.yaml", "model"
+SWEEP, BEST, BEST_MODEL, PAGE = "sweep.json", "best.yaml", "model", "sweep.html"
 TABLES = ("trials.csv", "trials.parquet")
 
 
@@ -96,28 +97,51 @@ def require_best(standings: Sequence[Standing], metric: str) -> Standing:
 
 def table(standings: Sequence[Standing], metric: str) -> str:
     """A line for each setting, best first; errors below."""
+    rows = table_rows(standings, metric)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    failed = [outcome for standing in standings for outcome in standing.outcomes if outcome.error]
+    return "\n".join([*lines, *(f"{outcome.trial.words} failed: {outcome.error}" for outcome in failed)])
+
+
+def table_rows(standings: Sequence[Standing], metric: str) -> list[list[str]]:
+    """The heads and the rows of the table."""
     names = list(dict.fromkeys(name for standing in standings for name in standing.outcomes[0].trial.setting))
     with_spread = any(standing.spread for standing in standings)
-    heads = ["trial", *names, metric, *(("min", "max", "std", "seeds") if with_spread else ()), "steps", "state"]
-    rows = [heads]
+    rows = [["trial", *names, metric, *(("min", "max", "std", "seeds") if with_spread else ()), "steps", "state"]]
     for standing in standings:
         setting, spread = standing.outcomes[0].trial.setting, standing.spread
         values = [short(setting[name]) if name in setting else "-" for name in names]
         spreads = [*(_figure(spread.get(name)) for name in ("min", "max", "std")), str(len(standing.values))]
+        steps = max(outcome.steps for outcome in standing.outcomes)
         rows.append(
             [
                 str(standing.number),
                 *values,
                 _figure(standing.mean),
                 *(spreads if with_spread else ()),
-                str(max(outcome.steps for outcome in standing.outcomes)),
+                str(steps),
                 standing.states,
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    failed = [outcome for standing in standings for outcome in standing.outcomes if outcome.error]
-    return "\n".join([*lines, *(f"{outcome.trial.words} failed: {outcome.error}" for outcome in failed)])
+    return rows
+
+
+def page(folder: Store, standings: Sequence[Standing], metric: str, words: str) -> str:
+    """sweep.html: the table, the trials across the flags, and their curves."""
+    heads, *rows = table_rows(standings, metric)
+    trials = [
+        DrawnTrial(
+            outcome.trial.words,
+            outcome.state,
+            {name: short(value) if isinstance(value, list) else value for name, value in outcome.trial.flags.items()},
+            outcome.value,
+            outcome.points,
+        )
+        for standing in standings
+        for outcome in standing.outcomes
+    ]
+    return render_sweep(title=folder.name, metric=metric, words=words, heads=heads, rows=rows, trials=trials)
 
 
 def saved_in_words(outcomes: Iterable[Outcome], scheduler: str) -> str:

@@ -65,7 +65,7 @@ class TrialLines:
         words = [f"{outcome.trial.words} {outcome.state}"]
         words += [f"at step {outcome.steps}"] if outcome.state == "stopped" else []
         words += [f"{self._sweep.metric} {outcome.value:.4g}"] if outcome.value is not None else []
-        words += [f"{outcome.error}"] if outcome.error else []
+        words += [outcome.error.rstrip(".")] if outcome.error else []
         values = [other.value for other in outcomes if other.state == "finished" and other.value is not None]
         if values:
             words.append(f"best so far {max(values) if self._sweep.mode == 'max' else min(values):.4g}")

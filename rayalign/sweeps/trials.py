@@ -55,7 +55,8 @@ class Trial:
 @dataclass(frozen=True)
 class Outcome:
     """What a trial came to. `last` and `best` are the held-out metrics of its last and of its best evaluation; `value` is the
-    metric that ranks trials, at the end; None where there is none that is finite."""
+    metric that ranks trials, at the end, None where there is none that is finite; `points` are the metric at each evaluation,
+    by step."""
 
     trial: Trial
     state: State
@@ -66,6 +67,7 @@ class Outcome:
     num_steps: int | None = None
     seconds: float | None = None
     error: str | None = None
+    points: tuple[tuple[float, float], ...] = ()
 
     @property
     def has_ended(self) -> bool:
@@ -129,6 +131,7 @@ def read_outcome(folder: Store, trial: Trial, *, metric: str, mode: str) -> Outc
         num_steps=note.get("num_steps", steps),
         seconds=note.get("seconds"),
         error=note.get("error"),
+        points=tuple((line["step"], line[metric]) for line in ranked),
     )
 
 

@@ -30,9 +30,11 @@ from rayalign.sweeps.reports import EvaluationReports
 from rayalign.sweeps.results import (
     BEST,
     BEST_MODEL,
+    PAGE,
     SWEEP,
     TABLES,
     copy_model,
+    page,
     ranked,
     require_best,
     saved_in_words,
@@ -100,7 +102,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
         check_sweep_folder(folder, config, sweep)
     with told_endings(functools.partial(_sweep_reached, folder)), held(folder) as lease:
         if config.run.overwrite:
-            for name in (TRIALS, OF_TUNE, BEST_MODEL, *TABLES, REFERENCE_NOTE, SWEEP, BEST):
+            for name in (TRIALS, OF_TUNE, BEST_MODEL, *TABLES, REFERENCE_NOTE, SWEEP, BEST, PAGE):
                 (folder / name).delete()
         write_search(folder, config, sweep)
         queue = _queue(dataclasses.replace(space, base=config), sweep, folder)
@@ -245,6 +247,8 @@ def _finish(space: SearchSpace, sweep: TuneConfig, folder: Store, outcomes: list
     seed = space.base.optimizer.seed
     write_tables(folder, standings, sweep.metric, seed=seed)
     saved = saved_in_words(outcomes, "The scheduler")
+    words = f"Ranked by {sweep.metric} ({sweep.mode}). {saved + '.' if saved else ''}"
+    (folder / PAGE).write_bytes(page(folder, standings, sweep.metric, words).encode())
     logger.info("The sweep, best first:\n%s%s", table(standings, sweep.metric), f"\n{saved}" if saved else "")
     best = require_best(standings, sweep.metric).outcomes[0].trial
     # In a folder of its own, on the data that is prepared.

@@ -111,9 +111,12 @@ def test_the_best_trials_flags_run_as_they_are_into_a_folder_of_their_own(tmp_pa
     sweep = tune._finish(space, SWEEP, Store.at(str(tmp_path)), outcomes)
     again = command_line.parse(ALGORITHMS, ["--config", f"{tmp_path}/best.yaml"], prog="x.py", description="")
     assert again == sweep.best
+    assert "Trial 2 (beta=1.75)" in (tmp_path / "sweep.html").read_text()
     assert again.to_dict() == {
         **space.base.to_dict(),
-        "beta": 1.75, "output_dir": f"{tmp_path}/best", "cache_dir": f"{tmp_path.parent}/.rayalign_cache",
+        "beta": 1.75,
+        "output_dir": f"{tmp_path}/best",
+        "cache_dir": f"{tmp_path.parent}/.rayalign_cache",
         "overwrite": False,
     }
 
