@@ -42,7 +42,12 @@ def render_sweep(
 ) -> str:
     """The page as a string. `heads` and `rows` are the table, `trials` the best first, `words` what is said above all."""
     curves = [
-        Series(trial.name, trial.points, COLOURS[trial.kind(trials[0])], "marked" if trial is trials[0] else "thin")
+        Series(
+            trial.name.partition(" (")[0],
+            trial.points,
+            COLOURS[trial.kind(trials[0])],
+            "marked" if trial is trials[0] else "thin",
+        )
         for trial in trials[:MOST_CURVES]
     ]
     first = f"The best {MOST_CURVES} trials." if len(trials) > MOST_CURVES else ""
@@ -68,13 +73,14 @@ def parallel_section(trials: Sequence[DrawnTrial], metric: str) -> str:
     values = {**columns, metric: [trial.value for trial in drawn]}
     axes[metric] = places(values[metric])
     gap = (WIDTH - 2 * SIDE) / (len(axes) - 1)
-    parts = []
+    parts, labels = [], []
     for k, (name, heights) in enumerate(axes.items()):
         x = SIDE + k * gap
         parts.append(f'<path class="mark" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text class="label middle" x="{x:.1f}" y="14">{escape(name)}</text>')
+        css, beside = ("tick end", x - 6) if k == 0 else ("tick", x + 6)  # lines leave the first axis to the right
         for words, height in _labels(values[name], heights):
-            parts.append(f'<text class="tick" x="{x + 5:.1f}" y="{_top(height) + 3.5:.1f}">{escape(words)}</text>')
+            labels.append(f'<text class="{css}" x="{beside:.1f}" y="{_top(height) + 3.5:.1f}">{escape(words)}</text>')
     for index, trial in reversed(list(enumerate(drawn))):
         kind = trial.kind(trials[0])
         corners = [f"{SIDE + k * gap:.1f} {_top(heights[index]):.1f}" for k, heights in enumerate(axes.values())]
@@ -83,7 +89,7 @@ def parallel_section(trials: Sequence[DrawnTrial], metric: str) -> str:
         parts.append(
             f'<path class="line {stroke} {COLOURS[kind]}" d="M{"L".join(corners)}"><title>{escape(hover)}</title></path>'
         )
-    picture = f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="Trials across flags">{"".join(parts)}</svg>'
+    picture = f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="Trials across flags">{"".join(parts + labels)}</svg>'
     kinds = dict.fromkeys(trial.kind(trials[0]) for trial in drawn)
     signs = [
         f'<span><svg class="key {COLOURS[kind]}" viewBox="0 0 18 12" aria-hidden="true">'
