@@ -89,7 +89,8 @@ def parallel_section(trials: Sequence[DrawnTrial], metric: str) -> str:
         parts.append(
             f'<path class="line {stroke} {COLOURS[kind]}" d="M{"L".join(corners)}"><title>{escape(hover)}</title></path>'
         )
-    picture = f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="Trials across flags">{"".join(parts + labels)}</svg>'
+    shapes = "".join([*parts, *labels])
+    picture = f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="Trials across flags">{shapes}</svg>'
     kinds = dict.fromkeys(trial.kind(trials[0]) for trial in drawn)
     signs = [
         f'<span><svg class="key {COLOURS[kind]}" viewBox="0 0 18 12" aria-hidden="true">'
