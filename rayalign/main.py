@@ -85,9 +85,15 @@ def _tune(words: Sequence[str], prog: str, summary: str) -> None:
     with user_errors():
         config.check_inputs()
         if config.run.dry_run:
-            from rayalign.estimate.plan import plan_run
+            from rayalign.estimate.plan import estimate_run
+            from rayalign.estimate.table import plan_text
+            from rayalign.sweeps.schedulers import plan_in_words
 
-            sys.stdout.write(f"One trial, without --search\n{plan_run(config, several_runs=True)}")
+            found = estimate_run(config, several_runs=True)
+            gpu_hours = found.time.hours * found.time.gpus if found.time else None
+            space, steps = check_search(config, sweep), found.schedule.steps
+            words = plan_in_words(space, sweep, num_steps=steps, gpu_hours=gpu_hours)
+            sys.stdout.write(f"One trial, without --search\n{plan_text(found)}{words}\n")
         else:
             from rayalign.sweeps import tune
 

@@ -72,9 +72,6 @@ def render_report(
 
     An empty `summary` says that the run has not finished; `algorithm` is read from it where it is there.
     """
-    css = importlib.resources.files("rayalign.report").joinpath("report.css").read_text(encoding="utf-8")
-    style_hash = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{style_hash}'; img-src data:; base-uri 'none'; form-action 'none'"
     body = [
         _header(title, config, summary, metrics, num_steps),
         _tiles(config, metrics, dropped, pairs, times, score_name=score_name),
@@ -88,6 +85,14 @@ def render_report(
         _dropped(dropped),
         _settings(config, summary),
     ]
+    return html_page(title, body)
+
+
+def html_page(title: str, body: Sequence[str]) -> str:
+    """The sections of a page, those that are empty left out, as a whole HTML file."""
+    css = importlib.resources.files("rayalign.report").joinpath("report.css").read_text(encoding="utf-8")
+    style_hash = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{style_hash}'; img-src data:; base-uri 'none'; form-action 'none'"
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

@@ -1,8 +1,12 @@
 """Ray Tune: a sweep trains many times (`training.driver`) with different flags, all trials on one prepared data set, with one
-reference."""
+reference.
 
+Which trials there are is decided here (`search_space`, `proposals`) and what they came to is read from their folders
+(`trials`), so that the same command goes on with a sweep that was cut short. Ray Tune runs them and stops the worse ones.
+"""
+
+import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,19 +14,50 @@ from typing import Any
 
 import ray
 import ray.tune
-from ray.tune.integration.ray_train import TuneReportCallback
 
-from rayalign.cluster import HEAD_NODE, quiet_logging, set_ray_variables
+from rayalign.cluster import HEAD_NODE, RAY_ERRORS, cause_in_words, quiet_logging, set_ray_variables
 from rayalign.config.config import Config
 from rayalign.config.sections import TuneConfig
 from rayalign.config.yaml_files import to_yaml
 from rayalign.data.prepare import cache_of, prepare_run
+from rayalign.data.stream import sampler_of
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.reference.precompute import with_reference
 from rayalign.storage import Store
-from rayalign.sweeps.search_space import SearchRange, check_search
+from rayalign.sweeps.reports import EvaluationReports
+from rayalign.sweeps.results import (
+    BEST,
+    BEST_MODEL,
+    PAGE,
+    SWEEP,
+    TABLES,
+    copy_model,
+    page,
+    ranked,
+    require_best,
+    saved_in_words,
+    setting_lines,
+    table,
+    trial_lines,
+    write_tables,
+)
+from rayalign.sweeps.schedulers import ray_scheduler, scheduler_of
+from rayalign.sweeps.search_space import ALGORITHM, SearchSpace, check_search
+from rayalign.sweeps.searcher import QueueSearcher, TrialLines
+from rayalign.sweeps.sweep_folder import check_sweep_folder, write_search
+from rayalign.sweeps.trials import (
+    FAILED_NOTE,
+    STOPPED_NOTE,
+    TRIALS,
+    Outcome,
+    Queue,
+    Trial,
+    known_settings,
+    read_outcome,
+    trials_of,
+)
 from rayalign.training.driver import fit, join_cluster
 from rayalign.training.endings import told_endings, with_restarts
 from rayalign.training.lease import STALE_SECONDS, held
@@ -33,6 +68,9 @@ from rayalign.training.run_folder import open_run
 from rayalign.training.sinks import check_sinks
 
 logger = logging.getLogger(__name__)
+
+OF_TUNE = "tune"
+"""The folder of Ray Tune's own files."""
 
 
 @dataclass(frozen=True)
@@ -45,88 +83,153 @@ class Sweep:
 
 
 def run(config: Config, sweep: TuneConfig) -> Sweep:
-    """Trains one trial per sampled configuration; writes sweep.json and best.yaml, and continues an unfinished sweep.
+    """Trains the trials that its folder does not have yet, and ranks all: sweep.json, trials.csv, trials.parquet, best.yaml and
+    the best one's model/.
 
-    Raises ValueError for search spaces and folders that can't work, RuntimeError where every trial failed.
+    Raises ValueError for search spaces and folders that can't work, and where no trial finished.
     """
     config.check_inputs()
-    ranges = check_search(config, sweep)
+    space = check_search(config, sweep)
+    _check_trials(space, sweep)
+    _require_optuna(sweep)
     check_sinks(config.run.report_to)
     profiled_steps(config.run.profile_steps)
     require_lasting_folders(config)
     config = with_whole_paths(config)
     require_model(config.model, REGISTERED_MODELS)
     folder = Store.at(str(config.run.output_dir))
-    if (folder / "sweep.json").exists() and not config.run.overwrite:
-        raise ValueError(
-            f"--output_dir {folder.location} holds a finished sweep. Pass --overwrite true, or another --output_dir."
-        )
+    if not config.run.overwrite:
+        check_sweep_folder(folder, config, sweep)
     with told_endings(functools.partial(_sweep_reached, folder)), held(folder) as lease:
         if config.run.overwrite:
-            for name in ("trials", "tune", REFERENCE_NOTE, "sweep.json", "best.yaml"):
+            for name in (TRIALS, OF_TUNE, BEST_MODEL, *TABLES, REFERENCE_NOTE, SWEEP, BEST, PAGE):
                 (folder / name).delete()
-        config = join_cluster(config)
-        logger.info("Results will be in %s", folder.location)
-        with_restarts(
-            lambda: with_reference(config, prepare_run(config), several_runs=True), max_failures=config.cluster.max_failures
-        )
-        outcome = _tuner(config, sweep, ranges, folder).fit()
-        lease.check()
-        return _finish(config, sweep, ranges, folder, outcome)
+        write_search(folder, config, sweep)
+        queue = _queue(dataclasses.replace(space, base=config), sweep, folder)
+        before = sum(outcome.has_ended for outcome in queue.outcomes.values())
+        if before:
+            logger.info("%d trials in %s have ended before", before, folder.location)
+        if queue.num_waiting or (sweep.search_alg == "optuna" and before < sweep.num_samples * sweep.num_seeds):
+            config = join_cluster(config)
+            logger.info("Results will be in %s", folder.location)
+            space = dataclasses.replace(space, base=config)
+            num_steps = _prepare(space)
+            _tuner(space, sweep, folder, queue, num_steps).fit()
+            lease.check()
+        return _finish(dataclasses.replace(space, base=config), sweep, folder, list(queue.outcomes.values()))
 
 
-def _sweep_reached(folder: Store) -> str:
-    done = sum((trial / "summary.json").exists() for trial in (folder / "trials").list())
-    return f"with {done} trials done, which are kept; the same command (without --overwrite) goes on with the others."
-
-
-def _tuner(config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange], folder: Store) -> ray.tune.Tuner:
-    trial = ray.tune.with_parameters(run_trial, config=config)
-    # A trial's own process only waits for its workers: no CPU, on the head node, so that it can't take a worker's place.
-    trainable = ray.tune.with_resources(trial, {"CPU": 0, HEAD_NODE: 0.001})
-    if ray.tune.Tuner.can_restore((folder / "tune").location):
-        logger.info("Continuing the unfinished sweep in %s", folder.location)
-        return ray.tune.Tuner.restore((folder / "tune").location, trainable=trainable, resume_errored=True)
-    return ray.tune.Tuner(
-        trainable,
-        param_space={name: _to_ray(values) for name, values in ranges.items()},
-        tune_config=ray.tune.TuneConfig(
-            metric=sweep.metric,
-            mode=sweep.mode,
-            num_samples=sweep.num_samples if any(values.is_drawn for values in ranges.values()) else 1,
-            max_concurrent_trials=sweep.max_concurrent_trials or _trials_that_fit(config),
-        ),
-        run_config=ray.tune.RunConfig(name="tune", storage_path=folder.location, verbose=1),
-    )
-
-
-def run_trial(sampled: Mapping[str, Any], *, config: Config) -> None:
+def run_trial(sampled: Mapping[str, Any], *, space: SearchSpace) -> None:
     """One trial, in a process of its own: finds the prepared data in the cache and the reference's log-probabilities beside it
     and trains; a trial started again resumes."""
     quiet_logging()
     set_ray_variables()
-    name = ray.tune.get_context().get_trial_id()
-    folder = Store.at(str(config.run.output_dir)) / "trials" / str(name)
-    places = {"output_dir": folder.location, "cache_dir": cache_of(config).location}
-    trial = config.replace({**sampled, **places, "overwrite": False, "eval_answers": 0})
-    # A trial that is started again may meet the processes of its last start while they end.
-    with held(folder, patience=STALE_SECONDS) as lease:
-        open_run(trial)
-        data = prepare_run(trial)
-        check_origin(trial, data)
-        fit(trial, with_reference(trial, data, several_runs=True), callbacks=[TuneReportCallback()], lease=lease)
+    folder = Store.at(str(space.base.run.output_dir)) / TRIALS / sampled["name"]
+    (folder / FAILED_NOTE).delete()
+    try:
+        # A trial that is started again may meet the processes of its last start while they end.
+        with held(folder, patience=STALE_SECONDS) as lease:
+            trial = trial_config(space, sampled["flags"], folder)
+            open_run(trial)
+            data = prepare_run(trial)
+            check_origin(trial, data)
+            data = with_reference(trial, data, several_runs=True)
+            fit(trial, data, callbacks=[EvaluationReports()], lease=lease)
+    except Exception as error:
+        words = cause_in_words(error) if isinstance(error, RAY_ERRORS) else str(error) or type(error).__name__
+        (folder / FAILED_NOTE).write_json({"error": words})
+        raise
 
 
-def _to_ray(values: SearchRange) -> Any:
-    match values.kind:
-        case "grid":
-            return ray.tune.grid_search(list(values.values))
-        case "choice":
-            return ray.tune.choice(list(values.values))
-        case "uniform":
-            return ray.tune.uniform(*values.values)
-        case "loguniform":
-            return ray.tune.loguniform(*values.values)
+def trial_config(space: SearchSpace, flags: Mapping[str, Any], folder: Store) -> Config:
+    """The run of a trial, in a folder of its own, on the sweep's prepared data; the same flags alone give the same model."""
+    places = {"output_dir": folder.location, "cache_dir": cache_of(space.base).location}
+    return space.config(flags).replace({**places, "overwrite": False, "resume": True, "eval_answers": 0})
+
+
+def _require_optuna(sweep: TuneConfig) -> None:
+    if sweep.search_alg == "optuna":
+        try:
+            import optuna  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                '--search_alg optuna: Optuna is not installed. Run pip install "rayalign[tune]", or leave the flag out.'
+            ) from None
+
+
+def _check_trials(space: SearchSpace, sweep: TuneConfig) -> None:
+    """Raises ValueError for a trial whose flags contradict each other, before anything starts."""
+    for setting in space.settings(sweep.num_samples, sweep.search_seed) if sweep.search_alg == "random" else ():
+        try:
+            space.config(setting)
+        except ValueError as error:
+            values = " ".join(f"{name}={value}" for name, value in setting.items())
+            raise ValueError(f"--search gives a trial with {values}, which can't be: {error}") from None
+
+
+def _sweep_reached(folder: Store) -> str:
+    trials = (folder / TRIALS).list()
+    done = sum((trial / name).exists() for trial in trials for name in ("summary.json", STOPPED_NOTE))
+    return f"with {done} trials done, which are kept; the same command (without --overwrite) goes on with the others."
+
+
+def _queue(space: SearchSpace, sweep: TuneConfig, folder: Store) -> Queue:
+    """The trials of a sweep: all that random ones will be, or those that Optuna has proposed and what it will."""
+    seeds = {"first_seed": space.base.optimizer.seed, "num_seeds": sweep.num_seeds}
+
+    def read(trial: Trial) -> Outcome:
+        return read_outcome(folder / TRIALS / trial.name, trial, metric=sweep.metric, mode=sweep.mode)
+
+    def propose(outcomes: list[Outcome]) -> list[Trial]:
+        from rayalign.sweeps import proposals  # here, as Optuna is an extra
+
+        settings = list({outcome.trial.number: outcome.trial.setting for outcome in outcomes}.values())
+        more = len(settings) < sweep.num_samples
+        setting = proposals.propose(space, sweep, settings, outcomes) if more else None
+        return [] if setting is None else trials_of([setting], start=len(settings) + 1, **seeds)
+
+    if sweep.search_alg == "optuna":
+        return Queue(trials_of(known_settings(folder)[: sweep.num_samples], **seeds), read, propose=propose)
+    return Queue(trials_of(space.settings(sweep.num_samples, sweep.search_seed), **seeds), read)
+
+
+def _prepare(space: SearchSpace) -> int:
+    """Prepares the data and the reference that the trials share; returns the steps of a run without the searched flags."""
+    num_steps = 0
+    for algorithm in space.algorithms:
+        config = space.config({ALGORITHM: algorithm} if ALGORITHM in space.ranges else {})
+        work = functools.partial(_prepared_steps, config)
+        num_steps = max(num_steps, with_restarts(work, max_failures=config.cluster.max_failures))
+    return num_steps
+
+
+def _prepared_steps(config: Config) -> int:
+    data = prepare_run(config)
+    with_reference(config, data, several_runs=True)
+    return sampler_of(config, data).num_steps
+
+
+def _tuner(space: SearchSpace, sweep: TuneConfig, folder: Store, queue: Queue, num_steps: int) -> ray.tune.Tuner:
+    trial = ray.tune.with_parameters(run_trial, space=space)
+    # A trial's own process only waits for its workers: no CPU, on the head node, so that it can't take a worker's place.
+    trainable = ray.tune.with_resources(trial, {"CPU": 0, HEAD_NODE: 0.001})
+    concurrent = sweep.max_concurrent_trials or _trials_that_fit(space.base)
+    total = sweep.num_samples * sweep.num_seeds if sweep.search_alg == "optuna" else len(queue.outcomes)
+    scheduler = scheduler_of(sweep, space, num_steps)
+    logger.info("%d trials, up to %d at a time, scheduler %s", total, concurrent, scheduler)
+    (folder / OF_TUNE).delete()
+    return ray.tune.Tuner(
+        trainable,
+        tune_config=ray.tune.TuneConfig(
+            metric=sweep.metric,
+            mode=sweep.mode,
+            num_samples=total,
+            max_concurrent_trials=concurrent,
+            search_alg=QueueSearcher(queue, folder, TrialLines(queue, sweep, total=total)),
+            scheduler=ray_scheduler(scheduler, every=space.base.run.eval_steps, num_steps=num_steps),
+        ),
+        run_config=ray.tune.RunConfig(name=OF_TUNE, storage_path=folder.location, verbose=0),
+    )
 
 
 def _trials_that_fit(config: Config) -> int:
@@ -139,41 +242,35 @@ def _trials_that_fit(config: Config) -> int:
     return max(1, int(fits))
 
 
-def _finish(
-    config: Config, sweep: TuneConfig, ranges: Mapping[str, SearchRange], folder: Store, outcome: ray.tune.ResultGrid
-) -> Sweep:
-    lines: list[dict[str, Any]] = []
-    for result in (outcome[i] for i in range(len(outcome))):
-        metrics = result.metrics or {}
-        line: dict[str, Any] = {name: result.config[name] for name in ranges} if result.config else {}
-        lines.append(
-            {
-                **line,
-                sweep.metric: metrics.get(sweep.metric),
-                "trial": metrics.get("trial_id"),
-                "error": _first_line(result.error),
-            }
-        )
-    worked = [line for line in lines if line[sweep.metric] is not None and line["error"] is None]
-    if not worked:
-        raise RuntimeError(f"Every trial of the sweep failed; the first: {lines[0]['error'] if lines else 'there was none'}")
-    worked.sort(key=lambda line: float(line[sweep.metric]), reverse=sweep.mode == "max")
-    trials = [*worked, *(line for line in lines if line not in worked)]
-    best = config.replace({name: worked[0][name] for name in ranges})
-    (folder / "best.yaml").write_bytes(to_yaml(best).encode())
-    (folder / "sweep.json").write_bytes(
-        (json.dumps({"metric": sweep.metric, "mode": sweep.mode, "trials": trials}, indent=2) + "\n").encode()
+def _finish(space: SearchSpace, sweep: TuneConfig, folder: Store, outcomes: list[Outcome]) -> Sweep:
+    standings = ranked(outcomes, mode=sweep.mode)
+    seed = space.base.optimizer.seed
+    write_tables(folder, standings, sweep.metric, seed=seed)
+    saved = saved_in_words(outcomes, "The scheduler")
+    words = f"Ranked by {sweep.metric} ({sweep.mode}). {saved + '.' if saved else ''}"
+    (folder / PAGE).write_bytes(page(folder, standings, sweep.metric, words).encode())
+    logger.info("The sweep, best first:\n%s%s", table(standings, sweep.metric), f"\n{saved}" if saved else "")
+    best = require_best(standings, sweep.metric).outcomes[0].trial
+    # In a folder of its own, on the data that is prepared.
+    config = space.config(best.flags).replace(
+        {"output_dir": (folder / "best").location, "cache_dir": cache_of(space.base).location, "overwrite": False}
     )
-    logger.info("%s\nBest: %s, in %s", _table(trials), {n: worked[0][n] for n in ranges}, (folder / "best.yaml").location)
-    return Sweep(folder, tuple(trials), best)
+    model = folder / TRIALS / best.name / "model"
+    if not _has_model_of(folder, best):
+        (folder / SWEEP).delete()  # so that a copy cut short is not taken for a whole one
+        copy_model(model, folder / BEST_MODEL)
+    (folder / BEST).write_bytes(to_yaml(config).encode())
+    lines = trial_lines(standings, sweep.metric, seed=seed)
+    settings = setting_lines(standings, sweep.metric)
+    (folder / SWEEP).write_json({"metric": sweep.metric, "mode": sweep.mode, "trials": lines, "settings": settings})
+    places = [(folder / name).location for name in (BEST, BEST_MODEL)]
+    logger.info("Best: %s; its flags are in %s, its model in %s", best.words, *places)
+    return Sweep(folder, tuple(lines), config)
 
 
-def _first_line(error: Exception | None) -> str | None:
-    return str(error).strip().splitlines()[-1] if error else None
-
-
-def _table(lines: list[dict[str, Any]]) -> str:
-    names = [name for name in lines[0] if name != "error" or any(line["error"] for line in lines)]
-    rows = [names, *([f"{line[n]:.4g}" if isinstance(line[n], float) else str(line[n]) for n in names] for line in lines)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+def _has_model_of(folder: Store, best: Trial) -> bool:
+    """Whether model/ is that of this trial already."""
+    if not ((folder / SWEEP).exists() and (folder / BEST_MODEL).exists()):
+        return False
+    trials = (folder / SWEEP).read_json_object().get("trials") or [{}]
+    return bool(trials[0].get("trial") == best.name)

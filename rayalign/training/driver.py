@@ -32,7 +32,7 @@ from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
 from rayalign.training.checkpoint import newest_complete, prune_checkpoints
 from rayalign.training.endings import beside_signals, run_reached, told_endings, with_restarts
-from rayalign.training.entry import JOB, train_loop
+from rayalign.training.entry import JOB, REPORTS_EVALUATIONS, train_loop
 from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
 from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
@@ -146,7 +146,7 @@ def fit(
     lease: Lease | None = None,
 ) -> Result:
     """Trains on prepared data with a TorchTrainer and writes the results, as long as the folder's `lease` holds; `watch` has
-    counted what came before.
+    counted what came before. `callbacks` (Ray Train's) hear of each checkpoint, and of each evaluation before the last step.
 
     Raises ValueError or FloatingPointError for what the user can fix.
     """
@@ -191,7 +191,7 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
     make_scaling_config: Any = ray.train.ScalingConfig
     return TorchTrainer(
         train_loop,
-        train_loop_config={JOB: cloudpickle.dumps((config, data))},
+        train_loop_config={JOB: cloudpickle.dumps((config, data)), REPORTS_EVALUATIONS: bool(callbacks)},
         scaling_config=make_scaling_config(
             num_workers=cluster.num_workers,
             use_gpu=gpus > 0,

@@ -10,6 +10,9 @@ from typing import Any
 JOB = "job"
 """Among the settings that a worker gets: its configuration and data, pickled."""
 
+REPORTS_EVALUATIONS = "reports_evaluations"
+"""Another: whether somebody (a sweep) wants to hear of each evaluation, whatever --save_steps says."""
+
 
 def train_loop(settings: dict[str, Any]) -> Any:
     """Runs in each worker; returns its `WorkerResult`, or what stopped it."""
@@ -22,4 +25,4 @@ def train_loop(settings: dict[str, Any]) -> Any:
     quiet_logging()
     hide_known_tracebacks()
     config, data = pickle.loads(settings[JOB])
-    return train_worker(config, data)
+    return train_worker(config, data, reports_evaluations=settings[REPORTS_EVALUATIONS])

@@ -74,15 +74,18 @@ SHOWN_EVALUATION = tuple(
 """What the log's line of an evaluation shows; all are in metrics.jsonl."""
 
 
-def train_worker(config: Config, data: RunData) -> WorkerResult | Stopped:
-    """Runs in each train worker; rank 0 writes the model.
+def train_worker(config: Config, data: RunData, *, reports_evaluations: bool = False) -> WorkerResult | Stopped:
+    """Runs in each train worker; rank 0 writes the model. `reports_evaluations`: Ray Train hears of them, too, and not only of
+    checkpoints.
 
     Returns the error where every worker meets it, and would meet it again: flags that don't fit the model, a loss that is no
     longer finite. Any other error is raised, so that Ray ends the workers that wait for this one.
     """
     with tempfile.TemporaryDirectory() as temporary:
         worker = outcome_of(lambda: _Worker(config, data, Path(temporary)), errors=(ValueError,))
-    return worker if isinstance(worker, Stopped) else outcome_of(worker.train, errors=(FloatingPointError,))
+    if isinstance(worker, Stopped):
+        return worker
+    return outcome_of(functools.partial(worker.train, reports_evaluations=reports_evaluations), errors=(FloatingPointError,))
 
 
 def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -202,7 +205,7 @@ class _Worker:
                 "a higher --dataset_test_ratio, or leave the flag out."
             )
 
-    def train(self) -> WorkerResult:
+    def train(self, *, reports_evaluations: bool = False) -> WorkerResult:
         stream = pairs_in_order(
             self.tables,
             self.sampler,
@@ -214,7 +217,11 @@ class _Worker:
         )
         stream = self.watchdog.watched(stream)
         events = LoopEvents(
-            log=self._log, evaluate=self._evaluate, save=self._save, judge=self._judge, around_step=self._around_step
+            log=self._log,
+            evaluate=self._evaluate_and_report if reports_evaluations else self._evaluate,
+            save=self._save,
+            judge=self._judge,
+            around_step=self._around_step,
         )
         if self.start_step == 0:
             if self.config.run.eval_on_start:
@@ -338,6 +345,12 @@ class _Worker:
             self._say("Evaluation at step %d  %s", step, shown)
             self._warn(is_finished=False)
         self._report()
+
+    def _evaluate_and_report(self, step: int) -> None:
+        """The last evaluation is not reported: who hears of it could stop the run before its model is written."""
+        self._evaluate(step)
+        if step < self.sampler.num_steps and len(self.held_out.rows):
+            ray.train.report({"step": step, "num_steps": self.sampler.num_steps, **self.latest_metrics})
 
     @_timed("evaluation")
     def _evaluate_shuffled(self, step: int) -> None:

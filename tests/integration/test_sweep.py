@@ -1,5 +1,6 @@
 """A sweep over beta with Ray Tune, all trials on one prepared data set with one reference."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -8,26 +9,41 @@ import yaml
 from tests.cluster import Cluster
 
 
-def test_a_sweep_ranks_its_trials_and_writes_the_best_configuration(
+def test_a_sweep_ranks_its_trials_stops_the_worse_and_goes_on(
     cluster_of_four_cpus: Cluster, model: Path, records: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "sweep"
     words = (
-        *("--rlhf_type", "dpo", "--model", model, "--dataset", records, "--output_dir", folder, "--max_steps", 2),
-        *("--batch_size", 8, "--gradient_accumulation_steps", 1, "--dataset_test_ratio", 0.1, "--num_samples", 1),
-        *("--search", "beta=grid:0.05,0.5", "learning_rate=loguniform:1e-4:1e-3", "--metric", "eval_rewards/margins"),
+        *("--rlhf_type", "dpo", "--model", model, "--dataset", records, "--output_dir", folder, "--max_steps", 3),
+        *("--batch_size", 8, "--gradient_accumulation_steps", 1, "--dataset_test_ratio", 0.1, "--eval_steps", 1),
+        # The higher rate is the better one at each step, and the first to run: the other one is stopped at the first.
+        *("--search", "learning_rate=grid:1e-3,1e-5", "--scheduler", "asha", "--max_concurrent_trials", 1),
+        *("--metric", "eval_rewards/margins"),
     )
     output = cluster_of_four_cpus.run("pipelines/tune.py", *words)
-    sweep = json.loads((folder / "sweep.json").read_text())
-    margins = [trial["eval_rewards/margins"] for trial in sweep["trials"]]
-    assert sorted(trial["beta"] for trial in sweep["trials"]) == ["0.05", "0.5"]
-    assert margins == sorted(margins, reverse=True)
-    assert all(1e-4 <= trial["learning_rate"] <= 1e-3 for trial in sweep["trials"])
-    assert yaml.safe_load((folder / "best.yaml").read_text())["beta"] == float(sweep["trials"][0]["beta"])
+    first, second = json.loads((folder / "sweep.json").read_text())["trials"]
+    assert (first["trial"], first["state"], first["steps"]) == ("001_learning_rate=0.001", "finished", 3)
+    assert (second["trial"], second["state"]) == ("002_learning_rate=1e-05", "stopped")
+    assert second["steps"] < 3
+    assert first["eval_rewards/margins"] > second["eval_rewards/margins"]
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert (best["learning_rate"], best["output_dir"]) == (1e-3, str(folder / "best"))
+    assert (folder / "model" / "adapter_model.safetensors").read_bytes() == (
+        folder / "trials" / first["trial"] / "model" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert [line["state"] for line in csv.DictReader((folder / "trials.csv").read_text().splitlines())] == [
+        "finished",
+        "stopped",
+    ]
+    assert "The scheduler stopped 1 of 2 trials" in output
     # One data set is prepared, by the driver, and one reference; both trials find them.
     assert len(list((tmp_path / ".rayalign_cache").iterdir())) == 1
     assert output.count("records encoded in") == 1
     assert output.count("Reference: log-probs of 50 records in ") == 1
     assert output.count("records, computed before, from") == 2
-    for trial in sweep["trials"]:
-        assert (folder / "trials" / trial["trial"] / "summary.json").exists()
+
+    # The same command trains nothing; another metric ranks the same trials.
+    again = cluster_of_four_cpus.run("pipelines/tune.py", *words[:-1], "eval_loss", "--mode", "min")
+    assert "2 trials in" in again
+    assert "Training DPO" not in again
+    assert json.loads((folder / "sweep.json").read_text())["metric"] == "eval_loss"

@@ -1,0 +1,67 @@
+"""Which of Ray Tune's schedulers stops the worse trials, and how it is set."""
+
+import math
+
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
+
+from rayalign.config.sections import TuneConfig
+from rayalign.sweeps.search_space import SearchSpace
+
+LEAST_DRAWS, LEAST_EVALUATIONS = 4, 3
+"""From so many on --scheduler auto is asha."""
+
+REDUCTION = 3
+"""Of the trials that come to a rung (the first evaluation, and each time three times as many steps) about one in so many goes
+on."""
+
+
+def scheduler_of(sweep: TuneConfig, space: SearchSpace, num_steps: int) -> str:
+    """The scheduler that --scheduler means for trials of so many steps."""
+    if sweep.scheduler != "auto":
+        return sweep.scheduler
+    is_drawn = any(values.is_drawn for values in space.ranges.values())
+    evaluations = math.ceil(num_steps / space.base.run.eval_steps)
+    fits = sweep.num_samples >= LEAST_DRAWS and sweep.num_seeds == 1 and evaluations >= LEAST_EVALUATIONS
+    return "asha" if is_drawn and fits else "none"
+
+
+def ray_scheduler(name: str, *, every: int, num_steps: int) -> TrialScheduler | None:
+    """Ray Tune's scheduler of a name, for trials that are evaluated `every` so many steps; None runs all to their end."""
+    if name == "asha":
+        # Without stop_last_trials a trial of more steps than most is not taken for one that has come to its end.
+        return ASHAScheduler(
+            time_attr="step",
+            max_t=max(num_steps, every),
+            grace_period=every,
+            reduction_factor=REDUCTION,
+            stop_last_trials=False,
+        )
+    if name == "median":
+        # No slice is ever over: a trial is not set aside for another one, as that would start its workers anew.
+        return MedianStoppingRule(time_attr="step", grace_period=every, min_time_slice=2**62)
+    return None
+
+
+def asha_share(num_steps: int, every: int) -> float:
+    """The share of all steps that ASHA takes where one in `REDUCTION` trials goes on at each rung."""
+    taken, going_on, reached = 0.0, 1.0, 0
+    while reached < num_steps:
+        rung = min(every if not reached else reached * REDUCTION, num_steps)
+        taken += going_on * (rung - reached)
+        going_on, reached = going_on / REDUCTION, rung
+    return taken / num_steps
+
+
+def plan_in_words(space: SearchSpace, sweep: TuneConfig, *, num_steps: int, gpu_hours: float | None) -> str:
+    """How many trials a sweep has, and the GPU hours of all, of one of which they are known."""
+    settings = sweep.num_samples if sweep.search_alg == "optuna" else len(space.settings(sweep.num_samples, sweep.search_seed))
+    trials = settings * sweep.num_seeds
+    words = [
+        f"The sweep: {trials} trials" + (f" ({settings} settings, {sweep.num_seeds} seeds)" if sweep.num_seeds > 1 else "")
+    ]
+    words += [f"{trials * gpu_hours:,.1f} GPU hours"] if gpu_hours is not None else []
+    if scheduler_of(sweep, space, num_steps) == "asha":
+        share = asha_share(num_steps, space.base.run.eval_steps)
+        hours = "" if gpu_hours is None else f", {trials * gpu_hours * share:,.1f} GPU hours"
+        words.append(f"with ASHA about {share:.0%} of the steps{hours}")
+    return "; ".join(words)

@@ -1,0 +1,74 @@
+"""What Ray Tune's questions and reports do to the queue, the trials' folders and the log. No cluster is needed for it."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from ray.tune.search import Searcher
+
+from rayalign.config.sections import TuneConfig
+from rayalign.storage import Store
+from rayalign.sweeps.searcher import QueueSearcher, TrialLines
+from rayalign.sweeps.trials import Outcome, Queue, Trial, read_outcome, trials_of
+
+SWEEP = TuneConfig(metric="eval_m")
+
+
+def searcher_of(folder: Path) -> tuple[QueueSearcher, Queue]:
+    def read(trial: Trial) -> Outcome:
+        return read_outcome(Store.at(f"{folder}/trials/{trial.name}"), trial, metric="eval_m", mode="max")
+
+    queue = Queue(trials_of([{"beta": 1.0}, {"beta": 2.0}], first_seed=42, num_seeds=1), read)
+    return QueueSearcher(queue, Store.at(str(folder)), TrialLines(queue, SWEEP, total=2)), queue
+
+
+def states(queue: Queue) -> list[str]:
+    return [outcome.state for outcome in queue.outcomes.values()]
+
+
+def test_trials_are_handed_out_once_and_noted_in_their_folders(tmp_path: Path):
+    searcher, _ = searcher_of(tmp_path)
+    assert searcher.suggest("a") == {"name": "001_beta=1", "flags": {"beta": 1.0}}
+    assert searcher.suggest("b") == {"name": "002_beta=2", "flags": {"beta": 2.0}}
+    assert searcher.suggest("c") == Searcher.FINISHED
+    note = json.loads((tmp_path / "trials" / "001_beta=1" / "trial.json").read_text())
+    assert note == {"number": 1, "flags": {"beta": 1.0}, "seed": None}
+
+
+def test_a_trial_that_the_scheduler_ends_is_stopped(tmp_path: Path):
+    searcher, queue = searcher_of(tmp_path)
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", {"done": True, "step": 2, "num_steps": 9, "time_total_s": 3.5})
+    assert states(queue) == ["stopped", "unfinished"]
+    assert (queue.outcomes["001_beta=1"].num_steps, queue.outcomes["001_beta=1"].seconds) == (9, 3.5)
+
+
+def test_a_trial_that_ends_with_the_sweep_goes_on_later(tmp_path: Path):
+    searcher, queue = searcher_of(tmp_path)
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", {"done": False, "step": 2})
+    assert states(queue) == ["unfinished", "unfinished"]
+
+
+def test_a_trial_that_fails_keeps_its_own_sentence_and_a_lost_one_gets_one(tmp_path: Path):
+    searcher, queue = searcher_of(tmp_path)
+    searcher.suggest("a")
+    (tmp_path / "trials" / "001_beta=1" / "failed.json").write_text('{"error": "The loss is nan."}')
+    searcher.on_trial_complete("a", error=True)
+    searcher.suggest("b")
+    searcher.on_trial_complete("b", error=True)
+    assert [outcome.error for outcome in queue.outcomes.values()] == [
+        "The loss is nan.",
+        "its process was lost; the same command starts it again.",
+    ]
+
+
+def test_a_line_of_the_log_tells_what_a_trial_came_to(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    searcher, _ = searcher_of(tmp_path)
+    searcher.suggest("a")
+    (tmp_path / "trials" / "001_beta=1" / "summary.json").write_text('{"steps": 3, "seconds": 2.0, "eval_m": 0.75}')
+    searcher.on_trial_complete("a", {"done": True})
+    (line,) = caplog.messages
+    assert line.startswith("Trial 1 (beta=1) finished, eval_m 0.75, best so far 0.75, 1 of 2 ended, about ")
