@@ -67,6 +67,10 @@ def start_rayalign(job: Job, answer: Callable[[Side], None]) -> None:
     answer(Rayalign(job))
 
 
+def start_rayalign_stored(job: Job, answer: Callable[[Side], None]) -> None:
+    answer(Rayalign(job).with_stored_reference())
+
+
 def start_ms_swift(job: Job, answer: Callable[[Side], None]) -> None:
     """Starts a training run and answers with its first step; what trainers do before that (hooks, freezing) has been done."""
     from swift.arguments import RLHFArguments  # type: ignore[import-not-found]  # only in its own environment
@@ -120,27 +124,27 @@ def start_ms_swift(job: Job, answer: Callable[[Side], None]) -> None:
     pipeline.main()
 
 
-STARTS = {"ms-swift": start_ms_swift, "rayalign": start_rayalign}
+STARTS = {"ms-swift": start_ms_swift, "rayalign": start_rayalign, "rayalign-stored": start_rayalign_stored}
 
 
 def check_same_setting(sides: Mapping[str, Remote]) -> dict[str, Any]:
-    """The versions of both sides' packages; raises SystemExit where threads, weights, torch or any row's tokens differ."""
+    """The versions of all sides' packages; raises SystemExit where threads, weights, torch or any row's tokens differ."""
     facts = {name: side.facts() for name, side in sides.items()}
-    theirs, ours = facts.values()
+    theirs, *ours = facts.values()
     for fact in ("threads", "parameters"):
-        if ours[fact] != theirs[fact]:
-            raise SystemExit(f"The two sides have different numbers of {fact}: {facts}")
-    if ours["versions"]["torch"] != theirs["versions"]["torch"]:
+        if any(mine[fact] != theirs[fact] for mine in ours):
+            raise SystemExit(f"The sides have different numbers of {fact}: {facts}")
+    if any(mine["versions"]["torch"] != theirs["versions"]["torch"] for mine in ours):
         raise SystemExit(f"Put the same torch into both environments, to compare what is written on top of it: {facts}")
-    for other, mine in zip(*(side.rows() for side in sides.values()), strict=True):
-        if mine != other:
-            raise SystemExit(f"The two sides do not encode pairs alike.\nrayalign: {mine}\nms-swift: {other}")
+    for rows in zip(*(side.rows() for side in sides.values()), strict=True):
+        if any(mine != rows[0] for mine in rows[1:]):
+            raise SystemExit(f"The sides do not encode pairs alike, of {', '.join(sides)}: {rows}")
     return {name: of_side["versions"] for name, of_side in facts.items()}
 
 
 def run_case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name]
-    pythons = {"ms-swift": str(arguments.swift_python), "rayalign": sys.executable}
+    pythons = {**dict.fromkeys(STARTS, sys.executable), "ms-swift": str(arguments.swift_python)}
     with tempfile.TemporaryDirectory() as temporary:
         job = case.job(Path(temporary), threads=arguments.threads)
         (job.model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
