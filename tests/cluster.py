@@ -120,3 +120,18 @@ def free_ports(count: int) -> list[int]:
         if len(ports) == count:
             return ports
     raise AssertionError("There are no free ports.")
+
+
+def start_node(head: Cluster, folder: Path, *of_this_node: str) -> subprocess.Popen[bytes]:
+    """Starts another node of a cluster on this machine, with 2 CPUs; one at a time, since two that look for a free name of a
+    socket at once may take the same."""
+    agent, metrics, runtime = free_ports(3)
+    words = (
+        *("start", "--block", f"--address={head.address}", "--node-ip-address=127.0.0.1", "--num-cpus=2", *of_this_node),
+        *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime}"),
+        f"--object-store-memory={100 * 2**20}",
+    )
+    folder.mkdir(exist_ok=True)
+    with (folder / "node.log").open("w") as log:
+        program = str(Path(sys.executable).with_name("ray"))
+        return subprocess.Popen([program, *words], env=head.env, stdout=log, stderr=subprocess.STDOUT)
