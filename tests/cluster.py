@@ -1,6 +1,7 @@
 """A Ray cluster of this machine for a whole test session, and the pipelines run on it as a person would run them."""
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -11,6 +12,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
+import ray
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 120
@@ -120,6 +124,16 @@ def free_ports(count: int) -> list[int]:
         if len(ports) == count:
             return ports
     raise AssertionError("There are no free ports.")
+
+
+@contextlib.contextmanager
+def head_without_cpus(folder: Path) -> Iterator[Cluster]:
+    """A head node without CPUs, which this process is connected to."""
+    with pytest.MonkeyPatch.context() as patch, running_cluster(folder, num_cpus=0) as cluster:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(address=cluster.address, logging_level=logging.WARNING)
+        yield cluster
+        ray.shutdown()
 
 
 def start_node(head: Cluster, folder: Path, *of_this_node: str) -> subprocess.Popen[bytes]:

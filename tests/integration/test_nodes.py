@@ -16,17 +16,13 @@ from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig
 from rayalign.shared_paths import SharedFile, check_shared_paths
-from tests.cluster import Cluster, running_cluster, start_node
+from tests.cluster import Cluster, head_without_cpus, start_node
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head node without CPUs, which this process is connected to."""
-    with pytest.MonkeyPatch.context() as patch, running_cluster(tmp_path_factory.mktemp("head"), num_cpus=0) as cluster:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(address=cluster.address, logging_level=logging.WARNING)
+    with head_without_cpus(tmp_path_factory.mktemp("head")) as cluster:
         yield cluster
-        ray.shutdown()
 
 
 def test_a_run_waits_for_the_node_that_its_workers_need_and_looks_at_its_paths_from_there(

@@ -1,7 +1,6 @@
 """Nodes with labels and kinds of GPU: workers and encoding run where flags say. The nodes are processes of this machine."""
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +15,13 @@ from rayalign.algorithms import DPO
 from rayalign.cluster import configure_ray_data, place_ray_data
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig
-from tests.cluster import Cluster, running_cluster, start_node
+from tests.cluster import Cluster, head_without_cpus, start_node
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head node without CPUs, which this process is connected to."""
-    with pytest.MonkeyPatch.context() as patch, running_cluster(tmp_path_factory.mktemp("head"), num_cpus=0) as cluster:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(address=cluster.address, logging_level=logging.WARNING)
+    with head_without_cpus(tmp_path_factory.mktemp("head")) as cluster:
         yield cluster
-        ray.shutdown()
 
 
 def test_workers_and_data_tasks_run_on_the_nodes_with_their_kind_of_gpu_and_labels(head: Cluster, tmp_path: Path) -> None:
