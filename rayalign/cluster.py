@@ -5,6 +5,7 @@ Names of Ray that its documentation does not promise are here and in `joining`, 
 version 2.60.0) and when they can go. tests/test_cluster.py compares each with the installed Ray.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -58,6 +59,12 @@ https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/ray_const
 
 HEAD_NODE = "node:__internal_head__"
 """A resource that only the head node has. Can go when Ray documents a way to keep a process on the head node.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py"""
+
+COORDINATOR = "AutoscalingCoordinator"
+"""Ray's actor, and its namespace, that shares the cluster's nodes out. What a run asks for it keeps for three minutes after the
+run's controller was killed, and an elastic run finds no room as long. Can go when Ray Train gives back what lost
+controllers had.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py"""
 
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
@@ -232,6 +239,13 @@ def free_lost_workers(*, seconds: float = 15) -> None:
         if lost:
             return
         time.sleep(1)
+
+
+def give_up_share(trainer: Any) -> None:
+    """Gives back the nodes that the lost controller of a TorchTrainer (whose import takes seconds) had asked for."""
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):  # there is no such actor, or it is lost as well
+        coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
+        ray.get(coordinator.cancel_request.remote(requester_id=f"train-{trainer.train_run_context.run_id}"), timeout=10)
 
 
 def owns_cluster() -> bool:

@@ -59,6 +59,21 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         (cluster.COLOR_VARIABLE, "ray._private.worker", 'if os.getenv("{}") == "0":'),
         (cluster.LOG_HANDLER, "ray._private.worker", 'dispatcher.add_handler(\n                "{}",'),
         (cluster.SILENT_ACTORS[0], "ray.train.v2._internal.execution.controller.placement_group_cleaner", "class {}:"),
+        (
+            cluster.COORDINATOR,
+            "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+            'name="{0}",\n        namespace="{0}",',
+        ),
+        (
+            "requester_id",
+            "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+            "def cancel_request(\n        self,\n        {}:",
+        ),
+        (
+            "train_run_context.run_id",
+            "ray.train.v2._internal.execution.scaling_policy.scaling_policy",
+            'self._requester_id = f"train-{{{}}}"',
+        ),
         (cluster.HEALTH_ERROR, "ray.train.v2._internal.exceptions", "self.{} = failure"),
         (cluster.WORKERS_ERROR, "ray.train.v2._internal.exceptions", "self.{} = exc"),
     ],

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rayalign.config.flags import check_bounds, flag
 from rayalign.config.labels import LABEL, parse_selector
+from rayalign.config.workers import workers_of
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,11 @@ class RunConfig:
 class ClusterConfig:
     """Cluster"""
 
-    num_workers: int = flag(1, "Train workers.", at_least=1)
+    num_workers: int | str = flag(
+        1,
+        "Train workers. MIN:MAX (quoted in YAML): as many as there is room for, more when nodes join and fewer when they are "
+        "lost; the global batch stays that of MAX workers, and the weights come out the same.",
+    )
     gpus_per_worker: float | None = flag(
         None,
         "GPUs of each worker. Default: 1 where a node has some, or where the model has 1e9 parameters and more, else 0.",
@@ -319,6 +324,13 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        workers_of(self.num_workers)
+        if self.is_elastic and self.label_selector:
+            raise ValueError(
+                f"--num_workers {self.num_workers} with --label_selector {' '.join(self.label_selector)}: Ray Train counts the "
+                "room for an elastic run's workers on nodes of any label. Pass one number of workers, or leave "
+                "--label_selector out."
+            )
         kind = self.accelerator_type
         if kind is not None and not LABEL.fullmatch(kind):
             raise ValueError(f"--accelerator_type {kind}: must be one of Ray's names, such as L4, A100 or H100.")
@@ -334,6 +346,21 @@ class ClusterConfig:
                 f"--gpus_per_worker {self.gpus_per_worker:g} with --strategy fsdp: a worker has one GPU there, and the model "
                 "is sharded over workers. Pass --gpus_per_worker 1 and a higher --num_workers."
             )
+
+    @property
+    def fewest_workers(self) -> int:
+        """How many workers a run needs to train."""
+        return workers_of(self.num_workers)[0]
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers a run trains with where there is room: those of the global batch."""
+        return workers_of(self.num_workers)[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a run goes on with fewer or more workers as nodes come and go."""
+        return isinstance(self.num_workers, str) and ":" in self.num_workers
 
     @property
     def worker_labels(self) -> dict[str, str]:

@@ -30,15 +30,16 @@ from rayalign.models.registry import packs_rows
 T = TypeVar("T")
 
 
-def sampler_of(config: Config, data: RunData) -> StepSampler:
-    """The order of the run. Raises DamagedFile where an earlier start found cached files damaged that it needs."""
+def sampler_of(config: Config, data: RunData, *, num_workers: int | None = None) -> StepSampler:
+    """The order of the run, dealt to so many workers (default: to the most that it may have). Raises DamagedFile where an
+    earlier start found cached files damaged that it needs."""
     for records in filter(None, (data.training, data.held_out)):
         records.require_undamaged()
     companion = config.algorithm.needs.companion
     settings = SamplerSettings(
         global_batch_size=config.global_batch_size,
         batch_size=config.optimizer.batch_size,
-        num_workers=config.cluster.num_workers,
+        num_workers=num_workers or config.cluster.most_workers,
         num_epochs=config.optimizer.num_train_epochs,
         max_steps=config.optimizer.max_steps,
         seed=config.data.data_seed,

@@ -127,7 +127,7 @@ def _run_pass(
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_workers, len(shards))),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.fewest_workers, len(shards))),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker or None,
         **kind,

@@ -236,9 +236,9 @@ def _trials_that_fit(config: Config) -> int:
     """Trials whose workers fit the cluster side by side, with a CPU to spare; Tune itself doesn't see the workers'
     resources."""
     cluster, have = config.cluster, ray.cluster_resources()
-    fits = (have.get("CPU", 1) - 1) // (cluster.num_workers * cluster.cpus_per_worker)
+    fits = (have.get("CPU", 1) - 1) // (cluster.most_workers * cluster.cpus_per_worker)
     if cluster.gpus_per_worker:
-        fits = min(fits, have.get("GPU", 0) // (cluster.num_workers * cluster.gpus_per_worker))
+        fits = min(fits, have.get("GPU", 0) // (cluster.most_workers * cluster.gpus_per_worker))
     return max(1, int(fits))
 
 

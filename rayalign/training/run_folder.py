@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rayalign.config.config import Config
 from rayalign.config.flags import flags_of
 from rayalign.config.plugins import PLUGIN
+from rayalign.config.workers import workers_of
 from rayalign.config.yaml_files import parse_flags, to_yaml
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.report.page import Times
@@ -163,7 +164,7 @@ def _flags_before(file: Store) -> Mapping[str, Any]:
             f"{file.location}, the flags that the unfinished run began with: "
             f"{f'lacks {missing[0]}; ' if missing else ''}it was cut short. {REMEDY}"
         )
-    odd = [name for name in BATCH_FLAGS if type(before[name]) is not int]
+    odd = [name for name in BATCH_FLAGS if _workers_or_number(name, before[name]) is None]
     if odd:
         raise ValueError(
             f"{file.location}, the flags that the unfinished run began with: {odd[0]} is {before[odd[0]]!r} and no whole "
@@ -186,7 +187,19 @@ def _plugins_before(folder: Store, arguments: Iterable[str]) -> dict[str, bytes 
 
 
 def _global_batch(values: Mapping[str, Any]) -> int:
-    return math.prod(values[name] for name in BATCH_FLAGS)
+    return math.prod(_workers_or_number(name, values[name]) or 0 for name in BATCH_FLAGS)
+
+
+def _workers_or_number(flag: str, value: Any) -> int | None:
+    """The value of one of BATCH_FLAGS, of an elastic run its most workers; None where it has none."""
+    if type(value) is int:
+        return value
+    if flag != "num_workers" or not isinstance(value, str):
+        return None
+    try:
+        return workers_of(value)[1]
+    except ValueError:
+        return None
 
 
 def write_results(

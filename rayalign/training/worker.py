@@ -104,7 +104,7 @@ class _Worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.device = ray.train.torch.get_device()
         algorithm: Algorithm = config.algorithm
-        self.sampler = sampler_of(config, data)
+        self.sampler = sampler_of(config, data, num_workers=self.num_workers)
         if data.held_out and self.sampler.settings.with_partners:
             require_partners(data.held_out.num_rows, "in --val_dataset")
         self.shard = (self.rank, self.num_workers) if config.cluster.shards_models else ALL_SHARDS

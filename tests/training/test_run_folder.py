@@ -86,6 +86,14 @@ def test_flags_that_change_neither_data_nor_update_may_change(unfinished: Path) 
     assert yaml.safe_load((unfinished / "config.yaml").read_text())["num_workers"] == 2
 
 
+def test_a_run_may_become_elastic_and_be_fixed_again_with_the_same_global_batch(unfinished: Path) -> None:
+    open_run(config_of(unfinished, num_workers="1:4", gradient_accumulation_steps=4))
+    assert refusal(config_of(unfinished, num_workers="1:4")).endswith(
+        f"batch_size x gradient_accumulation_steps x num_workers: 16 -> 64\n{WAY_OUT}"
+    )
+    open_run(config_of(unfinished, num_workers=2, gradient_accumulation_steps=8))
+
+
 def test_a_changed_configuration_is_refused_flag_by_flag(unfinished: Path) -> None:
     config = config_of(unfinished, beta=0.5, learning_rate=1e-4, dataset=["d.jsonl", "e.jsonl"])
     assert refusal(config) == (
