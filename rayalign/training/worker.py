@@ -32,16 +32,14 @@ from rayalign.training.checkpoint import (
     ALL_SHARDS,
     NONE_YET,
     FetchedCheckpoint,
-    checkpoint_name,
+    Snapshot,
     delete_others,
     fetch,
     fetch_newest,
     load_best,
     load_checkpoint,
-    prune_checkpoints,
     trains_shards,
     whole_at,
-    write_checkpoint,
 )
 from rayalign.training.distributed import gather, start_alike
 from rayalign.training.gauges import Gauges
@@ -51,6 +49,7 @@ from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.profiling import StepProfiler, profiled_steps
 from rayalign.training.run_log import RunLog, teller
 from rayalign.training.run_times import Stopwatch, note_workers, workers_before
+from rayalign.training.saving import CheckpointWriter
 from rayalign.training.watchdog import Watchdog
 from rayalign.training.worker_result import WorkerResult
 
@@ -58,17 +57,18 @@ logger = logging.getLogger(__name__)
 
 
 def train_worker(config: Config, data: RunData, *, reports_evaluations: bool = False) -> WorkerResult | Stopped:
-    """Runs in each train worker; rank 0 writes the model. `reports_evaluations`: Ray Train hears of them, too, and not only of
-    checkpoints.
+    """Runs in each train worker; rank 0 writes the model. `reports_evaluations`: Ray Train hears of each, and of the step of
+    each checkpoint.
 
     Returns the error where every worker meets it, and would meet it again: flags that don't fit the model, a loss that is no
     longer finite. Any other error is raised, so that Ray ends the workers that wait for this one.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        worker = outcome_of(lambda: _Worker(config, data, Path(temporary)), errors=(ValueError,))
+        worker = outcome_of(lambda: _Worker(config, data, Path(temporary), reports=reports_evaluations), errors=(ValueError,))
     if isinstance(worker, Stopped):
         return worker
-    return outcome_of(functools.partial(worker.train, reports_evaluations=reports_evaluations), errors=(FloatingPointError,))
+    with worker.writer:
+        return outcome_of(worker.train, errors=(FloatingPointError,))
 
 
 def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -88,10 +88,12 @@ def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 class _Worker:
     """One train worker: its share of the data, policy and optimizer, and the metrics so far."""
 
-    def __init__(self, config: Config, data: RunData, temporary: Path) -> None:
-        """Goes on from the newest whole checkpoint, which is fetched into `temporary`."""
+    def __init__(self, config: Config, data: RunData, temporary: Path, *, reports: bool) -> None:
+        """Goes on from the newest whole checkpoint, which is fetched into `temporary`. `reports`: Ray Train hears of
+        evaluations and checkpoints."""
         self.config = config
         self.data = data
+        self.reports = reports
         self.folder = Store.at(str(config.run.output_dir))
         self.watch = Stopwatch(workers_before(self.folder))
         context = ray.train.get_context()
@@ -100,7 +102,6 @@ class _Worker:
         gauges = Gauges(self.folder.name, self.rank)
         self.watchdog = Watchdog(self.rank, functools.partial(logger.warning, "Warning: %s"), idle=gauges.idle)
         self.watchdog.start()
-        self.attempt = gather(uuid.uuid4().hex[:8])[0]
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self.device = ray.train.torch.get_device()
         algorithm: Algorithm = config.algorithm
@@ -151,6 +152,15 @@ class _Worker:
         if profiled and not set(profiled) & set(range(self.start_step + 1, self.sampler.num_steps + 1)):
             self._say("--profile_steps %s: no such step is still to come", config.run.profile_steps)
         self.profiler = StepProfiler(profiled, self.folder, rank=self.rank)
+        is_sharded = trains_shards(policy)
+        self.writer = CheckpointWriter(
+            self.folder,
+            attempt=gather(uuid.uuid4().hex[:8])[0],
+            keep=config.run.save_total_limit,
+            rank=self.rank,
+            is_sharded=is_sharded,
+            copies=context.get_local_world_size() if is_sharded else 1,
+        )
 
     def _settle_checkpoints(self, loaded: FetchedCheckpoint | None) -> None:
         """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes others
@@ -175,7 +185,7 @@ class _Worker:
                 "a higher --dataset_test_ratio, or leave the flag out."
             )
 
-    def train(self, *, reports_evaluations: bool = False) -> WorkerResult:
+    def train(self) -> WorkerResult:
         stream = pairs_in_order(
             self.tables,
             self.sampler,
@@ -188,7 +198,7 @@ class _Worker:
         stream = self.watchdog.watched(stream)
         events = LoopEvents(
             log=self.log.step,
-            evaluate=self._evaluate_and_report if reports_evaluations else self._evaluate,
+            evaluate=self._evaluate_and_report if self.reports else self._evaluate,
             save=self._save,
             judge=self._judge,
             around_step=self._around_step,
@@ -217,13 +227,16 @@ class _Worker:
         stopped = self._why_stopped(last_step)
         model_step = last_step
         if self.config.run.load_best_model_at_end and self.best.step not in (None, last_step):
+            self._finish_checkpoints()
             model_step = self._return_to_best()
         elif self.start_step == last_step:
             self._evaluate(model_step)
         self._evaluate_shuffled(model_step)
         self._answer("after")
         self._write_model()
+        self._finish_checkpoints()
         if self.rank == 0:
+            self._say("The training stood still for checkpoints for %.1f s, %.1f %% of its time", *self._stood_still())
             self.log.close()
             note_workers(self.folder, self.watch.seconds)
         self.watchdog.stop()
@@ -277,6 +290,7 @@ class _Worker:
         self.profiler.before(step)
         with self.log.progress.step(pairs):
             yield
+        self.writer.check()
         self.watchdog.tick()
         self.profiler.after(step)
 
@@ -322,45 +336,30 @@ class _Worker:
                 together=policy.sharded is not None,
             )
 
-    @_timed("saving")
+    @_timed("checkpoints")
     def _save(self, step: int) -> None:
         self.watchdog.tick()
         self._say("Saving the checkpoint of step %d", step)
-        with self.log.progress.pause("saving"), tempfile.TemporaryDirectory() as temporary:
-            checkpoint, trainer = None, self.trainer
-            has_shards = trains_shards(trainer.policy)
-            if self.rank == 0 or has_shards:
-                write_checkpoint(
-                    Path(temporary),
-                    trainer.policy,
-                    trainer.optimizer,
-                    step=step,
-                    scaler=trainer.scaler,
-                    best=self.best,
-                    rank=self.rank,
+        trainer = self.trainer
+        with self.log.progress.pause("saving"):
+            if self.rank == 0 or trains_shards(trainer.policy):
+                snapshot = Snapshot.of(
+                    trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler, best=self.best, rank=self.rank
                 )
-                checkpoint = ray.train.Checkpoint.from_directory(temporary)
-            ray.train.report(
-                {"step": step, **self.log.latest},
-                checkpoint=checkpoint,
-                checkpoint_dir_name=checkpoint_name(step, self.attempt),
-                checkpoint_upload_fn=self._upload if self.folder.local_path is None else None,
-            )
+                self.writer.save(snapshot, is_best=self.best.step == step)
+        if self.reports:
+            ray.train.report({"step": step})
         self.watchdog.tick()
-        if has_shards:
-            gather(None)  # until then another worker's files may be under way, and the checkpoint seem damaged
-        if self.rank == 0:
-            if self.best.step == step:
-                write_note(self.folder, self.best, checkpoint_name(step, self.attempt))
-            limit = self.config.run.save_total_limit
-            prune_checkpoints(self.folder / "checkpoints", keep=limit, best=best_checkpoint(self.folder))
 
-    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        """Copies a checkpoint to an object store, each file again where the store fails. (To a disk Ray Train copies it.)"""
-        folder = self.folder / "checkpoints" / name
-        folder.upload(Path(checkpoint.path))
-        filesystem, path = folder.resolve()
-        return ray.train.Checkpoint(path, filesystem)
+    @_timed("checkpoints")
+    def _finish_checkpoints(self) -> None:
+        self.writer.wait()
+
+    def _stood_still(self) -> tuple[float, float]:
+        """For how many seconds, and for what percentage of the time of all steps, the training waited for checkpoints."""
+        seconds = self.watch.seconds
+        still = seconds.get("checkpoints", 0.0)
+        return still, 100 * still / (seconds["training"] + still)
 
     @_timed("saving")
     def _write_model(self) -> None:

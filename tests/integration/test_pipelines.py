@@ -104,7 +104,7 @@ def test_every_line_of_the_log_says_when_without_colours(dpo_run: Path) -> None:
 
 def test_a_run_tells_where_its_time_went(dpo_run: Path) -> None:
     summary = json.loads((dpo_run / "summary.json").read_text())
-    stages = {"ray_start", "encoding", "reference", "model_loading", "training", "evaluation", "saving", "other"}
+    stages = {"ray_start", "encoding", "reference", "model_loading", "training", "evaluation", "checkpoints", "saving", "other"}
     assert set(summary["stage_seconds"]) == stages
     assert sum(summary["stage_seconds"].values()) == pytest.approx(summary["seconds"], abs=0.5)  # each is rounded
 

@@ -23,7 +23,7 @@ from rayalign.policy.policy import Policy
 from rayalign.storage import Store
 from rayalign.training import distributed
 from rayalign.training.best import GOES_ON, Verdict
-from rayalign.training.checkpoint import FetchedCheckpoint, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import FetchedCheckpoint, Snapshot, load_checkpoint, write_checkpoint
 from rayalign.training.distributed import start_alike, sum_over_workers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import MetricSums
@@ -149,7 +149,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path,
 
     def save(step: int) -> None:
         if step == 3:
-            write_checkpoint(tmp_path, undisturbed.policy, undisturbed.optimizer, step=step)
+            write_checkpoint(Store(str(tmp_path)), Snapshot.of(undisturbed.policy, undisturbed.optimizer, step=step))
 
     stream = stream_of(folder, sampler, 0, algorithm)
     run_steps(undisturbed, sampler, stream, run, events(log=lines["undisturbed"].append, save=save), start_step=0)
@@ -260,7 +260,10 @@ def test_a_float16_run_resumes_with_its_loss_scale(folder: Path, tmp_path: Path)
 
     def save(step: int) -> None:
         if step == 4:
-            write_checkpoint(tmp_path, undisturbed.policy, undisturbed.optimizer, step=step, scaler=undisturbed.scaler)
+            write_checkpoint(
+                Store(str(tmp_path)),
+                Snapshot.of(undisturbed.policy, undisturbed.optimizer, step=step, scaler=undisturbed.scaler),
+            )
 
     stream = stream_of(folder, sampler, 0, DPO())
     calls = events(log=lambda line: skipped.append(line["skipped_steps"]), save=save)
@@ -406,7 +409,7 @@ def weights_after(
                 trainer.step(step, [batch for of_step, batch in stream if of_step == step], sampler.counts(step))
             if rank == 0:
                 after.mkdir()
-                write_checkpoint(after, policy, trainer.optimizer, step=steps.stop)
+                write_checkpoint(Store(str(after)), Snapshot.of(policy, trainer.optimizer, step=steps.stop))
         weights = weights_of(policy)
     return weights
 
