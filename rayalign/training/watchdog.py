@@ -27,6 +27,7 @@ WAITS = {
     ("rayalign.training.distributed", "gather"): "the other workers",
     ("rayalign.training.distributed", "start_alike"): "the first worker's weights",
     ("rayalign.training.saving", "wait"): "the checkpoint before, which is still being written",
+    ("rayalign.training.changes", "are_near"): "the other workers",
     ("rayalign.training.worker", "_save"): "a checkpoint, which is copied or written",
     ("rayalign.training.worker", "_write_model"): "the writing of the model",
     ("rayalign.training.checkpoint", "fetch_newest"): "the newest checkpoint, to go on from",

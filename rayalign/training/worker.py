@@ -21,6 +21,7 @@ from rayalign.data.prepare import RunData
 from rayalign.data.sampler import require_partners
 from rayalign.data.stream import fetch_pairs, pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
+from rayalign.nodes import room_for_workers
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
 from rayalign.policy.saving import gather_weights, save_policy
@@ -28,6 +29,7 @@ from rayalign.policy.sharding import all_workers, shard_policy
 from rayalign.storage import Store
 from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, write_note
+from rayalign.training.changes import Changes
 from rayalign.training.checkpoint import (
     ALL_SHARDS,
     NONE_YET,
@@ -152,6 +154,7 @@ class _Worker:
         if profiled and not set(profiled) & set(range(self.start_step + 1, self.sampler.num_steps + 1)):
             self._say("--profile_steps %s: no such step is still to come", config.run.profile_steps)
         self.profiler = StepProfiler(profiled, self.folder, rank=self.rank)
+        self.changes = Changes(has_room=self._has_room)
         is_sharded = trains_shards(policy)
         self.writer = CheckpointWriter(
             self.folder,
@@ -161,6 +164,11 @@ class _Worker:
             is_sharded=is_sharded,
             copies=context.get_local_world_size() if is_sharded else 1,
         )
+
+    def _has_room(self) -> bool:
+        """Whether an elastic run could have more workers than it has."""
+        cluster = self.config.cluster
+        return self.rank == 0 and self.num_workers < cluster.most_workers and room_for_workers(self.config) > self.num_workers
 
     def _settle_checkpoints(self, loaded: FetchedCheckpoint | None) -> None:
         """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes others
@@ -201,6 +209,7 @@ class _Worker:
             evaluate=self._evaluate_and_report if self.reports else self._evaluate,
             save=self._save,
             judge=self._judge,
+            is_urgent=self.changes.are_near,
             around_step=self._around_step,
         )
         if self.start_step == 0:
