@@ -83,7 +83,7 @@ class Flag:
         """What the flag takes, in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        words: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         words[NUMBER_OR_RANGE] = "a whole number, or two as MIN:MAX"
         return words[self.item_type] + (" or none" if self.is_optional else "")
 

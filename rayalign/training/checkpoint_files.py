@@ -81,8 +81,9 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
+    head: tuple[bytes | memoryview, ...] = (len(text).to_bytes(8, "little"), text)
     with file.open("wb") as output:
-        for block in itertools.chain((len(text).to_bytes(8, "little"), text), (_bytes_of(tensors[name]) for name in names)):
+        for block in itertools.chain(head, (_bytes_of(tensors[name]) for name in names)):
             output.write(block)
             digest.update(block)
             size += len(block)
@@ -90,8 +91,8 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    flat: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 class SavedTensors(contextlib.ExitStack):

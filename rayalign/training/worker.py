@@ -99,7 +99,8 @@ class _Worker:
         self.folder = Store.at(str(config.run.output_dir))
         self.watch = Stopwatch(workers_before(self.folder))
         context = ray.train.get_context()
-        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.rank: int = context.get_world_rank()
+        self.num_workers: int = context.get_world_size()
         self._say = teller(self.rank)
         gauges = Gauges(self.folder.name, self.rank)
         self.watchdog = Watchdog(self.rank, functools.partial(logger.warning, "Warning: %s"), idle=gauges.idle)
@@ -167,8 +168,9 @@ class _Worker:
 
     def _has_room(self) -> bool:
         """Whether an elastic run could have more workers than it has."""
-        cluster = self.config.cluster
-        return self.rank == 0 and self.num_workers < cluster.most_workers and room_for_workers(self.config) > self.num_workers
+        if self.rank != 0 or self.num_workers == self.config.cluster.most_workers:
+            return False
+        return room_for_workers(self.config) > self.num_workers
 
     def _settle_checkpoints(self, loaded: FetchedCheckpoint | None) -> None:
         """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes others
