@@ -26,6 +26,28 @@ from rayalign.main import main
 sys.exit(main())
 """
 
+PACED_DPO = """
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rayalign.algorithms import DPO
+
+
+@dataclass(frozen=True)
+class Paced(DPO):
+    '''DPO that is slow on a fast machine, too'''
+
+    name: ClassVar[str] = "paced"
+
+    def loss(self, *arguments, **named):
+        time.sleep(0.1)
+        return super().loss(*arguments, **named)
+
+
+ALGORITHMS = (Paced,)
+"""
+
 MOST_SECONDS = 150
 
 
@@ -37,7 +59,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def words_for(model: Path, records: Path, folder: Path, num_workers: str, accumulation: int) -> tuple[object, ...]:
     return (
-        *("dpo", "--model", model, "--dataset", records, "--output_dir", folder, "--max_steps", 60, "--logging_steps", 5),
+        *("rlhf", "--model", model, "--dataset", records, "--output_dir", folder, "--max_steps", 150, "--logging_steps", 5),
         *("--num_workers", num_workers, "--batch_size", 1, "--gradient_accumulation_steps", accumulation),
         *("--cpus_per_worker", 2, "--gpus_per_worker", 0, "--dataset_test_ratio", 0, "--save_steps", 10, "--max_failures", 0),
         *("--eval_answers", 0, "--cache_dir", records.parent / "cache"),
@@ -51,7 +73,7 @@ def said(log: Path, words: str) -> list[str]:
 
 def starts_in(log: Path) -> list[str]:
     """With how many workers each start of the training was."""
-    return [line.split()[-3] for line in said(log, "Training DPO from step")]
+    return [line.split()[-3] for line in said(log, "Training PACED from step")]
 
 
 def wait_for(condition: Callable[[], object], driver: "subprocess.Popen[str]", log: Path) -> None:
@@ -71,10 +93,12 @@ def announce_end(head: Cluster, node: str, *, seconds: int) -> None:
 
 def test_a_run_grows_and_shrinks_with_its_nodes_to_the_weights_of_one_worker(head: Cluster, tmp_path: Path) -> None:
     model, records = save_tiny_model(tmp_path / "model"), write_rows(tmp_path / "data", 40, seed=1)
-    folder, log = tmp_path / "elastic", tmp_path / "log.txt"
+    folder, log, plugin = tmp_path / "elastic", tmp_path / "log.txt", tmp_path / "paced.py"
+    plugin.write_text(PACED_DPO)
+    paced = ("--plugin", plugin, "--rlhf_type", "paced")
     started: list[subprocess.Popen[Any]] = [start_node(head, tmp_path / "node 0")]
     try:
-        driver = head.start("-c", PROGRAM, *words_for(model, records, folder, "1:2", 2), log=log)
+        driver = head.start("-c", PROGRAM, *words_for(model, records, folder, "1:2", 2), *paced, log=log)
         started.append(driver)
         wait_for(lambda: starts_in(log) == ["1"], driver, log)
         second = start_node(head, tmp_path / "node 1", "--labels=name=second")
@@ -85,7 +109,7 @@ def test_a_run_grows_and_shrinks_with_its_nodes_to_the_weights_of_one_worker(hea
         second.terminate()
         wait_for(lambda: starts_in(log) == ["1", "2", "1"], driver, log)
         assert driver.wait(MOST_SECONDS) == 0, log.read_text()[-5000:]
-        head.run("-c", PROGRAM, *words_for(model, records, tmp_path / "fixed", "1", 4))
+        head.run("-c", PROGRAM, *words_for(model, records, tmp_path / "fixed", "1", 4), "--rlhf_type", "dpo")
     finally:
         for process in reversed(started):
             process.terminate()
@@ -93,8 +117,8 @@ def test_a_run_grows_and_shrinks_with_its_nodes_to_the_weights_of_one_worker(hea
     # None of it was a failure (--max_failures 0).
     (announced,) = said(log, "The machine of rank ")
     assert re.search(r"of rank [01] will be taken away in \d+ s: a checkpoint is written at once$", announced)
-    from_steps = [int(line.split()[-7]) for line in said(log, "Training DPO from step")]
+    from_steps = [int(line.split()[-7]) for line in said(log, "Training PACED from step")]
     assert from_steps[0] == 0 < from_steps[1] < from_steps[2]
     weights = [load_file(run / "model" / "adapter_model.safetensors") for run in (folder, tmp_path / "fixed")]
     for name, value in weights[1].items():
-        torch.testing.assert_close(weights[0][name], value, atol=1e-4, rtol=0)  # float32, over 60 steps of AdamW
+        torch.testing.assert_close(weights[0][name], value, atol=1e-4, rtol=0)  # float32, over 150 steps of AdamW
