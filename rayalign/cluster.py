@@ -48,6 +48,16 @@ https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/execution/tun
 TUNE_SIGINT_VARIABLE = "TUNE_DISABLE_SIGINT_HANDLER"
 """1 keeps Ray Tune from taking Ctrl-C for the regular end of a sweep. Documented, among Ray Tune's environment variables."""
 
+TUNE_LOGGERS_VARIABLE = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
+"""1 keeps Ray Tune from writing what trials report once more, as CSV, JSON and TensorBoard events under its own names; trials'
+folders have it. Documented, among Ray Tune's environment variables."""
+
+TUNE_THREAD_VARIABLE = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
+"""How long a process that goes on with another trial waits for the thread of the last one, which closes its files; then the new
+trial is failed. 2 s by default. Documented, among Ray Tune's environment variables."""
+
+TUNE_THREAD_SECONDS = "120"
+
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set in the process that `ray job submit` starts. Can go when Ray documents how a driver knows that it is a job.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/runtime_env/constants.py"""
@@ -263,6 +273,8 @@ def set_ray_variables() -> None:
     os.environ.setdefault(TRAIN_POLL_VARIABLE, POLL_SECONDS)
     os.environ[TUNE_METRIC_CHECK_VARIABLE] = "1"
     os.environ[TUNE_SIGINT_VARIABLE] = "1"
+    os.environ[TUNE_LOGGERS_VARIABLE] = "1"
+    os.environ.setdefault(TUNE_THREAD_VARIABLE, TUNE_THREAD_SECONDS)
     if not sys.stderr.isatty():
         os.environ.setdefault(COLOR_VARIABLE, "0")
 

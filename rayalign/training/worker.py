@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.torch
 import torch
 
 from rayalign.algorithms import Algorithm
@@ -19,7 +17,7 @@ from rayalign.cluster import Stopped, outcome_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import require_partners
-from rayalign.data.stream import fetch_pairs, pairs_in_order, sampler_of
+from rayalign.data.stream import pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
@@ -45,6 +43,7 @@ from rayalign.training.checkpoint import (
 )
 from rayalign.training.distributed import gather, start_alike
 from rayalign.training.gauges import Gauges
+from rayalign.training.group import Group
 from rayalign.training.held_out import HeldOut
 from rayalign.training.lockstep import Fillers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
@@ -57,18 +56,21 @@ from rayalign.training.worker_result import WorkerResult
 logger = logging.getLogger(__name__)
 
 
-def train_worker(config: Config, data: RunData, *, reports_evaluations: bool = False) -> WorkerResult | Stopped:
-    """Runs in each train worker; rank 0 writes the model. `reports_evaluations`: Ray Train hears of them, too, and not only of
-    checkpoints.
+def train_worker(config: Config, data: RunData, group: Group) -> WorkerResult | Stopped:
+    """Runs in each train worker; rank 0 writes the model.
 
     Returns the error where every worker meets it, and would meet it again: flags that don't fit the model, a loss that is no
     longer finite. Any other error is raised, so that Ray ends the workers that wait for this one.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        worker = outcome_of(lambda: _Worker(config, data, Path(temporary)), errors=(ValueError,))
+        worker = outcome_of(lambda: _Worker(config, data, group, Path(temporary)), errors=(ValueError,))
     if isinstance(worker, Stopped):
         return worker
-    return outcome_of(functools.partial(worker.train, reports_evaluations=reports_evaluations), errors=(FloatingPointError,))
+    try:
+        return outcome_of(worker.train, errors=(FloatingPointError,))
+    except SystemExit:  # a sweep's scheduler ends the run, whose process goes on with another one
+        worker.log.close()
+        raise
 
 
 def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -88,21 +90,21 @@ def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 class _Worker:
     """One train worker: its share of the data, policy and optimizer, and the metrics so far."""
 
-    def __init__(self, config: Config, data: RunData, temporary: Path) -> None:
+    def __init__(self, config: Config, data: RunData, group: Group, temporary: Path) -> None:
         """Goes on from the newest whole checkpoint, which is fetched into `temporary`."""
         self.config = config
         self.data = data
+        self.group = group
         self.folder = Store.at(str(config.run.output_dir))
         self.watch = Stopwatch(workers_before(self.folder))
-        context = ray.train.get_context()
-        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.rank, self.num_workers = group.rank, group.num_workers
         self._say = teller(self.rank)
         gauges = Gauges(self.folder.name, self.rank)
         self.watchdog = Watchdog(self.rank, functools.partial(logger.warning, "Warning: %s"), idle=gauges.idle)
         self.watchdog.start()
         self.attempt = gather(uuid.uuid4().hex[:8])[0]
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-        self.device = ray.train.torch.get_device()
+        self.device = group.device
         algorithm: Algorithm = config.algorithm
         self.sampler = sampler_of(config, data)
         if data.held_out and self.sampler.settings.with_partners:
@@ -111,7 +113,7 @@ class _Worker:
         checkpoint = fetch_newest(self.folder / "checkpoints", temporary, shard=self.shard)
         self.start_step = checkpoint.step if checkpoint else 0
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
-        self.tables = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
+        self.tables = group.tables(data.training, self.sampler, start_step=self.start_step)
         self._say("Loading %s", data.source.base)
         with self.watch.stage("model_loading"):
             policy = load_policy(
@@ -175,7 +177,7 @@ class _Worker:
                 "a higher --dataset_test_ratio, or leave the flag out."
             )
 
-    def train(self, *, reports_evaluations: bool = False) -> WorkerResult:
+    def train(self) -> WorkerResult:
         stream = pairs_in_order(
             self.tables,
             self.sampler,
@@ -188,7 +190,7 @@ class _Worker:
         stream = self.watchdog.watched(stream)
         events = LoopEvents(
             log=self.log.step,
-            evaluate=self._evaluate_and_report if reports_evaluations else self._evaluate,
+            evaluate=self._evaluate_and_report,
             save=self._save,
             judge=self._judge,
             around_step=self._around_step,
@@ -294,7 +296,7 @@ class _Worker:
         """The last evaluation is not reported: who hears of it could stop the run before its model is written."""
         self._evaluate(step)
         if step < self.sampler.num_steps and len(self.held_out.rows):
-            ray.train.report({"step": step, "num_steps": self.sampler.num_steps, **self.log.latest})
+            self.group.evaluated({"step": step, "num_steps": self.sampler.num_steps, **self.log.latest})
 
     @_timed("evaluation")
     def _evaluate_shuffled(self, step: int) -> None:
@@ -327,9 +329,10 @@ class _Worker:
         self.watchdog.tick()
         self._say("Saving the checkpoint of step %d", step)
         with self.log.progress.pause("saving"), tempfile.TemporaryDirectory() as temporary:
-            checkpoint, trainer = None, self.trainer
+            trainer = self.trainer
             has_shards = trains_shards(trainer.policy)
-            if self.rank == 0 or has_shards:
+            writes = self.rank == 0 or has_shards
+            if writes:
                 write_checkpoint(
                     Path(temporary),
                     trainer.policy,
@@ -339,13 +342,8 @@ class _Worker:
                     best=self.best,
                     rank=self.rank,
                 )
-                checkpoint = ray.train.Checkpoint.from_directory(temporary)
-            ray.train.report(
-                {"step": step, **self.log.latest},
-                checkpoint=checkpoint,
-                checkpoint_dir_name=checkpoint_name(step, self.attempt),
-                checkpoint_upload_fn=self._upload if self.folder.local_path is None else None,
-            )
+            target = self.folder / "checkpoints" / checkpoint_name(step, self.attempt)
+            self.group.saved({"step": step, **self.log.latest}, Path(temporary) if writes else None, target)
         self.watchdog.tick()
         if has_shards:
             gather(None)  # until then another worker's files may be under way, and the checkpoint seem damaged
@@ -354,13 +352,6 @@ class _Worker:
                 write_note(self.folder, self.best, checkpoint_name(step, self.attempt))
             limit = self.config.run.save_total_limit
             prune_checkpoints(self.folder / "checkpoints", keep=limit, best=best_checkpoint(self.folder))
-
-    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        """Copies a checkpoint to an object store, each file again where the store fails. (To a disk Ray Train copies it.)"""
-        folder = self.folder / "checkpoints" / name
-        folder.upload(Path(checkpoint.path))
-        filesystem, path = folder.resolve()
-        return ray.train.Checkpoint(path, filesystem)
 
     @_timed("saving")
     def _write_model(self) -> None:
