@@ -91,6 +91,10 @@ PROGRESS_LOGGER = "ray.data._internal.progress"
 """Warns in each process that progress bars are switched off, once they are. Can go when it no longer does.
 https://github.com/ray-project/ray/tree/ray-2.60.0/python/ray/data/_internal/progress"""
 
+ANALYSIS_LOGGER = "ray.tune.analysis.experiment_analysis"
+"""Warns at the end of a sweep that the files of TUNE_LOGGERS_VARIABLE are not there. Can go when it doesn't look for them.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/analysis/experiment_analysis.py"""
+
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 """Warns at each start of a cluster that it asks for a token, which is what we want. Can go when that is no warning.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/authentication/authentication_token_setup.py"""
@@ -306,7 +310,7 @@ def quiet_ray() -> None:
     """Lets Ray's libraries log warnings only, in this process."""
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in (PROGRESS_LOGGER, TOKEN_LOGGER):
+    for name in (PROGRESS_LOGGER, TOKEN_LOGGER, ANALYSIS_LOGGER):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -32,6 +32,7 @@ from rayalign.retries import StorageFailed
         ),
         (cluster.PROGRESS_LOGGER, "ray.data._internal.progress", "__name__"),
         (cluster.TRACEBACK_LOGGER, "ray.train.v2._internal.util", "__name__"),
+        (cluster.ANALYSIS_LOGGER, "ray.tune.analysis.experiment_analysis", "__name__"),
         (cluster.TOKEN_LOGGER, "ray._private.authentication.authentication_token_setup", "__name__"),
     ],
 )

@@ -8,6 +8,7 @@ import gc
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray.tune
@@ -60,7 +61,7 @@ def resources_of(config: Config) -> ray.tune.PlacementGroupFactory:
     cluster = config.cluster
     kind = {f"accelerator_type:{cluster.accelerator_type}": 0.001} if cluster.accelerator_type else {}
     bundle = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker or 0, **kind}
-    labels = {"bundle_label_selector": [dict(cluster.worker_labels)]} if cluster.worker_labels else {}
+    labels: Any = {"bundle_label_selector": [dict(cluster.worker_labels)]} if cluster.worker_labels else {}
     return ray.tune.PlacementGroupFactory([bundle], **labels)
 
 

@@ -83,6 +83,8 @@ def population_scheduler(space: SearchSpace, sweep: TuneConfig) -> PopulationBas
         custom_explore_fn=lambda sampled: explore(space, sampled, generator),
         log_config=False,
         require_attrs=False,
+        # All wait for the last one: who takes over from whom does not depend on which trial is quicker.
+        synch=True,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
 
 from rayalign.config.sections import TuneConfig
 from rayalign.sweeps.search_space import ALGORITHM, SearchSpace, Setting
@@ -31,8 +32,9 @@ def propose(space: SearchSpace, tune: TuneConfig, settings: Sequence[Setting], o
     random_ones = min(max(int(tune.num_samples * RANDOM_SHARE), LEAST_RANDOM), MOST_RANDOM)
     # One seed for each place in the order: what is drawn at random differs from what was before.
     sampler = optuna.samplers.TPESampler(seed=tune.search_seed * 10_007 + len(settings), n_startup_trials=random_ones)
-    first = "maximize" if tune.mode == "max" else "minimize"
-    study = optuna.create_study(directions=[first, "minimize"] if tune.cost_metric else [first], sampler=sampler)
+    directions = [StudyDirection.MAXIMIZE if tune.mode == "max" else StudyDirection.MINIMIZE]
+    directions += [StudyDirection.MINIMIZE] if tune.cost_metric else []
+    study = optuna.create_study(directions=directions, sampler=sampler)
     results: dict[int, list[list[float]]] = {}
     for outcome in outcomes:
         found = [outcome.value, outcome.cost] if tune.cost_metric else [outcome.value]

@@ -40,21 +40,23 @@ def ray_scheduler(
     """Ray Tune's scheduler of a name, for trials that are evaluated `every` so many steps; None runs all to their end. It
     compares them with those that have ended `before`, too."""
     ranking: Any = {"time_attr": "step", "metric": sweep.metric, "mode": sweep.mode, "grace_period": every}
+    endless: Any = math.inf
     if name == "asha":
         # Without stop_last_trials a trial of more steps than most is not taken for one that has come to its end.
         longest = max(num_steps, every)
-        scheduler: Any = ASHAScheduler(**ranking, max_t=longest, reduction_factor=REDUCTION, stop_last_trials=False)
+        scheduler: TrialScheduler = ASHAScheduler(**ranking, max_t=longest, reduction_factor=REDUCTION, stop_last_trials=False)
     elif name == "median":
         # No slice is ever over: a trial is not set aside for another one, as that would start its workers anew.
-        scheduler = MedianStoppingRule(**ranking, min_time_slice=math.inf)
+        scheduler = MedianStoppingRule(**ranking, min_time_slice=endless)
     else:
         return None
     for outcome in before:
         if outcome.has_ended:
-            past = _Past(outcome.trial.name)
-            scheduler.on_trial_add(None, past)
+            past: Any = _Past(outcome.trial.name)
+            controller: Any = None
+            scheduler.on_trial_add(controller, past)
             for step, value in outcome.points:
-                scheduler.on_trial_result(None, past, {"step": step, sweep.metric: value})
+                scheduler.on_trial_result(controller, past, {"step": step, sweep.metric: value})
     return scheduler
 
 
