@@ -52,6 +52,11 @@ TUNE_LOGGERS_VARIABLE = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
 """1 keeps Ray Tune from writing what trials report once more, as CSV, JSON and TensorBoard events under its own names; trials'
 folders have it. Documented, among Ray Tune's environment variables."""
 
+TUNE_OUTPUT_VARIABLE = "RAY_AIR_NEW_OUTPUT"
+"""0 keeps Ray Tune from printing a box and the place of its own files at the start of a sweep, which it does however quiet it is
+asked to be; rayalign's lines tell both. Can go when verbose=0 prints nothing.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/experimental/output.py (`experiment_started`)"""
+
 TUNE_THREAD_VARIABLE = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
 """How long a process that goes on with another trial waits for the thread of the last one, which closes its files; then the new
 trial is failed. 2 s by default. Documented, among Ray Tune's environment variables."""
@@ -278,6 +283,7 @@ def set_ray_variables() -> None:
     os.environ[TUNE_METRIC_CHECK_VARIABLE] = "1"
     os.environ[TUNE_SIGINT_VARIABLE] = "1"
     os.environ[TUNE_LOGGERS_VARIABLE] = "1"
+    os.environ[TUNE_OUTPUT_VARIABLE] = "0"
     os.environ.setdefault(TUNE_THREAD_VARIABLE, TUNE_THREAD_SECONDS)
     if not sys.stderr.isatty():
         os.environ.setdefault(COLOR_VARIABLE, "0")

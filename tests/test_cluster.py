@@ -47,6 +47,7 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         (cluster.TUNE_METRIC_CHECK_VARIABLE, "ray.tune.execution.tune_controller", 'int(os.environ.get("{}", 0)) != 1'),
         (cluster.TUNE_SIGINT_VARIABLE, "ray.tune.tune", 'int(os.getenv("{}", "0"))'),
         (cluster.TUNE_LOGGERS_VARIABLE, "ray.tune.utils.callback", 'os.environ.get("{}", "0") != "1"'),
+        (cluster.TUNE_OUTPUT_VARIABLE, "ray.tune.experimental.output", 'os.environ.get("{}", "1") == "0"'),
         (cluster.TUNE_THREAD_VARIABLE, "ray.tune.trainable.function_trainable", 'int(os.environ.get("{}", 2))'),
         ("sys.exit(0)", "ray.train.v2.api.data_parallel_trainer", "process still exits with 1.\n                    {}\n"),
         ("sys.exit(signum)", "ray._private.worker", "    def sigterm_handler(signum, frame):\n        {}\n"),

@@ -1,6 +1,6 @@
 """A sweep with Ray Tune on the quickstart's task: which beta and gamma SimPO needs, found in minutes on two cores.
 
-The trials share the encoded records, and two processes that take one trial after another; ASHA stops the worse ones. Prints the
+The trials share the encoded records, and processes that take one trial after another; ASHA stops the worse ones. Prints the
 table in Markdown and ends with the sweep's page.
 """
 
