@@ -53,8 +53,8 @@ TUNE_LOGGERS_VARIABLE = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
 folders have it. Documented, among Ray Tune's environment variables."""
 
 TUNE_OUTPUT_VARIABLE = "RAY_AIR_NEW_OUTPUT"
-"""0 keeps Ray Tune from printing a box and the place of its own files at the start of a sweep, which it does however quiet it is
-asked to be; rayalign's lines tell both. Can go when verbose=0 prints nothing.
+"""0 keeps Ray Tune from printing a box and the place of its own files at the start of a sweep, which it does with verbose=0, too;
+rayalign's lines tell both. Can go when verbose=0 prints nothing.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/experimental/output.py (`experiment_started`)"""
 
 TUNE_THREAD_VARIABLE = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
