@@ -53,7 +53,7 @@ TUNE_LOGGERS_VARIABLE = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
 folders have it. Documented, among Ray Tune's environment variables."""
 
 TUNE_OUTPUT_VARIABLE = "RAY_AIR_NEW_OUTPUT"
-"""0 keeps Ray Tune from printing a box and the place of its own files at the start of a sweep, which it does with verbose=0, too;
+"""0 keeps Ray Tune from printing a box and the place of its own files at the start of a sweep, as it does with verbose=0, too;
 rayalign's lines tell both. Can go when verbose=0 prints nothing.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/experimental/output.py (`experiment_started`)"""
 
