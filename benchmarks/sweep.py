@@ -1,7 +1,7 @@
 """What a sweep costs beside its trials run alone: `pipelines/tune.py` on short trials of a tiny model, against the same trials
 as commands of their own, one after another.
 
-    python benchmarks/sweep.py                     # five minutes a round on two cores
+    python benchmarks/sweep.py                     # six minutes a round on two cores
     python benchmarks/sweep.py --rounds 1 --trials 4
 
 Either side begins with records that are not encoded. Alone, the first command encodes them and the others find them. Seconds
@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from job import ROOT
@@ -102,7 +101,6 @@ def main() -> None:
     print(
         f"\nthe sweep over its trials alone: {show(ratio['seconds'])} of the time, {show(ratio['processor'])} of the processor"
     )
-    print(f"a trial more costs about {median(run['seconds'] for run in found['sweep']) / arguments.trials:.1f} s of a sweep")
 
 
 if __name__ == "__main__":
