@@ -408,10 +408,11 @@ class TuneConfig:
         "extra tune.",
     )
     search_seed: int = flag(42, "Seed of what is drawn.", at_least=0)
-    scheduler: Literal["auto", "none", "asha", "median"] = flag(
+    scheduler: Literal["auto", "none", "asha", "median", "pbt"] = flag(
         "auto",
         "Which trials are stopped at an evaluation. asha: those not among the best third so far, at growing distances; median: "
-        "those below the median; none: all run to their end. auto: asha from 4 draws of one seed on, where a run has three "
+        "those below the median; pbt: none, but the worst quarter goes on from the weights of the best, with its flags a "
+        "little changed; none: all run to their end. auto: asha from 4 draws of one seed on, where a run has three "
         "evaluations, else none.",
     )
     max_concurrent_trials: int | None = flag(
@@ -419,6 +420,11 @@ class TuneConfig:
     )
     metric: str = flag("eval_rewards/accuracies", "Metric that ranks the trials; SFT has eval_loss (with --mode min).")
     mode: Literal["max", "min"] = flag("max", "Whether a high or a low --metric is good.")
+    cost_metric: str | None = flag(
+        None,
+        "What a good --metric may cost; near 0 is good. The page draws one against the other, and --search_alg optuna looks "
+        "for settings that no other one beats in both. Default: the page draws eval_drift, without a reference eval_nll_loss.",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)

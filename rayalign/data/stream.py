@@ -60,6 +60,14 @@ def fetch_pairs(data: PreparedData, sampler: StepSampler, *, rank: int, start_st
     return itertools.chain((find(pa.Table.from_pylist([line])) for line in lines[:1]), others)
 
 
+def read_pairs(data: PreparedData, sampler: StepSampler, *, start_step: int) -> Iterator[pa.Table]:
+    """The tables of `fetch_pairs` for a run's only worker, each read by this process as it is asked for: without Ray Data,
+    which takes its seconds to start, but no sooner than they are needed."""
+    for steps in sampler.chunks(start_step):
+        line = pa.Table.from_pylist([{"first": steps.start, "last": steps.stop}])
+        yield fetch_chunk(line, data=data, settings=sampler.settings, rank=0)
+
+
 def pairs_in_order(
     tables: Iterator[pa.Table],
     sampler: StepSampler,

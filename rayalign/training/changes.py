@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ray.train
-
 from rayalign.training.distributed import gather
 
 logger = logging.getLogger(__name__)
@@ -16,14 +14,14 @@ LOOK_SECONDS = 5.0
 
 
 class Changes:
-    """Looks, after a step, whether Ray has been told that machines of the run's workers will be taken away (spot instances,
-    `ray drain-node`, an autoscaler), and whether there is room for more workers (`has_room`), with whom Ray Train goes on."""
+    """Looks, after a step, whether Ray has been told that machines of the run's workers will be taken away (`find`; spot
+    instances, `ray drain-node`, an autoscaler), and whether there is room for more workers (`has_room`), with whom Ray Train goes on."""
 
     def __init__(
         self,
         *,
         has_room: Callable[[], bool],
-        find: Callable[[], Any] = ray.train.get_preemption_info,
+        find: Callable[[], Any],
         gather: Callable[[Any], list[Any]] = gather,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -179,7 +179,12 @@ def fit(
 
     with told_endings(functools.partial(run_reached, config)):
         outcome = with_restarts(train, max_failures=config.cluster.max_failures, progress=newest_step)
-    result: WorkerResult = result_of(outcome.return_value)
+    return finish(config, data, result_of(outcome.return_value), watch)
+
+
+def finish(config: Config, data: RunData, result: WorkerResult, watch: Stopwatch) -> Result:
+    """Writes what a run's folder holds beside the model that its workers have written."""
+    folder = Store.at(str(config.run.output_dir))
     prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit, best=best_checkpoint(folder))
     times = end_start(folder, watch)
     summary = _summary(config, data, result, times)

@@ -90,8 +90,13 @@ def open_run(config: Config) -> Store:
         folder.make_dir()
         for plugin in config.plugins:
             (folder / "plugins" / f"{plugin.name}.py").write_bytes(plugin.text)
-    (folder / "config.yaml").write_bytes(to_yaml(config).encode() + END_MARK)
+    write_config(folder, config)
     return folder
+
+
+def write_config(folder: Store, config: Config) -> None:
+    """Writes the flags that the run in a folder goes on with."""
+    (folder / "config.yaml").write_bytes(to_yaml(config).encode() + END_MARK)
 
 
 def _flags_to_add(folder: Store, config: Config) -> list[str] | None:

@@ -68,6 +68,11 @@ class CheckpointWriter:
             self._writing.result()
             self._writing = None
 
+    def whole(self, step: int) -> Store:
+        """The checkpoint that was saved after some steps, once it is whole."""
+        self.wait()
+        return self._folder / "checkpoints" / checkpoint_name(step, self._attempt)
+
     def check(self) -> None:
         """Raises what the thread has failed with."""
         if self._writing is not None and self._writing.done():

@@ -53,7 +53,7 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rank, self._say, self._idle, self._clock = rank, say, idle, clock
-        self._watched = threading.get_ident()
+        self._watched = threading.current_thread()
         self._last = clock()
         self._longest = 0.0
         self._has_said = False
@@ -84,7 +84,7 @@ class Watchdog:
         if self._has_said or seconds < max(LEAST_SECONDS, TIMES_LONGEST * self._longest):
             return
         self._has_said = True
-        frame = sys._current_frames().get(self._watched)
+        frame = sys._current_frames().get(self._watched.ident or 0)
         if frame is not None:
             stack = "".join(traceback.format_stack(frame)[-STACK_LINES:])
             self._say(
@@ -94,7 +94,7 @@ class Watchdog:
 
     def _look_on(self) -> None:
         self.look()
-        while not self._ended.wait(LOOK_SECONDS):
+        while not self._ended.wait(LOOK_SECONDS) and self._watched.is_alive():
             self.look()
 
 

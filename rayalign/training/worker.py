@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.torch
 import torch
 
 from rayalign.algorithms import Algorithm
@@ -19,7 +17,7 @@ from rayalign.cluster import Stopped, outcome_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import require_partners
-from rayalign.data.stream import fetch_pairs, pairs_in_order, sampler_of
+from rayalign.data.stream import pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
 from rayalign.nodes import room_for_workers
 from rayalign.policy.forward_check import check_forward
@@ -45,6 +43,7 @@ from rayalign.training.checkpoint import (
 )
 from rayalign.training.distributed import gather, start_alike
 from rayalign.training.gauges import Gauges
+from rayalign.training.group import Group
 from rayalign.training.held_out import HeldOut
 from rayalign.training.lockstep import Fillers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
@@ -58,19 +57,22 @@ from rayalign.training.worker_result import WorkerResult
 logger = logging.getLogger(__name__)
 
 
-def train_worker(config: Config, data: RunData, *, reports_evaluations: bool = False) -> WorkerResult | Stopped:
-    """Runs in each train worker; rank 0 writes the model. `reports_evaluations`: Ray Train hears of each, and of the step of
-    each checkpoint.
+def train_worker(config: Config, data: RunData, group: Group) -> WorkerResult | Stopped:
+    """Runs in each train worker; rank 0 writes the model.
 
     Returns the error where every worker meets it, and would meet it again: flags that don't fit the model, a loss that is no
     longer finite. Any other error is raised, so that Ray ends the workers that wait for this one.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        worker = outcome_of(lambda: _Worker(config, data, Path(temporary), reports=reports_evaluations), errors=(ValueError,))
+        worker = outcome_of(lambda: _Worker(config, data, group, Path(temporary)), errors=(ValueError,))
     if isinstance(worker, Stopped):
         return worker
-    with worker.writer:
-        return outcome_of(worker.train, errors=(FloatingPointError,))
+    try:
+        with worker.writer:
+            return outcome_of(worker.train, errors=(FloatingPointError,))
+    except SystemExit:  # a sweep's scheduler ends the run, whose process goes on with another one
+        worker.log.close()
+        raise
 
 
 def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -90,23 +92,20 @@ def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 class _Worker:
     """One train worker: its share of the data, policy and optimizer, and the metrics so far."""
 
-    def __init__(self, config: Config, data: RunData, temporary: Path, *, reports: bool) -> None:
-        """Goes on from the newest whole checkpoint, which is fetched into `temporary`. `reports`: Ray Train hears of
-        evaluations and checkpoints."""
+    def __init__(self, config: Config, data: RunData, group: Group, temporary: Path) -> None:
+        """Goes on from the newest whole checkpoint, which is fetched into `temporary`."""
         self.config = config
         self.data = data
-        self.reports = reports
+        self.group = group
         self.folder = Store.at(str(config.run.output_dir))
         self.watch = Stopwatch(workers_before(self.folder))
-        context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.num_workers: int = context.get_world_size()
+        self.rank, self.num_workers = group.rank, group.num_workers
         self._say = teller(self.rank)
         gauges = Gauges(self.folder.name, self.rank)
         self.watchdog = Watchdog(self.rank, functools.partial(logger.warning, "Warning: %s"), idle=gauges.idle)
         self.watchdog.start()
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-        self.device = ray.train.torch.get_device()
+        self.device = group.device
         algorithm: Algorithm = config.algorithm
         self.sampler = sampler_of(config, data, num_workers=self.num_workers)
         if data.held_out and self.sampler.settings.with_partners:
@@ -115,7 +114,7 @@ class _Worker:
         checkpoint = fetch_newest(self.folder / "checkpoints", temporary, shard=self.shard)
         self.start_step = checkpoint.step if checkpoint else 0
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
-        self.tables = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
+        self.tables = group.tables(data.training, self.sampler, start_step=self.start_step)
         self._say("Loading %s", data.source.base)
         with self.watch.stage("model_loading"):
             policy = load_policy(
@@ -155,7 +154,7 @@ class _Worker:
         if profiled and not set(profiled) & set(range(self.start_step + 1, self.sampler.num_steps + 1)):
             self._say("--profile_steps %s: no such step is still to come", config.run.profile_steps)
         self.profiler = StepProfiler(profiled, self.folder, rank=self.rank)
-        self.changes = Changes(has_room=self._has_room)
+        self.changes = Changes(has_room=self._has_room, find=group.preemption)
         is_sharded = trains_shards(policy)
         self.writer = CheckpointWriter(
             self.folder,
@@ -163,7 +162,7 @@ class _Worker:
             keep=config.run.save_total_limit,
             rank=self.rank,
             is_sharded=is_sharded,
-            copies=context.get_local_world_size() if is_sharded else 1,
+            copies=group.num_local_workers if is_sharded else 1,
         )
 
     def _has_room(self) -> bool:
@@ -208,7 +207,7 @@ class _Worker:
         stream = self.watchdog.watched(stream)
         events = LoopEvents(
             log=self.log.step,
-            evaluate=self._evaluate_and_report if self.reports else self._evaluate,
+            evaluate=self._evaluate_and_report,
             save=self._save,
             judge=self._judge,
             is_urgent=self.changes.are_near,
@@ -319,7 +318,7 @@ class _Worker:
         """The last evaluation is not reported: who hears of it could stop the run before its model is written."""
         self._evaluate(step)
         if step < self.sampler.num_steps and len(self.held_out.rows):
-            ray.train.report({"step": step, "num_steps": self.sampler.num_steps, **self.log.latest})
+            self.group.evaluated({"step": step, "num_steps": self.sampler.num_steps, **self.log.latest})
 
     @_timed("evaluation")
     def _evaluate_shuffled(self, step: int) -> None:
@@ -358,8 +357,7 @@ class _Worker:
                     trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler, best=self.best, rank=self.rank
                 )
                 self.writer.save(snapshot, is_best=self.best.step == step)
-        if self.reports:
-            ray.train.report({"step": step})
+            self.group.saved(step, self.writer.whole)
         self.watchdog.tick()
 
     @_timed("checkpoints")
