@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rayalign.config.aliases import ALIASES, advice_for
 from rayalign.config.config import Config, config_from_mapping, section_types
@@ -71,10 +71,19 @@ def parse_plan(
 
 def parse_section(section: type[AnySection], words: Sequence[str], *, prog: str, description: str, example: str) -> AnySection:
     """The flags of a program that trains nothing, from words and YAML files; a mistake ends the program with code 2."""
+    (parsed,) = parse_sections((section,), words, prog=prog, description=description, example=example)
+    return cast(AnySection, parsed)
+
+
+def parse_sections(
+    sections: Sequence[type[Section]], words: Sequence[str], *, prog: str, description: str, example: str
+) -> tuple[Section, ...]:
+    """The same of flags in several sections, none of which has a flag of another."""
     parser = new_parser(prog, description, f"example:\n  {started_as(prog)} {example}")
     add_config_flag(parser)
-    add_section(parser, section)
-    known = [flag.name for flag in flags_of(section)]
+    for section in sections:
+        add_section(parser, section)
+    known = [flag.name for section in sections for flag in flags_of(section)]
     try:
         given, rest = parser.parse_known_args(translate_words(words, (*known, "config")))
         from_files = read_files(given.config, known)
@@ -85,7 +94,7 @@ def parse_section(section: type[AnySection], words: Sequence[str], *, prog: str,
             problems = [_unexpected_word(rest[0])]
         if problems:
             raise ValueError("\n".join(problems))
-        return section_from_mapping(section, from_files | from_words)
+        return tuple(section_from_mapping(section, from_files | from_words) for section in sections)
     except ValueError as error:
         parser.error(str(error))
 
