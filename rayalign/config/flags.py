@@ -37,6 +37,12 @@ def flag(
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
 
 
+def same_flag(section: type[Section], name: str) -> Any:
+    """Declares the flag that another section has by this name: its default, help and bounds are written there."""
+    field = section.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
 def check_bounds(section: Section) -> None:
     """Raises ValueError naming the flag whose value is not of its type, or lies outside its bounds."""
     for flag in flags_of(type(section)):

@@ -63,7 +63,7 @@ def write_task(
     """Writes a task's pairs into shards of a folder, which get the given numbers; returns a line of OUTCOME_SCHEMA for each of
     its rows."""
     file = sources.datasets[task.dataset].files[task.file]
-    label, folder = _file_label(sources, task), Store(file.location).parent
+    label, folder = file_label(sources, task), Store(file.location).parent
     shards = ShardWriter(into, numbers)
     outcomes: list[dict[str, Any]] = []
     seen = ColumnsSeen(sources.columns, _own_formats(sources.plugins))
@@ -92,7 +92,7 @@ def write_task(
     return outcomes
 
 
-def _file_label(sources: Sources, task: PrepareTask) -> str:
+def file_label(sources: Sources, task: PrepareTask) -> str:
     """What a file's records are called after; numbered where several files could have the same name."""
     name = sources.datasets[task.dataset].files[task.file].name
     several = sum(len(dataset.files) for dataset in sources.datasets) > 1
