@@ -14,8 +14,8 @@ LOOK_SECONDS = 5.0
 
 
 class Changes:
-    """Looks, after a step, whether Ray has been told that machines of the run's workers will be taken away (`find`; spot
-    instances, `ray drain-node`, an autoscaler), and whether there is room for more workers (`has_room`), with whom Ray Train goes on."""
+    """Looks, after a step, whether machines of the run's workers will be taken away (spot instances, `ray drain-node`, an
+    autoscaler), as `find` has heard, and whether there is room for more workers (`has_room`), with whom Ray Train goes on."""
 
     def __init__(
         self,
