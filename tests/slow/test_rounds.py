@@ -1,5 +1,6 @@
 """Two rounds of a tiny model, killed in the middle and continued by the same command, end as two that were left alone."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from tests.tiny_models import save_tiny_model
 
 def test_rounds_that_were_killed_end_as_those_that_were_not(tmp_path: Path, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]  # pytest's factory
     records, model = write_rows(tmp_path / "data", 40), save_tiny_model(tmp_path / "model")
+    ends = {"eos_token_id": list(range(2, 300, 4))}  # a model of random weights would hardly ever end a response
+    (model / "generation_config.json").write_text(json.dumps(ends))
     (tmp_path / "mine.py").write_text("def letters(rows):\n    return [len(set(row['response'])) for row in rows]\n")
 
     def words(name: str) -> tuple[object, ...]:
