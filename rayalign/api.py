@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rayalign.config.config import Config
     from rayalign.config.sections import PlanConfig, TuneConfig
+    from rayalign.config.yaml_files import Extra
     from rayalign.policy.scoring import LoadedPolicy
     from rayalign.training.driver import Result
 
@@ -177,7 +178,7 @@ def _build(
     files: File | Sequence[File],
     flags: Mapping[str, FlagValue],
     extra: "type[TuneConfig] | type[PlanConfig] | None",
-) -> "tuple[Config, TuneConfig | PlanConfig | None]":
+) -> "tuple[Config, Extra | None]":
     from rayalign.algorithms import ALGORITHMS
     from rayalign.config.command_line import build
 

@@ -51,7 +51,7 @@ class Group:
         left = [i for i, key in enumerate(self.keys) if key not in keys]
         if len(left) == self.num_rows:
             return self
-        taken = {name: tuple(getattr(self, name)[i] for i in left) for name in ("keys", "positions", "numbers")}
+        taken: dict[str, Any] = {name: tuple(getattr(self, name)[i] for i in left) for name in ("keys", "positions", "numbers")}
         return dataclasses.replace(self, **taken)
 
 

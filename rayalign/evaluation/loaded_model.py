@@ -136,7 +136,7 @@ def start_of_run(source: ModelSource, like: ModelConfig) -> ModelConfig | None:
     """The model that the run started from which made this one, which was the run's reference; None where that is not known.
     Of `like` are all other settings."""
     flags = flags_of_run(source)
-    named = {name: flags.get(name) for name in ("model", "model_type", "adapter")}
+    named: dict[str, Any] = {name: flags.get(name) for name in ("model", "model_type", "adapter")}
     if any(named.values()):
         return dataclasses.replace(like, **named)
     return dataclasses.replace(like, model=source.base, model_type=None, adapter=None) if source.adapter else None

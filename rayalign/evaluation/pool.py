@@ -27,8 +27,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import ray.data
+from ray import cloudpickle
 
 from rayalign.cluster import (
     RAY_ERRORS,
@@ -59,6 +59,9 @@ OUTCOME_SCHEMA = pa.schema(
     [(ID, pa.string()), (POSITION, pa.int64()), ("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
 )
 """What an actor reports: a line for each row; `reason` is null where it gave results."""
+
+GROUP = "group"
+"""The column in which a group travels to an actor."""
 
 LONGEST_DETAIL = 2000
 READERS = 16
@@ -201,12 +204,11 @@ def _outcomes(
     configure_ray_data()
     place_ray_data(cluster.worker_labels)
     kind: dict[str, Any] = {"accelerator_type": cluster.accelerator_type} if cluster.accelerator_type else {}
-    numbers = list(range(len(groups)))
-    tasks = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
+    items = [{GROUP: cloudpickle.dumps(group)} for group in groups]
+    tasks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         PoolActor,
         fn_constructor_kwargs={
             "make_work": make_work,
-            "groups": ray.put(list(groups)),
             "folder": folder,
             "schema": schema,
             "threads": max(1, int(cluster.cpus_per_worker)),
@@ -226,24 +228,18 @@ class PoolActor:
     """Runs in Ray Data's actors: does the work on one group after another, and writes each one's results as a file. The work is
     made with the first group, so that what keeps a model from loading can be reported."""
 
-    def __init__(self, make_work: Callable[[], Work], groups: Any, folder: Store, schema: pa.Schema, threads: int) -> None:
+    def __init__(self, make_work: Callable[[], Work], folder: Store, schema: pa.Schema, threads: int) -> None:
         quiet_logging()
         import torch  # here: the driver has no use for it
 
         torch.set_num_threads(threads)
         self._make_work = make_work
-        self._groups: Any = groups
         self._folder = folder
         self._schema = pa.schema([(ID, pa.string()), (POSITION, pa.int64()), *schema])
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        number = batch["item"][0].as_py()
-        return report(lambda: do_group(self._fetched[number], self._work, self._folder, self._schema), OUTCOME_SCHEMA)
-
-    @functools.cached_property
-    def _fetched(self) -> list[Group]:
-        groups: list[Group] = ray.get(self._groups) if isinstance(self._groups, ray.ObjectRef) else self._groups
-        return groups
+        group: Group = cloudpickle.loads(batch[GROUP][0].as_py())
+        return report(lambda: do_group(group, self._work, self._folder, self._schema), OUTCOME_SCHEMA)
 
     @functools.cached_property
     def _work(self) -> Work:

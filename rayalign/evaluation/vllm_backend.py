@@ -7,6 +7,7 @@ encoder, so that both backends see the same ids; draws are vLLM's.
 
 import functools
 import hashlib
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def make_vllm_work(config: Config, sources: Sources, sampling: Sampling) -> Work:
     """What an actor does with records: vLLM responds to their prompts. Raises ValueError where vLLM can't be used."""
     try:
-        import vllm
-        from vllm.lora.request import LoRARequest
+        vllm, lora_request = importlib.import_module("vllm"), importlib.import_module("vllm.lora.request")
     except ImportError as error:
         raise ValueError(
             f"--backend vllm: vLLM is not installed on the workers ({error}). Install it, or leave the flag out."
@@ -61,7 +61,7 @@ def make_vllm_work(config: Config, sources: Sources, sampling: Sampling) -> Work
         enable_prefix_caching=True,
         **lora,
     )
-    adapter = LoRARequest("adapter", 1, source.adapter) if source.adapter is not None else None
+    adapter = lora_request.LoRARequest("adapter", 1, source.adapter) if source.adapter is not None else None
     return functools.partial(_respond, engine, vllm.SamplingParams, adapter, Encoder(spec), sources, sampling)
 
 

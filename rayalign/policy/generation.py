@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,9 +138,8 @@ def _continue(
             break
         if 2 * len(left) <= len(rows):  # half of the work would be for nothing
             rows, kept = [rows[place] for place in left], torch.tensor(left, device=tokens.device)
-            for layer in cache.layers:
-                if layer.is_initialized:
-                    layer.batch_select_indices(kept.to(layer.keys.device))
+            for layer in _layers(cache):
+                layer.batch_select_indices(kept.to(layer.keys.device))
             tokens, is_token, position_ids = tokens[kept], is_token[kept], position_ids[..., kept, :]
         is_token = torch.nn.functional.pad(is_token, (0, 1), value=True)
         position_ids = position_ids + 1
@@ -163,6 +163,12 @@ def choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     return (shares <= draws.to(shares)[:, None] * shares[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
+def _layers(cache: DynamicCache) -> list[Any]:
+    """A cache's layers with keys and values of their own; some models' last ones use those of others."""
+    layers: list[Any] = list(cache.layers)
+    return [layer for layer in layers if layer.is_initialized]
+
+
 def _side_by_side(read: Sequence[Prefilled], n: int) -> tuple[DynamicCache, Tensor]:
     """The prompts' keys and values as one cache of n rows for each, padded in front, and which of its places [R, K] are no
     padding."""
@@ -172,13 +178,13 @@ def _side_by_side(read: Sequence[Prefilled], n: int) -> tuple[DynamicCache, Tens
     def pad(states: Tensor) -> Tensor:
         return torch.nn.functional.pad(states, (0, 0, longest - states.shape[-2], 0))
 
-    for number, layers in enumerate(zip(*(prompt.cache.layers for prompt in read), strict=True)):
-        if layers[0].is_initialized:
-            keys, values = (
-                torch.cat([pad(getattr(layer, kind)) for layer in layers]).repeat_interleave(n, 0)
-                for kind in ("keys", "values")
-            )
-            together.update(keys, values, number)
+    own = _layers(read[0].cache)
+    numbers = [number for number, layer in enumerate(read[0].cache.layers) if layer in own]
+    for number, layers in zip(numbers, zip(*(_layers(prompt.cache) for prompt in read), strict=True), strict=True):
+        keys, values = (
+            torch.cat([pad(getattr(layer, kind)) for layer in layers]).repeat_interleave(n, 0) for kind in ("keys", "values")
+        )
+        together.update(keys, values, number)
     sizes = torch.tensor([prompt.num_tokens for prompt in read]).repeat_interleave(n)
     places = torch.arange(longest)
     return together, (places >= longest - sizes[:, None]).to(read[0].logits.device)

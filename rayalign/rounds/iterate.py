@@ -104,7 +104,8 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
     if not pairs["pairs"]:
         raise ValueError(
             f"Round {number}: no two responses to a prompt differ in their scores by more than --pair_margin "
-            f"{own.pair_margin:g}. A higher --temperature or --n gives more different responses."
+            f"{own.pair_margin:g}; {pairs['cut']} of {pairs['responses']} responses did not end within --max_new_tokens "
+            f"{own.max_new_tokens}. A higher --temperature or --n gives more different responses."
         )
     sets = [place] if own.reference == "previous" else [folder / f"round_{k}" for k in range(1, number + 1)]
     run = {
@@ -158,11 +159,14 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
         return note.read_json_object()
     lineage = {"round": number, "model": policy, "scorer": " ".join(own.scorer), "seed": seed}
     scores: list[float] = []
+    cut = 0
     root = _image_root(config)
 
     def rows() -> Iterator[Mapping[str, Any]]:
+        nonlocal cut
         for responses in by_prompt(read_results(place / "scores")):
             scores.extend(response["score"] for response in responses)
+            cut += sum(not response["is_ended"] for response in responses)
             chosen = choose_pairs(
                 responses, per_prompt=own.pairs_per_prompt, margin=own.pair_margin, max_similarity=own.max_similarity
             )
@@ -170,7 +174,7 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
             yield from (pair_row(better, worse, images, lineage) for better, worse in chosen)
 
     count = write_pairs(rows(), place / "pairs" / "rows")
-    found = {"pairs": count, "responses": len(scores), "mean_score": sum(scores) / max(1, len(scores))}
+    found = {"pairs": count, "responses": len(scores), "cut": cut, "mean_score": sum(scores) / max(1, len(scores))}
     note.write_json(found)
     return found
 
