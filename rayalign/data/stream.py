@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray.data
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayalign.cluster import configure_ray_data
 from rayalign.config.config import Config
@@ -29,6 +28,9 @@ from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
 from rayalign.models.registry import packs_rows
 
 T = TypeVar("T")
+
+NODE_ID = "ray.io/node-id"
+"""The label that Ray gives each node."""
 
 
 def sampler_of(config: Config, data: RunData) -> StepSampler:
@@ -94,13 +96,12 @@ def _streamed(find: Callable[[pa.Table], pa.Table], lines: Sequence[Mapping[str,
     # Fetches wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
     # wait for one for ever where the workers hold them all. They run beside their worker: what they need of the index is in the
     # node's memory already, and pairs don't travel.
-    own_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     tables = ray.data.from_items(list(lines), override_num_blocks=len(lines)).map_batches(
         find,
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
-        scheduling_strategy=own_node,
+        label_selector={NODE_ID: ray.get_runtime_context().get_node_id()},
         compute=ray.data.TaskPoolStrategy(size=min(2, len(lines))),
     )
     yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
