@@ -53,7 +53,7 @@ from rayalign.training.metric_names import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, SH
 from rayalign.training.metrics import MetricsLog
 from rayalign.training.mfu import flops_per_token, peak_tflops
 from rayalign.training.profiling import StepProfiler, profiled_steps
-from rayalign.training.run_report import Background, write_report
+from rayalign.training.run_report import Background, keep_scores, write_report
 from rayalign.training.run_times import Stopwatch, note_workers, workers_before
 from rayalign.training.sinks import Reporting, reporting_of
 from rayalign.training.watchdog import Watchdog
@@ -259,6 +259,7 @@ class _Worker:
             self.metrics_log.flush()
             self.reporting.close()
             self.report.wait()
+            keep_scores(self.folder, self.held_out.pairs)
             note_workers(self.folder, self.watch.seconds)
         self.watchdog.stop()
         return WorkerResult(
@@ -266,7 +267,6 @@ class _Worker:
             num_steps=last_step,
             num_training_records=len(self.sampler.rows),
             num_held_out_records=len(self.held_out.rows),
-            held_out_pairs=self.held_out.pairs,
             best=self.best,
             model_step=model_step,
             stopped=stopped,
