@@ -129,14 +129,11 @@ class ReferenceReader:
         self._shard_rows, self._head_bytes = shard_rows(folder), head_bytes(folder)
         self._open = keep_open(self._open_shard, folder)
 
-    def read_row(self, row: int, pair_id: str) -> pa.RecordBatch:
-        """The row with this number, of REFERENCE_SCHEMA, which must be the pair's. Raises DamagedFile."""
+    def read_row(self, row: int) -> pa.RecordBatch:
+        """The row with this number, of REFERENCE_SCHEMA. Raises DamagedFile."""
         file, entries = self._open(row // self._shard_rows)
         place = Place(*(int(value) for value in entries[row % self._shard_rows]))
-        batch = file.read_batch(place, REFERENCE_SCHEMA)
-        stored = batch["id"][0].as_py()
-        assert stored == pair_id, f"{self._folder.location} holds the log-probs of {stored} where {pair_id} stands"
-        return batch
+        return file.read_batch(place, REFERENCE_SCHEMA)
 
     def _open_shard(self, shard: int) -> tuple[CheckedFile, NDArray[Any]]:
         store = self._folder / shard_name(shard)

@@ -227,13 +227,22 @@ class PairReader:
     def read(self, rows: Rows | Sequence[int]) -> pa.Table:
         """The pairs with these row numbers, in this order, as a table of ENCODED_SCHEMA, and of REFERENCE_COLUMNS where there
         is a reference. Raises DamagedFile."""
-        return pa.Table.from_batches(side_by_side(self._read_row, rows, self._folder), schema=self._schema)
+        numbers = [int(row) for row in rows]
+        reads = [functools.partial(self._read_pair, row) for row in numbers]
+        if self._reference is not None:
+            reads += [functools.partial(self._reference.read_row, row) for row in numbers]
+        found = side_by_side(reads, self._folder)
+        pairs, logps = found[: len(numbers)], found[len(numbers) :]
+        if self._reference is not None:
+            pairs = [self._with_logps(*both) for both in zip(pairs, logps, strict=True)]
+        return pa.Table.from_batches(pairs, schema=self._schema)
 
-    def _read_row(self, row: int) -> pa.RecordBatch:
+    def _read_pair(self, row: int) -> pa.RecordBatch:
         shard, *place = (int(values[row]) for values in self._places)
-        pair = read_pair(self._open(shard), Place(*place))
-        if self._reference is None:
-            return pair
-        logps = self._reference.read_row(row, pair["id"][0].as_py())
+        return read_pair(self._open(shard), Place(*place))
+
+    def _with_logps(self, pair: pa.RecordBatch, logps: pa.RecordBatch) -> pa.RecordBatch:
+        (stored,), (pair_id,) = logps["id"].to_pylist(), pair["id"].to_pylist()
+        assert stored == pair_id, f"{self._folder.location} holds the log-probs of {stored} where {pair_id} stands"
         columns = [*pair.columns, *(logps[STORED_NAMES[side]] for side in SIDES)]
         return pa.RecordBatch.from_arrays(columns, schema=self._schema)
