@@ -5,14 +5,16 @@
     python benchmarks/scale.py --before ../other/checkout     # what reads, by another version's code, too
 
 Each measurement is a process of its own, whose anonymous memory is looked at from outside every few milliseconds; what it holds
-before it begins is taken off. The server is SeaweedFS on loopback behind a proxy that keeps each request for --delay seconds.
+before it begins is taken off. The S3 server is one of a few lines on loopback that keeps each request for --delay seconds.
 """
 
 import argparse
+import asyncio
 import contextlib
+import functools
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ WINDOW_ROWS, WINDOW_WORKERS, SHARD_ROWS, STEPS = 16_384, 64, 128, 64
 """Of the fetches: in each window a worker has as many rows in as many shards as one of WORKERS has of 1e7 rows."""
 
 
-BUCKET, KEYS = "bench", ("test", "testtest")
+BUCKET = "bench"
 
 
 def settings_of(num_workers: int, global_batch: int) -> Any:
@@ -245,64 +247,51 @@ def sizes(rows: int, versions: dict[str, Path]) -> dict[str, Any]:
         }
 
 
-@contextlib.contextmanager
-def running_server() -> Iterator[tuple[int, int]]:
-    """An S3 server with an empty bucket: a port for a proxy before it, and its own."""
-    import pyarrow.fs as pafs
+def serve(folder: str, delay: float) -> None:
+    """An S3 server of a folder's files that keeps each request for some seconds, in a process of its own."""
 
-    from tests.cluster import free_ports
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                arrived = asyncio.get_running_loop().time()
+                method, path, _ = head.split(" ", 2)
+                content = Path(folder, path.partition("?")[0].removeprefix(f"/{BUCKET}/")).read_bytes()
+                span = re.search(r"\r\nrange: bytes=(\d+)-(\d+)", head, re.IGNORECASE)
+                body = content[int(span[1]) : int(span[2]) + 1] if span else content
+                await asyncio.sleep(arrived + delay - asyncio.get_running_loop().time())
+                lines = [f"HTTP/1.1 {206 if span else 200} OK", f"Content-Length: {len(body)}", 'ETag: "0"']
+                lines += [f"Content-Range: bytes {span[1]}-{int(span[1]) + len(body) - 1}/{len(content)}"] if span else []
+                writer.write("\r\n".join([*lines, "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT", "\r\n"]).encode())
+                writer.write(body if method == "GET" else b"")
+        writer.close()
 
-    credentials = [{"accessKey": KEYS[0], "secretKey": KEYS[1]}]
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    proxy_port, port, master, volume, filer = free_ports(5)
-    with tempfile.TemporaryDirectory() as folder:
-        rights = Path(folder, "s3.json")
-        rights.write_text(json.dumps({"identities": [{"name": "any", "credentials": credentials, "actions": actions}]}))
-        words = (
-            *("server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", f"-master.port={master}"),
-            *(f"-volume.port={volume}", "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={port}", f"-s3.config={rights}"),
-            *("-volume.max=20", "-master.volumeSizeLimitMB=100", "-s3.port.iceberg=0", "-s3.port.lance=0"),
-        )
-        weed = Path(sys.executable).with_name("weed")
-        server = subprocess.Popen([weed, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            place = {"endpoint_override": f"127.0.0.1:{port}", "scheme": "http", "region": "us-east-1"}
-            for _ in range(300):
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                    pafs.S3FileSystem(access_key=KEYS[0], secret_key=KEYS[1], allow_bucket_creation=True, **place).create_dir(
-                        BUCKET
-                    )
-                    break
-                time.sleep(0.2)
-            yield proxy_port, port
-        finally:
-            server.kill()
-            server.wait()
+    async def run() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await server.serve_forever()
+
+    asyncio.run(run())
 
 
 def fetches(delay: float, versions: dict[str, Path]) -> dict[str, Any]:
-    from tests.faults.failing_s3 import FailingProxy
-
-    with running_server() as (port, server_port):
-        proxy = FailingProxy(port, server_port)
-        url = f"s3://{BUCKET}/data"
-        env = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": KEYS[0],
-            "AWS_SECRET_ACCESS_KEY": KEYS[1],
-        }
-        measured("store", url, WINDOW_ROWS, env=env)
-        proxy.delay_seconds = delay
+    with tempfile.TemporaryDirectory() as temporary:
+        measured("store", f"{temporary}/data", WINDOW_ROWS)
+        words = [sys.executable, __file__, "--part", "serve", "--place", temporary, "--delay", str(delay)]
         found = {}
-        for name, code in versions.items():
-            proxy.fail(0)
-            with ThreadPoolExecutor(2) as threads:
-                both = list(
-                    threads.map(lambda turn, code=code: measured("fetch", f"{url}{turn}", WINDOW_ROWS, code, env), (0, 1))
-                )
-            rate = sum(figures["pairs_per_second"] for figures in both)
-            found[name] = {"pairs_per_second": round(rate), "requests": proxy.num_requests}
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                assert server.stdout is not None
+                port = int(server.stdout.readline())
+                env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+                env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest"}
+                for name, code in versions.items():
+                    find = functools.partial(measured, "fetch", rows=WINDOW_ROWS, code=code, env=env)
+                    with ThreadPoolExecutor(2) as threads:
+                        both = list(threads.map(find, (f"s3://{BUCKET}/data{turn}" for turn in (0, 1))))
+                    found[name] = {"pairs_per_second": round(sum(figures["pairs_per_second"] for figures in both))}
+            finally:
+                server.kill()
         return found
 
 
@@ -313,9 +302,12 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a checkout of another version")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scale.json")
     parser.add_argument("--no-fetches", action="store_true")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=[*PARTS, "serve"], help=argparse.SUPPRESS)
     parser.add_argument("--place", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.part == "serve":
+        serve(arguments.place, arguments.delay)
+        return
     if arguments.part:
         work = PARTS[arguments.part](arguments.place, arguments.rows[0])
         print("ready", flush=True)

@@ -199,7 +199,7 @@ def _mapped(copy: Path, num_rows: int) -> Numbers | None:
         return None
     numbers, checksum = np.asarray(content[:-CRC_BYTES]), content[-CRC_BYTES:].tobytes()
     row_bytes = sum(kind.itemsize for kind in NUMBERS.values())
-    if len(numbers) != num_rows * row_bytes or zlib.crc32(numbers) != int.from_bytes(checksum, "little"):
+    if len(numbers) != num_rows * row_bytes or zlib.crc32(numbers.data) != int.from_bytes(checksum, "little"):
         return None
     columns, end = {}, 0
     for name, kind in NUMBERS.items():

@@ -28,8 +28,6 @@ class FailingProxy:
     def __init__(self, port: int, server_port: int) -> None:
         self.server_port = server_port
         self.rate, self.draw = 0.0, random.Random(0)
-        self.delay_seconds = 0.0
-        """How long every request takes at least."""
         self.failed: Counter[str] = Counter()
         self.num_requests = 0
         self._lock = threading.Lock()
@@ -66,7 +64,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         body = self._body()
-        time.sleep(self.proxy.delay_seconds)
         fate = self.proxy.fate()
         if fate == "reset before":
             self._reset()
