@@ -29,6 +29,9 @@ from rayalign.models.registry import packs_rows
 
 T = TypeVar("T")
 
+NODE_ID = "ray.io/node-id"
+"""The label that Ray gives each node."""
+
 
 def sampler_of(config: Config, data: RunData, *, num_workers: int | None = None) -> StepSampler:
     """The order of the run, dealt to so many workers (default: to the most that it may have). Raises DamagedFile where an
@@ -100,9 +103,15 @@ def pairs_in_order(
 def _streamed(find: Callable[[pa.Table], pa.Table], lines: Sequence[Mapping[str, int]]) -> Iterator[pa.Table]:
     configure_ray_data()
     # Fetches wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
-    # wait for one for ever where the workers hold them all.
+    # wait for one for ever where the workers hold them all. They run beside their worker: what they need of the index is in the
+    # node's memory already, and pairs don't travel.
     tables = ray.data.from_items(list(lines), override_num_blocks=len(lines)).map_batches(
-        find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))
+        find,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0,
+        label_selector={NODE_ID: ray.get_runtime_context().get_node_id()},
+        compute=ray.data.TaskPoolStrategy(size=min(2, len(lines))),
     )
     yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 

@@ -112,11 +112,12 @@ def groups_of_datasets(sources: Sources, *, seed: int, size: int = GROUP_ROWS) -
     position = 0
     for task in cut_into_tasks(sources, seed):
         label, file = file_label(sources, task), sources.datasets[task.dataset].files[task.file]
-        span = task.span
-        wanted = task.rows if task.rows is not None else range(span.first_row, span.first_row + span.num_rows)
-        for start in range(0, len(wanted), size):
-            numbers = tuple(wanted[start : start + size])
-            positions = tuple(range(position, position + len(numbers)))
-            groups.append(Group(tuple(f"{label}:{n}" for n in numbers), positions, numbers, FileRows(file, span, label)))
-            position += len(numbers)
+        for span in task.spans:
+            rows = range(span.first_row, span.first_row + span.num_rows)
+            wanted = rows if task.rows is None else [row for row in task.rows.tolist() if row in rows]
+            for start in range(0, len(wanted), size):
+                numbers = tuple(wanted[start : start + size])
+                positions = tuple(range(position, position + len(numbers)))
+                groups.append(Group(tuple(f"{label}:{n}" for n in numbers), positions, numbers, FileRows(file, span, label)))
+                position += len(numbers)
     return groups

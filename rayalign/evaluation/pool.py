@@ -216,7 +216,7 @@ def _outcomes(
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_workers, len(groups))),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.most_workers, len(groups))),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker or None,
         **kind,

@@ -38,7 +38,7 @@ from rayalign.training.origin import check_origin
 from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
 from rayalign.training.profiling import profiled_steps
 from rayalign.training.run_folder import check_run_folder, open_run, write_results
-from rayalign.training.run_report import dropped_lines
+from rayalign.training.run_report import dropped_lines, read_scores
 from rayalign.training.run_times import Stopwatch, begin_start, end_start
 from rayalign.training.sinks import check_sinks
 from rayalign.training.worker_result import WorkerResult
@@ -188,7 +188,7 @@ def finish(config: Config, data: RunData, result: WorkerResult, watch: Stopwatch
     prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit, best=best_checkpoint(folder))
     times = end_start(folder, watch)
     summary = _summary(config, data, result, times)
-    write_results(folder, config, data, summary, result.held_out_pairs, times)
+    write_results(folder, config, data, summary, read_scores(folder), times)
     logger.info("Done: %s steps in %s s; the result is in %s", summary["steps"], summary["seconds"], folder.location)
     return Result(folder, summary, result.metrics)
 

@@ -20,7 +20,7 @@ from rayalign.training.checkpoint import has_checkpoint
 from rayalign.training.metrics import read_metrics
 from rayalign.training.origin import ORIGIN_NOTE
 from rayalign.training.profiling import PROFILE
-from rayalign.training.run_report import REPORT, Background, write_report
+from rayalign.training.run_report import REPORT, SCORES, Background, write_report
 from rayalign.training.run_times import RUN_TIMES
 from rayalign.training.sinks import EVENTS, RUN_IDS
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 CONTENTS = (
     *("checkpoints", NOTE, "model", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, ORIGIN_NOTE, ANSWERS, RUN_TIMES, REPORT),
+    SCORES,
     *(EVENTS, RUN_IDS, PROFILE, "wandb", "mlflow.db", "summary.json", "plugins", "config.yaml"),
 )
 """What a run writes, in the order in which it is deleted: as long as a checkpoint is left, so is the configuration that it was

@@ -49,6 +49,7 @@ from rayalign.training.lockstep import Fillers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.profiling import StepProfiler, profiled_steps
 from rayalign.training.run_log import RunLog, teller
+from rayalign.training.run_report import keep_scores
 from rayalign.training.run_times import Stopwatch, note_workers, workers_before
 from rayalign.training.saving import CheckpointWriter
 from rayalign.training.watchdog import Watchdog
@@ -248,6 +249,7 @@ class _Worker:
         if self.rank == 0:
             self._say("The training stood still for checkpoints for %.1f s, %.1f %% of its time", *self._stood_still())
             self.log.close()
+            keep_scores(self.folder, self.held_out.pairs)
             note_workers(self.folder, self.watch.seconds)
         self.watchdog.stop()
         return WorkerResult(
@@ -255,7 +257,6 @@ class _Worker:
             num_steps=last_step,
             num_training_records=len(self.sampler.rows),
             num_held_out_records=len(self.held_out.rows),
-            held_out_pairs=self.held_out.pairs,
             best=self.best,
             model_step=model_step,
             stopped=stopped,

@@ -12,6 +12,7 @@ from rayalign.algorithms import DPO, KTO, RM, SFT, Algorithm
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.plugins import Plugin
 from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.data.index import write_index
 from rayalign.data.prepare import RunData
 from rayalign.data.store import EncodedPair, PreparedData
 from rayalign.models.source import ModelSource
@@ -411,7 +412,12 @@ def test_the_report_counts_the_dropped_records_that_dropped_jsonl_lists(
     config = config_of(tmp_path / "run")
     store = open_run(config)
     training, held_out = (
-        PreparedData.finish(data.store, attempt=data.attempt, index=data.index(), dropped=[{"reason": r} for r in reasons])
+        PreparedData.finish(
+            data.store,
+            attempt=data.attempt,
+            index=write_index(data.folder, [data.index()]),
+            dropped=[{"reason": r} for r in reasons],
+        )
         for data, reasons in (
             (prepare_pairs(RECORDS[:2]), ["empty", "empty"]),
             (prepare_pairs(RECORDS[2:]), ["empty", "too_long", "too_long"]),
