@@ -25,7 +25,7 @@ from rayalign.config.flags import did_you_mean
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, ScoreConfig
 from rayalign.config.methods import advice_for_method
-from rayalign.config.sections import ExportConfig
+from rayalign.config.sections import ChatConfig, ExportConfig, ServeConfig
 from rayalign.log_lines import configure_logging
 from rayalign.sweeps.search_space import check_search
 
@@ -124,14 +124,40 @@ def _export(words: Sequence[str], prog: str, summary: str) -> None:
     configure_logging()
 
     with user_errors():
+        if config.push_to_hub:
+            from rayalign.serving import hub
+
+            hub.check_push(config.push_to_hub)
         if config.checkpoint or config.run_dir:
             from rayalign.training import checkpoint_export
 
-            checkpoint_export.run(config)
+            output = checkpoint_export.run(config)
         else:
             from rayalign.serving import export
 
-            export.run(config)
+            output = export.run(config)
+        if config.push_to_hub:
+            hub.push(output, config.push_to_hub, private=config.hub_private)
+
+
+def _serve(words: Sequence[str], prog: str, summary: str) -> None:
+    example = "--model llava-hf/llava-1.5-7b-hf --adapter dpo=output/dpo/model"
+    config = command_line.parse_section(ServeConfig, words, prog=prog, description=summary, example=example)
+    configure_logging()
+    with user_errors():
+        from rayalign.serving import serve
+
+        serve.run(config)
+
+
+def _chat(words: Sequence[str], prog: str, summary: str) -> None:
+    example = "--model output/dpo/model --image cat.png"
+    config = command_line.parse_section(ChatConfig, words, prog=prog, description=summary, example=example)
+    configure_logging()
+    with user_errors():
+        from rayalign.serving import chat
+
+        chat.run(config)
 
 
 def _evaluate(words: Sequence[str], prog: str, summary: str) -> None:
@@ -197,6 +223,8 @@ VERBS: Mapping[str, Verb] = {
     "score": Verb("Scores of responses: by reward models, policies, a function of yours or a judge.", _score),
     "iterate": Verb("Rounds of responses, scores, preference pairs and training, each from the model before.", _iterate),
     "export": Verb("A trained model as a plain folder, its adapter merged; a reward model; or a checkpoint.", _export),
+    "serve": Verb("A model and its adapters behind an OpenAI-compatible address; a reward model's scores.", _serve),
+    "chat": Verb("A conversation with a model in the terminal, beside a second one if you like.", _chat),
 }
 
 
