@@ -113,7 +113,8 @@ def test_a_greedy_response_is_the_same_alone_and_in_a_batch(
     alone = [text_of(engine.respond("base", prompt, greedy)) for prompt in prompts]
     assert len(set(alone)) >= (1 if family == "paligemma" else 3)  # whose tiny model repeats one token
     assert together(engine, prompts, greedy) == alone
-    assert by_transformers(model_folder(family), *QUESTIONS[0], max_new_tokens=8) == alone[0]
+    if load_processor(str(model_folder(family))).chat_template:  # PaliGemma's has none, and gets rayalign's
+        assert by_transformers(model_folder(family), *QUESTIONS[0], max_new_tokens=8) == alone[0]
 
 
 @pytest.fixture(scope="module")

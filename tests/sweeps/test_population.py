@@ -70,7 +70,7 @@ def test_another_trials_weights_become_the_newest_checkpoint_and_its_flags_the_r
     open_run(member(0.5))
     checkpoint_in(tmp_path / "002" / "checkpoints" / "step_00000010_aaaaaaaa", "own")
     (tmp_path / "carried").mkdir()
-    pack(checkpoint_in(tmp_path / "giver", "theirs"), tmp_path / "carried", name="001_beta=0.1", step=20)
+    pack(Store.at(str(checkpoint_in(tmp_path / "giver", "theirs"))), tmp_path / "carried", name="001_beta=0.1", step=20)
     with pytest.raises(ValueError, match="another configuration"):
         check_run_folder(member(0.125))
 
@@ -84,7 +84,7 @@ def test_another_trials_weights_become_the_newest_checkpoint_and_its_flags_the_r
 
 def test_a_trial_that_was_only_set_aside_keeps_what_it_has(tmp_path: Path):
     (tmp_path / "carried").mkdir()
-    pack(checkpoint_in(tmp_path / "giver", "own"), tmp_path / "carried", name="002", step=20)
+    pack(Store.at(str(checkpoint_in(tmp_path / "giver", "own"))), tmp_path / "carried", name="002", step=20)
     config = Config(DPO(), run=RunConfig(output_dir=str(tmp_path / "002")))
     take_over(config, str(tmp_path / "carried"), name="002", flags={})
     assert not (tmp_path / "002").exists()
