@@ -61,7 +61,7 @@ def test_a_run_leaves_the_whole_folder(dpo_run: Path) -> None:
     names = {path.name for path in dpo_run.iterdir()}
     assert names == {
         "config.yaml", "metrics.jsonl", "dropped.jsonl", "origin.json", "reference.json", "checkpoints", "model", "report.html",
-        "answers.json", "times.json", "best.json", "summary.json", "tensorboard", "profile",
+        "answers.json", "held_out_scores.json", "times.json", "best.json", "summary.json", "tensorboard", "profile",
     }  # fmt: skip
     summary = json.loads((dpo_run / "summary.json").read_text())
     assert summary["training_records"] == 36
