@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare test slow soak gpu unit-tests parity-tests check docs pictures hooks bench configs dist lock
+.PHONY: help setup quickstart compare sweep test slow soak gpu unit-tests parity-tests check docs pictures hooks bench configs dist lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -31,6 +31,9 @@ quickstart: setup ## make a tiny model and data, align it, compare before and af
 
 compare: setup ## run every algorithm on the quickstart's task, three seeds (under an hour)
 	$(BIN)/python examples/quickstart/compare.py
+
+sweep: setup ## search beta and gamma of SimPO on the quickstart's task with Ray Tune (some minutes)
+	$(BIN)/python examples/quickstart/sweep.py
 
 test: export HF_HUB_OFFLINE := 1
 test: setup ## all tests: unit, parity, integration, faults, a smoke of the benchmarks
@@ -78,7 +81,7 @@ hooks: setup ## let git run what `make check` runs before each commit
 
 # SWIFT_PYTHON: the Python of an environment that has ms-swift (benchmarks/swift_step.py says how to make one).
 bench: setup ## measure the ratios of benchmarks/README.md on this machine (about two hours)
-	@for name in step peak reference estimate job workers overhead rows; do $(BIN)/python benchmarks/$$name.py; done
+	@for name in step peak reference estimate job workers overhead rows sweep; do $(BIN)/python benchmarks/$$name.py; done
 	$(if $(SWIFT_PYTHON),$(BIN)/python benchmarks/swift_step.py --swift_python $(SWIFT_PYTHON))
 
 gpu: setup ## on a machine with an NVIDIA GPU: the tests that need one, a 7B model's step, and its whole job

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rayalign.config.config import Config
     from rayalign.config.sections import PlanConfig, TuneConfig
+    from rayalign.config.yaml_files import Extra
     from rayalign.policy.scoring import LoadedPolicy
     from rayalign.training.driver import Result
 
@@ -138,13 +139,16 @@ def export(
     *,
     checkpoint: File | int | None = None,
     run_dir: File | None = None,
-    layout: Literal["transformers", "vllm"] = "transformers",
+    layout: Literal["transformers", "vllm", "value_head"] = "transformers",
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    hub_private: bool = True,
 ) -> str:
     """Writes a trained model (the model/ folder of a run) as one plain folder, its adapter merged, and returns its path or URL.
 
     A reward model gets a `score` head, which transformers, ms-swift and vLLM load; `layout` is its name: transformers reads
-    score.weight, vLLM language_model.score.weight. `overwrite` replaces an earlier export. With `checkpoint` the model of a
+    score.weight, vLLM language_model.score.weight; value_head: a file of its own, from which training goes on. `overwrite`
+    replaces an earlier export; `push_to_hub` (OWNER/NAME) uploads it, too. With `checkpoint` the model of a
     checkpoint of any run is written, as its model/ is: "best", "last" or a step of the run in `run_dir`, or a checkpoint's
     folder.
 
@@ -158,7 +162,8 @@ def export(
     named = {
         name: str(place) if isinstance(place, int) else os.fspath(place) for name, place in places.items() if place is not None
     }
-    flags: ExportConfig = section_from_mapping(ExportConfig, {**named, "layout": layout, "overwrite": overwrite})
+    upload = {"push_to_hub": push_to_hub, "hub_private": hub_private} if push_to_hub is not None else {}
+    flags: ExportConfig = section_from_mapping(ExportConfig, {**named, "layout": layout, "overwrite": overwrite, **upload})
     if flags.checkpoint or flags.run_dir:
         from rayalign.training import checkpoint_export
 
@@ -177,7 +182,7 @@ def _build(
     files: File | Sequence[File],
     flags: Mapping[str, FlagValue],
     extra: "type[TuneConfig] | type[PlanConfig] | None",
-) -> "tuple[Config, TuneConfig | PlanConfig | None]":
+) -> "tuple[Config, Extra | None]":
     from rayalign.algorithms import ALGORITHMS
     from rayalign.config.command_line import build
 

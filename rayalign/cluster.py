@@ -5,6 +5,7 @@ Names of Ray that its documentation does not promise are here and in `joining`, 
 version 2.60.0) and when they can go. tests/test_cluster.py compares each with the installed Ray.
 """
 
+import contextlib
 import itertools
 import logging
 import os
@@ -48,6 +49,21 @@ https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/execution/tun
 TUNE_SIGINT_VARIABLE = "TUNE_DISABLE_SIGINT_HANDLER"
 """1 keeps Ray Tune from taking Ctrl-C for the regular end of a sweep. Documented, among Ray Tune's environment variables."""
 
+TUNE_LOGGERS_VARIABLE = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"
+"""1 keeps Ray Tune from writing what trials report once more, as CSV, JSON and TensorBoard events under its own names; trials'
+folders have it. Documented, among Ray Tune's environment variables."""
+
+TUNE_OUTPUT_VARIABLE = "RAY_AIR_NEW_OUTPUT"
+"""0 keeps Ray Tune from printing a box and the place of its own files at the start of a sweep, as it does with verbose=0, too;
+rayalign's lines tell both. Can go when verbose=0 prints nothing.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/experimental/output.py (`experiment_started`)"""
+
+TUNE_THREAD_VARIABLE = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
+"""How long a process that goes on with another trial waits for the thread of the last one, which closes its files; then the new
+trial is failed. 2 s by default. Documented, among Ray Tune's environment variables."""
+
+TUNE_THREAD_SECONDS = "120"
+
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set in the process that `ray job submit` starts. Can go when Ray documents how a driver knows that it is a job.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/runtime_env/constants.py"""
@@ -58,6 +74,12 @@ https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/ray_const
 
 HEAD_NODE = "node:__internal_head__"
 """A resource that only the head node has. Can go when Ray documents a way to keep a process on the head node.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py"""
+
+COORDINATOR = "AutoscalingCoordinator"
+"""Ray's actor, and its namespace, that shares the cluster's nodes out. What a run asks for it keeps for three minutes after the
+run's controller was killed, and an elastic run finds no room as long. Can go when Ray Train gives back what lost
+controllers had.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py"""
 
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
@@ -80,6 +102,10 @@ https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal
 PROGRESS_LOGGER = "ray.data._internal.progress"
 """Warns in each process that progress bars are switched off, once they are. Can go when it no longer does.
 https://github.com/ray-project/ray/tree/ray-2.60.0/python/ray/data/_internal/progress"""
+
+ANALYSIS_LOGGER = "ray.tune.analysis.experiment_analysis"
+"""Warns at the end of a sweep that the files of TUNE_LOGGERS_VARIABLE are not there. Can go when it doesn't look for them.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/analysis/experiment_analysis.py"""
 
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 """Warns at each start of a cluster that it asks for a token, which is what we want. Can go when that is no warning.
@@ -234,6 +260,13 @@ def free_lost_workers(*, seconds: float = 15) -> None:
         time.sleep(1)
 
 
+def give_up_share(trainer: Any) -> None:
+    """Gives back the nodes that the lost controller of a TorchTrainer (whose import takes seconds) had asked for."""
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):  # there is no such actor, or it is lost as well
+        coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
+        ray.get(coordinator.cancel_request.remote(requester_id=f"train-{trainer.train_run_context.run_id}"), timeout=10)
+
+
 def owns_cluster() -> bool:
     """Whether this process started the cluster that it is connected to, so that nobody adds nodes to it.
 
@@ -263,6 +296,9 @@ def set_ray_variables() -> None:
     os.environ.setdefault(TRAIN_POLL_VARIABLE, POLL_SECONDS)
     os.environ[TUNE_METRIC_CHECK_VARIABLE] = "1"
     os.environ[TUNE_SIGINT_VARIABLE] = "1"
+    os.environ[TUNE_LOGGERS_VARIABLE] = "1"
+    os.environ[TUNE_OUTPUT_VARIABLE] = "0"
+    os.environ.setdefault(TUNE_THREAD_VARIABLE, TUNE_THREAD_SECONDS)
     if not sys.stderr.isatty():
         os.environ.setdefault(COLOR_VARIABLE, "0")
 
@@ -294,7 +330,7 @@ def quiet_ray() -> None:
     """Lets Ray's libraries log warnings only, in this process."""
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in (PROGRESS_LOGGER, TOKEN_LOGGER):
+    for name in (PROGRESS_LOGGER, TOKEN_LOGGER, ANALYSIS_LOGGER):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

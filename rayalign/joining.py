@@ -44,7 +44,7 @@ def start_ray(config: Config) -> None:
             return
         cluster = config.cluster
         # One more than the workers take: preparation and fetches must find room beside them.
-        cpus = max(os.cpu_count() or 1, int(cluster.num_workers * cluster.cpus_per_worker) + 1)
+        cpus = max(os.cpu_count() or 1, int(cluster.most_workers * cluster.cpus_per_worker) + 1)
         logger.info("Ray: starting a cluster of this run's own on this machine, for %d CPUs", cpus)
         # Ray Train asks the dashboard whether a run that vanished still holds its resources.
         ray.init(address="local", num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)

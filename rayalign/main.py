@@ -20,9 +20,12 @@ from rayalign.algorithms import ALGORITHMS
 from rayalign.config import command_line
 from rayalign.config.config import Config
 from rayalign.config.endings import user_errors
+from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.flags import did_you_mean
+from rayalign.config.inference import InferenceConfig
+from rayalign.config.inference_verbs import GenerateConfig, ScoreConfig
 from rayalign.config.methods import advice_for_method
-from rayalign.config.sections import ExportConfig
+from rayalign.config.sections import ChatConfig, ExportConfig, ServeConfig
 from rayalign.log_lines import configure_logging
 from rayalign.sweeps.search_space import check_search
 
@@ -121,14 +124,82 @@ def _export(words: Sequence[str], prog: str, summary: str) -> None:
     configure_logging()
 
     with user_errors():
+        if config.push_to_hub:
+            from rayalign.serving import hub
+
+            hub.check_push(config.push_to_hub)
         if config.checkpoint or config.run_dir:
             from rayalign.training import checkpoint_export
 
-            checkpoint_export.run(config)
+            output = checkpoint_export.run(config)
         else:
             from rayalign.serving import export
 
-            export.run(config)
+            output = export.run(config)
+        if config.push_to_hub:
+            hub.push(output, config.push_to_hub, private=config.hub_private)
+
+
+def _serve(words: Sequence[str], prog: str, summary: str) -> None:
+    example = "--model llava-hf/llava-1.5-7b-hf --adapter dpo=output/dpo/model"
+    config = command_line.parse_section(ServeConfig, words, prog=prog, description=summary, example=example)
+    configure_logging()
+    with user_errors():
+        from rayalign.serving import serve
+
+        serve.run(config)
+
+
+def _chat(words: Sequence[str], prog: str, summary: str) -> None:
+    example = "--model output/dpo/model --image cat.png"
+    config = command_line.parse_section(ChatConfig, words, prog=prog, description=summary, example=example)
+    configure_logging()
+    with user_errors():
+        from rayalign.serving import chat
+
+        chat.run(config)
+
+
+def _evaluate(words: Sequence[str], prog: str, summary: str) -> None:
+    example = "--model output/dpo/model --dataset pairs.jsonl --benchmarks pope:data/pope --output_dir output/evaluation"
+    sections = (InferenceConfig, EvaluateConfig)
+    flags, evaluation = command_line.parse_sections(sections, words, prog=prog, description=summary, example=example)
+    configure_logging()
+    with user_errors():
+        from rayalign.evaluation import evaluate
+
+        evaluate.run(flags, evaluation)
+
+
+def _generate(words: Sequence[str], prog: str, summary: str) -> None:
+    example = "--model output/dpo/model --dataset prompts.jsonl --n 4 --temperature 0.8 --output_dir output/responses"
+    sections = (InferenceConfig, GenerateConfig)
+    flags, own = command_line.parse_sections(sections, words, prog=prog, description=summary, example=example)
+    configure_logging()
+    with user_errors():
+        from rayalign.evaluation import generate
+
+        generate.run(flags, own)
+
+
+def _score(words: Sequence[str], prog: str, summary: str) -> None:
+    example = "--scorer reward_model=output/rm/model --dataset output/responses/rows --output_dir output/scores"
+    sections = (InferenceConfig, ScoreConfig)
+    flags, own = command_line.parse_sections(sections, words, prog=prog, description=summary, example=example)
+    configure_logging()
+    with user_errors():
+        from rayalign.evaluation import score
+
+        score.run(flags, own)
+
+
+def _iterate(words: Sequence[str], prog: str, summary: str) -> None:
+    config, rounds = command_line.parse_rounds(ALGORITHMS, words, prog=prog, description=summary)
+    configure_logging()
+    with user_errors():
+        from rayalign.rounds import iterate
+
+        iterate.run(config, rounds)
 
 
 def _trainer(summary: str, algorithm: str | None) -> Verb:
@@ -147,14 +218,20 @@ VERBS: Mapping[str, Verb] = {
     "rlhf": _trainer("Any training algorithm by name: `--rlhf_type dpo` and so on.", None),
     "tune": Verb("A sweep over the flags of any training algorithm: many short runs, ranked by a metric.", _tune),
     "plan": Verb("What a run will need, before it is started: memory, GPUs, hours and cost.", _plan),
+    "evaluate": Verb("A model on preference data and benchmarks, alone or beside a second one.", _evaluate),
+    "generate": Verb("A model's own responses to the prompts of any data set, one or several to each.", _generate),
+    "score": Verb("Scores of responses: by reward models, policies, a function of yours or a judge.", _score),
+    "iterate": Verb("Rounds of responses, scores, preference pairs and training, each from the model before.", _iterate),
     "export": Verb("A trained model as a plain folder, its adapter merged; a reward model; or a checkpoint.", _export),
+    "serve": Verb("A model and its adapters behind an OpenAI-compatible address; a reward model's scores.", _serve),
+    "chat": Verb("A conversation with a model in the terminal, beside a second one if you like.", _chat),
 }
 
 
 def _help(prog: str) -> str:
     lines = [f"usage: {prog} VERB [--flag value ...] [--config FILE ...]", "", rayalign.__doc__ or "", "", "verbs:"]
     for name, verb in VERBS.items():
-        lines += textwrap.wrap(verb.summary, 98, initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)
+        lines += textwrap.wrap(verb.summary, 100, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
     lines += ["", f"{prog} VERB --help lists the flags of a verb, {prog} --version the versions of what it runs on."]
     return "\n".join(lines) + "\n"
 

@@ -97,8 +97,19 @@ def resolve_cluster(config: Config, needs_gpu: Callable[[], str | None] = lambda
 def wait_for_workers(config: Config) -> None:
     """Waits until the nodes have room for the train workers; raises ValueError where they don't within the limit.
 
-    Room is what the nodes have, whoever uses it: a run waits for its turn without a limit, as before.
+    Room is what the nodes have, whoever uses it: a run waits for its turn without a limit, as before. An elastic run begins
+    with its fewest workers.
     """
+    _wait_for(_room_of(config), config)
+
+
+def room_for_workers(config: Config) -> int:
+    """How many of a run's workers the nodes hold, whoever uses them."""
+    return _room_of(config).on(_nodes())
+
+
+def _room_of(config: Config) -> Room:
+    """Room for the fewest workers of a run."""
     cluster = config.cluster
     gpus = cluster.gpus_per_worker or 0
     each = {"CPU": cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
@@ -109,7 +120,7 @@ def wait_for_workers(config: Config) -> None:
     if places:
         named = " and ".join(place.partition(" ")[0] for place in places)
         remedy += f" Without {named}, workers run on any node."
-    _wait_for(Room(cluster.num_workers, each, "workers", ", ".join([flags, *places]), remedy, kind, labels), config)
+    return Room(cluster.fewest_workers, each, "workers", ", ".join([flags, *places]), remedy, kind, labels)
 
 
 def wait_for_cpus(config: Config) -> None:

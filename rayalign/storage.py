@@ -1,15 +1,17 @@
 """Files on local disks and object stores under one interface: every path of a run may be a folder or an s3:// gs:// file://
 URL. What an object store fails at is tried again (`object_store`)."""
 
+import contextlib
 import json
 import os
 import posixpath
+import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -101,20 +103,33 @@ class Store:
 
     def write_bytes(self, content: bytes) -> None:
         """Writes a file whole: readers see the old content or the new, never a part."""
-        local = self.local_path
-        if local is not None:
-            local.parent.mkdir(parents=True, exist_ok=True)
-            partial = local.with_name(f".{local.name}.{uuid.uuid4().hex}.partial")  # of no other process of any node
-            try:
-                partial.write_bytes(content)
-                os.replace(partial, local)
-            except OSError:
-                partial.unlink(missing_ok=True)
-                raise
+        if self.local_path is not None:
+            with self.writing() as file:
+                file.write(content)
             return
         filesystem, path = self.resolve()
         with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(content)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[IO[bytes]]:
+        """A file to write bit by bit. It is there, whole, where the block ends without an error."""
+        local = self.local_path
+        if local is None:
+            with tempfile.NamedTemporaryFile() as whole:
+                yield whole
+                whole.flush()
+                upload(Path(whole.name), self.location)
+            return
+        local.parent.mkdir(parents=True, exist_ok=True)
+        partial = local.with_name(f".{local.name}.{uuid.uuid4().hex}.partial")  # of no other process of any node
+        try:
+            with partial.open("wb") as file:
+                yield file
+            os.replace(partial, local)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     def read_json(self) -> Any:
         """What the file holds; raises ValueError that names it where that is no JSON."""

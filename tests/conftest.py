@@ -57,7 +57,9 @@ def prepare_pairs(tmp_path: Path) -> "Callable[[Sequence[EncodedPair]], Prepared
     """`prepare_pairs(pairs)`: a prepared data set on disk whose row numbers are the pairs' places."""
     import pyarrow as pa
 
-    from rayalign.data.store import INDEX_SCHEMA, PreparedData, shard_name, write_shard
+    from rayalign.data.index import INDEX_SCHEMA, write_index
+    from rayalign.data.shards import shard_name, write_shard
+    from rayalign.data.store import PreparedData
     from rayalign.storage import Store
 
     numbers = itertools.count()
@@ -79,7 +81,7 @@ def prepare_pairs(tmp_path: Path) -> "Callable[[Sequence[EncodedPair]], Prepared
             }
             for row, pair in enumerate(pairs)
         ]
-        index = pa.Table.from_pylist(lines, schema=INDEX_SCHEMA)
+        index = write_index(store / "one", [pa.Table.from_pylist(lines, schema=INDEX_SCHEMA)])
         return PreparedData.finish(store, attempt="one", index=index, dropped=[])
 
     return make

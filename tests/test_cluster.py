@@ -32,6 +32,7 @@ from rayalign.retries import StorageFailed
         ),
         (cluster.PROGRESS_LOGGER, "ray.data._internal.progress", "__name__"),
         (cluster.TRACEBACK_LOGGER, "ray.train.v2._internal.util", "__name__"),
+        (cluster.ANALYSIS_LOGGER, "ray.tune.analysis.experiment_analysis", "__name__"),
         (cluster.TOKEN_LOGGER, "ray._private.authentication.authentication_token_setup", "__name__"),
     ],
 )
@@ -45,6 +46,9 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         # Without a constant in Ray: what it does with the name, as its source says it.
         (cluster.TUNE_METRIC_CHECK_VARIABLE, "ray.tune.execution.tune_controller", 'int(os.environ.get("{}", 0)) != 1'),
         (cluster.TUNE_SIGINT_VARIABLE, "ray.tune.tune", 'int(os.getenv("{}", "0"))'),
+        (cluster.TUNE_LOGGERS_VARIABLE, "ray.tune.utils.callback", 'os.environ.get("{}", "0") != "1"'),
+        (cluster.TUNE_OUTPUT_VARIABLE, "ray.tune.experimental.output", 'os.environ.get("{}", "1") == "0"'),
+        (cluster.TUNE_THREAD_VARIABLE, "ray.tune.trainable.function_trainable", 'int(os.environ.get("{}", 2))'),
         ("sys.exit(0)", "ray.train.v2.api.data_parallel_trainer", "process still exits with 1.\n                    {}\n"),
         ("sys.exit(signum)", "ray._private.worker", "    def sigterm_handler(signum, frame):\n        {}\n"),
         (cluster.TEMPORARY_FOLDERS.strip("/"), "ray._private.ray_constants", '= "{}"'),
@@ -59,6 +63,21 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         (cluster.COLOR_VARIABLE, "ray._private.worker", 'if os.getenv("{}") == "0":'),
         (cluster.LOG_HANDLER, "ray._private.worker", 'dispatcher.add_handler(\n                "{}",'),
         (cluster.SILENT_ACTORS[0], "ray.train.v2._internal.execution.controller.placement_group_cleaner", "class {}:"),
+        (
+            cluster.COORDINATOR,
+            "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+            'name="{0}",\n        namespace="{0}",',
+        ),
+        (
+            "requester_id",
+            "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+            "def cancel_request(\n        self,\n        {}:",
+        ),
+        (
+            "train_run_context.run_id",
+            "ray.train.v2._internal.execution.scaling_policy.scaling_policy",
+            'self._requester_id = f"train-{{{}}}"',
+        ),
         (cluster.HEALTH_ERROR, "ray.train.v2._internal.exceptions", "self.{} = failure"),
         (cluster.WORKERS_ERROR, "ray.train.v2._internal.exceptions", "self.{} = exc"),
     ],

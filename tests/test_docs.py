@@ -17,8 +17,11 @@ import rayalign
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config import command_line
 from rayalign.config.config import section_types
+from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.flags import flags_of
-from rayalign.config.sections import ExportConfig, PlanConfig, TuneConfig
+from rayalign.config.inference import InferenceConfig
+from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
+from rayalign.config.sections import ChatConfig, ExportConfig, PlanConfig, ServeConfig, TuneConfig
 from rayalign.sweeps.search_space import check_search
 
 ROOT = Path(__file__).parents[1]
@@ -66,14 +69,21 @@ def read_by_the_parser(words: tuple[str, ...]) -> None:
         command_line.parse_sweep(ALGORITHMS, here, check=check_search, **told)
     elif verb == "plan":
         command_line.parse_plan(ALGORITHMS, here, **told)
-    elif verb == "export":
-        command_line.parse_section(ExportConfig, here, example="", **told)
+    elif verb == "iterate":
+        command_line.parse_rounds(ALGORITHMS, here, **told)
+    elif verb in WITH_INFERENCE:
+        command_line.parse_sections((InferenceConfig, WITH_INFERENCE[verb]), here, example="", **told)
+    elif verb in OTHER_VERBS:
+        command_line.parse_section(OTHER_VERBS[verb], here, example="", **told)
     else:
         assert verb in (*ALGORITHMS, "rlhf"), f"there is no verb {verb}"
         command_line.parse(ALGORITHMS, here, algorithm=None if verb == "rlhf" else verb, **told)
 
 
-SECTIONS = [s for a in ALGORITHMS.values() for s in section_types(a)] + [TuneConfig, PlanConfig, ExportConfig]
+WITH_INFERENCE: dict[str, Any] = {"evaluate": EvaluateConfig, "generate": GenerateConfig, "score": ScoreConfig}
+OTHER_VERBS: dict[str, Any] = {"export": ExportConfig, "serve": ServeConfig, "chat": ChatConfig}
+SECTIONS = [s for a in ALGORITHMS.values() for s in section_types(a)] + [TuneConfig, PlanConfig, *OTHER_VERBS.values()]
+SECTIONS += [InferenceConfig, IterateConfig, *WITH_INFERENCE.values()]
 FLAGS = {flag.name for section in SECTIONS for flag in flags_of(section)} | {"config", "rlhf_type", "plugin"}
 COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
 SNIPPETS = [(page.name, text) for page in PAGES for language, text in blocks(page) if language == "python"]

@@ -34,7 +34,7 @@ def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str], w
     lines = output_of(capsys, *words).splitlines()
     assert lines[0] == "usage: rayalign VERB [--flag value ...] [--config FILE ...]"
     for name, verb in VERBS.items():
-        assert f"  {name:<8}{verb.summary}" in lines
+        assert f"  {name:<10}{verb.summary}" in lines
     assert max(map(len, lines)) <= 100
 
 

@@ -87,6 +87,13 @@ def test_workers_that_the_nodes_have_room_for_are_not_waited_for(cluster: Callab
     assert not found.asked
 
 
+def test_an_elastic_run_begins_with_its_fewest_workers(cluster: Callable[..., FakeRay]) -> None:
+    cluster([node(2)])
+    nodes.wait_for_workers(config(num_workers="2:8"))
+    with pytest.raises(ValueError, match=r"^--num_workers 3:8 with 1 CPU and 0 GPUs each: the cluster has room for 2 "):
+        nodes.wait_for_workers(config(num_workers="3:8", wait_for_nodes=0))
+
+
 def test_workers_that_no_nodes_could_hold_are_refused_at_once_where_nothing_is_waited_for(
     cluster: Callable[..., FakeRay],
 ) -> None:

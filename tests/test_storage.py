@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import pickle
@@ -72,6 +73,22 @@ def test_a_failed_write_leaves_the_old_content(folder: Store, monkeypatch: pytes
     with pytest.raises(OSError, match="disk full"):
         file.write_bytes(b"new")
     assert file.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("kind", ["disk", "object store"])
+def test_a_file_that_is_written_bit_by_bit_is_there_when_it_is_whole(tmp_path: Path, bucket: Path, kind: str) -> None:
+    file = Store(str(tmp_path / "folder" / "file")) if kind == "disk" else Store("s3://bucket/folder/file")
+    file.parent.make_dir()  # which no object store needs, and the folder that stands for one does
+    with file.writing() as content:
+        content.write(b"first ")
+        assert not file.exists()
+        content.write(b"words")
+    assert file.read_bytes() == b"first words"
+    with contextlib.suppress(KeyError), file.writing() as content:
+        content.write(b"other")
+        raise KeyError
+    assert file.read_bytes() == b"first words"
+    assert [some.name for some in file.parent.list()] == ["file"]
 
 
 def test_a_write_puts_the_whole_file_in_place_at_once(folder: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,20 +8,23 @@ import dataclasses
 import sys
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rayalign.config.aliases import ALIASES, advice_for
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags_of, nearest, section_from_mapping
+from rayalign.config.inference_verbs import IterateConfig
 from rayalign.config.methods import advice_for_method
 from rayalign.config.parser import Parser, add_config_flag, add_section, add_steering_flags, new_parser, started_as
 from rayalign.config.plugins import PLUGIN, Plugin, load_plugins
 from rayalign.config.sections import PlanConfig, TuneConfig
 from rayalign.config.translate import translate_values, translate_words
-from rayalign.config.yaml_files import plugins_in, read_files, to_yaml
+from rayalign.config.yaml_files import Extra, plugins_in, read_files, to_yaml
 
 if TYPE_CHECKING:
     from rayalign.algorithms import Algorithm
+
+OtherSection = TypeVar("OtherSection", bound=Section)
 
 DEFAULT_ALGORITHM = "dpo"
 STEERING = ("config", "print_config")
@@ -69,12 +72,42 @@ def parse_plan(
     return config, plan
 
 
+def parse_rounds(
+    algorithms: "Mapping[str, type[Algorithm]]", words: Sequence[str], *, prog: str, description: str
+) -> tuple[Config, IterateConfig]:
+    """The training of each round, and how rounds are made; a mistake ends the program with code 2."""
+    config, rounds = _Command(algorithms, prog, description, None, IterateConfig).read(words)
+    assert isinstance(rounds, IterateConfig)
+    return config, rounds
+
+
 def parse_section(section: type[AnySection], words: Sequence[str], *, prog: str, description: str, example: str) -> AnySection:
     """The flags of a program that trains nothing, from words and YAML files; a mistake ends the program with code 2."""
+    (parsed,) = _parse_sections((section,), words, prog=prog, description=description, example=example)
+    return cast(AnySection, parsed)
+
+
+def parse_sections(
+    sections: tuple[type[AnySection], type[OtherSection]],
+    words: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    example: str,
+) -> tuple[AnySection, OtherSection]:
+    """The same of flags in two sections, neither of which has a flag of the other."""
+    first, second = _parse_sections(sections, words, prog=prog, description=description, example=example)
+    return cast(AnySection, first), cast(OtherSection, second)
+
+
+def _parse_sections(
+    sections: Sequence[type[Section]], words: Sequence[str], *, prog: str, description: str, example: str
+) -> tuple[Section, ...]:
     parser = new_parser(prog, description, f"example:\n  {started_as(prog)} {example}")
     add_config_flag(parser)
-    add_section(parser, section)
-    known = [flag.name for flag in flags_of(section)]
+    for section in sections:
+        add_section(parser, section)
+    known = [flag.name for section in sections for flag in flags_of(section)]
     try:
         given, rest = parser.parse_known_args(translate_words(words, (*known, "config")))
         from_files = read_files(given.config, known)
@@ -85,7 +118,7 @@ def parse_section(section: type[AnySection], words: Sequence[str], *, prog: str,
             problems = [_unexpected_word(rest[0])]
         if problems:
             raise ValueError("\n".join(problems))
-        return section_from_mapping(section, from_files | from_words)
+        return tuple(section_from_mapping(section, from_files | from_words) for section in sections)
     except ValueError as error:
         parser.error(str(error))
 
@@ -96,8 +129,8 @@ def build(
     values: Mapping[str, Any],
     *,
     files: Sequence[str] = (),
-    extra: type[TuneConfig] | type[PlanConfig] | None = None,
-) -> tuple[Config, TuneConfig | PlanConfig | None]:
+    extra: type[Extra] | None = None,
+) -> tuple[Config, Extra | None]:
     """The run that flags given as values describe, on top of YAML files, with the sentences of the command line.
 
     `name` is the algorithm. Raises ValueError for what the command line would refuse.
@@ -125,11 +158,11 @@ class _Command:
     prog: str
     description: str
     algorithm: str | None
-    extra: type[TuneConfig] | type[PlanConfig] | None = None
+    extra: type[Extra] | None = None
     check: Callable[[Config, Any], object] | None = None
     plugins: tuple[Plugin, ...] = ()
 
-    def read(self, words: Sequence[str]) -> tuple[Config, TuneConfig | PlanConfig | None]:
+    def read(self, words: Sequence[str]) -> tuple[Config, Extra | None]:
         first = Parser(prog=self.prog, add_help=False, allow_abbrev=False)
         add_steering_flags(first, self.algorithms)
         try:
@@ -156,9 +189,7 @@ class _Command:
         brought = {name: algorithm for plugin in plugins for name, algorithm in plugin.algorithms.items()}
         return dataclasses.replace(self, algorithms={**self.algorithms, **brought}, plugins=plugins)
 
-    def _build(
-        self, name: str, values: Mapping[str, Any], *, print_config: bool
-    ) -> tuple[Config, TuneConfig | PlanConfig | None]:
+    def _build(self, name: str, values: Mapping[str, Any], *, print_config: bool) -> tuple[Config, Extra | None]:
         own = {flag.name for flag in flags_of(self.extra)} if self.extra else set()
         extra = section_from_mapping(self.extra, values) if self.extra else None
         of_run = {k: v for k, v in values.items() if k not in own}
@@ -228,7 +259,7 @@ class _Command:
             *others, last = owners
             words = f"{', '.join(others)} and {last}" if others else last
             return f"--{flag_name} belongs to {words}, not {name}."
-        for verb, section in (("tune", TuneConfig), ("plan", PlanConfig)):
+        for verb, section in (("tune", TuneConfig), ("plan", PlanConfig), ("iterate", IterateConfig)):
             if flag_name in {flag.name for flag in flags_of(section)}:
                 return f"--{flag_name} belongs to {_other_verb(self.prog, verb)}, not {self.prog}."
         if flag_name in STEERING:

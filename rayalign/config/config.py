@@ -75,8 +75,8 @@ class Config:
 
     @property
     def global_batch_size(self) -> int:
-        """Pairs per optimizer step over all workers and accumulation steps."""
-        return self.optimizer.batch_size * self.optimizer.gradient_accumulation_steps * self.cluster.num_workers
+        """Pairs per optimizer step over all workers and accumulation steps, however many workers an elastic run has."""
+        return self.optimizer.batch_size * self.optimizer.gradient_accumulation_steps * self.cluster.most_workers
 
     def precomputes_reference(self, *, several_epochs: bool, several_runs: bool) -> bool:
         """Whether the reference's log-probabilities are computed before the training: as --precompute_ref_log_probs says, else

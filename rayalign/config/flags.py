@@ -12,6 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast, g
 
 import pydantic
 
+NUMBER_OR_RANGE = int | str
+"""The type of a flag that takes a whole number, or two as MIN:MAX."""
+
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most"}
 """Bounds of a number as pydantic and as we call them."""
 
@@ -32,6 +35,12 @@ def flag(
     bounds = {"ge": at_least, "gt": above, "le": at_most}
     limits = {name: limit for name, limit in bounds.items() if limit is not None}
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
+
+
+def same_flag(section: type[Section], name: str) -> Any:
+    """Declares the flag that another section has by this name: its default, help and bounds are written there."""
+    field = section.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 def check_bounds(section: Section) -> None:
@@ -80,7 +89,8 @@ class Flag:
         """What the flag takes, in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        words: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        words[NUMBER_OR_RANGE] = "a whole number, or two as MIN:MAX"
         return words[self.item_type] + (" or none" if self.is_optional else "")
 
     def full_help(self, *, with_choices: bool = True) -> str:
@@ -120,6 +130,8 @@ class Flag:
         """What checks one value of the flag."""
         limits = pydantic.Field(ge=self.limits.get("ge"), gt=self.limits.get("gt"), le=self.limits.get("le"))
         bounded: Any = Annotated[self.item_type, limits]
+        if self.item_type == NUMBER_OR_RANGE:
+            bounded = Annotated[NUMBER_OR_RANGE, pydantic.Field(union_mode="left_to_right")]  # the word 2 is a number
         return pydantic.TypeAdapter(bounded, config=pydantic.ConfigDict(allow_inf_nan=False))
 
     def _validate(self, value: Any, *, strict: bool) -> Any:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from rayalign.config.flags import Flag, Section, flags_of
+from rayalign.config.flags import NUMBER_OR_RANGE, Flag, Section, flags_of
 from rayalign.config.plugins import PLUGIN
 
 LONGEST_METAVAR = 80
@@ -83,7 +83,7 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_flag(group: Any, flag: Flag) -> None:
-    metavars = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+    metavars = {int: "N", float: "X", bool: "true|false", str: "TEXT", NUMBER_OR_RANGE: "N|MIN:MAX"}
     choices = "|".join(flag.choices)
     too_long = len(choices) > LONGEST_METAVAR
     metavar = "NAME" if too_long else choices or metavars[flag.item_type]

@@ -73,7 +73,7 @@ def load_plugins(arguments: Sequence[str], algorithms: Mapping[str, type[Any]]) 
     plugins: list[Plugin] = []
     taken = dict.fromkeys(algorithms, "rayalign")
     for argument in arguments:
-        plugin = _find(argument)
+        plugin = find_plugin(argument)
         if any(plugin.name == other.name for other in plugins):
             raise ValueError(
                 f"--plugin {argument}: another plugin has the name {plugin.name}, too. Give one of them, or rename it."
@@ -93,7 +93,9 @@ def load_plugins(arguments: Sequence[str], algorithms: Mapping[str, type[Any]]) 
     return tuple(plugins)
 
 
-def _find(argument: str) -> Plugin:
+def find_plugin(argument: str, *, flag: str = f"--{PLUGIN}") -> Plugin:
+    """The module, or the file with its text, that an argument of a flag names. Raises ValueError for a file that can't be
+    read."""
     if not argument.endswith(".py") and "/" not in argument:
         return Plugin(argument)
     from rayalign.downloads import read_file  # here, so that flags are read before a file system's library is loaded
@@ -103,7 +105,7 @@ def _find(argument: str) -> Plugin:
         return Plugin(Store.at(argument).location, read_file(argument).decode())
     except (OSError, ValueError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"can't be read ({error})"
-        raise ValueError(f"--plugin {argument}: {reason}.") from None
+        raise ValueError(f"{flag} {argument}: {reason}.") from None
 
 
 def _import(name: str) -> ModuleType:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rayalign.config.flags import check_bounds, flag
 from rayalign.config.labels import LABEL, parse_selector
+from rayalign.config.workers import workers_of
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,11 @@ class RunConfig:
 class ClusterConfig:
     """Cluster"""
 
-    num_workers: int = flag(1, "Train workers.", at_least=1)
+    num_workers: int | str = flag(
+        1,
+        "Train workers. MIN:MAX (quoted in YAML): as many as there is room for, more when nodes join and fewer when they are "
+        "lost; the global batch stays that of MAX workers, and the weights come out the same.",
+    )
     gpus_per_worker: float | None = flag(
         None,
         "GPUs of each worker. Default: 1 where a node has some, or where the model has 1e9 parameters and more, else 0.",
@@ -319,6 +324,13 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        workers_of(self.num_workers)
+        if self.is_elastic and self.label_selector:
+            raise ValueError(
+                f"--num_workers {self.num_workers} with --label_selector {' '.join(self.label_selector)}: Ray Train counts the "
+                "room for an elastic run's workers on nodes of any label. Pass one number of workers, or leave "
+                "--label_selector out."
+            )
         kind = self.accelerator_type
         if kind is not None and not LABEL.fullmatch(kind):
             raise ValueError(f"--accelerator_type {kind}: must be one of Ray's names, such as L4, A100 or H100.")
@@ -334,6 +346,21 @@ class ClusterConfig:
                 f"--gpus_per_worker {self.gpus_per_worker:g} with --strategy fsdp: a worker has one GPU there, and the model "
                 "is sharded over workers. Pass --gpus_per_worker 1 and a higher --num_workers."
             )
+
+    @property
+    def fewest_workers(self) -> int:
+        """How many workers a run needs to train."""
+        return workers_of(self.num_workers)[0]
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers a run trains with where there is room: those of the global batch."""
+        return workers_of(self.num_workers)[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a run goes on with fewer or more workers as nodes come and go."""
+        return isinstance(self.num_workers, str) and ":" in self.num_workers
 
     @property
     def worker_labels(self) -> dict[str, str]:
@@ -381,10 +408,11 @@ class TuneConfig:
         "extra tune.",
     )
     search_seed: int = flag(42, "Seed of what is drawn.", at_least=0)
-    scheduler: Literal["auto", "none", "asha", "median"] = flag(
+    scheduler: Literal["auto", "none", "asha", "median", "pbt"] = flag(
         "auto",
         "Which trials are stopped at an evaluation. asha: those not among the best third so far, at growing distances; median: "
-        "those below the median; none: all run to their end. auto: asha from 4 draws of one seed on, where a run has three "
+        "those below the median; pbt: none, but the worst quarter goes on from the weights of the best, with its flags a "
+        "little changed; none: all run to their end. auto: asha from 4 draws of one seed on, where a run has three "
         "evaluations, else none.",
     )
     max_concurrent_trials: int | None = flag(
@@ -392,6 +420,11 @@ class TuneConfig:
     )
     metric: str = flag("eval_rewards/accuracies", "Metric that ranks the trials; SFT has eval_loss (with --mode min).")
     mode: Literal["max", "min"] = flag("max", "Whether a high or a low --metric is good.")
+    cost_metric: str | None = flag(
+        None,
+        "What a good --metric may cost; near 0 is good. The page draws one against the other, and --search_alg optuna looks "
+        "for settings that no other one beats in both. Default: the page draws eval_drift, without a reference eval_nll_loss.",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -433,12 +466,123 @@ class ExportConfig:
     )
     run_dir: str | None = flag(None, "The run's folder for --checkpoint: local, shared or s3:// gs://.")
     output_dir: str | None = flag(None, "Folder that is written: local, shared or s3:// gs://.")
-    layout: Literal["transformers", "vllm"] = flag(
+    layout: Literal["transformers", "vllm", "value_head"] = flag(
         "transformers",
-        "The name of a reward model's head. transformers: score.weight, which transformers and ms-swift read; vllm: "
-        "language_model.score.weight, which vLLM reads.",
+        "The form of a reward model's head. transformers: score.weight, which transformers and ms-swift read; vllm: "
+        "language_model.score.weight, which vLLM reads; value_head: a file of its own beside the merged weights, from which "
+        "training goes on.",
     )
     overwrite: bool = flag(False, "Replace an earlier export in --output_dir.")
+    push_to_hub: str | None = flag(
+        None, "Upload what is exported to this repository of the Hugging Face hub, too: OWNER/NAME. It is made if need be."
+    )
+    hub_private: bool = flag(True, "Whether a repository that --push_to_hub makes is private.")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve"""
+
+    model: str | None = flag(
+        None,
+        "What is served: a base or merged model, or the model/ folder of a run (of rm: scores): local, s3:// gs:// or hub id.",
+    )
+    served_model_name: str | None = flag(None, "The name that requests call it by. Default: what --model says.")
+    adapter: tuple[str, ...] = flag(
+        (), "Adapters of --model that are served beside it, each under a name of its own: NAME=PATH ..."
+    )
+    engine: Literal["auto", "transformers", "vllm"] = flag(
+        "auto", "What generates. auto: vllm where that is installed and there are GPUs, else transformers."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "The type of the weights. auto: bfloat16 on GPUs, float32 on CPUs."
+    )
+    host: str = flag("127.0.0.1", "The address that is listened on. Any other than this machine's own asks for a token.")
+    port: int = flag(8000, "The port that is listened on.", at_least=1, at_most=65535)
+    token_file: str | None = flag(
+        None, "File with the token that requests must bring. Default: none on this machine's own address, else one made now."
+    )
+    min_replicas: int = flag(1, "Replicas of the model that run at least.", at_least=1)
+    max_replicas: int | None = flag(
+        None, "Replicas that run at most, as requests come in. Default: --min_replicas.", at_least=1
+    )
+    gpus_per_replica: float | None = flag(
+        None, "GPUs of a replica; 0.5: two share one. Default: 1 where the cluster has GPUs, else 0.", at_least=0, at_most=1
+    )
+    cpus_per_replica: float = flag(1, "CPUs of a replica.", above=0)
+    max_batch_size: int = flag(32, "Requests that a replica runs as one batch.", at_least=1)
+    batch_wait_ms: float = flag(10, "How long the first request of a batch waits for others.", at_least=0)
+    max_concurrency: int = flag(128, "Requests that a replica has at a time; the next one is answered with 429.", at_least=1)
+    max_length: int = flag(8192, "Longest prompt + response in tokens, image tokens included.", above=1)
+    max_new_tokens: int = flag(
+        1024, "Longest response in tokens, and how long one gets that asks for no other length.", at_least=1
+    )
+    max_pixels: int | None = flag(None, "Images with more pixels are scaled down to this many. Take the training's.", above=0)
+    max_images: int = flag(8, "Images of a request.", at_least=0)
+    max_image_mb: float = flag(16, "MiB of one image's file.", above=0, at_most=64)
+    max_body_mb: float = flag(64, "MiB of a request's body.", above=0)
+    allow_image_urls: bool = flag(
+        False, "Fetch images of http(s):// URLs, from public addresses only. Otherwise images come inside of requests."
+    )
+    write_config: str | None = flag(
+        None, "With vLLM: write the configuration for `serve run` into this file, and start nothing."
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"--max_replicas {self.max_replicas} is less than --min_replicas {self.min_replicas}: give at least as many."
+            )
+        if self.max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"--max_new_tokens {self.max_new_tokens}: --max_length {self.max_length} leaves no room for a prompt. Lower "
+                "the first, or raise the second."
+            )
+        names = [name for name, _ in map(split_adapter, self.adapter)]
+        twice = {name for name in names if names.count(name) > 1 or name == self.name}
+        if twice:
+            raise ValueError(f"--adapter: {', '.join(sorted(twice))} names two models. Give each a name of its own.")
+
+    @property
+    def name(self) -> str:
+        """What requests call --model by."""
+        return self.served_model_name or self.model or ""
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The folders of the adapters, by name."""
+        return dict(map(split_adapter, self.adapter))
+
+
+def split_adapter(word: str) -> tuple[str, str]:
+    """Name and folder of an adapter that is written NAME=PATH."""
+    name, _, path = word.partition("=")
+    if not name or not path or "/" in name:
+        raise ValueError(f"--adapter {word}: must be NAME=PATH, such as dpo=runs/dpo/model.")
+    return name, path
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Chat"""
+
+    model: str | None = flag(
+        None, "The model to talk to: a base or merged model, or the model/ folder of a run; local, s3:// gs:// or a hub id."
+    )
+    compare: str | None = flag(None, "A second model, which responds to the same questions.")
+    image: tuple[str, ...] = flag((), "Images that the first question is about: files.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "The type of the weights. auto: bfloat16 on a GPU, float32 on a CPU."
+    )
+    temperature: float = flag(0, "0: the likeliest token each time; 1: tokens as likely as the model has them.", at_least=0)
+    seed: int = flag(42, "Seed of what is drawn where --temperature is not 0.", at_least=0)
+    max_new_tokens: int = flag(512, "Longest response in tokens.", at_least=1)
+    max_length: int = flag(8192, "Longest conversation in tokens, image tokens included.", above=1)
+    max_pixels: int | None = flag(None, "Images with more pixels are scaled down to this many. Take the training's.", above=0)
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -9,15 +9,19 @@ import yaml
 
 from rayalign.config.config import Config, section_types
 from rayalign.config.flags import flags_of
+from rayalign.config.inference_verbs import IterateConfig
 from rayalign.config.plugins import PLUGIN
 from rayalign.config.sections import PlanConfig, TuneConfig
 from rayalign.config.translate import translate_values
+
+Extra = TuneConfig | PlanConfig | IterateConfig
+"""The flags that some verbs have besides those of a run."""
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError)
 """What PyYAML raises for a text that is no YAML, or whose values are not of the type that their form or tag says."""
 
 
-def to_yaml(config: Config, extra: TuneConfig | PlanConfig | None = None) -> str:
+def to_yaml(config: Config, extra: Extra | None = None) -> str:
     """Every flag with its value, by section, each below its help; `--config` reads it back exactly."""
     values = {**config.to_dict(), **(dataclasses.asdict(extra) if extra else {})}
     lines = [

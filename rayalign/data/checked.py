@@ -5,23 +5,27 @@ A run that meets damage leaves a note beside the file and ends; the next start f
 finds every flipped bit and takes a fraction of the time of reading; it is no protection against forgery.
 """
 
+import functools
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from rayalign.storage import Store
+
+T = TypeVar("T")
 
 NOTES = "damaged"
 """The folder, beside files of the cache, of notes named like those of them that a run found damaged."""
 
 READS = 16
-"""Rows that are read from an object store at a time."""
+"""What is read from an object store at a time."""
+
+OPEN_FILES, OPEN_OBJECTS = 64, 1024
+"""Files that are kept open: on a disk, where each takes a descriptor, and of an object store, where it only saves a request."""
 
 WRONG = "is damaged: its content does not have the checksum that it was written with"
 
@@ -124,12 +128,14 @@ def read_whole(file: Store, sha256: str) -> bytes:
     raise DamagedFile(f"{file.location} {WRONG}. The same command makes it anew.")
 
 
-def side_by_side(
-    read: Callable[[int], pa.RecordBatch], rows: Sequence[int] | NDArray[np.int64], folder: Store
-) -> list[pa.RecordBatch]:
-    """What `read` gives for each row, in their order; several at a time where each waits for an object store."""
-    numbers = [int(row) for row in rows]
-    if folder.local_path is not None or len(numbers) < 2:
-        return [read(row) for row in numbers]
-    with ThreadPoolExecutor(min(READS, len(numbers))) as threads:
-        return list(threads.map(read, numbers))
+def keep_open(open_file: Callable[[int], T], folder: Store) -> Callable[[int], T]:
+    """The same function of a file's number in the folder, which keeps what it opened last."""
+    return functools.lru_cache(OPEN_FILES if folder.local_path is not None else OPEN_OBJECTS)(open_file)
+
+
+def side_by_side(reads: Sequence[Callable[[], T]], folder: Store) -> list[T]:
+    """What the reads give, in their order; several at a time where each waits for an object store."""
+    if folder.local_path is not None or len(reads) < 2:
+        return [read() for read in reads]
+    with ThreadPoolExecutor(min(READS, len(reads))) as threads:
+        return list(threads.map(lambda read: read(), reads))

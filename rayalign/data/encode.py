@@ -166,6 +166,14 @@ class Encoder:
         inputs["attention_mask"] = torch.ones(1, length + response.shape[1], dtype=torch.long)
         return inputs
 
+    def prompt_with_marks(self, record: PreferenceRecord) -> list[int]:
+        """The ids of a record's prompt with one image token for each image, as engines take them that expand it themselves;
+        raises RecordError for a prompt that can't be written."""
+        prompt, _ = self._render(record.messages, record)
+        text = prompt if record.images else self._text_prompt(prompt)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not self._texts.has_bos(text))["input_ids"]
+        return self._texts.open_ended(ids)
+
     def _image_token(self) -> str | None:
         """What stands for an image in the text of a prompt."""
         if self.spec.family.text_only:

@@ -12,11 +12,12 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 
@@ -25,10 +26,12 @@ from rayalign.config.config import Config
 from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
 from rayalign.data.encoder_spec import EncoderSpec
-from rayalign.data.remarks import remarks, unread_pictures
+from rayalign.data.index import INDEX_SCHEMA, write_index
+from rayalign.data.remarks import RowsSeen, remarks, unread_pictures
 from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, write_task
 from rayalign.data.sampler import nothing_held_out
-from rayalign.data.store import INDEX_SCHEMA, PreparedData, shard_name
+from rayalign.data.shards import shard_name
+from rayalign.data.store import PreparedData
 from rayalign.data.tasks import cut_into_tasks, has_pictures, memory_of_a_task, processes_for
 from rayalign.formats.columns import parse_renames
 from rayalign.formats.parse import own_formats
@@ -43,6 +46,10 @@ logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 5
 """Part of every cache key; raised when the meaning of cached data changes."""
+
+
+MOST_BLOCKS = 10_000
+"""Of the tasks, which the driver takes milliseconds each for: where there are more files, a block has several tasks."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +160,16 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     started = time.monotonic()
     _ = spec.layout  # a processor that can't be loaded is told before any process starts
     tasks = cut_into_tasks(sources, config.data_seed)
-    total = sum(task.span.num_rows if task.rows is None else len(task.rows) for task in tasks)
-    logger.info("Data: encoding %d records of %s", total, " ".join(dataset.argument for dataset in sources.datasets))
+    total = sum(task.num_rows for task in tasks)
+    arguments = [dataset.argument for dataset in sources.datasets]
+    logger.info("Data: encoding %d records of %s", total, " ".join(arguments))
     attempt = uuid.uuid4().hex[:12]
-    outcome = _encode(tasks, sources, spec, store / attempt, Progress(total))
-    is_dropped = pa.compute.is_valid(outcome["reason"])
-    dropped = [_dropped_line(line, sources) for line in outcome.filter(is_dropped).to_pylist()]
-    dropped.sort(key=lambda line: (line["dataset"], line["file"], line["row"]))
-    index = outcome.filter(pa.compute.invert(is_dropped)).select(INDEX_SCHEMA.names)
-    _refuse_unread_pictures(dropped, outcome, sources, limit=config.max_dropped_fraction)
+    outcomes = Outcomes(sources)
+    index = write_index(store / attempt, outcomes.kept(_encode(tasks, sources, spec, store / attempt, Progress(total))))
+    dropped = sorted(outcomes.dropped, key=lambda line: (line["dataset"], line["file"], line["row"]))
+    words = unread_pictures(dropped, outcomes.num_rows(), limit=config.max_dropped_fraction)
+    if words is not None:
+        raise TooManyDropped(words, dropped)
     if len(dropped) > config.max_dropped_fraction * total or not index.num_rows:
         raise TooManyDropped(
             f"{table_of_reasons(dropped, total)}\nThat is more than --max_dropped_fraction {config.max_dropped_fraction:g} "
@@ -170,9 +178,8 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
         )
     if dropped:
         logger.warning("Data: %s", table_of_reasons(dropped, total))
-    arguments = [dataset.argument for dataset in sources.datasets]
     looks_at_pictures = None if spec.family.text_only else spec.model
-    said = remarks(outcome, arguments, sources.columns, looks_at_pictures=looks_at_pictures)
+    said = remarks(outcomes.seen, arguments, sources.columns, looks_at_pictures=looks_at_pictures)
     data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped, remarks=said)
     seconds = time.monotonic() - started
     speed = per_second(total / seconds)
@@ -191,9 +198,8 @@ def _mended(data: PreparedData, sources: Sources, spec: EncoderSpec, config: Dat
     numbers = sorted({shard % len(tasks) for shard in shards})
     shards = [shard for shard in data.shards() if shard % len(tasks) in numbers]  # all of a task, which writes them anew
     folder = data.folder / f"mended_{uuid.uuid4().hex[:12]}"
-    outcome = _encode(tasks, sources, spec, folder, Progress(data.num_rows), numbers=numbers)
-    index = outcome.filter(pa.compute.is_null(outcome["reason"])).select(INDEX_SCHEMA.names)
-    is_same = data.mend(shards, folder, index)
+    outcomes = _encode(tasks, sources, spec, folder, Progress(data.num_rows), numbers=numbers)
+    is_same = data.mend(shards, folder, pa.concat_tables(Outcomes(sources).kept(outcomes)))
     folder.delete()
     if not is_same:
         logger.warning("Data: that gives other pairs than before: encoding everything anew")
@@ -208,14 +214,14 @@ def _encode(
     progress: Progress,
     *,
     numbers: Sequence[int] | None = None,
-) -> pa.Table:
-    """Runs the tasks (those with some numbers) on the cluster; returns their outcomes, a line for each record."""
+) -> Iterator[pa.Table]:
+    """Runs the tasks (those with some numbers) on the cluster; yields their outcomes in order, a line for each record."""
     prepare_rows = functools.partial(_prepare_rows, tasks=ray.put(tasks), sources=sources, spec=spec, folder=folder)
     configure_ray_data()
     wanted = list(range(len(tasks)) if numbers is None else numbers)
     if not wanted:
-        return OUTCOME_SCHEMA.empty_table()
-    outcomes = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
+        return
+    outcomes = ray.data.from_items(wanted, override_num_blocks=min(len(wanted), MOST_BLOCKS)).map_batches(
         prepare_rows,
         batch_size=1,
         batch_format="pyarrow",
@@ -223,20 +229,36 @@ def _encode(
         memory=memory_of_a_task(),
         compute=ray.data.TaskPoolStrategy(size=processes_for(len(wanted), with_pictures=has_pictures(tasks, sources, spec))),
     )
-    tables = []
     for table in reports_of(outcomes, OUTCOME_SCHEMA):
-        tables.append(table)
         if progress.add(table.num_rows):
             logger.info("Data: %s", progress.line("records encoded"))
-    return pa.concat_tables(tables) if tables else OUTCOME_SCHEMA.empty_table()
+        yield table
 
 
-def _refuse_unread_pictures(dropped: Sequence[Mapping[str, Any]], outcome: pa.Table, sources: Sources, *, limit: float) -> None:
-    """Raises TooManyDropped where pictures of a data set stand in columns that nothing reads."""
-    rows = Counter(sources.datasets[number].argument for number in outcome["dataset"].to_pylist())
-    words = unread_pictures(dropped, rows, limit=limit)
-    if words is not None:
-        raise TooManyDropped(words, dropped)
+class Outcomes:
+    """What a driver keeps of its tasks' outcomes, which are of a data set of any size: the records dropped, and what was seen
+    of each data set."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self.dropped: list[dict[str, Any]] = []
+        self.seen = [RowsSeen() for _ in sources.datasets]
+
+    def kept(self, outcomes: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Passes the lines of the index on that are among the outcomes."""
+        for outcome in outcomes:
+            for number in outcome["dataset"].unique().to_pylist():
+                self.seen[number].add(outcome.filter(pc.equal(outcome["dataset"], number)))
+            is_dropped = pc.is_valid(outcome["reason"])
+            self.dropped += [_dropped_line(line, self._sources) for line in outcome.filter(is_dropped).to_pylist()]
+            yield outcome.filter(pc.invert(is_dropped)).select(INDEX_SCHEMA.names)
+
+    def num_rows(self) -> Mapping[str, int]:
+        """The rows of each data set, by its argument."""
+        rows: Counter[str] = Counter()
+        for dataset, seen in zip(self._sources.datasets, self.seen, strict=True):
+            rows[dataset.argument] += seen.num_rows
+        return rows
 
 
 class TooManyDropped(ValueError):

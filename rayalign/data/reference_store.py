@@ -1,13 +1,13 @@
 """Log-probabilities under the reference as data: the files that hold them beside the encoded pairs, in a folder named by what
 they depend on (`reference.key`).
 
-Stored for each response token, since algorithms weigh tokens differently. A shard holds SHARD_ROWS rows and is complete or
-absent, so that a pass that was cut short goes on with the shards that are missing. It is an Arrow file behind a head of fixed
-size, which says where each row stands and what its checksum is; the head's own checksum is of the file's place, too, so that no
-shard is taken for another. `reference.precompute` writes them, `store` reads them along with the pairs.
+Stored for each response token, since algorithms weigh tokens differently. A shard holds SHARD_ROWS rows, or more in a folder
+whose name says so (`folder_name`). It is complete or absent, so that a pass that was cut short goes on with the shards that are
+missing. It is an Arrow file behind a head of fixed size, which says where each row stands and what its checksum is; the head's
+own checksum is of the file's place, too, so that no shard is taken for another. `reference.precompute` writes them, `store`
+reads them along with the pairs.
 """
 
-import functools
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rayalign.data.checked import CheckedFile, Place, forget, names_noted, pack, side_by_side
+from rayalign.data.checked import CheckedFile, Place, forget, keep_open, names_noted, pack
 from rayalign.storage import Store
 
 SHARD_ROWS = 64
-"""Rows of one shard, which one task computes."""
+"""Rows of one shard, which one task computes, of data sets that are not large."""
+
+MOST_SHARDS = 10_000
+"""More there are not: of a larger data set, a shard holds twice as many rows, or four times, and so on."""
 
 SIDES = ("chosen", "rejected", "companion")
 """What there are log-probs of: the two responses, and a companion's row where this is the same in every epoch."""
@@ -39,8 +42,6 @@ REFERENCE_SCHEMA = pa.schema(
 """One row: the pair's id and, token by token, the log-probabilities of its chosen response, of its rejected one, and of the
 chosen one in the companion's row; empty where there is no such response."""
 
-OPEN_SHARDS = 64
-
 
 @dataclass(frozen=True)
 class ReferenceLogps:
@@ -52,12 +53,31 @@ class ReferenceLogps:
 
 
 HEAD = np.dtype([("start", "<u4"), ("size", "<u4"), ("checksum", "<u4")])
-"""An entry of a shard's head, for each of SHARD_ROWS rows; behind them stands the head's own checksum (4 bytes)."""
-
-HEAD_BYTES = SHARD_ROWS * HEAD.itemsize + 4
+"""An entry of a shard's head, for each of the rows that it has place for; behind them stands the head's own checksum (4
+bytes)."""
 
 CRC_OF_CHECKED = 0x2144DF1C
 """The CRC-32 of any bytes with their own CRC-32 (little-endian) behind them."""
+
+
+def folder_name(key: str, data: Store, num_rows: int) -> str:
+    """The folder beside a data set's shards that log-probs with a key are in, or will be; of a large data set it says how many
+    rows a shard has, unless there are smaller ones already."""
+    rows = SHARD_ROWS
+    while num_rows > rows * MOST_SHARDS:
+        rows *= 2
+    return key if rows == SHARD_ROWS or (data / key).sizes() else f"{key}_by_{rows}"
+
+
+def shard_rows(folder: Store) -> int:
+    """The rows of each shard in a folder."""
+    number = re.fullmatch(".*_by_([0-9]+)", folder.name)
+    return int(number[1]) if number else SHARD_ROWS
+
+
+def head_bytes(folder: Store) -> int:
+    """The size of the head of each shard in a folder."""
+    return shard_rows(folder) * HEAD.itemsize + 4
 
 
 def write_reference_shard(file: Store, ids: Sequence[str], rows: Sequence[ReferenceLogps]) -> None:
@@ -69,8 +89,8 @@ def write_reference_shard(file: Store, ids: Sequence[str], rows: Sequence[Refere
             yield pa.RecordBatch.from_arrays(columns, schema=REFERENCE_SCHEMA)
 
     content, places = pack(REFERENCE_SCHEMA, batches())
-    entries = np.zeros(SHARD_ROWS, HEAD)
-    entries[: len(places)] = [(place.start + HEAD_BYTES, place.size, place.checksum) for place in places]
+    entries, start = np.zeros(shard_rows(file.parent), HEAD), head_bytes(file.parent)
+    entries[: len(places)] = [(place.start + start, place.size, place.checksum) for place in places]
     head = entries.tobytes()
     file.write_bytes(head + zlib.crc32(head, _place_checksum(file)).to_bytes(4, "little") + content)
 
@@ -88,11 +108,11 @@ def shard_name(shard: int) -> str:
 SHARD_NAME = re.compile(r"part_([0-9]{6,})\.arrow")
 
 
-def missing_shards(folder: Store, rows: NDArray[np.int64]) -> list[int]:
+def missing_shards(folder: Store, rows: NDArray[np.integer[Any]]) -> list[int]:
     """The shards that hold some of `rows` and are not there yet or have no whole head, and all that a run found damaged."""
-    noted = names_noted(folder)
-    there = {name for name, size in folder.sizes().items() if size > HEAD_BYTES}
-    wanted = {shard for shard in np.unique(rows // SHARD_ROWS).tolist() if shard_name(shard) not in there}
+    noted, head = names_noted(folder), head_bytes(folder)
+    there = {name for name, size in folder.sizes().items() if size > head}
+    wanted = {shard for shard in np.unique(rows // shard_rows(folder)).tolist() if shard_name(shard) not in there}
     return sorted(wanted | {int(number[1]) for number in map(SHARD_NAME.fullmatch, noted) if number})
 
 
@@ -106,23 +126,17 @@ class ReferenceReader:
 
     def __init__(self, folder: Store) -> None:
         self._folder = folder
-        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._shard_rows, self._head_bytes = shard_rows(folder), head_bytes(folder)
+        self._open = keep_open(self._open_shard, folder)
 
-    def read(self, rows: Sequence[int] | NDArray[np.int64], ids: Sequence[str]) -> pa.Table:
-        """The rows with these numbers, in this order, as a table of REFERENCE_SCHEMA; `ids` are the pairs' they must have.
-        Raises DamagedFile."""
-        table = pa.Table.from_batches(side_by_side(self._read_row, rows, self._folder), schema=REFERENCE_SCHEMA)
-        stored = table["id"].to_pylist()
-        assert stored == list(ids), f"{self._folder.location} holds the log-probs of {stored} where {list(ids)} stand"
-        return table
-
-    def _read_row(self, row: int) -> pa.RecordBatch:
-        file, entries = self._open(row // SHARD_ROWS)
-        place = Place(*(int(value) for value in entries[row % SHARD_ROWS]))
+    def read_row(self, row: int) -> pa.RecordBatch:
+        """The row with this number, of REFERENCE_SCHEMA. Raises DamagedFile."""
+        file, entries = self._open(row // self._shard_rows)
+        place = Place(*(int(value) for value in entries[row % self._shard_rows]))
         return file.read_batch(place, REFERENCE_SCHEMA)
 
     def _open_shard(self, shard: int) -> tuple[CheckedFile, NDArray[Any]]:
         store = self._folder / shard_name(shard)
         file = CheckedFile(store)
-        head = file.read(Place(0, HEAD_BYTES, CRC_OF_CHECKED), checksum_before=_place_checksum(store))
+        head = file.read(Place(0, self._head_bytes, CRC_OF_CHECKED), checksum_before=_place_checksum(store))
         return file, np.frombuffer(head[:-4], HEAD)

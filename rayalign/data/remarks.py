@@ -5,9 +5,11 @@ renamed columns that no row has. `prepare` collects it from its tasks, and keeps
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rayalign.config.flags import nearest
 from rayalign.formats.columns import PICTURE_NOT_READ, Renames, renamed, unread_columns
@@ -57,26 +59,48 @@ def printable(words: str, *, longest: int = LONGEST_NAME) -> str:
     return line if len(line) <= longest else f"{line[:longest]}..."
 
 
-def remarks(outcome: pa.Table, arguments: Sequence[str], renames: Renames, *, looks_at_pictures: str | None) -> list[Remark]:
-    """What to say about the data sets `arguments`, from the outcomes of their tasks. `looks_at_pictures`: the model that does
+@dataclass
+class RowsSeen:
+    """What tasks have reported of the rows of one data set: how many there are, how many are kept and how many of these cross
+    the seam, their pictures, the columns."""
+
+    num_rows: int = 0
+    kept: int = 0
+    crossing: int = 0
+    num_images: int = 0
+    unread: set[str] = field(default_factory=set)
+    renamed: set[str] = field(default_factory=set)
+
+    def add(self, outcome: pa.Table) -> None:
+        """Adds the outcomes of some more of the rows."""
+        kept = outcome.filter(pc.is_null(outcome["reason"]))
+        self.num_rows += outcome.num_rows
+        self.kept += kept.num_rows
+        self.crossing += pc.sum(kept["crosses_seam"]).as_py() or 0
+        self.num_images += pc.sum(kept["num_images"]).as_py() or 0
+        self.unread |= _names(outcome, "unread")
+        self.renamed |= _names(outcome, "renamed")
+
+
+def remarks(
+    seen: Sequence[RowsSeen], arguments: Sequence[str], renames: Renames, *, looks_at_pictures: str | None
+) -> list[Remark]:
+    """What to say about the data sets `arguments`, from what was `seen` of each. `looks_at_pictures`: the model that does
     (None: it reads text only)."""
     said: list[Remark] = []
-    for number, argument in enumerate(arguments):
-        own = outcome.filter(pa.compute.equal(outcome["dataset"], number))
-        unread = sorted(_names(own, "unread"))
+    for own, argument in zip(seen, arguments, strict=True):
+        unread = sorted(own.unread)
         if unread:
             said.append((logging.INFO, f"{argument}: columns that are not read: {_listed(unread)}.{_misspelt(unread)}"))
-        kept = own.filter(pa.compute.is_null(own["reason"]))
-        if looks_at_pictures is not None and kept.num_rows and not pa.compute.sum(kept["num_images"]).as_py():
+        if looks_at_pictures is not None and own.kept and not own.num_images:
             words = (
                 f"{argument}: NO RECORD HAS A PICTURE, and {looks_at_pictures} is a vision-language model: of these records it "
                 "learns from the text alone. If their pictures stand in a column of another name, pass --columns NAME=images."
             )
             said.append((logging.WARNING, words))
-        crossing = pa.compute.sum(kept["crosses_seam"]).as_py()
-        if crossing:
-            said.append((logging.INFO, f"{argument}: {_crossing(crossing, kept.num_rows)}"))
-    met = _names(outcome, "renamed")
+        if own.crossing:
+            said.append((logging.INFO, f"{argument}: {_crossing(own.crossing, own.kept)}"))
+    met = {name for own in seen for name in own.renamed}
     for source, target in renames:
         if printable(source) not in met:
             said.append((logging.WARNING, f"{' '.join(arguments)}: --columns {source}={target}: no row has a column {source}."))

@@ -4,6 +4,7 @@ Whatever is wrong with a row drops that row. `prepare` runs this in the cluster'
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,17 @@ import pyarrow as pa
 
 from rayalign.config.plugins import Plugin
 from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.data.index import INDEX_SCHEMA
+from rayalign.data.pairs import Rows
 from rayalign.data.remarks import SEEN_SCHEMA, ColumnsSeen, printable
-from rayalign.data.store import INDEX_SCHEMA, ShardWriter
+from rayalign.data.shards import ShardWriter
 from rayalign.data.truncation import RecordTooLong
 from rayalign.formats.columns import Renames, renamed, require_pictures_read
 from rayalign.formats.parse import Format, own_formats, parse_row
 from rayalign.formats.records import PreferenceRecord, RecordError, record_errors, require
 from rayalign.images.fetch import fetch_images
 from rayalign.sources.files import Dataset, read_rows
-from rayalign.sources.rows import Span
+from rayalign.sources.rows import Row, Span
 from rayalign.storage import Store
 
 if TYPE_CHECKING:
@@ -35,14 +38,25 @@ LONGEST_DETAIL = 2000
 """Characters of what is said about a dropped record."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrepareTask:
-    """Rows `span` of one file, of which `rows` (None: all) are wanted."""
+    """The rows in some neighbouring spans of one file, of which `rows` (None: all) are wanted."""
 
     dataset: int
     file: int
-    span: Span
-    rows: tuple[int, ...] | None
+    spans: tuple[Span, ...]
+    rows: Rows | None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(span.num_rows for span in self.spans) if self.rows is None else len(self.rows)
+
+
+def rows_of_task(task: PrepareTask, sources: "Sources") -> Iterator[tuple[int, Row]]:
+    """The numbers and contents of a task's rows, or the RecordErrors of those that can't be read."""
+    file = sources.datasets[task.dataset].files[task.file]
+    wanted = None if task.rows is None else task.rows.tolist()
+    return itertools.chain.from_iterable(read_rows(file, span, wanted) for span in task.spans)
 
 
 @dataclass(frozen=True)
@@ -63,11 +77,11 @@ def write_task(
     """Writes a task's pairs into shards of a folder, which get the given numbers; returns a line of OUTCOME_SCHEMA for each of
     its rows."""
     file = sources.datasets[task.dataset].files[task.file]
-    label, folder = _file_label(sources, task), Store(file.location).parent
+    label, folder = file_label(sources, task), Store(file.location).parent
     shards = ShardWriter(into, numbers)
     outcomes: list[dict[str, Any]] = []
     seen = ColumnsSeen(sources.columns, _own_formats(sources.plugins))
-    for row, content in read_rows(file, task.span, task.rows):
+    for row, content in rows_of_task(task, sources):
         outcome: dict[str, Any] = {"dataset": task.dataset, "file": task.file, "source_row": row}
         try:
             if isinstance(content, RecordError):
@@ -92,7 +106,7 @@ def write_task(
     return outcomes
 
 
-def _file_label(sources: Sources, task: PrepareTask) -> str:
+def file_label(sources: Sources, task: PrepareTask) -> str:
     """What a file's records are called after; numbered where several files could have the same name."""
     name = sources.datasets[task.dataset].files[task.file].name
     several = sum(len(dataset.files) for dataset in sources.datasets) > 1

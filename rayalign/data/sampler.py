@@ -13,11 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from rayalign.data.store import PairReader, PreparedData, Rows, TokenCounts
+from rayalign.data.pairs import Rows, TokenCounts
+from rayalign.data.store import PairReader, PreparedData
 
 WINDOW_ROWS = 65_536
 """Rows are shuffled within windows of this many neighbours (and the windows among each other), so that the reads of a step stay
 in few shards of a data set of any size."""
+
+ROW_NUMBER = np.int32
+"""The type of row numbers. An order takes 4 bytes a row, in each process; no generator looks at the type."""
 
 CHUNK_PAIRS = 64
 """One fetch brings whole steps, about this many pairs of one worker at a time."""
@@ -60,7 +64,7 @@ class SamplerSettings:
 def partners_in(order: Rows, rows: Rows) -> Rows:
     """For each of `rows`, the row that comes after it in `order` (after the last, the first): what a companion's
     rows are made of beside the row itself."""
-    sorter = np.argsort(order)
+    sorter = np.argsort(order, kind="stable")
     positions = sorter[np.searchsorted(order, rows, sorter=sorter)]
     partners: Rows = order[(positions + 1) % len(order)]
     return partners
@@ -92,7 +96,8 @@ def steps_of_run(num_rows: int, *, global_batch_size: int, num_epochs: float, ma
 def hold_out(num_rows: int, *, ratio: float, seed: int) -> tuple[Rows, Rows]:
     """Splits row numbers into (training, held-out), both ascending."""
     held = num_held_out(num_rows, ratio)
-    order = np.random.default_rng([seed, 0x5E1EC7]).permutation(num_rows)
+    order = np.arange(num_rows, dtype=ROW_NUMBER)
+    np.random.default_rng([seed, 0x5E1EC7]).shuffle(order)
     return np.sort(order[held:]), np.sort(order[:held])
 
 
@@ -206,7 +211,10 @@ class StepSampler:
 
     def partners(self, step: int, rows: Rows) -> Rows:
         """The partner of each of a step's rows: the next one in the order of the epoch, whatever the cut."""
-        return partners_in(self._order(step // self.steps_per_epoch), rows)
+        order = self._order(step // self.steps_per_epoch)
+        end = (step % self.steps_per_epoch + 1) * self.settings.global_batch_size
+        following = order[end : end + 1] if end < len(order) else order[:1]
+        return partners_in(np.append(self.rows_of_step(step), following), rows)
 
     @property
     def held_out_order(self) -> Rows:

@@ -29,16 +29,20 @@ from rayalign.models.registry import packs_rows
 
 T = TypeVar("T")
 
+NODE_ID = "ray.io/node-id"
+"""The label that Ray gives each node."""
 
-def sampler_of(config: Config, data: RunData) -> StepSampler:
-    """The order of the run. Raises DamagedFile where an earlier start found cached files damaged that it needs."""
+
+def sampler_of(config: Config, data: RunData, *, num_workers: int | None = None) -> StepSampler:
+    """The order of the run, dealt to so many workers (default: to the most that it may have). Raises DamagedFile where an
+    earlier start found cached files damaged that it needs."""
     for records in filter(None, (data.training, data.held_out)):
         records.require_undamaged()
     companion = config.algorithm.needs.companion
     settings = SamplerSettings(
         global_batch_size=config.global_batch_size,
         batch_size=config.optimizer.batch_size,
-        num_workers=config.cluster.num_workers,
+        num_workers=num_workers or config.cluster.most_workers,
         num_epochs=config.optimizer.num_train_epochs,
         max_steps=config.optimizer.max_steps,
         seed=config.data.data_seed,
@@ -57,6 +61,14 @@ def fetch_pairs(data: PreparedData, sampler: StepSampler, *, rank: int, start_st
     lines = [{"first": steps.start, "last": steps.stop} for steps in sampler.chunks(start_step)]
     others = ahead(_streamed(find, lines[1:]), depth=1) if len(lines) > 1 else ()
     return itertools.chain((find(pa.Table.from_pylist([line])) for line in lines[:1]), others)
+
+
+def read_pairs(data: PreparedData, sampler: StepSampler, *, start_step: int) -> Iterator[pa.Table]:
+    """The tables of `fetch_pairs` for a run's only worker, each read by this process as it is asked for: without Ray Data,
+    which takes its seconds to start, but no sooner than they are needed."""
+    for steps in sampler.chunks(start_step):
+        line = pa.Table.from_pylist([{"first": steps.start, "last": steps.stop}])
+        yield fetch_chunk(line, data=data, settings=sampler.settings, rank=0)
 
 
 def pairs_in_order(
@@ -91,9 +103,15 @@ def pairs_in_order(
 def _streamed(find: Callable[[pa.Table], pa.Table], lines: Sequence[Mapping[str, int]]) -> Iterator[pa.Table]:
     configure_ray_data()
     # Fetches wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
-    # wait for one for ever where the workers hold them all.
+    # wait for one for ever where the workers hold them all. They run beside their worker: what they need of the index is in the
+    # node's memory already, and pairs don't travel.
     tables = ray.data.from_items(list(lines), override_num_blocks=len(lines)).map_batches(
-        find, batch_size=None, batch_format="pyarrow", num_cpus=0, compute=ray.data.TaskPoolStrategy(size=min(2, len(lines)))
+        find,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0,
+        label_selector={NODE_ID: ray.get_runtime_context().get_node_id()},
+        compute=ray.data.TaskPoolStrategy(size=min(2, len(lines))),
     )
     yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 

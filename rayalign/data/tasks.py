@@ -4,21 +4,26 @@
 """
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import ray
 
 from rayalign.cluster import Stopped, outcome_of, result_of
 from rayalign.data.encoder_spec import EncoderSpec
-from rayalign.data.rows import PrepareTask, Sources, record_of
-from rayalign.data.store import Rows
+from rayalign.data.pairs import Rows
+from rayalign.data.rows import PrepareTask, Sources, record_of, rows_of_task
 from rayalign.formats.records import RecordError
-from rayalign.sources.files import Dataset, SourceFile, read_rows, spans_of
+from rayalign.sources.files import Dataset, SourceFile, spans_of
 from rayalign.sources.rows import Span
 
 SPAN_ROWS = 256
 """Rows that one task reads, encodes and writes as one shard, or several where their pictures are large."""
+
+MOST_TASKS = 10_000
+"""Of a larger data set a task has several spans of a file, and writes as many rows more: the driver takes milliseconds for each
+task, and who reads opens fewer shards."""
 
 TASKS_OF_A_PROCESS = 4
 """As long as each has no more work than this, another process would not pay: its start takes seconds, as some tasks do."""
@@ -35,20 +40,39 @@ SCANNED_HERE = 64 * 2**20
 
 def cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
     """The work of a preparation; files are scanned side by side, and #N draws are made here."""
-    files = [(d, f, file) for d, dataset in enumerate(sources.datasets) for f, file in enumerate(dataset.files)]
-    spans = _scan([file for _, _, file in files])
-    tasks = []
-    for d, dataset in enumerate(sources.datasets):
-        own = [(f, span) for (owner, f, _), of_file in zip(files, spans, strict=True) if owner == d for span in of_file]
-        wanted = _draw(sum(span.num_rows for _, span in own), dataset, seed)
-        passed = 0
-        for f, span in own:
-            inside = wanted[(wanted >= passed) & (wanted < passed + span.num_rows)] if wanted is not None else None
-            rows = None if inside is None else tuple(int(row) for row in inside - passed + span.first_row)
-            if rows is None or rows:
-                tasks.append(PrepareTask(d, f, span, rows))
+    spans = iter(_scan([file for dataset in sources.datasets for file in dataset.files]))
+    tasks: list[PrepareTask] = []
+    for number, dataset in enumerate(sources.datasets):
+        tasks += _tasks_of(number, dataset, list(itertools.islice(spans, len(dataset.files))), seed)
+    at_a_time = -(-len(tasks) // MOST_TASKS)
+    of_files = itertools.groupby(tasks, key=lambda task: (task.dataset, task.file))
+    return [_joined(some) for _, of_file in of_files for some in _in_groups(list(of_file), at_a_time)]
+
+
+def _tasks_of(number: int, dataset: Dataset, spans: Sequence[Sequence[Span]], seed: int) -> Iterator[PrepareTask]:
+    """A task for each span of a data set's files with rows that are wanted."""
+    wanted = _draw(sum(span.num_rows for of_file in spans for span in of_file), dataset, seed)
+    passed = 0
+    for file, of_file in enumerate(spans):
+        for span in of_file:
+            rows = None
+            if wanted is not None:
+                first, end = np.searchsorted(wanted, (passed, passed + span.num_rows))
+                rows = wanted[first:end] - passed + span.first_row
+            if rows is None or len(rows):
+                yield PrepareTask(number, file, (span,), rows)
             passed += span.num_rows
-    return tasks
+
+
+def _in_groups(tasks: Sequence[PrepareTask], size: int) -> Iterator[Sequence[PrepareTask]]:
+    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+
+
+def _joined(tasks: Sequence[PrepareTask]) -> PrepareTask:
+    """One task with the rows of several of a file."""
+    rows = [task.rows for task in tasks if task.rows is not None]
+    spans = tuple(span for task in tasks for span in task.spans)
+    return PrepareTask(tasks[0].dataset, tasks[0].file, spans, np.concatenate(rows) if rows else None)
 
 
 def processes_for(num_tasks: int, *, with_pictures: bool) -> int:
@@ -59,7 +83,7 @@ def processes_for(num_tasks: int, *, with_pictures: bool) -> int:
 def has_pictures(tasks: Sequence[PrepareTask], sources: Sources, spec: EncoderSpec) -> bool:
     """Whether the first row has some; what is wrong with it is told where it is encoded."""
     task = tasks[0]
-    _, row = next(read_rows(sources.datasets[task.dataset].files[task.file], task.span, task.rows))
+    _, row = next(rows_of_task(task, sources))
     try:
         return not isinstance(row, RecordError) and bool(record_of(row, id="", sources=sources, spec=spec).images)
     except RecordError:

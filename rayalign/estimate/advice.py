@@ -108,7 +108,7 @@ def remedies(memory_with: Callable[[Config, int], Memory], config: Config, gpu_b
         tried.append(("--sft_type lora", config.replace({"sft_type": "lora"})))
     elif config.tuner.quant_bits is None:
         tried.append(("--quant_bits 4", config.replace({"quant_bits": 4})))
-    if config.cluster.num_workers > 1 and config.cluster.strategy in ("auto", "ddp") and _can_be_sharded(config):
+    if config.cluster.fewest_workers > 1 and config.cluster.strategy in ("auto", "ddp") and _can_be_sharded(config):
         tried.append(("--strategy fsdp", config.replace({"strategy": "fsdp"})))
     if config.model.dtype == "float32":
         tried.append(("--dtype bfloat16", config.replace({"dtype": "bfloat16"})))
@@ -126,7 +126,7 @@ def _can_be_sharded(config: Config) -> bool:
 
 def time_of(config: Config, plan: PlanConfig, *, flops: float, per_worker: int) -> Time:
     """Of a run of so many operations. GPUs of one worker take turns; workers run side by side."""
-    gpus = plan.gpus or config.cluster.num_workers * per_worker
+    gpus = plan.gpus or config.cluster.most_workers * per_worker
     busy = gpus // per_worker
     hours = flops / (busy * plan.gpu_tflops * 1e12 * plan.mfu) / 3600
     return Time(gpus, busy, hours, None if plan.price_per_hour is None else hours * gpus * plan.price_per_hour)

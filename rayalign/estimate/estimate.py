@@ -98,7 +98,7 @@ class Estimate:
     def _on_a_worker(self, memory: Memory, skeleton: Skeleton, config: Config | None = None) -> Memory:
         """What a worker holds, of the memory of one that holds the whole model."""
         cluster = (config or self.config).cluster
-        return self._shared(memory, skeleton, cluster.num_workers) if cluster.shards_models else memory
+        return self._shared(memory, skeleton, cluster.fewest_workers) if cluster.shards_models else memory
 
     def _shared(self, memory: Memory, skeleton: Skeleton, num_workers: int) -> Memory:
         copied = self.blueprint.dtype if holds_copy(self.blueprint) else None

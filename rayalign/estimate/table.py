@@ -145,7 +145,7 @@ def _machines(found: Estimate) -> Iterator[str]:
     yield f"On GPUs of {size}, {found.plan.gpu_tflops:g} TFLOPS"
     per_worker = found.gpus_per_worker
     cluster = found.config.cluster
-    name = f"fsdp over {cluster.num_workers} workers" if cluster.shards_models else "ddp"
+    name = f"fsdp over {cluster.fewest_workers} workers" if cluster.shards_models else "ddp"
     if per_worker == 1:
         yield f"  strategy: {name}, one GPU per worker ({_gb(memory.total)} of {found.plan.gpu_memory_gb:g} GB used)"
         longest = found.longest_row

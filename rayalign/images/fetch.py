@@ -97,7 +97,7 @@ def _fetch(ref: str | bytes, *, folder: Store, image_root: Store | None, allow_u
     elif is_url(ref) and not ref.startswith("file://"):
         known = ", ".join(("http://", "https://", "file://", *STORE_SCHEMES))
         raise RecordError("image URL refused", f"{_short(ref)}: known are {known}", field="images")
-    elif _looks_like_base64(ref):
+    elif looks_like_base64(ref):
         content = _decode_base64(ref)
     else:
         content = _read_path(ref.removeprefix("file://"), folder=folder, image_root=image_root, deadline=deadline)
@@ -217,7 +217,7 @@ def _data_uri(ref: str) -> bytes:
     return _decode_base64(payload)
 
 
-def _looks_like_base64(ref: str) -> bool:
+def looks_like_base64(ref: str) -> bool:
     if len(ref) <= 64 or "." in ref:
         return False
     try:

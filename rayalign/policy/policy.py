@@ -133,20 +133,24 @@ class Policy:
             embedded = self._embedded(batch.input_ids, [images[slot] for slot in batch.image_slots])
             return self._next_logits(**embedded, **self._masks(batch), position_ids=batch.position_ids, past_key_values=cache)
 
-        return self._run(behind)
+        return self._run(behind)[0]
 
-    def logits_behind_token(self, token: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
-        """The same of what follows one more token [1, 1], at its position [1, 1] or [3, 1, 1], behind what `cache` keeps."""
+    def logits_behind_tokens(
+        self, tokens: Tensor, position_ids: Tensor, cache: Cache, is_token: Tensor | None = None
+    ) -> Tensor:
+        """The same [R, V] of what follows one more token of each of R rows [R, 1], at its position [R, 1] or [3, R, 1], behind
+        what `cache` keeps. `is_token` [R, K]: False where a row's cache holds padding, in front of it; None: nowhere."""
+        mask = {} if is_token is None else {"attention_mask": is_token.long()}
         return self._run(
-            lambda: self._next_logits(**self._embedded(token, ()), position_ids=position_ids, past_key_values=cache)
+            lambda: self._next_logits(**self._embedded(tokens, ()), **mask, position_ids=position_ids, past_key_values=cache)
         )
 
     def _next_logits(self, **inputs: Any) -> Tensor:
         head = self.base.get_output_embeddings()
         with self._arithmetic():
-            hidden = self.base.get_decoder()(**inputs, use_cache=True).last_hidden_state[0, -1]
+            hidden = self.base.get_decoder()(**inputs, use_cache=True).last_hidden_state[:, -1]
             logits: Tensor = head(hidden.to(head.weight.device))
-        return logits
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         """Within it, trainable weights, which are kept in float32, are rounded to `dtype` where they are used. Adapters do this

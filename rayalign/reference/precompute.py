@@ -22,11 +22,12 @@ from rayalign.config.config import Config
 from rayalign.data.batch import PairBatch
 from rayalign.data.prepare import RunData
 from rayalign.data.reference_store import (
-    SHARD_ROWS,
     ReferenceLogps,
+    folder_name,
     forget_damage,
     missing_shards,
     shard_name,
+    shard_rows,
     write_reference_shard,
 )
 from rayalign.data.sampler import StepSampler, cut_micro_batches
@@ -35,6 +36,7 @@ from rayalign.data.stream import ahead, batch_maker, sampler_of
 from rayalign.models.registry import FAMILIES, packs_rows
 from rayalign.progress import Progress, per_second
 from rayalign.reference.key import ReferenceKey, check_reference, reference_key
+from rayalign.storage import Store
 
 if TYPE_CHECKING:
     from rayalign.policy.policy import Policy
@@ -95,18 +97,19 @@ def _device_of(config: Config) -> torch.device:
 
 def _scored(config: Config, data: RunData, records: PreparedData, rows: Rows, key: ReferenceKey) -> PreparedData:
     """The records with the log-probabilities of (at least) some rows."""
-    scored = dataclasses.replace(records, reference=key.folder_name)
-    folder = records.folder / key.folder_name
+    name = folder_name(key.folder_name, records.folder, records.num_rows)
+    scored = dataclasses.replace(records, reference=name)
+    folder = records.folder / name
     missing = missing_shards(folder, rows)
     if not missing:
         logger.info("Reference: log-probs of %d records, computed before, from %s", len(rows), folder.location)
         return scored
     started = time.monotonic()
-    total = sum(len(_rows_of_shard(shard, records)) for shard in missing)
-    found = len(np.setdiff1d(rows // SHARD_ROWS, missing))
+    total = sum(len(_rows_of_shard(shard, folder, records.num_rows)) for shard in missing)
+    found = len(np.setdiff1d(rows // shard_rows(folder), missing))
     before = f"; {found} shards of them were computed before" if found else ""
     logger.info("Reference: computing log-probs of %d records%s", total, before)
-    _run_pass(config, data, records, missing, key, Progress(total))
+    _run_pass(config, data, records, missing, name, Progress(total))
     forget_damage(folder, missing)
     seconds = time.monotonic() - started
     speed = per_second(total / seconds)
@@ -114,20 +117,18 @@ def _scored(config: Config, data: RunData, records: PreparedData, rows: Rows, ke
     return scored
 
 
-def _run_pass(
-    config: Config, data: RunData, records: PreparedData, shards: list[int], key: ReferenceKey, progress: Progress
-) -> None:
+def _run_pass(config: Config, data: RunData, records: PreparedData, shards: list[int], folder: str, progress: Progress) -> None:
     cluster = config.cluster
     configure_ray_data()
     place_ray_data(cluster.worker_labels)
     kind: dict[str, Any] = {"accelerator_type": cluster.accelerator_type} if cluster.accelerator_type else {}
     outcomes = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
         ShardScorer,
-        fn_constructor_kwargs={"config": config, "data": data, "records": records, "folder": key.folder_name},
+        fn_constructor_kwargs={"config": config, "data": data, "records": records, "folder": folder},
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_workers, len(shards))),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.fewest_workers, len(shards))),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=cluster.gpus_per_worker or None,
         **kind,
@@ -160,7 +161,7 @@ class ShardScorer:
 
     def write(self, shard: int) -> int:
         """Scores and writes a shard; returns its number of rows."""
-        rows = _rows_of_shard(shard, self._records)
+        rows = _rows_of_shard(shard, self._folder, self._records.num_rows)
         optimizer = self._config.optimizer
         cut = cut_micro_batches(
             rows,
@@ -227,5 +228,6 @@ def _token_logps(policy: "Policy", batch: PairBatch, lengths: list[int]) -> list
     return cut
 
 
-def _rows_of_shard(shard: int, records: PreparedData) -> Rows:
-    return np.arange(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, records.num_rows))
+def _rows_of_shard(shard: int, folder: Store, num_rows: int) -> Rows:
+    size = shard_rows(folder)
+    return np.arange(shard * size, min((shard + 1) * size, num_rows))

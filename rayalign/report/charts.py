@@ -152,7 +152,7 @@ def line_chart(
     if not any(ys) and y_range is None:
         return _in_words(title, f"0 at all logged {x_label}s")
     frame = Frame(axis_over(xs, count=6, outward=False), axis_over(y_range or ys, count=4, outward=True))
-    parts = [_axes(frame, x_label, "", marks=(0.0,) if mark is None else (0.0, mark))]
+    parts = [axes(frame, x_label, "", marks=(0.0,) if mark is None else (0.0, mark))]
     layers = [*((s.stroke, s, points) for s, points in curves), *(("mean", s, points) for s, points in trends)]
     for css, one, points in sorted(layers, key=lambda layer: ("thin", "mean", "marked").index(layer[0])):
         places = [(frame.left(x), frame.top(y)) for x, y in points]
@@ -171,7 +171,7 @@ def line_chart(
     for x, start, end in zip(steps, [frame.x.low, *edges], [*edges, frame.x.high], strict=True):
         parts.append(_hover(frame, start, end, [f"{x_label} {format_number(x)}", *values[x]]))
     keys = [(one.name, f"line {one.stroke} {one.colour}", len(one.points) - len(points)) for one, points in drawn if points]
-    return _figure(title, keys, parts)
+    return figure(title, keys, parts)
 
 
 def histogram_edges(values: Sequence[float], *, count: int = 30) -> list[float]:
@@ -203,7 +203,7 @@ def histogram(title: str, samples: Sequence[Sample], *, x_label: str, y_label: s
     rows = Axis(0.0, math.ceil(highest / step) * step, tuple(i * step for i in range(math.ceil(highest / step) + 1)), step)
     labels = axis_over([edges[0], edges[-1]], count=6, outward=False)
     frame = Frame(Axis(edges[0], edges[-1], labels.ticks, labels.step), rows)
-    parts = [_axes(frame, x_label, y_label, marks=(), upright=(0.0,))]
+    parts = [axes(frame, x_label, y_label, marks=(), upright=(0.0,))]
     for one, counts in counted:
         for start, end, number in zip(edges, edges[1:], counts, strict=False):
             if number:
@@ -215,7 +215,7 @@ def histogram(title: str, samples: Sequence[Sample], *, x_label: str, y_label: s
         parts.append(_hover(frame, start, end, [f"{format_number(start)} to {format_number(end)}", *found]))
     names = [f"{one.name}, mean {format_number(statistics.fmean(values))}" for one, values in filled]
     keys = [(n, f"swatch {one.colour}", len(one.values) - len(values)) for n, (one, values) in zip(names, filled, strict=True)]
-    return _figure(title, keys, parts)
+    return figure(title, keys, parts)
 
 
 def scatter(
@@ -228,7 +228,7 @@ def scatter(
     shown = [found[k * len(found) // MAX_DOTS] for k in range(MAX_DOTS)] if len(found) > MAX_DOTS else found
     x_axis = axis_over([x for x, _, _ in found], count=6, outward=True)
     frame = Frame(x_axis, axis_over([y for _, y, _ in found], count=4, outward=True))
-    parts = [_axes(frame, x_label, y_label, marks=(0.0,), upright=(0.0,))]
+    parts = [axes(frame, x_label, y_label, marks=(0.0,), upright=(0.0,))]
     for x, y, label in shown:
         colour = "blue" if y > 0 else "orange"
         place = f'cx="{frame.left(x):.1f}" cy="{frame.top(y):.1f}"'
@@ -240,10 +240,10 @@ def scatter(
         parts.append(f'<path class="trend" d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}"/>')
     keys = [(sign_names[0], "dot blue", len(points) - len(found)), (sign_names[1], "dot orange", 0)]
     note = f"{MAX_DOTS:,} of {len(found):,} shown" if len(found) > MAX_DOTS else ""
-    return _figure(title, keys, parts, note=note)
+    return figure(title, keys, parts, note=note)
 
 
-def _axes(frame: Frame, x_label: str, y_label: str, *, marks: Sequence[float], upright: Sequence[float] = ()) -> str:
+def axes(frame: Frame, x_label: str, y_label: str, *, marks: Sequence[float], upright: Sequence[float] = ()) -> str:
     """Grid, ticks and labels; `marks` and `upright` are stronger lines at values of y and x, where these are in sight."""
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
@@ -285,8 +285,8 @@ def _in_words(title: str, words: str) -> str:
     return f'<figure class="chart empty">{caption}<p class="words">{escape(words)}</p></figure>'
 
 
-def _figure(title: str, keys: Sequence[tuple[str, str, int]], parts: Sequence[str], *, note: str = "") -> str:
-    """The picture under its title and a legend of (name, class, values left out)."""
+def figure(title: str, keys: Sequence[tuple[str, str, int]], parts: Sequence[str], *, note: str = "") -> str:
+    """A <figure>: the picture under its title and a legend of (name, class, values left out)."""
     draw: dict[str, Callable[[str], str]] = {
         "thin": lambda css: f'<path class="{css}" d="M0 6H18"/>',
         "marked": lambda css: f'<path class="{css}" d="M0 6H18"/><circle cx="9" cy="6" r="3"/>',

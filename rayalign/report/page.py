@@ -29,7 +29,8 @@ STAGES = {
     "model_loading": "loading the model",
     "training": "training",
     "evaluation": "evaluation",
-    "saving": "saving",
+    "checkpoints": "standing still for checkpoints",
+    "saving": "writing the model",
     "other": "starting workers, and the rest",
 }
 """The stages of a run, in order, and what they are called."""

@@ -7,6 +7,7 @@ transformers, ms-swift and vLLM load.
 
 import json
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -50,7 +51,13 @@ def run(config: ExportConfig) -> Store:
         named = require_model(ModelConfig(model=config.model), REGISTERED_MODELS)
         source = named.here()
         folder = Path(temporary) / "export"
-        if find_value_head(Path(source.adapter or source.base)) is not None:
+        head = find_value_head(Path(source.adapter or source.base))
+        if head is not None and config.layout == "value_head":
+            _require_adapter(config, source)
+            write_merged(source, folder, needs_output_head=False)
+            shutil.copy(head, folder)
+            form = "The reward model with its adapter merged and its value head"
+        elif head is not None and config.layout != "value_head":
             write_sequence_classifier(source, folder, layout=config.layout)
             form = "The reward model in sequence-classification form"
         else:
@@ -65,15 +72,21 @@ def run(config: ExportConfig) -> Store:
 
 
 def _check_merge(config: ExportConfig, source: ModelSource) -> None:
+    _require_adapter(config, source)
+    if config.layout != "transformers":
+        raise ValueError(
+            f"--layout {config.layout}: names the head of a reward model, and {config.model} has none. Leave it out."
+        )
+
+
+def _require_adapter(config: ExportConfig, source: ModelSource) -> None:
+    if source.adapter is None and config.layout == "value_head":
+        raise ValueError(f"--layout value_head: {config.model} has no adapter to merge, and is of that form already: copy it.")
     if source.adapter is None:
         raise ValueError(
             f"--model {config.model}: has neither an adapter, which could be merged, nor a value head "
             "(value_head.safetensors or value_head.bin), as reward models have. It is a plain model already: copy it, or give "
             "the model/ folder of a run."
-        )
-    if config.layout != "transformers":
-        raise ValueError(
-            f"--layout {config.layout}: names the head of a reward model, and {config.model} has none. Leave it out."
         )
 
 

@@ -13,7 +13,7 @@ from rayalign.policy.adapters import merge_adapter
 from rayalign.policy.weights import load_weights
 
 
-def write_merged(source: ModelSource, folder: Path, *, max_shard_size: str = "5GB") -> None:
+def write_merged(source: ModelSource, folder: Path, *, needs_output_head: bool = True, max_shard_size: str = "5GB") -> None:
     """Writes the merged weights, in the type of the base model's on disk, its configs and the processor into a folder.
 
     The base model is never quantised here: an adapter that was trained on 4 bits is merged into the weights that they were made
@@ -21,7 +21,7 @@ def write_merged(source: ModelSource, folder: Path, *, max_shard_size: str = "5G
     """
     assert source.adapter is not None
     family = find_family(load_config(source.base).model_type)
-    base: Any = load_weights(family.auto_class, source.base, needs_output_head=True, dtype="auto")
+    base: Any = load_weights(family.auto_class, source.base, needs_output_head=needs_output_head, dtype="auto")
     merge_adapter(base, source.adapter).save_pretrained(folder, max_shard_size=max_shard_size)
     processor_of(source).save_pretrained(folder)
 

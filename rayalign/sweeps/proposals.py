@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
 
 from rayalign.config.sections import TuneConfig
 from rayalign.sweeps.search_space import ALGORITHM, SearchSpace, Setting
@@ -22,8 +23,8 @@ ATTEMPTS = 20
 
 
 def propose(space: SearchSpace, tune: TuneConfig, settings: Sequence[Setting], outcomes: Iterable[Outcome]) -> Setting | None:
-    """The next setting after those before it, by what their trials came to: the mean of their seeds' values. None where none is
-    found that was not tried.
+    """The next setting after those before it, by what their trials came to: the means of their seeds' values and, with
+    --cost_metric, costs. None where none is found that was not tried.
 
     The model is made anew for each proposal, from the results alone, so that a sweep that was cut short goes on alike.
     """
@@ -31,14 +32,18 @@ def propose(space: SearchSpace, tune: TuneConfig, settings: Sequence[Setting], o
     random_ones = min(max(int(tune.num_samples * RANDOM_SHARE), LEAST_RANDOM), MOST_RANDOM)
     # One seed for each place in the order: what is drawn at random differs from what was before.
     sampler = optuna.samplers.TPESampler(seed=tune.search_seed * 10_007 + len(settings), n_startup_trials=random_ones)
-    study = optuna.create_study(direction="maximize" if tune.mode == "max" else "minimize", sampler=sampler)
-    values: dict[int, list[float]] = {}
+    directions = [StudyDirection.MAXIMIZE if tune.mode == "max" else StudyDirection.MINIMIZE]
+    directions += [StudyDirection.MINIMIZE] if tune.cost_metric else []
+    study = optuna.create_study(directions=directions, sampler=sampler)
+    results: dict[int, list[list[float]]] = {}
     for outcome in outcomes:
-        if outcome.has_ended and outcome.value is not None:
-            values.setdefault(outcome.trial.number, []).append(outcome.value)
+        found = [outcome.value, outcome.cost] if tune.cost_metric else [outcome.value]
+        known = [value for value in found if value is not None]
+        if outcome.has_ended and len(known) == len(found):
+            results.setdefault(outcome.trial.number, []).append(known)
     for number, setting in enumerate(settings, 1):
-        if number in values:
-            study.add_trial(_told(space, setting, statistics.fmean(values[number])))
+        if number in results:
+            study.add_trial(_told(space, setting, [statistics.fmean(values) for values in zip(*results[number], strict=True)]))
     for _ in range(ATTEMPTS):
         setting = space.setting(_asked(space, study.ask()))
         if setting not in settings:
@@ -63,7 +68,7 @@ def _asked(space: SearchSpace, asked: optuna.Trial) -> dict[str, Any]:
     return chosen
 
 
-def _told(space: SearchSpace, setting: Setting, value: float) -> optuna.trial.FrozenTrial:
+def _told(space: SearchSpace, setting: Setting, values: Sequence[float]) -> optuna.trial.FrozenTrial:
     """A setting that was tried, as Optuna's own finished trial."""
     algorithm = setting.get(ALGORITHM, space.base.algorithm.name)
     distributions = {name: _distribution(space, name, algorithm) for name in setting}
@@ -72,7 +77,7 @@ def _told(space: SearchSpace, setting: Setting, value: float) -> optuna.trial.Fr
         if space.ranges[name].kind == "choice":
             words = space.ranges[name].values
             params[name] = next(word for word in words if space.value(name, algorithm, word) == tried)
-    return optuna.trial.create_trial(params=params, distributions=distributions, value=value)
+    return optuna.trial.create_trial(params=params, distributions=distributions, values=list(values))
 
 
 def _distribution(space: SearchSpace, name: str, algorithm: str) -> BaseDistribution:

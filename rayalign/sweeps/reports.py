@@ -7,12 +7,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 
 class EvaluationReports(ray.train.UserCallback):
-    """Hands each evaluation to Ray Tune. Of a checkpoint only the step: its metrics are those of an evaluation before, and a
-    scheduler must not stop a trial that is about to write its model."""
+    """Hands each evaluation to Ray Tune, and of each checkpoint the step."""
 
     def __init__(self) -> None:
         self._to_tune = TuneReportCallback()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        told = metrics[0] if checkpoint is None else {"step": metrics[0]["step"]}
-        self._to_tune.after_report(run_context, [told], None)
+        self._to_tune.after_report(run_context, [metrics[0]], None)

@@ -13,9 +13,11 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from rayalign.config.flags import did_you_mean
-from rayalign.report.sweep_page import DrawnTrial, render_sweep
+from rayalign.config.sections import TuneConfig
+from rayalign.report.sweep_page import DrawnSweep, DrawnTrial, render_sweep
 from rayalign.storage import Store
-from rayalign.sweeps.trials import TRIALS, Outcome, short
+from rayalign.sweeps.importance import importance
+from rayalign.sweeps.trials import COSTS, TRIALS, Outcome, short
 
 SWEEP, BEST, BEST_MODEL, PAGE = "sweep.json", "best.yaml", "model", "sweep.html"
 TABLES = ("trials.csv", "trials.parquet")
@@ -97,51 +99,90 @@ def require_best(standings: Sequence[Standing], metric: str) -> Standing:
 
 def table(standings: Sequence[Standing], metric: str) -> str:
     """A line for each setting, best first; errors below."""
-    rows = table_rows(standings, metric)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     failed = [outcome for standing in standings for outcome in standing.outcomes if outcome.error]
-    return "\n".join([*lines, *(f"{outcome.trial.words} failed: {outcome.error}" for outcome in failed)])
+    return "\n".join(
+        [aligned(table_rows(standings, metric)), *(f"{outcome.trial.words} failed: {outcome.error}" for outcome in failed)]
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a table under each other, in columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def table_rows(standings: Sequence[Standing], metric: str) -> list[list[str]]:
     """The heads and the rows of the table."""
     names = list(dict.fromkeys(name for standing in standings for name in standing.outcomes[0].trial.setting))
     with_spread = any(standing.spread for standing in standings)
-    rows = [["trial", *names, metric, *(("min", "max", "std", "seeds") if with_spread else ()), "steps", "state"]]
+    with_handed = any(outcome.handed for standing in standings for outcome in standing.outcomes)
+    spread_heads = ("min", "max", "std", "seeds") if with_spread else ()
+    rows = [["trial", *names, metric, *spread_heads, "steps", "state", *(("weights from",) if with_handed else ())]]
     for standing in standings:
         setting, spread = standing.outcomes[0].trial.setting, standing.spread
         values = [short(setting[name]) if name in setting else "-" for name in names]
-        spreads = [*(_figure(spread.get(name)) for name in ("min", "max", "std")), str(len(standing.values))]
+        spreads = [*(figure(spread.get(name)) for name in ("min", "max", "std")), str(len(standing.values))]
         steps = max(outcome.steps for outcome in standing.outcomes)
         rows.append(
             [
                 str(standing.number),
                 *values,
-                _figure(standing.mean),
+                figure(standing.mean),
                 *(spreads if with_spread else ()),
                 str(steps),
                 standing.states,
+                *([handed_in_words(standing.outcomes[0])] if with_handed else ()),
             ]
         )
     return rows
 
 
-def page(folder: Store, standings: Sequence[Standing], metric: str, words: str) -> str:
-    """sweep.html: the table, the trials across the flags, and their curves."""
-    heads, *rows = table_rows(standings, metric)
+def handed_in_words(outcome: Outcome) -> str:
+    """Whose weights a trial got and the flags that it went on with, such as `3 at 20 (beta=0.12)`."""
+    words = [
+        f"{int(line['from'].partition('_')[0])} at {line['step']} "
+        f"({' '.join(f'{name}={short(value)}' for name, value in line['flags'].items())})"
+        for line in outcome.handed
+    ]
+    return "; ".join(words) or "-"
+
+
+def page(folder: Store, standings: Sequence[Standing], sweep: TuneConfig, words: str) -> str:
+    """sweep.html."""
+    heads, *rows = table_rows(standings, sweep.metric)
+    outcomes = [outcome for standing in standings for outcome in standing.outcomes]
     trials = [
         DrawnTrial(
             outcome.trial.words,
             outcome.state,
-            {name: short(value) if isinstance(value, list) else value for name, value in outcome.trial.flags.items()},
+            {name: short(value) if isinstance(value, list) else value for name, value in outcome.flags.items()},
             outcome.value,
             outcome.points,
+            outcome.cost,
+            outcome.steps,
+            outcome.num_steps,
         )
-        for standing in standings
-        for outcome in standing.outcomes
+        for outcome in outcomes
     ]
-    return render_sweep(title=folder.name, metric=metric, words=words, heads=heads, rows=rows, trials=trials)
+    return render_sweep(
+        DrawnSweep(
+            title=folder.name,
+            metric=sweep.metric,
+            mode=sweep.mode,
+            words=words,
+            heads=heads,
+            rows=rows,
+            trials=trials,
+            importance=importance(outcomes),
+            cost_name=sweep.cost_metric or _cost_name(outcomes),
+        )
+    )
+
+
+def _cost_name(outcomes: Iterable[Outcome]) -> str:
+    """The metric that the trials' costs are, where --cost_metric names none."""
+    names = {name for outcome in outcomes for name in outcome.last}
+    return next((name for name in COSTS if name in names), COSTS[-1])
 
 
 def saved_in_words(outcomes: Iterable[Outcome], scheduler: str) -> str:
@@ -160,6 +201,7 @@ def trial_lines(standings: Iterable[Standing], metric: str, *, seed: int) -> lis
     return [
         {
             **outcome.trial.setting,
+            **{name: value for name, value in outcome.flags.items() if outcome.handed},
             metric: outcome.value,
             "number": outcome.trial.number,
             "seed": outcome.trial.flags.get("seed", seed),
@@ -229,5 +271,6 @@ def _column(values: list[Any]) -> pa.Array:
     return pa.array(values)
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
+    """A metric in four digits."""
     return "-" if value is None or math.isnan(value) else f"{value:.4g}"

@@ -1,11 +1,14 @@
 """Which of Ray Tune's schedulers stops the worse trials, and how it is set."""
 
 import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
 from rayalign.config.sections import TuneConfig
 from rayalign.sweeps.search_space import SearchSpace
+from rayalign.sweeps.trials import Outcome
 
 LEAST_DRAWS, LEAST_EVALUATIONS = 4, 3
 """From so many on --scheduler auto is asha."""
@@ -25,21 +28,36 @@ def scheduler_of(sweep: TuneConfig, space: SearchSpace, num_steps: int) -> str:
     return "asha" if is_drawn and fits else "none"
 
 
-def ray_scheduler(name: str, *, every: int, num_steps: int) -> TrialScheduler | None:
-    """Ray Tune's scheduler of a name, for trials that are evaluated `every` so many steps; None runs all to their end."""
+class _Past(NamedTuple):
+    """A trial of an earlier start, as schedulers look at one."""
+
+    trial_id: str
+
+
+def ray_scheduler(
+    name: str, sweep: TuneConfig, *, every: int, num_steps: int, before: Iterable[Outcome] = ()
+) -> TrialScheduler | None:
+    """Ray Tune's scheduler of a name, for trials that are evaluated `every` so many steps; None runs all to their end. It
+    compares them with those that have ended `before`, too."""
+    ranking: Any = {"time_attr": "step", "metric": sweep.metric, "mode": sweep.mode, "grace_period": every}
+    endless: Any = math.inf
     if name == "asha":
         # Without stop_last_trials a trial of more steps than most is not taken for one that has come to its end.
-        return ASHAScheduler(
-            time_attr="step",
-            max_t=max(num_steps, every),
-            grace_period=every,
-            reduction_factor=REDUCTION,
-            stop_last_trials=False,
-        )
-    if name == "median":
+        longest = max(num_steps, every)
+        scheduler: TrialScheduler = ASHAScheduler(**ranking, max_t=longest, reduction_factor=REDUCTION, stop_last_trials=False)
+    elif name == "median":
         # No slice is ever over: a trial is not set aside for another one, as that would start its workers anew.
-        return MedianStoppingRule(time_attr="step", grace_period=every, min_time_slice=2**62)
-    return None
+        scheduler = MedianStoppingRule(**ranking, min_time_slice=endless)
+    else:
+        return None
+    for outcome in before:
+        if outcome.has_ended:
+            past: Any = _Past(outcome.trial.name)
+            controller: Any = None
+            scheduler.on_trial_add(controller, past)
+            for step, value in outcome.points:
+                scheduler.on_trial_result(controller, past, {"step": step, sweep.metric: value})
+    return scheduler
 
 
 def asha_share(num_steps: int, every: int) -> float:

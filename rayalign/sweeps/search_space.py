@@ -72,11 +72,11 @@ class SearchSpace:
 
     def has(self, name: str, algorithm: str) -> bool:
         """Whether a searched flag is one of an algorithm's runs."""
-        return name == ALGORITHM or name in _searchable(_class_of(self.base, algorithm))
+        return name == ALGORITHM or name in _searchable(class_of(self.base, algorithm))
 
     def flag(self, name: str, algorithm: str) -> Flag:
         """A searched flag as an algorithm has it."""
-        return _searchable(_class_of(self.base, algorithm))[name]
+        return _searchable(class_of(self.base, algorithm))[name]
 
     def value(self, name: str, algorithm: str, drawn: Any) -> Any:
         """A drawn word or number as the flag's value; a fraction has `SHOWN_DIGITS`, and stays in its range."""
@@ -100,7 +100,7 @@ class SearchSpace:
         grids = {name: values.values for name, values in self.ranges.items() if not values.is_drawn}
         found: list[Setting] = []
         for _ in range(num_samples if is_drawn else 1):
-            drawn = {name: self._draw(name, generator) for name, values in self.ranges.items() if values.is_drawn}
+            drawn = {name: self.draw(name, generator) for name, values in self.ranges.items() if values.is_drawn}
             for combination in itertools.product(*grids.values()):
                 setting = self.setting({**drawn, **dict(zip(grids, combination, strict=True))})
                 if setting not in found:
@@ -126,13 +126,14 @@ class SearchSpace:
         name = setting.get(ALGORITHM, base.algorithm.name)
         if name == base.algorithm.name:
             return base.replace(values)
-        algorithm = _class_of(base, name)
+        algorithm = class_of(base, name)
         own = {flag.name for flag in flags_of(type(base.algorithm))}
         known, changed = {flag.name for flag in flags_of(algorithm)}, _changed_flags(base)
         given = {flag: value for flag, value in base.to_dict().items() if flag not in own or flag in known & changed}
         return config_from_mapping(algorithm, {**given, **values}, plugins=base.plugins)
 
-    def _draw(self, name: str, generator: random.Random) -> Any:
+    def draw(self, name: str, generator: random.Random) -> Any:
+        """A word or number of a flag's range."""
         values = self.ranges[name]
         if values.kind == "choice":
             return generator.choice(values.values)
@@ -172,13 +173,13 @@ def check_search(config: Config, tune: TuneConfig) -> SearchSpace:
     fixed = {flag.name for section in (RunConfig, ClusterConfig) for flag in flags_of(section)}
     for name in space.algorithms if ALGORITHM in space.ranges else ():
         _require_algorithm(space, name)
-    lost = _changed_flags(config) - {name for a in space.algorithms for name in _searchable(_class_of(config, a))}
+    lost = _changed_flags(config) - {name for a in space.algorithms for name in _searchable(class_of(config, a))}
     if lost:
         raise ValueError(
             f"--{min(lost)}: none of the algorithms that --search {ALGORITHM} names has it ({', '.join(space.algorithms)}). "
             "Leave it out."
         )
-    flags = {name: flag for algorithm in space.algorithms for name, flag in _searchable(_class_of(config, algorithm)).items()}
+    flags = {name: flag for algorithm in space.algorithms for name, flag in _searchable(class_of(config, algorithm)).items()}
     for name in space.ranges:
         if name in fixed:
             raise ValueError(f"--search {name}: is the same for all trials of a sweep; pass --{name} itself.")
@@ -276,7 +277,8 @@ def _algorithms(config: Config) -> "dict[str, type[Algorithm]]":
     return {**ALGORITHMS, **brought}
 
 
-def _class_of(config: Config, algorithm: str) -> "type[Algorithm]":
+def class_of(config: Config, algorithm: str) -> "type[Algorithm]":
+    """The algorithm of a name, as the configuration's runs have it."""
     return type(config.algorithm) if algorithm == config.algorithm.name else _algorithms(config)[algorithm]
 
 

@@ -16,7 +16,14 @@ from rayalign.training.metrics import read_metrics
 TRIALS = "trials"
 TRIAL_NOTE, STOPPED_NOTE, FAILED_NOTE = "trial.json", "stopped.json", "failed.json"
 LONGEST_NAME = 100
+HANDED_NOTE = "handed_over.json"
+"""In the folder of a population's trial, a list: at which `step` it got the weights of which trial (`from`), and the `flags`
+with which it went on."""
+
 EVALUATED = "eval_"
+
+COSTS = ("eval_drift", "eval_nll_loss")
+"""What a preference costs, where --cost_metric names nothing: the way from the reference, or the log-probs of good ones."""
 
 State = Literal["finished", "stopped", "failed", "unfinished"]
 
@@ -56,11 +63,13 @@ class Trial:
 class Outcome:
     """What a trial came to. `last` and `best` are the held-out metrics of its last and of its best evaluation; `value` is the
     metric that ranks trials, at the end, None where there is none that is finite; `points` are the metric at each evaluation,
-    by step."""
+    by step. `cost` is the size of the metric that says what the value cost, at the same step; `handed` are the lines of
+    HANDED_NOTE."""
 
     trial: Trial
     state: State
     value: float | None = None
+    cost: float | None = None
     last: Mapping[str, float] = field(default_factory=dict)
     best: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -68,6 +77,12 @@ class Outcome:
     seconds: float | None = None
     error: str | None = None
     points: tuple[tuple[float, float], ...] = ()
+    handed: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def flags(self) -> Mapping[str, Any]:
+        """The flags that it differs by, those of its end where they have changed."""
+        return self.handed[-1]["flags"] if self.handed else self.trial.flags
 
     @property
     def has_ended(self) -> bool:
@@ -110,8 +125,8 @@ def known_settings(folder: Store) -> list[Setting]:
     return [found[number] for number in numbers]
 
 
-def read_outcome(folder: Store, trial: Trial, *, metric: str, mode: str) -> Outcome:
-    """What a trial's folder says of it."""
+def read_outcome(folder: Store, trial: Trial, *, metric: str, mode: str, cost_metric: str | None = None) -> Outcome:
+    """What a trial's folder says of it. Without `cost_metric` the cost is that of the first of `COSTS` that it has."""
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] > 0]
     state, note = _state(folder)
     ranked = [line for line in lines if math.isfinite(line.get(metric, math.nan))]
@@ -121,18 +136,28 @@ def read_outcome(folder: Store, trial: Trial, *, metric: str, mode: str) -> Outc
     value = ranked[-1][metric] if ranked else None
     if state == "finished":  # the summary is of the step that model/ is of
         value = note[metric] if math.isfinite(note.get(metric, math.nan)) else None
+    last = _evaluation(lines, steps)
+    costs = [note.get(name, last.get(name, math.nan)) for name in ([cost_metric] if cost_metric else COSTS)]
     return Outcome(
         trial,
         state,
         value=value,
-        last=_evaluation(lines, steps),
+        cost=next((abs(cost) for cost in costs if math.isfinite(cost)), None),
+        last=last,
         best=_evaluation(lines, best),
         steps=steps,
         num_steps=note.get("num_steps", steps),
         seconds=note.get("seconds"),
         error=note.get("error"),
         points=tuple((line["step"], line[metric]) for line in ranked),
+        handed=read_handed(folder),
     )
+
+
+def read_handed(folder: Store) -> list[dict[str, Any]]:
+    """The lines of a trial's HANDED_NOTE."""
+    note = folder / HANDED_NOTE
+    return list(note.read_json()) if note.exists() else []
 
 
 def _state(folder: Store) -> tuple[State, Mapping[str, Any]]:

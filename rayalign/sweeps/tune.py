@@ -12,10 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-import ray.tune
-
-from rayalign.cluster import HEAD_NODE, RAY_ERRORS, cause_in_words, quiet_logging, set_ray_variables
 from rayalign.config.config import Config
 from rayalign.config.sections import TuneConfig
 from rayalign.config.yaml_files import to_yaml
@@ -26,7 +22,9 @@ from rayalign.models.source import require_model
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.reference.precompute import with_reference
 from rayalign.storage import Store
-from rayalign.sweeps.reports import EvaluationReports
+from rayalign.sweeps.hparams import write_hparams
+from rayalign.sweeps.in_place import why_apart
+from rayalign.sweeps.population import check_population
 from rayalign.sweeps.results import (
     BEST,
     BEST_MODEL,
@@ -43,34 +41,18 @@ from rayalign.sweeps.results import (
     trial_lines,
     write_tables,
 )
-from rayalign.sweeps.schedulers import ray_scheduler, scheduler_of
 from rayalign.sweeps.search_space import ALGORITHM, SearchSpace, check_search
-from rayalign.sweeps.searcher import QueueSearcher, TrialLines
 from rayalign.sweeps.sweep_folder import check_sweep_folder, write_search
-from rayalign.sweeps.trials import (
-    FAILED_NOTE,
-    STOPPED_NOTE,
-    TRIALS,
-    Outcome,
-    Queue,
-    Trial,
-    known_settings,
-    read_outcome,
-    trials_of,
-)
-from rayalign.training.driver import fit, join_cluster
+from rayalign.sweeps.trials import STOPPED_NOTE, TRIALS, Outcome, Queue, Trial, known_settings, read_outcome, trials_of
+from rayalign.sweeps.tuner import OF_TUNE, tuner_of
+from rayalign.training.driver import join_cluster
 from rayalign.training.endings import told_endings, with_restarts
-from rayalign.training.lease import STALE_SECONDS, held
-from rayalign.training.origin import check_origin
+from rayalign.training.lease import held
 from rayalign.training.places import require_lasting_folders, with_whole_paths
 from rayalign.training.profiling import profiled_steps
-from rayalign.training.run_folder import open_run
 from rayalign.training.sinks import check_sinks
 
 logger = logging.getLogger(__name__)
-
-OF_TUNE = "tune"
-"""The folder of Ray Tune's own files."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +73,8 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     config.check_inputs()
     space = check_search(config, sweep)
     _check_trials(space, sweep)
+    if sweep.scheduler == "pbt":
+        check_population(space, sweep, apart=why_apart(space))
     _require_optuna(sweep)
     check_sinks(config.run.report_to)
     profiled_steps(config.run.profile_steps)
@@ -114,37 +98,9 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
             logger.info("Results will be in %s", folder.location)
             space = dataclasses.replace(space, base=config)
             num_steps = _prepare(space)
-            _tuner(space, sweep, folder, queue, num_steps).fit()
+            tuner_of(space, sweep, folder, queue, num_steps).fit()
             lease.check()
         return _finish(dataclasses.replace(space, base=config), sweep, folder, list(queue.outcomes.values()))
-
-
-def run_trial(sampled: Mapping[str, Any], *, space: SearchSpace) -> None:
-    """One trial, in a process of its own: finds the prepared data in the cache and the reference's log-probabilities beside it
-    and trains; a trial started again resumes."""
-    quiet_logging()
-    set_ray_variables()
-    folder = Store.at(str(space.base.run.output_dir)) / TRIALS / sampled["name"]
-    (folder / FAILED_NOTE).delete()
-    try:
-        # A trial that is started again may meet the processes of its last start while they end.
-        with held(folder, patience=STALE_SECONDS) as lease:
-            trial = trial_config(space, sampled["flags"], folder)
-            open_run(trial)
-            data = prepare_run(trial)
-            check_origin(trial, data)
-            data = with_reference(trial, data, several_runs=True)
-            fit(trial, data, callbacks=[EvaluationReports()], lease=lease)
-    except Exception as error:
-        words = cause_in_words(error) if isinstance(error, RAY_ERRORS) else str(error) or type(error).__name__
-        (folder / FAILED_NOTE).write_json({"error": words})
-        raise
-
-
-def trial_config(space: SearchSpace, flags: Mapping[str, Any], folder: Store) -> Config:
-    """The run of a trial, in a folder of its own, on the sweep's prepared data; the same flags alone give the same model."""
-    places = {"output_dir": folder.location, "cache_dir": cache_of(space.base).location}
-    return space.config(flags).replace({**places, "overwrite": False, "resume": True, "eval_answers": 0})
 
 
 def _require_optuna(sweep: TuneConfig) -> None:
@@ -178,7 +134,9 @@ def _queue(space: SearchSpace, sweep: TuneConfig, folder: Store) -> Queue:
     seeds = {"first_seed": space.base.optimizer.seed, "num_seeds": sweep.num_seeds}
 
     def read(trial: Trial) -> Outcome:
-        return read_outcome(folder / TRIALS / trial.name, trial, metric=sweep.metric, mode=sweep.mode)
+        return read_outcome(
+            folder / TRIALS / trial.name, trial, metric=sweep.metric, mode=sweep.mode, cost_metric=sweep.cost_metric
+        )
 
     def propose(outcomes: list[Outcome]) -> list[Trial]:
         from rayalign.sweeps import proposals  # here, as Optuna is an extra
@@ -209,50 +167,20 @@ def _prepared_steps(config: Config) -> int:
     return sampler_of(config, data).num_steps
 
 
-def _tuner(space: SearchSpace, sweep: TuneConfig, folder: Store, queue: Queue, num_steps: int) -> ray.tune.Tuner:
-    trial = ray.tune.with_parameters(run_trial, space=space)
-    # A trial's own process only waits for its workers: no CPU, on the head node, so that it can't take a worker's place.
-    trainable = ray.tune.with_resources(trial, {"CPU": 0, HEAD_NODE: 0.001})
-    concurrent = sweep.max_concurrent_trials or _trials_that_fit(space.base)
-    total = sweep.num_samples * sweep.num_seeds if sweep.search_alg == "optuna" else len(queue.outcomes)
-    scheduler = scheduler_of(sweep, space, num_steps)
-    logger.info("%d trials, up to %d at a time, scheduler %s", total, concurrent, scheduler)
-    (folder / OF_TUNE).delete()
-    return ray.tune.Tuner(
-        trainable,
-        tune_config=ray.tune.TuneConfig(
-            metric=sweep.metric,
-            mode=sweep.mode,
-            num_samples=total,
-            max_concurrent_trials=concurrent,
-            search_alg=QueueSearcher(queue, folder, TrialLines(queue, sweep, total=total)),
-            scheduler=ray_scheduler(scheduler, every=space.base.run.eval_steps, num_steps=num_steps),
-        ),
-        run_config=ray.tune.RunConfig(name=OF_TUNE, storage_path=folder.location, verbose=0),
-    )
-
-
-def _trials_that_fit(config: Config) -> int:
-    """Trials whose workers fit the cluster side by side, with a CPU to spare; Tune itself doesn't see the workers'
-    resources."""
-    cluster, have = config.cluster, ray.cluster_resources()
-    fits = (have.get("CPU", 1) - 1) // (cluster.num_workers * cluster.cpus_per_worker)
-    if cluster.gpus_per_worker:
-        fits = min(fits, have.get("GPU", 0) // (cluster.num_workers * cluster.gpus_per_worker))
-    return max(1, int(fits))
-
-
 def _finish(space: SearchSpace, sweep: TuneConfig, folder: Store, outcomes: list[Outcome]) -> Sweep:
     standings = ranked(outcomes, mode=sweep.mode)
     seed = space.base.optimizer.seed
     write_tables(folder, standings, sweep.metric, seed=seed)
     saved = saved_in_words(outcomes, "The scheduler")
     words = f"Ranked by {sweep.metric} ({sweep.mode}). {saved + '.' if saved else ''}"
-    (folder / PAGE).write_bytes(page(folder, standings, sweep.metric, words).encode())
+    (folder / PAGE).write_bytes(page(folder, standings, sweep, words).encode())
+    if "tensorboard" in space.base.run.report_to:
+        write_hparams(folder, outcomes, sweep.metric)
     logger.info("The sweep, best first:\n%s%s", table(standings, sweep.metric), f"\n{saved}" if saved else "")
-    best = require_best(standings, sweep.metric).outcomes[0].trial
+    found = require_best(standings, sweep.metric).outcomes[0]
+    best = found.trial
     # In a folder of its own, on the data that is prepared.
-    config = space.config(best.flags).replace(
+    config = space.config(found.flags).replace(
         {"output_dir": (folder / "best").location, "cache_dir": cache_of(space.base).location, "overwrite": False}
     )
     model = folder / TRIALS / best.name / "model"
@@ -264,7 +192,7 @@ def _finish(space: SearchSpace, sweep: TuneConfig, folder: Store, outcomes: list
     settings = setting_lines(standings, sweep.metric)
     (folder / SWEEP).write_json({"metric": sweep.metric, "mode": sweep.mode, "trials": lines, "settings": settings})
     places = [(folder / name).location for name in (BEST, BEST_MODEL)]
-    logger.info("Best: %s; its flags are in %s, its model in %s", best.words, *places)
+    logger.info("Best: %s; its %sflags are in %s, its model in %s", best.words, "last " if found.handed else "", *places)
     return Sweep(folder, tuple(lines), config)
 
 

@@ -6,10 +6,13 @@ sharded, each worker writes its own, and reads its own if there are as many work
 safetensors and JSON: nothing is unpickled.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +30,13 @@ from rayalign.training.checkpoint_files import (
     WEIGHTS,
     SavedTensors,
     copy_own_part,
+    files_of,
     like,
     num_shards,
-    save_tensors,
     shard_file,
     tensor_files,
     whole_file,
+    write_tensors,
 )
 from rayalign.training.distributed import gather, is_sharded
 
@@ -66,37 +70,71 @@ class FetchedCheckpoint:
     folder: Path
 
 
-def write_checkpoint(
-    folder: Path,
-    policy: "Policy",
-    optimizer: Optimizer,
-    *,
-    step: int,
-    scaler: GradScaler | None = None,
-    best: Best = NONE_YET,
-    rank: int = 0,
-) -> None:
-    """Writes the trainable weights, the optimizer's moments, the number of steps done, float16's loss scale and the best
-    evaluation so far; the manifest last. Of sharded weights every worker calls it, and writes what it holds of them; rank 0
-    writes all else."""
-    names = {id(p): name for name, p in policy.trainable.items()}
-    save_tensors(policy.trainable, folder, WEIGHTS, rank=rank)
-    moments = {
-        f"{names[id(p)]}|{key}": value.detach().clone() for p, state in optimizer.state.items() for key, value in state.items()
-    }
-    save_tensors(moments, folder, MOMENTS, rank=rank)
-    if rank == 0:
+@dataclass(frozen=True)
+class Snapshot:
+    """What a worker has of a checkpoint after `step` steps: its tensors, by file and by name, and the `state`, which rank 0
+    writes; the best evaluation so far."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+    best: Best
+    rank: int
+    is_sharded: bool
+
+    @classmethod
+    def of(
+        cls,
+        policy: "Policy",
+        optimizer: Optimizer,
+        *,
+        step: int,
+        scaler: GradScaler | None = None,
+        best: Best = NONE_YET,
+        rank: int = 0,
+    ) -> "Snapshot":
+        """The trainable weights, the optimizer's moments, the number of steps done, float16's loss scale and the best
+        evaluation so far. The tensors are those of the training, until they are `copied`."""
+        names = {id(p): name for name, p in policy.trainable.items()}
+        moments = {f"{names[id(p)]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
         state: dict[str, Any] = {"step": step, "torch": torch.__version__}
         if scaler is not None and scaler.is_enabled():
             state["loss_scale"] = scaler.state_dict()
         if best != NONE_YET:
             state["best"] = best.to_dict()
-        (folder / STATE).write_text(json.dumps(state))
-    files = {file.name: _file_entry(file) for file in sorted(folder.iterdir())}
-    if trains_shards(policy):
+        tensors = {**files_of(policy.trainable, WEIGHTS, rank=rank), **files_of(moments, MOMENTS, rank=rank)}
+        return cls(step, tensors, state, best, rank, trains_shards(policy))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+
+    def copied(self) -> "Snapshot":
+        """The same in the CPU's memory, whatever the training does next; one tensor is moved at a time."""
+        copies = {
+            file: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            for file, tensors in self.tensors.items()
+        }
+        return dataclasses.replace(self, tensors=copies)
+
+
+def write_checkpoint(store: Store, snapshot: Snapshot, *, gather: Callable[[Any], list[Any]] = gather) -> None:
+    """Writes a checkpoint, each file hashed on its way; the manifest last, with which it counts. Of sharded weights every
+    worker calls it, and writes what it holds of them."""
+    with contextlib.ExitStack() as stack:
+        local = store.local_path
+        folder = local or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {file: write_tensors(tensors, folder / file) for file, tensors in snapshot.tensors.items()}
+        if snapshot.rank == 0:
+            (folder / STATE).write_text(json.dumps(snapshot.state))
+            files[STATE] = _file_entry(folder / STATE)
+        if local is None:
+            store.upload(folder)
+    if snapshot.is_sharded:
         files = {name: entry for worker in gather(files) for name, entry in worker.items()}
-    if rank == 0:
-        (folder / MANIFEST).write_text(json.dumps(files))
+    if snapshot.rank == 0:
+        (store / MANIFEST).write_bytes(json.dumps(files).encode())
 
 
 def trains_shards(policy: "Policy") -> bool:

@@ -5,6 +5,9 @@ workers can take their rows of those that another number wrote.
 """
 
 import contextlib
+import hashlib
+import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +15,24 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 KINDS = WEIGHTS, MOMENTS = "trainable", "optimizer"
 """Files whose names begin so hold the trainable weights, and what the optimizer keeps of each."""
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls the types of weights and moments."""
 
 _SHARD = re.compile(rf"({'|'.join(KINDS)})-(\d{{5}})-of-(\d{{5}})\.safetensors")
 
@@ -42,16 +57,42 @@ def num_shards(names: Iterable[str]) -> int:
     return max((int(match[3]) for match in map(_SHARD.fullmatch, names) if match), default=0)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], folder: Path, kind: str, *, rank: int) -> None:
-    """Writes this worker's files: rank 0's has all whole tensors."""
+def files_of(tensors: Mapping[str, Tensor], kind: str, *, rank: int) -> dict[str, dict[str, Tensor]]:
+    """What this worker writes of some tensors, by file and by name: rank 0 has all whole ones."""
     shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    whole = {name: tensor for name, tensor in tensors.items() if name not in shards}
+    files = {}
     if rank == 0:
-        save_file({name: tensor.detach().contiguous() for name, tensor in whole.items()}, folder / whole_file(kind))
+        files[whole_file(kind)] = {name: tensor.detach() for name, tensor in tensors.items() if name not in shards}
     if shards:
         number, count = _place(next(iter(shards.values())))
-        own = {name: tensor.to_local().detach().contiguous() for name, tensor in shards.items()}
-        save_file(own, folder / shard_file(kind, number, count))
+        files[shard_file(kind, number, count)] = {name: tensor.to_local().detach() for name, tensor in shards.items()}
+    return files
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
+    """Writes a safetensors file, one tensor after the other, from whatever device it is on; returns its size and hash, which is
+    made on the way. The format: https://huggingface.co/docs/safetensors (safetensors' own functions write no hash)."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each is aligned
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    head: tuple[bytes | memoryview, ...] = (len(text).to_bytes(8, "little"), text)
+    with file.open("wb") as output:
+        for block in itertools.chain(head, (_bytes_of(tensors[name]) for name in names)):
+            output.write(block)
+            digest.update(block)
+            size += len(block)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 class SavedTensors(contextlib.ExitStack):

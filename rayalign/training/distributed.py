@@ -18,13 +18,18 @@ BUCKET_ELEMENTS = 64 * 2**20
 """Elements that are summed over workers at a time; as many are held twice."""
 
 
-def gather(value: Any) -> list[Any]:
-    """Every worker's value, by rank; a small picklable object, and every worker calls it."""
+def gather(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every worker's value, by rank; a small picklable object, and every worker calls it. A `group` is `group_beside`."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def group_beside() -> dist.ProcessGroup | None:
+    """All workers once more, for what threads of theirs exchange while the training goes on. Every worker calls it."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def sum_over_workers(tensors: Iterable[Tensor]) -> None:

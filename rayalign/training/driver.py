@@ -17,7 +17,7 @@ from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from rayalign import __version__
-from rayalign.cluster import CHECKPOINT_LIST, free_lost_workers, result_of
+from rayalign.cluster import CHECKPOINT_LIST, free_lost_workers, give_up_share, result_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData, TooManyDropped, prepare_run
 from rayalign.formats.parse import own_formats
@@ -38,12 +38,16 @@ from rayalign.training.origin import check_origin
 from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
 from rayalign.training.profiling import profiled_steps
 from rayalign.training.run_folder import check_run_folder, open_run, write_results
-from rayalign.training.run_report import dropped_lines
+from rayalign.training.run_report import dropped_lines, read_scores
 from rayalign.training.run_times import Stopwatch, begin_start, end_start
 from rayalign.training.sinks import check_sinks
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
+
+RESIZE_SECONDS = 30.0
+"""How often an elastic run looks whether there is room for more workers. Nodes that come one after the other should not stop it
+for each."""
 
 LIBRARIES = ("ray", "torch", "transformers")
 
@@ -154,16 +158,19 @@ def fit(
     watch = watch or Stopwatch()
     begin_start(folder, watch)
     check = lease.check if lease is not None else lambda: None
-    workers = config.cluster.num_workers
+    fewest, most = config.cluster.fewest_workers, config.cluster.most_workers
+    workers = f"{most} train worker{'' if most == 1 else 's'}" if fewest == most else f"{fewest} to {most} train workers"
 
     def train() -> Any:
         # The workers find the newest whole checkpoint by its hashes.
         (folder / "checkpoints" / CHECKPOINT_LIST).delete()
-        logger.info("Starting %d train worker%s", workers, "" if workers == 1 else "s")
+        logger.info("Starting %s", workers)
+        trainer = _torch_trainer(config, data, folder, callbacks)
         try:
-            return beside_signals(_torch_trainer(config, data, folder, callbacks).fit, check=check)
+            return beside_signals(trainer.fit, check=check)
         except ray.exceptions.RayActorError:  # the controller is lost, and its workers with it
             free_lost_workers()
+            give_up_share(trainer)
             raise
 
     def newest_step() -> int:
@@ -172,11 +179,16 @@ def fit(
 
     with told_endings(functools.partial(run_reached, config)):
         outcome = with_restarts(train, max_failures=config.cluster.max_failures, progress=newest_step)
-    result: WorkerResult = result_of(outcome.return_value)
+    return finish(config, data, result_of(outcome.return_value), watch)
+
+
+def finish(config: Config, data: RunData, result: WorkerResult, watch: Stopwatch) -> Result:
+    """Writes what a run's folder holds beside the model that its workers have written."""
+    folder = Store.at(str(config.run.output_dir))
     prune_checkpoints(folder / "checkpoints", keep=config.run.save_total_limit, best=best_checkpoint(folder))
     times = end_start(folder, watch)
     summary = _summary(config, data, result, times)
-    write_results(folder, config, data, summary, result.held_out_pairs, times)
+    write_results(folder, config, data, summary, read_scores(folder), times)
     logger.info("Done: %s steps in %s s; the result is in %s", summary["steps"], summary["seconds"], folder.location)
     return Result(folder, summary, result.metrics)
 
@@ -193,7 +205,8 @@ def _torch_trainer(config: Config, data: RunData, folder: Store, callbacks: Sequ
         train_loop,
         train_loop_config={JOB: cloudpickle.dumps((config, data)), REPORTS_EVALUATIONS: bool(callbacks)},
         scaling_config=make_scaling_config(
-            num_workers=cluster.num_workers,
+            num_workers=(cluster.fewest_workers, cluster.most_workers) if cluster.is_elastic else cluster.most_workers,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
             accelerator_type=cluster.accelerator_type,

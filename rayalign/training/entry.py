@@ -19,10 +19,11 @@ def train_loop(settings: dict[str, Any]) -> Any:
     from rayalign.cluster import quiet_logging
     from rayalign.log_lines import configure_logging
     from rayalign.training.endings import hide_known_tracebacks
+    from rayalign.training.group import OfRayTrain
     from rayalign.training.worker import train_worker
 
     configure_logging(of_ray_train=True)
     quiet_logging()
     hide_known_tracebacks()
     config, data = pickle.loads(settings[JOB])
-    return train_worker(config, data, reports_evaluations=settings[REPORTS_EVALUATIONS])
+    return train_worker(config, data, OfRayTrain(hears=settings[REPORTS_EVALUATIONS]))

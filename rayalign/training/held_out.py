@@ -1,6 +1,7 @@
 """The held-out records of a run: which ones its workers evaluate, what came out, and what looks wrong by that."""
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -20,6 +21,8 @@ from rayalign.training.distributed import gather
 from rayalign.training.evaluation import image_metrics
 from rayalign.training.loop import Trainer
 from rayalign.training.metric_names import BY_SUM, CHOSEN_TOKENS, REJECTED_TOKENS
+
+logger = logging.getLogger(__name__)
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -42,6 +45,12 @@ class HeldOut:
         self.data: PreparedData = data.held_out or data.training
         rows = np.arange(data.held_out.num_rows) if data.held_out else sampler.held_out
         self.rows: Rows = draw_rows(rows, at_most=config.run.max_eval_records, seed=config.data.data_seed)
+        if rank == 0 and len(self.rows) < len(rows):
+            logger.info(
+                "Evaluation: of %d held-out records, %d are drawn and evaluated, the same ones each time (--max_eval_records)",
+                len(rows),
+                len(self.rows),
+            )
         self.pairs: dict[str, dict[str, float]] = {}
         self._config = config
         self._spec = data.spec

@@ -9,6 +9,7 @@ of all of them are taken before the first gradient.
 import dataclasses
 import itertools
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -36,9 +37,10 @@ LOWEST_LOSS_SCALE = 1.0
 """Gradients that overflow float16 at this scale are too large in themselves."""
 
 
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a worker's random numbers in a step, so that a resumed run draws the same ones."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+def dropout_seed(seed: int, step: int, batch: PairBatch) -> int:
+    """The seed of a micro-batch's random numbers, so that a resumed run draws the same ones, with any number of workers."""
+    first = zlib.crc32(batch.ids[0].encode())
+    return int(np.random.SeedSequence([seed, step, first]).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,16 @@ class Trainer:
         """Whether a step may change no weight: the loss is scaled, as it is in float16."""
         return self.scaler.is_enabled()
 
-    def gradients(self, micro_batches: Iterable[PairBatch], counts: StepCounts) -> tuple[list[LossOutput], int]:
+    def gradients(
+        self, micro_batches: Iterable[PairBatch], counts: StepCounts, *, step: int = 0
+    ) -> tuple[list[LossOutput], int]:
         """Fills the gradients of a whole step, summed over workers, times the loss scale; returns what this worker's
         micro-batches contributed, without a graph, and their tokens."""
         # Statistics take a pass of their own over every micro-batch, and a stream gives each once.
         own = in_step(micro_batches, self.fillers)
         batches = list(map(self._with_features, own)) if self.algorithm.needs.statistics else own
         outputs, num_tokens = [], 0
-        for batch, statistics in self._with_statistics(lambda: batches):
+        for batch, statistics in self._with_statistics(lambda: self._seeded(step, batches)):
             if is_filler(batch):
                 self._run_filler(batch, counts, statistics).backward()
                 continue
@@ -119,9 +123,8 @@ class Trainer:
         In float16 a step whose gradients overflow changes no weight and halves the loss scale. Raises FloatingPointError where
         they would overflow without a scale, too.
         """
-        torch.manual_seed(dropout_seed(self.config.seed, step, self.rank))
         self.optimizer.zero_grad(set_to_none=True)
-        outputs, num_tokens = self.gradients(micro_batches, counts)
+        outputs, num_tokens = self.gradients(micro_batches, counts, step=step)
         # The sums are the same on every worker, and so is what follows from them.
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self._parameters, self.config.max_grad_norm or math.inf)
@@ -203,6 +206,12 @@ class Trainer:
                         pairs[pair_id] = {name: of_pairs[number] for name, of_pairs in values.items()}
         return pairs
 
+    def _seeded(self, step: int, batches: Iterable[PairBatch]) -> Iterator[PairBatch]:
+        """The same batches; dropout's masks in each depend on the step and the batch alone."""
+        for batch in batches:
+            torch.manual_seed(dropout_seed(self.config.seed, step, batch))
+            yield batch
+
     def _with_features(self, batch: PairBatch) -> PairBatch:
         """The batch with its images' features, which a frozen tower need not make twice."""
         if not batch.image_inputs or self.policy.trains_vision:
@@ -250,14 +259,16 @@ class _EvalMode(AbstractContextManager[None]):
 class LoopEvents:
     """What is done with a line of metrics, and at evaluations and checkpoints. All workers call each, at the same steps.
 
-    `judge` says after an evaluation what it means for the run, the same to every worker. `around_step`: a context for each
-    step, by its number, counted from 1, and its pairs.
+    `judge` says after an evaluation what it means for the run, the same to every worker. `is_urgent` says after each step
+    whether a checkpoint must be written at once, the same to every worker, too. `around_step`: a context for each step, by its
+    number, counted from 1, and its pairs.
     """
 
     log: Callable[[Mapping[str, float]], None]
     evaluate: Callable[[int], None]
     save: Callable[[int], None]
     judge: Callable[[int], Verdict] = lambda step: GOES_ON
+    is_urgent: Callable[[int], bool] = lambda step: False
     around_step: Callable[[int, int], AbstractContextManager[None]] = lambda step, pairs: nullcontext()
 
 
@@ -308,7 +319,8 @@ def run_steps(
             events.evaluate(done)
             verdict = events.judge(done)
             clock.skip()
-        if done % run.save_steps == 0 or done == sampler.num_steps or verdict.saves:
+        is_urgent = events.is_urgent(done)
+        if done % run.save_steps == 0 or done == sampler.num_steps or verdict.saves or is_urgent:
             if not (result.is_skipped or math.isfinite(float(result.grad_norm))):
                 raise FloatingPointError(
                     f"The gradient norm is {float(result.grad_norm)} at step {done}, so no checkpoint is written. {REMEDY}"

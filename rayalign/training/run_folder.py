@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rayalign.config.config import Config
 from rayalign.config.flags import flags_of
 from rayalign.config.plugins import PLUGIN
+from rayalign.config.workers import workers_of
 from rayalign.config.yaml_files import parse_flags, to_yaml
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.report.page import Times
@@ -19,7 +20,7 @@ from rayalign.training.checkpoint import has_checkpoint
 from rayalign.training.metrics import read_metrics
 from rayalign.training.origin import ORIGIN_NOTE
 from rayalign.training.profiling import PROFILE
-from rayalign.training.run_report import REPORT, Background, write_report
+from rayalign.training.run_report import REPORT, SCORES, Background, write_report
 from rayalign.training.run_times import RUN_TIMES
 from rayalign.training.sinks import EVENTS, RUN_IDS
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 CONTENTS = (
     *("checkpoints", NOTE, "model", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, ORIGIN_NOTE, ANSWERS, RUN_TIMES, REPORT),
+    SCORES,
     *(EVENTS, RUN_IDS, PROFILE, "wandb", "mlflow.db", "summary.json", "plugins", "config.yaml"),
 )
 """What a run writes, in the order in which it is deleted: as long as a checkpoint is left, so is the configuration that it was
@@ -89,8 +91,13 @@ def open_run(config: Config) -> Store:
         folder.make_dir()
         for plugin in config.plugins:
             (folder / "plugins" / f"{plugin.name}.py").write_bytes(plugin.text)
-    (folder / "config.yaml").write_bytes(to_yaml(config).encode() + END_MARK)
+    write_config(folder, config)
     return folder
+
+
+def write_config(folder: Store, config: Config) -> None:
+    """Writes the flags that the run in a folder goes on with."""
+    (folder / "config.yaml").write_bytes(to_yaml(config).encode() + END_MARK)
 
 
 def _flags_to_add(folder: Store, config: Config) -> list[str] | None:
@@ -163,7 +170,7 @@ def _flags_before(file: Store) -> Mapping[str, Any]:
             f"{file.location}, the flags that the unfinished run began with: "
             f"{f'lacks {missing[0]}; ' if missing else ''}it was cut short. {REMEDY}"
         )
-    odd = [name for name in BATCH_FLAGS if type(before[name]) is not int]
+    odd = [name for name in BATCH_FLAGS if _workers_or_number(name, before[name]) is None]
     if odd:
         raise ValueError(
             f"{file.location}, the flags that the unfinished run began with: {odd[0]} is {before[odd[0]]!r} and no whole "
@@ -186,7 +193,19 @@ def _plugins_before(folder: Store, arguments: Iterable[str]) -> dict[str, bytes 
 
 
 def _global_batch(values: Mapping[str, Any]) -> int:
-    return math.prod(values[name] for name in BATCH_FLAGS)
+    return math.prod(_workers_or_number(name, values[name]) or 0 for name in BATCH_FLAGS)
+
+
+def _workers_or_number(flag: str, value: Any) -> int | None:
+    """The value of one of BATCH_FLAGS, of an elastic run its most workers; None where it has none."""
+    if type(value) is int:
+        return value
+    if flag != "num_workers" or not isinstance(value, str):
+        return None
+    try:
+        return workers_of(value)[1]
+    except ValueError:
+        return None
 
 
 def write_results(

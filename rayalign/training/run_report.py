@@ -11,10 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from rayalign.config.config import Config
 from rayalign.data.store import PreparedData, from_batch
 from rayalign.report.conversations import Conversation
@@ -31,6 +27,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPORT = "report.html"
+
+SCORES = "held_out_scores.json"
+"""The file of a run's folder with the held-out pairs' own values by metric, which rank 0 leaves for the driver: they would go
+through Ray Train's controller from every worker."""
 
 LONGEST_WAIT_SECONDS = 60.0
 """How long the end of a run waits for the page that is being written."""
@@ -65,6 +65,16 @@ class Background:
             self._has_failed = True
 
 
+def keep_scores(folder: Store, scores: Scores) -> None:
+    """Writes the scores into a run's folder."""
+    (folder / SCORES).write_json(scores)
+
+
+def read_scores(folder: Store) -> Scores:
+    """The scores that a finished training left."""
+    return (folder / SCORES).read_json_object()
+
+
 def write_report(
     folder: Store,
     config: Config,
@@ -78,8 +88,9 @@ def write_report(
 ) -> None:
     """Writes the page; without a summary, of a run that has not finished."""
     held_out = data.held_out or data.training
-    pairs = _scored_pairs(held_out, scores)
     answers = read_answers(folder)
+    rows = held_out.rows_of(frozenset([*scores, *answers.records]))
+    pairs = _scored_pairs(rows, scores)
     shown = [pair.id for side in extremes(pairs) for pair in side]
     page = render_report(
         title=folder.name,
@@ -88,7 +99,9 @@ def write_report(
         metrics=metrics,
         dropped=Counter(line["reason"] for line in dropped_lines(data)),
         pairs=pairs,
-        conversations=_conversations(held_out, data, [*shown, *answers.records]),
+        conversations=_conversations(
+            held_out, data, sorted({rows[pair] for pair in [*shown, *answers.records] if pair in rows})
+        ),
         answers=answers,
         times=times,
         num_steps=num_steps,
@@ -102,11 +115,10 @@ def dropped_lines(data: "RunData") -> list[dict[str, Any]]:
     return [line for some in (data.training, data.held_out) if some for line in some.dropped()]
 
 
-def _scored_pairs(held_out: PreparedData, scores: Scores) -> list[ScoredPair]:
-    """The held-out pairs that have scores, in the order of the data."""
-    ids = held_out.index()["id"]
+def _scored_pairs(rows: Mapping[str, int], scores: Scores) -> list[ScoredPair]:
+    """The held-out pairs that have scores, in the order of the data, which `rows` have."""
     pairs = []
-    for pair_id in ids.filter(pc.is_in(ids, pa.array(list(scores), pa.string()))).to_pylist():
+    for pair_id in filter(scores.__contains__, rows):
         score = scores[pair_id]
         chosen_tokens, rejected_tokens = (int(score[name]) for name in PAIR_TOKENS)
         pairs.append(
@@ -128,11 +140,8 @@ def _reward(score: Mapping[str, float], side: str, tokens: int) -> float:
     return score[f"logps/{side}"] / tokens if f"logps/{side}" in score and tokens else math.nan
 
 
-def _conversations(held_out: PreparedData, data: "RunData", ids: Sequence[str]) -> dict[str, Conversation]:
-    """The texts and pictures of some records, of those that are there, in the order of the data. Responses are what is trained
-    on or compared."""
-    is_wanted = pc.is_in(held_out.index()["id"], pa.array(list(ids), pa.string()))
-    rows = np.flatnonzero(is_wanted.to_numpy())
+def _conversations(held_out: PreparedData, data: "RunData", rows: Sequence[int]) -> dict[str, Conversation]:
+    """The texts and pictures of some records. Responses are what is trained on or compared."""
     decode = data.spec.tokenizer.decode
     return {
         pair.id: Conversation(

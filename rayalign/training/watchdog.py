@@ -26,8 +26,9 @@ WAITS = {
     ("rayalign.training.distributed", "sum_over_workers"): "the gradients of the other workers",
     ("rayalign.training.distributed", "gather"): "the other workers",
     ("rayalign.training.distributed", "start_alike"): "the first worker's weights",
-    ("rayalign.training.worker", "_upload"): "the upload of a checkpoint",
-    ("rayalign.training.worker", "_save"): "a checkpoint, which the first worker writes and every worker waits for",
+    ("rayalign.training.saving", "wait"): "the checkpoint before, which is still being written",
+    ("rayalign.training.changes", "are_near"): "the other workers",
+    ("rayalign.training.worker", "_save"): "a checkpoint, which is copied or written",
     ("rayalign.training.worker", "_write_model"): "the writing of the model",
     ("rayalign.training.checkpoint", "fetch_newest"): "the newest checkpoint, to go on from",
     ("rayalign.policy.loading", "load_policy"): "the loading of the model",
@@ -52,7 +53,7 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rank, self._say, self._idle, self._clock = rank, say, idle, clock
-        self._watched = threading.get_ident()
+        self._watched = threading.current_thread()
         self._last = clock()
         self._longest = 0.0
         self._has_said = False
@@ -83,7 +84,7 @@ class Watchdog:
         if self._has_said or seconds < max(LEAST_SECONDS, TIMES_LONGEST * self._longest):
             return
         self._has_said = True
-        frame = sys._current_frames().get(self._watched)
+        frame = sys._current_frames().get(self._watched.ident or 0)
         if frame is not None:
             stack = "".join(traceback.format_stack(frame)[-STACK_LINES:])
             self._say(
@@ -93,7 +94,7 @@ class Watchdog:
 
     def _look_on(self) -> None:
         self.look()
-        while not self._ended.wait(LOOK_SECONDS):
+        while not self._ended.wait(LOOK_SECONDS) and self._watched.is_alive():
             self.look()
 
 

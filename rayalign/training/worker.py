@@ -1,17 +1,15 @@
 """One worker of Ray Train, from loading the model to its last step: the loop, with Ray's streams, reports and checkpoints
-around it."""
+around it. What it tells of the run is in `run_log`."""
 
 import functools
 import logging
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import ray.train
-import ray.train.torch
 import torch
 
 from rayalign.algorithms import Algorithm
@@ -19,73 +17,63 @@ from rayalign.cluster import Stopped, outcome_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import require_partners
-from rayalign.data.stream import fetch_pairs, pairs_in_order, sampler_of
+from rayalign.data.stream import pairs_in_order, sampler_of
 from rayalign.models.registry import FAMILIES
+from rayalign.nodes import room_for_workers
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy, multiplies_bfloat16
 from rayalign.policy.saving import gather_weights, save_policy
 from rayalign.policy.sharding import all_workers, shard_policy
-from rayalign.progress import StepProgress
 from rayalign.storage import Store
 from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, write_note
+from rayalign.training.changes import Changes
 from rayalign.training.checkpoint import (
     ALL_SHARDS,
     NONE_YET,
     FetchedCheckpoint,
-    checkpoint_name,
+    Snapshot,
     delete_others,
     fetch,
     fetch_newest,
     load_best,
     load_checkpoint,
-    prune_checkpoints,
     trains_shards,
     whole_at,
-    write_checkpoint,
 )
 from rayalign.training.distributed import gather, start_alike
 from rayalign.training.gauges import Gauges
+from rayalign.training.group import Group
 from rayalign.training.held_out import HeldOut
 from rayalign.training.lockstep import Fillers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
-from rayalign.training.metric_names import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, SHUFFLED
-from rayalign.training.metrics import MetricsLog
-from rayalign.training.mfu import flops_per_token, peak_tflops
 from rayalign.training.profiling import StepProfiler, profiled_steps
-from rayalign.training.run_report import Background, write_report
+from rayalign.training.run_log import RunLog, teller
+from rayalign.training.run_report import keep_scores
 from rayalign.training.run_times import Stopwatch, note_workers, workers_before
-from rayalign.training.sinks import Reporting, reporting_of
+from rayalign.training.saving import CheckpointWriter
 from rayalign.training.watchdog import Watchdog
 from rayalign.training.worker_result import WorkerResult
 
 logger = logging.getLogger(__name__)
 
-K = TypeVar("K")
-T = TypeVar("T")
 
-SHOWN_EVALUATION = tuple(
-    f"eval_{name}"
-    for name in (
-        *("loss", BY_SUM, BY_TOKEN, BY_REWARD_MODEL, "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"),
-        *("conditional/accuracies", "exact_match"),
-    )
-)
-"""What the log's line of an evaluation shows; all are in metrics.jsonl."""
-
-
-def train_worker(config: Config, data: RunData, *, reports_evaluations: bool = False) -> WorkerResult | Stopped:
-    """Runs in each train worker; rank 0 writes the model. `reports_evaluations`: Ray Train hears of them, too, and not only of
-    checkpoints.
+def train_worker(config: Config, data: RunData, group: Group) -> WorkerResult | Stopped:
+    """Runs in each train worker; rank 0 writes the model.
 
     Returns the error where every worker meets it, and would meet it again: flags that don't fit the model, a loss that is no
     longer finite. Any other error is raised, so that Ray ends the workers that wait for this one.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        worker = outcome_of(lambda: _Worker(config, data, Path(temporary)), errors=(ValueError,))
+        worker = outcome_of(lambda: _Worker(config, data, group, Path(temporary)), errors=(ValueError,))
     if isinstance(worker, Stopped):
         return worker
-    return outcome_of(functools.partial(worker.train, reports_evaluations=reports_evaluations), errors=(FloatingPointError,))
+    try:
+        with worker.writer:
+            return outcome_of(worker.train, errors=(FloatingPointError,))
+    except SystemExit:  # a sweep's scheduler ends the run, whose process goes on with another one
+        worker.log.close()
+        raise
 
 
 def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -105,30 +93,29 @@ def _timed(stage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 class _Worker:
     """One train worker: its share of the data, policy and optimizer, and the metrics so far."""
 
-    def __init__(self, config: Config, data: RunData, temporary: Path) -> None:
+    def __init__(self, config: Config, data: RunData, group: Group, temporary: Path) -> None:
         """Goes on from the newest whole checkpoint, which is fetched into `temporary`."""
         self.config = config
         self.data = data
+        self.group = group
         self.folder = Store.at(str(config.run.output_dir))
         self.watch = Stopwatch(workers_before(self.folder))
-        self.report = Background()
-        context = ray.train.get_context()
-        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
-        self.gauges = Gauges(self.folder.name, self.rank)
-        self.watchdog = Watchdog(self.rank, functools.partial(logger.warning, "Warning: %s"), idle=self.gauges.idle)
+        self.rank, self.num_workers = group.rank, group.num_workers
+        self._say = teller(self.rank)
+        gauges = Gauges(self.folder.name, self.rank)
+        self.watchdog = Watchdog(self.rank, functools.partial(logger.warning, "Warning: %s"), idle=gauges.idle)
         self.watchdog.start()
-        self.attempt = gather(uuid.uuid4().hex[:8])[0]
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-        self.device = ray.train.torch.get_device()
+        self.device = group.device
         algorithm: Algorithm = config.algorithm
-        self.sampler = sampler_of(config, data)
+        self.sampler = sampler_of(config, data, num_workers=self.num_workers)
         if data.held_out and self.sampler.settings.with_partners:
             require_partners(data.held_out.num_rows, "in --val_dataset")
         self.shard = (self.rank, self.num_workers) if config.cluster.shards_models else ALL_SHARDS
         checkpoint = fetch_newest(self.folder / "checkpoints", temporary, shard=self.shard)
         self.start_step = checkpoint.step if checkpoint else 0
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
-        self.tables = fetch_pairs(data.training, self.sampler, rank=self.rank, start_step=self.start_step)
+        self.tables = group.tables(data.training, self.sampler, start_step=self.start_step)
         self._say("Loading %s", data.source.base)
         with self.watch.stage("model_loading"):
             policy = load_policy(
@@ -158,29 +145,32 @@ class _Worker:
         watched = self.watchdog.watched
         self.held_out = HeldOut(config, data, self.sampler, rank=self.rank, num_workers=self.num_workers, watched=watched)
         self._require_held_out()
-        self.warned: set[str] = set()
-        self.metrics_log = MetricsLog(self.folder / "metrics.jsonl", start_step=self.start_step) if self.rank == 0 else None
-        self.latest_metrics: dict[str, float] = {}
-        self.reporting: Reporting | None = None
-        if self.metrics_log is not None:
-            lines, sent = self.metrics_log.lines, self.metrics_log.sent
-            for line in lines:
-                self.latest_metrics |= line
-            others = {"Prometheus": self.gauges}
-            flags = config.to_dict()
-            self.reporting = reporting_of(config.run.report_to, self.folder, flags, lines=lines, sent=sent, others=others)
         steps = (self.start_step, self.sampler.num_steps)
+        self.log = RunLog(config, data, policy, gauges, rank=self.rank, num_workers=self.num_workers, steps=steps)
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self._say("Training %s from step %d to %d, on %d x %s", algorithm.name.upper(), *steps, self.num_workers, chip)
         if self.device.type == "cpu" and policy.dtype == torch.float32 and multiplies_bfloat16():
             self._say("This CPU multiplies in bfloat16: with --dtype bfloat16 a step takes about 0.6 of the time")
-        every = {"evaluation": config.run.eval_steps, "saving": config.run.save_steps}
-        self.progress = StepProgress(*steps, every=every)
         profiled = profiled_steps(config.run.profile_steps)
         if profiled and not set(profiled) & set(range(self.start_step + 1, self.sampler.num_steps + 1)):
             self._say("--profile_steps %s: no such step is still to come", config.run.profile_steps)
         self.profiler = StepProfiler(profiled, self.folder, rank=self.rank)
-        self.flops_per_token = flops_per_token(policy)
+        self.changes = Changes(has_room=self._has_room, find=group.preemption)
+        is_sharded = trains_shards(policy)
+        self.writer = CheckpointWriter(
+            self.folder,
+            attempt=gather(uuid.uuid4().hex[:8])[0],
+            keep=config.run.save_total_limit,
+            rank=self.rank,
+            is_sharded=is_sharded,
+            copies=group.num_local_workers if is_sharded else 1,
+        )
+
+    def _has_room(self) -> bool:
+        """Whether an elastic run could have more workers than it has."""
+        if self.rank != 0 or self.num_workers == self.config.cluster.most_workers:
+            return False
+        return room_for_workers(self.config) > self.num_workers
 
     def _settle_checkpoints(self, loaded: FetchedCheckpoint | None) -> None:
         """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes others
@@ -205,7 +195,7 @@ class _Worker:
                 "a higher --dataset_test_ratio, or leave the flag out."
             )
 
-    def train(self, *, reports_evaluations: bool = False) -> WorkerResult:
+    def train(self) -> WorkerResult:
         stream = pairs_in_order(
             self.tables,
             self.sampler,
@@ -217,10 +207,11 @@ class _Worker:
         )
         stream = self.watchdog.watched(stream)
         events = LoopEvents(
-            log=self._log,
-            evaluate=self._evaluate_and_report if reports_evaluations else self._evaluate,
+            log=self.log.step,
+            evaluate=self._evaluate_and_report,
             save=self._save,
             judge=self._judge,
+            is_urgent=self.changes.are_near,
             around_step=self._around_step,
         )
         if self.start_step == 0:
@@ -240,33 +231,32 @@ class _Worker:
                     self.config.run,
                     events,
                     start_step=self.start_step,
-                    tokens_before=self.latest_metrics.get("num_tokens", 0),
+                    tokens_before=self.log.latest.get("num_tokens", 0),
                 )
             )
         self.profiler.close()
         stopped = self._why_stopped(last_step)
         model_step = last_step
         if self.config.run.load_best_model_at_end and self.best.step not in (None, last_step):
+            self._finish_checkpoints()
             model_step = self._return_to_best()
         elif self.start_step == last_step:
             self._evaluate(model_step)
         self._evaluate_shuffled(model_step)
         self._answer("after")
         self._write_model()
+        self._finish_checkpoints()
         if self.rank == 0:
-            assert self.metrics_log is not None
-            assert self.reporting is not None
-            self.metrics_log.flush()
-            self.reporting.close()
-            self.report.wait()
+            self._say("The training stood still for checkpoints for %.1f s, %.1f %% of its time", *self._stood_still())
+            self.log.close()
+            keep_scores(self.folder, self.held_out.pairs)
             note_workers(self.folder, self.watch.seconds)
         self.watchdog.stop()
         return WorkerResult(
-            metrics={name: value for name, value in self.latest_metrics.items() if name != "step"},
+            metrics={name: value for name, value in self.log.latest.items() if name != "step"},
             num_steps=last_step,
             num_training_records=len(self.sampler.rows),
             num_held_out_records=len(self.held_out.rows),
-            held_out_pairs=self.held_out.pairs,
             best=self.best,
             model_step=model_step,
             stopped=stopped,
@@ -277,7 +267,7 @@ class _Worker:
         if not self.held_out.pairs:
             return GOES_ON
         run = self.config.run
-        self.best = gather(self.best.after(step, self.latest_metrics, run) if self.rank == 0 else None)[0]
+        self.best = gather(self.best.after(step, self.log.latest, run) if self.rank == 0 else None)[0]
         return self.best.verdict(step, run)
 
     def _why_stopped(self, last_step: int) -> str | None:
@@ -309,97 +299,34 @@ class _Worker:
     @contextmanager
     def _around_step(self, step: int, pairs: int) -> Iterator[None]:
         self.profiler.before(step)
-        with self.progress.step(pairs):
+        with self.log.progress.step(pairs):
             yield
+        self.writer.check()
         self.watchdog.tick()
         self.profiler.after(step)
-
-    def _log(self, metrics: Mapping[str, float]) -> None:
-        metrics = {**metrics, **self._mfu(metrics["tokens_per_second"])}
-        self._keep(metrics)
-        step = int(metrics["step"])
-        shown = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm")
-        figures = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
-        if self.device.type == "cuda":
-            figures += [f"{metrics['tokens_per_second']:.0f} tokens/s"]
-            figures += [f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []
-        figures += [self.progress.words] if self.progress.words else []
-        self._say("Step %d/%d  %s", step, self.sampler.num_steps, "  ".join(figures))
-
-    def _mfu(self, tokens_per_second: float) -> dict[str, float]:
-        """The share of the peak of all GPUs, where that is known and the arithmetic is the table's."""
-        policy, gpus = self.trainer.policy, self.num_workers * (self.config.cluster.gpus_per_worker or 0)
-        peak = peak_tflops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        if peak is None or not gpus or policy.dtype not in (torch.bfloat16, torch.float16):
-            return {}
-        return {"mfu": tokens_per_second * self.flops_per_token / (peak * 1e12 * gpus)}
 
     @_timed("evaluation")
     def _evaluate(self, step: int) -> None:
         if len(self.held_out.rows):
             self.watchdog.tick()
             self._say("Evaluating %d held-out records at step %d", len(self.held_out.rows), step)
-            with self.progress.pause("evaluation"):
-                line = self._logged(step, self.held_out.evaluate(self.trainer))
-            shown = "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN_EVALUATION if name in line)
-            self._say("Evaluation at step %d  %s", step, shown)
-            self._warn(is_finished=False)
-        self._report()
+            with self.log.progress.pause("evaluation"):
+                self.log.evaluation(step, self.held_out.evaluate(self.trainer))
+            self.log.warn(self.held_out, is_finished=False)
+        self.log.report(self.held_out.pairs, self.watch.seconds)
 
     def _evaluate_and_report(self, step: int) -> None:
         """The last evaluation is not reported: who hears of it could stop the run before its model is written."""
         self._evaluate(step)
         if step < self.sampler.num_steps and len(self.held_out.rows):
-            ray.train.report({"step": step, "num_steps": self.sampler.num_steps, **self.latest_metrics})
+            self.group.evaluated({"step": step, "num_steps": self.sampler.num_steps, **self.log.latest})
 
     @_timed("evaluation")
     def _evaluate_shuffled(self, step: int) -> None:
         """At the end: whether the preference comes from the pictures, and what looks wrong in the whole run."""
         if len(self.held_out.rows):
-            line = self._logged(step, self.held_out.evaluate_shuffled(self.trainer))
-            if line:
-                shown = [f"{name} {value:.4g}" for name, value in line.items() if name.endswith((SHUFFLED, "image_reliance"))]
-                self._say("With pictures of other records  %s", "  ".join(shown))
-            self._warn(is_finished=True)
-
-    def _logged(self, step: int, line: dict[str, float]) -> dict[str, float]:
-        if line:
-            self._keep({"step": step, **line})
-        return line
-
-    def _keep(self, line: Mapping[str, float]) -> None:
-        """Writes a line of metrics, and sends it on where it is a new one."""
-        self.latest_metrics |= line
-        if self.metrics_log is not None and self.reporting is not None and self.metrics_log.append(line):
-            self.reporting.log(line)
-
-    def _warn(self, *, is_finished: bool) -> None:
-        """Says what looks wrong in the run so far; each thing once."""
-        if self.metrics_log is None:
-            return
-        for kind, words in self.held_out.problems(self.metrics_log.lines, is_finished=is_finished).items():
-            if kind not in self.warned:
-                logger.warning("Warning: %s", words)
-            self.warned.add(kind)
-
-    def _report(self) -> None:
-        """Brings the run's page up to date, beside the training."""
-        if self.metrics_log is not None:
-            metrics, seconds, scores = list(self.metrics_log.lines), self.watch.seconds, self.held_out.pairs
-
-            def write() -> None:
-                times = note_workers(self.folder, seconds)
-                write_report(
-                    self.folder,
-                    self.config,
-                    self.data,
-                    scores,
-                    metrics=metrics,
-                    num_steps=self.sampler.num_steps,
-                    times=times,
-                )
-
-            self.report.run(write)
+            self.log.shuffled(step, self.held_out.evaluate_shuffled(self.trainer))
+            self.log.warn(self.held_out, is_finished=True)
 
     @_timed("evaluation")
     def _answer(self, moment: Moment) -> None:
@@ -420,45 +347,29 @@ class _Worker:
                 together=policy.sharded is not None,
             )
 
-    @_timed("saving")
+    @_timed("checkpoints")
     def _save(self, step: int) -> None:
         self.watchdog.tick()
         self._say("Saving the checkpoint of step %d", step)
-        with self.progress.pause("saving"), tempfile.TemporaryDirectory() as temporary:
-            checkpoint, trainer = None, self.trainer
-            has_shards = trains_shards(trainer.policy)
-            if self.rank == 0 or has_shards:
-                write_checkpoint(
-                    Path(temporary),
-                    trainer.policy,
-                    trainer.optimizer,
-                    step=step,
-                    scaler=trainer.scaler,
-                    best=self.best,
-                    rank=self.rank,
+        trainer = self.trainer
+        with self.log.progress.pause("saving"):
+            if self.rank == 0 or trains_shards(trainer.policy):
+                snapshot = Snapshot.of(
+                    trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler, best=self.best, rank=self.rank
                 )
-                checkpoint = ray.train.Checkpoint.from_directory(temporary)
-            ray.train.report(
-                {"step": step, **self.latest_metrics},
-                checkpoint=checkpoint,
-                checkpoint_dir_name=checkpoint_name(step, self.attempt),
-                checkpoint_upload_fn=self._upload if self.folder.local_path is None else None,
-            )
+                self.writer.save(snapshot, is_best=self.best.step == step)
+            self.group.saved(step, self.writer.whole)
         self.watchdog.tick()
-        if has_shards:
-            gather(None)  # until then another worker's files may be under way, and the checkpoint seem damaged
-        if self.rank == 0:
-            if self.best.step == step:
-                write_note(self.folder, self.best, checkpoint_name(step, self.attempt))
-            limit = self.config.run.save_total_limit
-            prune_checkpoints(self.folder / "checkpoints", keep=limit, best=best_checkpoint(self.folder))
 
-    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        """Copies a checkpoint to an object store, each file again where the store fails. (To a disk Ray Train copies it.)"""
-        folder = self.folder / "checkpoints" / name
-        folder.upload(Path(checkpoint.path))
-        filesystem, path = folder.resolve()
-        return ray.train.Checkpoint(path, filesystem)
+    @_timed("checkpoints")
+    def _finish_checkpoints(self) -> None:
+        self.writer.wait()
+
+    def _stood_still(self) -> tuple[float, float]:
+        """For how many seconds, and for what percentage of the time of all steps, the training waited for checkpoints."""
+        seconds = self.watch.seconds
+        still = seconds.get("checkpoints", 0.0)
+        return still, 100 * still / (seconds["training"] + still)
 
     @_timed("saving")
     def _write_model(self) -> None:
@@ -472,7 +383,3 @@ class _Worker:
             save_policy(self.trainer.policy, Path(temporary), safe_serialization=safe, gathered=gathered)
             self.data.spec.processor.save_pretrained(temporary)
             (self.folder / "model").upload(Path(temporary))
-
-    def _say(self, message: str, *values: Any) -> None:
-        if self.rank == 0:
-            logger.info(message, *values)

@@ -8,14 +8,13 @@ from rayalign.training.best import Best
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """A finished training: the last value of every metric, the number of steps and records, and the held-out pairs' own values
-    by metric; the best evaluation, the step that the model is of, and why the run stopped early, if it did."""
+    """A finished training: the last value of every metric, the number of steps and records, the best evaluation, the step that
+    the model is of, and why the run stopped early, if it did. (`run_report.keep_scores` keeps what held-out pairs scored.)"""
 
     metrics: Mapping[str, float]
     num_steps: int
     num_training_records: int
     num_held_out_records: int
-    held_out_pairs: Mapping[str, Mapping[str, float]]
     best: Best
     model_step: int
     stopped: str | None

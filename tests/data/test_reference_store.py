@@ -3,7 +3,7 @@
 import random
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ import pytest
 from rayalign.data.checked import NOTES, DamagedFile, require_undamaged
 from rayalign.data.reference_store import (
     CRC_OF_CHECKED,
-    HEAD_BYTES,
     ReferenceLogps,
     ReferenceReader,
+    folder_name,
     forget_damage,
+    head_bytes,
     missing_shards,
     shard_name,
     write_reference_shard,
@@ -46,9 +47,9 @@ def folder(tmp_path: Path) -> Store:
     return written(Store(str(tmp_path / "key" / "attempt" / "reference")))
 
 
-def read(folder: Store, rows: range = range(70)) -> list[dict[str, object]]:
-    lines: list[dict[str, object]] = ReferenceReader(folder).read(rows, IDS[rows.start : rows.stop]).to_pylist()
-    return lines
+def read(folder: Store, rows: Sequence[int] = range(70)) -> list[dict[str, object]]:
+    reader = ReferenceReader(folder)
+    return [reader.read_row(row).to_pylist()[0] for row in rows]
 
 
 def test_log_probs_come_back_as_they_were_written_in_any_order(folder: Store) -> None:
@@ -57,15 +58,13 @@ def test_log_probs_come_back_as_they_were_written_in_any_order(folder: Store) ->
     ]
     assert read(folder) == expected
     order = [69, 0, 64, 63, 0]
-    table = ReferenceReader(folder).read(order, [IDS[row] for row in order])
-    assert table.schema == SCHEMA
-    assert table.to_pylist() == [expected[row] for row in order]
-    assert ReferenceReader(folder).read([], []).num_rows == 0
+    assert read(folder, order) == [expected[row] for row in order]
+    assert ReferenceReader(folder).read_row(0).schema == SCHEMA
 
 
 def test_a_shard_is_an_arrow_file_behind_a_head_with_a_record_batch_for_each_row(folder: Store) -> None:
     content = (folder / SECOND).read_bytes()
-    file = pa.ipc.open_file(pa.py_buffer(content[HEAD_BYTES:]))
+    file = pa.ipc.open_file(pa.py_buffer(content[head_bytes(folder) :]))
     assert file.schema == SCHEMA
     assert file.num_record_batches == 6
     assert file.read_all().to_pylist() == read(folder)[64:]
@@ -86,7 +85,7 @@ def test_a_data_set_that_was_moved_with_its_folder_is_read(folder: Store, tmp_pa
 def test_shards_that_are_not_there_or_have_no_whole_head_are_missing(folder: Store) -> None:
     rows = np.array([0, 63, 64, 128])
     assert missing_shards(folder, rows) == [2]
-    (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:HEAD_BYTES])
+    (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[: head_bytes(folder)])
     assert missing_shards(folder, rows) == [1, 2]
     (folder / FIRST).delete()
     assert missing_shards(folder, rows) == [0, 1, 2]
@@ -157,3 +156,23 @@ def test_the_next_shard_under_the_name_of_this_one_is_not_taken_for_it(folder: S
     shutil.copy(Path(folder.location) / SECOND, Path(folder.location) / FIRST)
     with pytest.raises(DamagedFile, match=FIRST):
         read(folder, range(1))
+
+
+def test_a_large_data_set_has_larger_shards_in_a_folder_that_says_so(tmp_path: Path) -> None:
+    data = Store(str(tmp_path / "attempt"))
+    assert folder_name("reference_k", data, 640_000) == "reference_k"
+    assert [folder_name("reference_k", data, rows) for rows in (640_001, 1_280_001, 10_000_000)] == [
+        "reference_k_by_128",
+        "reference_k_by_256",
+        "reference_k_by_1024",
+    ]
+    folder = data / "reference_k_by_128"
+    write_reference_shard(folder / FIRST, IDS, ROWS)
+    assert missing_shards(folder, np.arange(300)) == [1, 2]
+    assert [line["chosen"] for line in read(folder)] == [row.chosen for row in ROWS]
+
+
+def test_a_pass_over_a_large_data_set_that_began_with_small_shards_goes_on_with_them(tmp_path: Path) -> None:
+    data = Store(str(tmp_path / "attempt"))
+    write_reference_shard(data / "reference_k" / FIRST, IDS[:64], ROWS[:64])
+    assert folder_name("reference_k", data, 10_000_000) == "reference_k"

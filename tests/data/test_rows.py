@@ -14,7 +14,7 @@ from PIL import Image
 
 from rayalign.algorithms import ALGORITHMS
 from rayalign.data.encoder_spec import EncoderSpec
-from rayalign.data.remarks import remarks, unread_pictures
+from rayalign.data.remarks import RowsSeen, remarks, unread_pictures
 from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, encode_row, write_task
 from rayalign.data.store import EncodedPair
 from rayalign.data.truncation import RecordTooLong
@@ -132,7 +132,7 @@ def test_whatever_goes_wrong_with_a_row_drops_that_row(model_folder: Callable[..
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False)
     spec = EncoderSpec(str(model_folder("qwen2_vl")), responses="both")
-    task = PrepareTask(0, 0, spans_of(sources.datasets[0].files[0], 256)[0], None)
+    task = PrepareTask(0, 0, tuple(spans_of(sources.datasets[0].files[0], 256)), None)
     lines = write_task(task, Store(str(tmp_path / "shards")), itertools.count(), sources, spec)
     assert [line.get("reason") for line in lines] == [None, "unusable record", None]
     assert lines[1]["source_row"] == 1
@@ -164,7 +164,7 @@ def outcome_of_rows(model_folder: Callable[..., Path], tmp_path: Path) -> Callab
         sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False, (), columns)
         spec = EncoderSpec(str(model_folder(model)), responses="both")
         lines = write_task(
-            PrepareTask(0, 0, spans_of(sources.datasets[0].files[0], 256)[0], None),
+            PrepareTask(0, 0, tuple(spans_of(sources.datasets[0].files[0], 256)), None),
             Store(str(tmp_path / "shards")),
             itertools.count(),
             sources,
@@ -209,7 +209,12 @@ def test_columns_are_said_once_a_task_and_hostile_names_do_no_harm(outcome_of_ro
 
 
 def said(table: pa.Table, columns: Renames = (), model: str | None = "my/model") -> list[tuple[int, str]]:
-    return remarks(table, ["a.jsonl"], columns, looks_at_pictures=model)
+    """What is said of a task's outcome, which arrives in two tables."""
+    seen = RowsSeen()
+    for part in (table.slice(0, 1), table.slice(1)):
+        seen.add(part)
+    assert seen.num_rows == table.num_rows
+    return remarks([seen], ["a.jsonl"], columns, looks_at_pictures=model)
 
 
 def test_what_is_left_out_is_said_once_for_a_data_set(outcome_of_rows: Outcome) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,13 +13,14 @@ from rayalign.data.sampler import (
     StepCounts,
     StepSampler,
     cut_micro_batches,
+    draw_rows,
     epoch_order,
     fetch_chunk,
     hold_out,
     nothing_held_out,
     partners_in,
 )
-from rayalign.data.store import EncodedPair, PreparedData, TokenCounts
+from rayalign.data.store import EncodedPair, PreparedData, Rows, TokenCounts
 
 NUM_ROWS = 43
 STEPS_4_TO_6 = pa.table({"first": [4], "last": [7]})
@@ -79,6 +81,22 @@ def test_the_order_is_the_same_today_as_when_a_run_was_started() -> None:
     """An unfinished run is resumed by newer code: these numbers may change only together with the cache's format."""
     assert epoch_order(np.arange(10), seed=42, epoch=0).tolist() == [5, 6, 0, 7, 3, 2, 4, 9, 1, 8]
     assert hold_out(10, ratio=0.2, seed=42)[1].tolist() == [5, 6]
+
+
+def test_the_order_of_many_windows_is_the_same_today_as_when_a_run_was_started() -> None:
+    """Of row numbers of any type: recorded when they took 8 bytes."""
+
+    def fingerprint(rows: Rows) -> str:
+        return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
+
+    training, held_out = hold_out(200_000, ratio=0.01, seed=42)
+    assert (fingerprint(training), fingerprint(held_out)) == ("e2d9f89b638b8baf", "5dc9fbafbaf31c86")
+    assert fingerprint(epoch_order(training, seed=42, epoch=0)) == "8c488a53bd0f10ed"
+    assert fingerprint(epoch_order(training, seed=42, epoch=1)) == "830ee6efc3fdd890"
+    assert fingerprint(draw_rows(held_out, at_most=1000, seed=42)) == "ca3ebdfe44baa267"
+    everything, _ = hold_out(200_000, ratio=0, seed=42)
+    assert fingerprint(epoch_order(everything, seed=42, epoch=0)) == "7fb6dee012c0885d"
+    assert training.dtype == held_out.dtype == np.int32  # so that an order is 4 bytes a row
 
 
 @pytest.mark.parametrize(

@@ -9,25 +9,18 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
-import rayalign.data.store
+import rayalign.data.checked
+import rayalign.data.shards
 from rayalign.data.checked import NOTES, CheckedFile, DamagedFile, Place
-from rayalign.data.store import (
-    ENCODED_SCHEMA,
-    INDEX_SCHEMA,
-    STORED_SCHEMA,
-    TAIL,
-    EncodedPair,
-    PreparedData,
-    ShardWriter,
-    from_batch,
-    shard_name,
-    to_batch,
-    write_shard,
-)
+from rayalign.data.index import INDEX_SCHEMA, write_index
+from rayalign.data.pairs import ENCODED_SCHEMA, EncodedPair, from_batch, to_batch
+from rayalign.data.shards import STORED_SCHEMA, TAIL, ShardWriter, shard_name, write_shard
+from rayalign.data.store import PreparedData
 from rayalign.storage import Store
 
 PAIRS = [
@@ -50,7 +43,7 @@ DROPPED = [{"dataset": "d", "row": 3, "reason": "too long", "detail": "3000 toke
 
 
 def write_shards(folder: Store, shards: tuple[int, ...] = (0, 1), pairs: list[EncodedPair] = PAIRS) -> pa.Table:
-    """Writes shards and returns the lines of the index for them."""
+    """Writes shards and returns the lines of the index for them, in order."""
     lines = []
     for shard in shards:
         inside = sorted(
@@ -60,13 +53,19 @@ def write_shards(folder: Store, shards: tuple[int, ...] = (0, 1), pairs: list[En
             source = dict(zip(("dataset", "file", "source_row", "shard"), PLACES[pair.id], strict=True))
             counts = {f"{part}_tokens": len(vars(pair)[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")}
             lines.append({"id": pair.id, **source, **place._asdict(), **counts})
-    random.Random(0).shuffle(lines)
+    lines.sort(key=lambda line: (line["dataset"], line["file"], line["source_row"]))
     return pa.Table.from_pylist(lines, schema=INDEX_SCHEMA)
+
+
+def finish(store: Store, attempt: str, lines: list[dict[str, object]] | pa.Table, **others: Any) -> PreparedData:
+    """Completes a data set whose shards are written; `lines` are the index's."""
+    table = lines if isinstance(lines, pa.Table) else pa.Table.from_pylist(lines, INDEX_SCHEMA)
+    return PreparedData.finish(store, attempt=attempt, index=write_index(store / attempt, [table]), **{"dropped": [], **others})
 
 
 def finished(store: Store, pairs: list[EncodedPair] = PAIRS) -> PreparedData:
     index = write_shards(store / "attempt", pairs=pairs)
-    return PreparedData.finish(store, attempt="attempt", index=index, dropped=DROPPED, remarks=[(logging.INFO, "words")])
+    return finish(store, "attempt", index, dropped=DROPPED, remarks=[(logging.INFO, "words")])
 
 
 @pytest.fixture
@@ -87,15 +86,15 @@ def test_rows_can_be_looked_up_in_any_order(data: PreparedData, rows: list[int])
 
 
 def test_a_fetch_works_with_fewer_open_shards_than_there_are(data: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rayalign.data.store, "OPEN_SHARDS", 1)
+    monkeypatch.setattr(rayalign.data.checked, "OPEN_FILES", 1)
     rows = [0, 1, 0, 4, 2]
     assert [pair.id for pair in from_batch(data.reader().read(rows))] == [IN_SOURCE_ORDER[row] for row in rows]
 
 
-def test_the_index_is_sorted_by_source_whatever_order_it_was_gathered_in(data: PreparedData) -> None:
+def test_rows_are_numbered_in_the_order_of_the_sources(data: PreparedData) -> None:
     assert data.index()["id"].to_pylist() == IN_SOURCE_ORDER
-    turned = data.index().take([4, 1, 0, 3, 2])
-    assert PreparedData.finish(data.store, attempt="attempt", index=turned, dropped=[]).index().equals(data.index())
+    assert data.rows_of(frozenset(["e", "a", "nowhere"])) == {"a": 1, "e": 3}
+    assert data.rows_of(frozenset()) == {}
 
 
 def test_token_counts_are_those_of_the_rows(data: PreparedData) -> None:
@@ -135,8 +134,8 @@ def test_the_manifest_is_written_last(data: PreparedData, monkeypatch: pytest.Mo
         original(store, content)
 
     monkeypatch.setattr(Store, "write_bytes", note)
-    PreparedData.finish(data.store, attempt="attempt", index=data.index(), dropped=[])
-    assert written == ["index.arrow", "dropped.json", "remarks.json", "manifest.json"]
+    finish(data.store, "attempt", data.index())
+    assert written == ["dropped.json", "remarks.json", "manifest.json"]
 
 
 def test_an_unfinished_second_attempt_leaves_the_finished_one_in_place(data: PreparedData) -> None:
@@ -199,7 +198,7 @@ def test_a_pair_is_one_read_and_one_more_for_each_picture_of_an_earlier_pair(
         writer.add(pair)
     columns = {"dataset": 0, "file": 0, "prompt_tokens": 1, "chosen_tokens": 1, "rejected_tokens": 1}
     index = [{"id": str(row), "source_row": row, **columns, **line} for row, line in enumerate(writer.finish())]
-    data = PreparedData.finish(store, attempt="one", index=pa.Table.from_pylist(index, INDEX_SCHEMA), dropped=[])
+    data = finish(store, "one", index)
     read, reads = CheckedFile.read, []
     monkeypatch.setattr(CheckedFile, "read", lambda file, place, **options: reads.append(place) or read(file, place, **options))
     reader, counts = data.reader(), []
@@ -213,7 +212,7 @@ def test_a_pair_is_one_read_and_one_more_for_each_picture_of_an_earlier_pair(
 def test_a_task_begins_another_shard_where_one_is_full_and_counts_pictures_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rayalign.data.store, "SHARD_BYTES", 2500)
+    monkeypatch.setattr(rayalign.data.shards, "SHARD_BYTES", 2500)
     store = Store(str(tmp_path / "cache"))
     writer = ShardWriter(store / "one", itertools.count(3, 10))
     hashes = ["h1", "h1", "h1", "h2", "h2", "h3", "h1"]  # two distinct ones are within the bytes, with the third it is full
@@ -224,14 +223,15 @@ def test_a_task_begins_another_shard_where_one_is_full_and_counts_pictures_once(
     assert [file.name for file in (store / "one").list()] == ["shard_000003.arrow", "shard_000013.arrow"]
     columns = {"dataset": 0, "file": 0, "prompt_tokens": 1, "chosen_tokens": 1, "rejected_tokens": 1}
     index = [{"id": str(row), "source_row": row, **columns, **line} for row, line in enumerate(lines)]
-    data = PreparedData.finish(store, attempt="one", index=pa.Table.from_pylist(index, INDEX_SCHEMA), dropped=[])
+    data = finish(store, "one", index)
     assert [pair.images for pair in from_batch(data.reader().read(range(7)))] == [[h.encode() * 500] for h in hashes]
     assert data.shards() == [3, 13]
 
 
 def test_an_index_with_other_columns_is_refused(data: PreparedData, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="schema"):
-        PreparedData.finish(Store(str(tmp_path / "new")), attempt="x", index=data.index().drop_columns(["shard"]), dropped=[])
+        write_index(Store(str(tmp_path / "new")), [data.index().drop_columns(["shard"])])
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_data_set_that_lacks_one_of_its_shards_is_never_complete(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_data_set_that_lacks_one_of_its_shards_is_never_complete(tmp_path: Pat
     index = write_shards(store / "one", (0, 1))
     (tmp_path / "one" / shard_name(0)).unlink()
     with pytest.raises(ValueError) as caught:
-        PreparedData.finish(store, attempt="one", index=index, dropped=[])
+        finish(store, "one", index)
     assert str(caught.value) == (
         f"{tmp_path}/one: lacks 1 of the shards that were written there, such as {shard_name(0)}. Do all nodes see the same "
         "folder? Give a --cache_dir on a file system that all of them mount, or a URL."

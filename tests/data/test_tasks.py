@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
 from rayalign.data import tasks
 from rayalign.data.encoder_spec import EncoderSpec
-from rayalign.data.rows import Sources
+from rayalign.data.rows import Sources, rows_of_task
 from rayalign.sources.files import resolve_dataset
 
 
@@ -55,7 +56,7 @@ def test_small_files_are_scanned_without_ray_and_large_ones_by_its_tasks(
     file = tmp_path / "rows.jsonl"
     file.write_text('{"query": "a", "response": "b"}\n' * 600)
     sources = Sources((resolve_dataset(str(file)),), None, False, (), frozenset())
-    assert [task.span.num_rows for task in tasks.cut_into_tasks(sources, 0)] == [256, 256, 88]
+    assert [task.num_rows for task in tasks.cut_into_tasks(sources, 0)] == [256, 256, 88]
     assert not ray.is_initialized()
     monkeypatch.setattr(tasks, "SCANNED_HERE", file.stat().st_size - 1)
     asked: list[object] = []
@@ -63,3 +64,46 @@ def test_small_files_are_scanned_without_ray_and_large_ones_by_its_tasks(
     with pytest.raises(pytest.fail.Exception, match="as it should"):
         tasks.cut_into_tasks(sources, 0)
     assert asked == [tasks._spans_of]
+
+
+@pytest.mark.parametrize("draw", ["", "#100"])
+def test_a_large_data_set_is_cut_into_larger_tasks_of_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw: str
+) -> None:
+    (tmp_path / "rows").mkdir()
+    for name, count in (("a", 70), ("b", 30), ("c", 200)):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text('{"query": "a"}\n' * count)
+    sources = Sources((resolve_dataset(f"{tmp_path}/rows{draw}"),), None, False)
+    monkeypatch.setattr(tasks, "SPAN_ROWS", 10)
+
+    def cut(at_most: int) -> tuple[list[int], list[tuple[int, int]]]:
+        monkeypatch.setattr(tasks, "MOST_TASKS", at_most)
+        found = tasks.cut_into_tasks(sources, 0)
+        rows = [(task.file, row) for task in found for row, _ in rows_of_task(task, sources)]
+        assert len(rows) == sum(task.num_rows for task in found)
+        return [len(task.spans) for task in found], rows
+
+    spans, rows = cut(1000)
+    assert set(spans) == {1}
+    assert rows == sorted(rows)
+    assert len(rows) == (100 if draw else 300)
+    fewer, same_rows = cut(10)
+    assert same_rows == rows
+    assert sum(fewer) == len(spans)
+    assert fewer == ([3, 3, 1, 3, 3, 3, 3, 3, 3, 3, 2] if not draw else fewer)  # no task has rows of two files
+    assert len(fewer) <= 10 + 3
+
+
+def test_a_draw_is_the_same_today_as_when_a_run_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded when each span looked at the whole draw."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"query": "a"}\n' * 2000)
+    sources = Sources((resolve_dataset(f"{file}#20"),), None, False)
+    found = tasks.cut_into_tasks(sources, 7)
+    wanted = tasks._draw(2000, sources.datasets[0], 7)
+    assert wanted is not None
+    assert [row for task in found for row, _ in rows_of_task(task, sources)] == wanted.tolist()
+    assert [int(row) // 256 for row in wanted] == [
+        number for task in found for number in [task.spans[0].first_row // 256] * task.num_rows
+    ]
+    assert isinstance(found[0].rows, np.ndarray)  # not a Python number each

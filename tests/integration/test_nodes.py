@@ -1,4 +1,5 @@
-"""Nodes of a real cluster: one that joins while a run waits for it, and paths that are looked at from both."""
+"""Nodes of a real cluster: one that joins while a run waits for it, paths that are looked at from both, and where pairs are
+fetched."""
 
 import logging
 import subprocess
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 import ray.util
@@ -15,6 +17,7 @@ from rayalign import nodes
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig
+from rayalign.data.stream import _streamed
 from rayalign.shared_paths import SharedFile, check_shared_paths
 from tests.cluster import Cluster, head_without_cpus, start_node
 
@@ -57,3 +60,22 @@ def test_a_run_waits_for_the_node_that_its_workers_need_and_looks_at_its_paths_f
         for node in started:
             node.terminate()
             node.wait()
+
+
+def test_pairs_are_fetched_on_the_node_of_the_worker_that_needs_them(head: Cluster, tmp_path: Path) -> None:
+    """And on no other, such as a head without CPUs: here the worker is this process, beside the head."""
+    node = start_node(head, tmp_path)
+    try:
+        while sum(node["Alive"] for node in ray.nodes()) < 2:
+            time.sleep(0.1)
+        tables = list(_streamed(_where, [{"first": step, "last": step + 1} for step in range(8)]))
+        found = pa.concat_tables(tables).to_pydict()
+        assert found["first"] == list(range(8))
+        assert set(found["node"]) == {ray.get_runtime_context().get_node_id()}
+    finally:
+        node.terminate()
+        node.wait()
+
+
+def _where(lines: pa.Table) -> pa.Table:
+    return lines.append_column("node", pa.array([ray.get_runtime_context().get_node_id()] * len(lines)))

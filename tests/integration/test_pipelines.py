@@ -61,7 +61,7 @@ def test_a_run_leaves_the_whole_folder(dpo_run: Path) -> None:
     names = {path.name for path in dpo_run.iterdir()}
     assert names == {
         "config.yaml", "metrics.jsonl", "dropped.jsonl", "origin.json", "reference.json", "checkpoints", "model", "report.html",
-        "answers.json", "times.json", "best.json", "summary.json", "tensorboard", "profile",
+        "answers.json", "held_out_scores.json", "times.json", "best.json", "summary.json", "tensorboard", "profile",
     }  # fmt: skip
     summary = json.loads((dpo_run / "summary.json").read_text())
     assert summary["training_records"] == 36
@@ -104,7 +104,7 @@ def test_every_line_of_the_log_says_when_without_colours(dpo_run: Path) -> None:
 
 def test_a_run_tells_where_its_time_went(dpo_run: Path) -> None:
     summary = json.loads((dpo_run / "summary.json").read_text())
-    stages = {"ray_start", "encoding", "reference", "model_loading", "training", "evaluation", "saving", "other"}
+    stages = {"ray_start", "encoding", "reference", "model_loading", "training", "evaluation", "checkpoints", "saving", "other"}
     assert set(summary["stage_seconds"]) == stages
     assert sum(summary["stage_seconds"].values()) == pytest.approx(summary["seconds"], abs=0.5)  # each is rounded
 

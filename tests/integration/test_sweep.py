@@ -9,6 +9,11 @@ import yaml
 from tests.cluster import Cluster
 
 
+def lines_of(run: Path) -> list[dict[str, float]]:
+    """A run's lines of metrics that tell of training steps."""
+    return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+
+
 def test_a_sweep_ranks_its_trials_stops_the_worse_and_goes_on(
     cluster_of_four_cpus: Cluster, model: Path, records: Path, tmp_path: Path
 ) -> None:
@@ -41,6 +46,15 @@ def test_a_sweep_ranks_its_trials_stops_the_worse_and_goes_on(
     assert output.count("records encoded in") == 1
     assert output.count("Reference: log-probs of 50 records in ") == 1
     assert output.count("records, computed before, from") == 2
+
+    # Both ran in processes that Tune hands on, and yet as the same flags run alone.
+    assert "Each trial starts processes of its own" not in output
+    assert "View detailed results here" not in output  # Ray Tune's own lines
+    cluster_of_four_cpus.run("pipelines/dpo.py", "--config", folder / "best.yaml")
+    alone, of_trial = folder / "best", folder / "trials" / first["trial"]
+    assert [line["loss"] for line in lines_of(alone)] == [line["loss"] for line in lines_of(of_trial)]
+    adapter = Path("model") / "adapter_model.safetensors"
+    assert (alone / adapter).read_bytes() == (of_trial / adapter).read_bytes()
 
     # The same command trains nothing; another metric ranks the same trials.
     again = cluster_of_four_cpus.run("pipelines/tune.py", *words[:-1], "eval_loss", "--mode", "min")

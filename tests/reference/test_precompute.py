@@ -225,7 +225,7 @@ def test_log_probs_of_another_row_are_refused(prepare_pairs: Prepare) -> None:
     records = dataclasses.replace(prepare_pairs(pairs), reference=REFERENCE)
     write_reference_shard(records.folder / REFERENCE / shard_name(0), ["0", "2", "1"], [logps_like(pair) for pair in pairs])
     assert records.reader().read([0])["reference_chosen"].to_pylist() == [[0.0, -0.5]]
-    with pytest.raises(AssertionError, match="holds the log-probs of \\['2'\\] where \\['1'\\] stand"):
+    with pytest.raises(AssertionError, match="holds the log-probs of 2 where 1 stands"):
         records.reader().read([1])
 
 

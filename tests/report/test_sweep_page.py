@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 
-from rayalign.report.sweep_page import DrawnTrial, parallel_section, places, render_sweep
+from rayalign.report.sweep_page import (
+    DrawnSweep,
+    DrawnTrial,
+    frontier,
+    frontier_section,
+    importance_section,
+    parallel_section,
+    places,
+    render_sweep,
+    stopped_section,
+)
 
 
 def trial(name: str, value: float | None, state: str = "finished", **flags: Any) -> DrawnTrial:
@@ -55,11 +65,80 @@ def test_a_flag_that_is_the_same_in_all_trials_has_no_axis():
 
 def test_the_page_has_table_lines_and_curves_and_escapes_what_it_is_given():
     rows = [["2", "<b>"], ["1", "x"]]
-    page = render_sweep(title="<sweep>", metric="eval_m", words="Ranked.", heads=["trial", "beta"], rows=rows, trials=TRIALS)
+    page = render_sweep(
+        DrawnSweep(
+            title="<sweep>",
+            metric="eval_m",
+            mode="max",
+            words="Ranked.",
+            heads=["trial", "beta"],
+            rows=rows,
+            trials=TRIALS,
+            importance={"<flag>": 0.5},
+            cost_name="eval_drift",
+        )
+    )
     assert page.startswith("<!DOCTYPE html>")
     assert "<td>&lt;b&gt;</td>" in page
     assert "&lt;sweep&gt;" in page
     assert "&lt;sigmoid&gt;" in page
     assert "<sigmoid>" not in page
+    assert "&lt;flag&gt;" in page
     assert page.count("<figure") == 2
     assert "<script" not in page
+
+
+def costly(name: str, value: float, cost: float, state: str = "finished") -> DrawnTrial:
+    return DrawnTrial(name, state, {}, value, [(1, value)], cost)
+
+
+COSTLY = [
+    costly("Trial 1 (a)", 0.9, 5.0),
+    costly("Trial 2 (b)", 0.8, 2.0),
+    costly("Trial 3 (c)", 0.7, 3.0),  # 2 is better, and cheaper
+    costly("Trial 4 (d)", 0.5, 1.0),
+    costly("Trial 5 (e)", 0.9, 0.1, "stopped"),
+]
+
+
+def test_the_frontier_has_the_finished_trials_that_none_beats_in_both():
+    assert [t.short_name for t in frontier(COSTLY, mode="max")] == ["Trial 4", "Trial 2", "Trial 1"]
+    assert [t.short_name for t in frontier(COSTLY, mode="min")] == ["Trial 4"]
+
+
+def test_each_trial_is_a_dot_of_value_and_cost_and_those_of_the_frontier_have_their_numbers():
+    markup = frontier_section(COSTLY, "eval_m", "eval_drift", mode="max")
+    assert re.findall(r'class="point (\w+)"', markup) == ["blue", "blue", "grey", "blue", "orange"]
+    assert re.findall(r'<text class="tick halo"[^>]*>(\d)', markup) == ["1", "2", "4"]
+    assert frontier_section([trial("a", 0.5)], "eval_m", "eval_drift", mode="max") == ""
+
+
+def test_a_stopped_trial_is_told_with_its_step_and_its_place_there():
+    trials = [
+        DrawnTrial("Trial 1", "finished", {}, 0.9, [(2, 0.6), (4, 0.9)]),
+        DrawnTrial("Trial 2", "stopped", {}, 0.5, [(2, 0.5)], num_steps=4),
+        DrawnTrial("Trial 3", "stopped", {}, 0.4, [(2, 0.4)], num_steps=4),
+    ]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", stopped_section(trials, "eval_m", mode="max"))
+    assert cells == ["Trial 2", "2 of 4", "0.5", "2 of 3", "Trial 3", "2 of 4", "0.4", "3 of 3"]
+    assert stopped_section(trials[:1], "eval_m", mode="max") == ""
+
+
+def test_each_flag_has_a_bar_of_its_share():
+    assert re.findall(r'(\d+%)|width="([\d.]+)"', importance_section({"beta": 0.75, "rank": 0.0}, "eval_m")) == [
+        ("75%", ""),
+        ("", "150.0"),
+        ("0%", ""),
+        ("", "0.0"),
+    ]
+    assert importance_section({}, "eval_m") == ""
+
+
+def test_words_on_axes_are_all_written_and_cut_where_there_is_no_room():
+    long = "q_proj+k_proj+v_proj+o_proj+gate_proj+up_proj+down_proj"
+    words = [trial(f"Trial {k}", k / 10, modules=f"{k}-{long}", loss=f"{k}-{long}") for k in range(8)]
+    markup = parallel_section(words, "eval_m")
+    labels = re.findall(r'<text class="tick( end| halo)"[^>]*>(\d-[^<]*)', markup)
+    assert len(labels) == 16  # each of both flags' eight words
+    assert {css for css, _ in labels} == {" end", " halo"}
+    assert all(label.endswith("…") and len(label) <= 60 for _, label in labels)

@@ -326,6 +326,20 @@ def test_the_layout_for_vllm_has_the_head_on_the_language_model(
     )
 
 
+def test_with_its_value_head_in_a_file_a_merged_reward_model_scores_as_in_training(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    _, policy = reward_model(model_folder("llava"), tmp_path / "model")
+    run(ExportConfig(model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"), layout="value_head"))
+    merged = make_policy(tmp_path / "out", needs=RM().needs)
+    expected = expected_scores(policy, model_folder("llava"), IMAGES["0 to 2 images"])
+    found = expected_scores(merged, tmp_path / "out", IMAGES["0 to 2 images"])
+    torch.testing.assert_close(found, expected, atol=MERGED, rtol=0)
+    assert complaint(model=str(tmp_path / "out"), output_dir=str(tmp_path / "again"), layout="value_head") == (
+        f"--layout value_head: {tmp_path / 'out'} has no adapter to merge, and is of that form already: copy it."
+    )
+
+
 def complaint(**flags: Any) -> str:
     with pytest.raises(ValueError) as caught:
         run(ExportConfig(**flags))
@@ -435,7 +449,7 @@ def test_flags_come_from_words_and_files(tmp_path: Path) -> None:
     [
         (["--modle", "x"], "Unknown flag --modle. Did you mean --model?"),
         (["--confg", "x"], "Unknown flag --confg. Did you mean --config?"),
-        (["--layout", "vlm"], "--layout vlm: must be one of transformers, vllm. Did you mean vllm?"),
+        (["--layout", "vlm"], "--layout vlm: must be one of transformers, vllm, value_head. Did you mean vllm?"),
         (["--model", "a", "b"], "Unexpected word 'b': every value follows its --flag."),
         (["--config", "FOLDER/bad.yaml"], "Unknown flag --outputdir. Did you mean --output_dir?"),
     ],

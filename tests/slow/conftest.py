@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import Cluster, running_cluster
+from tests.integration.conftest import cluster_of_four_cpus, good_records, model, records
+
+__all__ = ["cluster_of_four_cpus", "good_records", "model", "records"]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayalign.algorithms import CPO, DPO, KTO, MDPO, ORPO, RM, SFT, SimPO
 from rayalign.storage import Store
-from rayalign.training.checkpoint import checkpoint_name, fetch_newest, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import Snapshot, checkpoint_name, fetch_newest, load_checkpoint, write_checkpoint
 from tests.cluster import running_cluster
 from tests.sharded_steps import FULL, LORA, Case, Deal, batches_of, differences, pairs_of, steps_of, together, trainer_of, whole
 from tests.tiny_data import write_rows
@@ -63,9 +63,7 @@ SAVED = Case(SimPO(), tuner=FULL)
 def save_together(out: Path, rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
     trainer = trainer_of(SAVED, folders["llava"], sharded=True, rank=rank)
     trainer.step(0, batches_of(SAVED, folders["llava"], SAVED.deals[rank]), counts_of(pairs_of(folders["llava"])))
-    own = out / f"{rank}"
-    own.mkdir()
-    write_checkpoint(own, trainer.policy, trainer.optimizer, step=1, rank=rank)
+    write_checkpoint(Store(str(out)), Snapshot.of(trainer.policy, trainer.optimizer, step=1, rank=rank))
     return {name: whole(p) for name, p in trainer.policy.trainable.items()}
 
 
@@ -83,14 +81,11 @@ def load_together(out: Path, rank: int, folders: Mapping[str, Path]) -> dict[str
 def test_any_number_of_workers_goes_on_from_shards(
     folders: Mapping[str, Path], tmp_path: Path, before: int, after: int
 ) -> None:
-    parts, meetings = tmp_path / "parts", [tmp_path / "save", tmp_path / "load"]
-    for folder in (parts, *meetings):
+    meetings = [tmp_path / "save", tmp_path / "load"]
+    for folder in meetings:
         folder.mkdir()
-    saved = together(functools.partial(save_together, parts), before, folders, meetings[0])
     place = tmp_path / "checkpoints" / checkpoint_name(1, "a")
-    place.mkdir(parents=True)
-    for file in parts.glob("*/*"):
-        file.rename(place / file.name)
+    saved = together(functools.partial(save_together, place), before, folders, meetings[0])
     for worker in together(functools.partial(load_together, tmp_path / "checkpoints"), after, folders, meetings[1]):
         assert all(torch.equal(worker[name], value) for name, value in saved[0].items())
 

@@ -1,5 +1,7 @@
 """Optuna's proposals: typed, of the space, never twice, and better where results tell where to look."""
 
+from dataclasses import replace
+
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import TuneConfig
@@ -61,3 +63,19 @@ def test_a_sweep_that_goes_on_proposes_what_it_would_have():
     settings = proposed(space, tune)
     outcomes = [Outcome(Trial(i, s), "finished", value=-abs(s["beta"] - 0.2)) for i, s in enumerate(settings, 1)]
     assert propose(space, tune, settings[:6], outcomes[:6]) == settings[6]
+
+
+def test_with_a_cost_the_proposals_go_where_none_beats_them_in_both():
+    # The metric wants a high beta and the cost a low one; gamma only makes both worse.
+    space, tune = search("beta=uniform:0.01:1", "rpo_alpha=uniform:0:1", num_samples=40)
+    tune = replace(tune, cost_metric="eval_nll_loss")
+    settings: list[Setting] = []
+    outcomes: list[Outcome] = []
+    while len(settings) < tune.num_samples and (setting := propose(space, tune, settings, outcomes)) is not None:
+        settings.append(setting)
+        beta, alpha = setting["beta"], setting["rpo_alpha"]
+        outcomes.append(Outcome(Trial(len(settings), setting), "finished", value=beta - alpha, cost=beta + alpha))
+    later = settings[20:]
+    assert sum(setting["rpo_alpha"] < 0.25 for setting in later) >= 12  # evenly drawn: 5
+    assert min(setting["beta"] for setting in later) < 0.3
+    assert max(setting["beta"] for setting in later) > 0.7

@@ -9,8 +9,9 @@ from ray.tune.search import Searcher
 
 from rayalign.config.sections import TuneConfig
 from rayalign.storage import Store
-from rayalign.sweeps.searcher import QueueSearcher, TrialLines
+from rayalign.sweeps.searcher import TABLE_SECONDS, QueueSearcher, SweepLines
 from rayalign.sweeps.trials import Outcome, Queue, Trial, read_outcome, trials_of
+from tests.watching import Clock
 
 SWEEP = TuneConfig(metric="eval_m")
 
@@ -20,7 +21,7 @@ def searcher_of(folder: Path) -> tuple[QueueSearcher, Queue]:
         return read_outcome(Store.at(f"{folder}/trials/{trial.name}"), trial, metric="eval_m", mode="max")
 
     queue = Queue(trials_of([{"beta": 1.0}, {"beta": 2.0}], first_seed=42, num_seeds=1), read)
-    return QueueSearcher(queue, Store.at(str(folder)), TrialLines(queue, SWEEP, total=2)), queue
+    return QueueSearcher(queue, Store.at(str(folder)), SweepLines(queue, SWEEP, total=2)), queue
 
 
 def states(queue: Queue) -> list[str]:
@@ -72,3 +73,30 @@ def test_a_line_of_the_log_tells_what_a_trial_came_to(tmp_path: Path, caplog: py
     searcher.on_trial_complete("a", {"done": True})
     (line,) = caplog.messages
     assert line.startswith("Trial 1 (beta=1) finished, eval_m 0.75, best so far 0.75, 1 of 2 ended, about ")
+
+
+def test_a_trial_that_noted_why_it_failed_is_not_taken_for_a_stopped_one(tmp_path: Path):
+    searcher, queue = searcher_of(tmp_path)
+    searcher.suggest("a")
+    (tmp_path / "trials" / "001_beta=1" / "failed.json").write_text('{"error": "The loss is nan."}')
+    searcher.on_trial_complete("a", {"done": True})
+    assert [outcome.error for outcome in queue.outcomes.values()] == ["The loss is nan.", None]
+
+
+def test_the_trials_that_run_are_shown_from_time_to_time(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    clock = Clock()
+    queue = searcher_of(tmp_path)[1]
+    lines = SweepLines(queue, SWEEP, total=2, clock=clock)
+    first, second = (outcome.trial for outcome in queue.outcomes.values())
+    lines.evaluated(first, {"step": 2, "num_steps": 9, "eval_m": 0.5})
+    clock.now = TABLE_SECONDS
+    lines.evaluated(second, {"step": 10, "num_steps": 90, "eval_m": 0.25})
+    lines.evaluated(first, {"step": 4, "num_steps": 9, "eval_m": 0.75})
+    assert [line.splitlines() for line in caplog.messages] == [
+        ["Running:", "trial  beta  eval_m  step", "1      1     0.5     2/9", "2      2     0.25    10/90"]
+    ]
+    lines.ended(Outcome(first, "finished"))
+    clock.now = 2 * TABLE_SECONDS
+    lines.evaluated(second, {"step": 20})  # a checkpoint: what is known of it stays
+    assert caplog.messages[-1].splitlines()[2:] == ["2      2     0.25    10/90"]

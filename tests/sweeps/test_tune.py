@@ -16,6 +16,7 @@ from rayalign.sweeps import tune
 from rayalign.sweeps.schedulers import asha_share, plan_in_words, scheduler_of
 from rayalign.sweeps.search_space import check_search
 from rayalign.sweeps.sweep_folder import check_sweep_folder, write_search
+from rayalign.sweeps.trial_process import trial_config
 from rayalign.sweeps.trials import Outcome, Trial
 
 
@@ -65,7 +66,7 @@ def test_the_plan_of_a_sweep_is_told(tmp_path: Path, changes: dict[str, Any], wo
 
 def test_a_trial_is_the_run_of_its_flags_in_its_own_folder(tmp_path: Path):
     space = check_search(base(tmp_path / "sweep", overwrite=True), TuneConfig(search=("beta=grid:1,2",)))
-    trial = tune.trial_config(space, {"beta": 2.0, "seed": 43}, Store.at(f"{tmp_path}/sweep/trials/001"))
+    trial = trial_config(space, {"beta": 2.0, "seed": 43}, Store.at(f"{tmp_path}/sweep/trials/001"))
     assert trial.to_dict() == {
         **space.base.to_dict(),
         "beta": 2.0,

@@ -19,6 +19,7 @@ from rayalign.storage import Store
 from rayalign.training.best import Best
 from rayalign.training.checkpoint import (
     FetchedCheckpoint,
+    Snapshot,
     checkpoint_name,
     delete_others,
     fetch_newest,
@@ -89,7 +90,7 @@ def checkpoints(tmp_path: Path, trained: Trainer) -> Store:
     for step in (3, 20):
         place = tmp_path / "checkpoints" / checkpoint_name(step, "a")
         place.mkdir(parents=True)
-        write_checkpoint(place, trained.policy, trained.optimizer, step=step)
+        write_checkpoint(Store(str(place)), Snapshot.of(trained.policy, trained.optimizer, step=step))
     return Store(str(tmp_path / "checkpoints"))
 
 
@@ -137,7 +138,7 @@ def test_the_next_steps_from_a_checkpoint_equal_the_undisturbed_ones(
 
 def test_a_checkpoint_before_the_first_step_can_be_loaded(folder: Path, tmp_path: Path) -> None:
     fresh, other = trainer_of(folder, seed=1), trainer_of(folder, seed=2)
-    write_checkpoint(tmp_path, fresh.policy, fresh.optimizer, step=0)
+    write_checkpoint(Store(str(tmp_path)), Snapshot.of(fresh.policy, fresh.optimizer, step=0))
     load_checkpoint(FetchedCheckpoint(Store(str(tmp_path)), 0, tmp_path), other.policy, other.optimizer)
     assert equal(weights_of(fresh), weights_of(other))
 
@@ -304,7 +305,7 @@ def test_a_checkpoint_of_another_precision_is_refused(
     folder: Path, tmp_path: Path, saved: str, resumed: str, types: str
 ) -> None:
     one, other = trainer_of(folder, seed=1, dtype=saved), trainer_of(folder, seed=2, dtype=resumed)
-    write_checkpoint(tmp_path, one.policy, one.optimizer, step=0, scaler=one.scaler)
+    write_checkpoint(Store(str(tmp_path)), Snapshot.of(one.policy, one.optimizer, step=0, scaler=one.scaler))
     before = weights_of(other)
     with pytest.raises(ValueError) as caught:
         load_checkpoint(
@@ -346,7 +347,7 @@ def test_the_best_evaluation_travels_in_a_checkpoint(tmp_path: Path, trained: Tr
     best = Best("eval_loss", 2, 0.1 + 0.2, None, since=4)
     place = tmp_path / "with_best"
     place.mkdir()
-    write_checkpoint(place, trained.policy, trained.optimizer, step=3, best=best)
+    write_checkpoint(Store(str(place)), Snapshot.of(trained.policy, trained.optimizer, step=3, best=best))
     assert load_best(FetchedCheckpoint(Store(str(place)), 3, place)) == best
 
 

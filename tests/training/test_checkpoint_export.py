@@ -23,7 +23,7 @@ from rayalign.policy.loading import load_policy
 from rayalign.policy.saving import save_policy
 from rayalign.storage import Store
 from rayalign.training.best import Best, write_note
-from rayalign.training.checkpoint import checkpoint_name, write_checkpoint
+from rayalign.training.checkpoint import Snapshot, checkpoint_name, write_checkpoint
 from rayalign.training.checkpoint_export import HOW_TO_NAME, run
 from rayalign.training.optimizer import make_optimizer
 from rayalign.training.run_folder import open_run
@@ -49,7 +49,7 @@ def write_run(folder: Path, model: Path, algorithm: type[Algorithm] = DPO, **fla
                 parameter += 0.01 * torch.randn_like(parameter)
         place = folder / "checkpoints" / checkpoint_name(step, "a")
         place.mkdir(parents=True)
-        write_checkpoint(place, policy, make_optimizer(policy, config.optimizer), step=step)
+        write_checkpoint(Store(str(place)), Snapshot.of(policy, make_optimizer(policy, config.optimizer), step=step))
         written = folder / f"model_{step}"
         written.mkdir()
         save_policy(policy, written, safe_serialization=config.run.safe_serialization)

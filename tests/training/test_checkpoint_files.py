@@ -1,12 +1,14 @@
 import functools
+import hashlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayalign.algorithms import SimPO
@@ -17,6 +19,7 @@ from rayalign.storage import Store
 from rayalign.training.checkpoint import (
     ALL_SHARDS,
     FetchedCheckpoint,
+    Snapshot,
     checkpoint_name,
     fetch_newest,
     load_checkpoint,
@@ -24,7 +27,7 @@ from rayalign.training.checkpoint import (
     write_checkpoint,
 )
 from rayalign.training.checkpoint import fetch_weights as fetch_weights_of
-from rayalign.training.checkpoint_files import num_shards, rows_of, shard_file
+from rayalign.training.checkpoint_files import DTYPES, num_shards, rows_of, shard_file, write_tensors
 from rayalign.training.distributed import gather
 from rayalign.training.loop import Trainer
 from tests.sharded_steps import Case, batches_of, pairs_of, together, trainer_of, whole
@@ -79,10 +82,8 @@ def work_of(out: Path, rank: int, folders: Mapping[str, Path]) -> dict[str, Tens
     folder = folders["llava"]
     trainer = trainer_of(CASE, folder, sharded=True, rank=rank)
     take_step(trainer, folder, 0, rank, 2)
-    own = out / f"written by {rank}"
-    own.mkdir()
-    write_checkpoint(own, trainer.policy, trainer.optimizer, step=1, rank=rank)
-    shutil.copytree(own, out / "together" / NAME, dirs_exist_ok=True)  # as Ray Train does with each worker's files
+    snapshot = Snapshot.of(trainer.policy, trainer.optimizer, step=1, rank=rank)
+    write_checkpoint(Store(str(out / "together" / NAME)), snapshot)
     saved = {f"saved {name}": value for name, value in state_of(trainer).items()}
     take_step(trainer, folder, 1, rank, 2)
     undisturbed = {f"undisturbed {name}": value for name, value in state_of(trainer).items()}
@@ -127,7 +128,7 @@ def alone(folder: Path, out: Path) -> Trainer:
     trainer = trainer_of(CASE, folder, sharded=False)
     take_step(trainer, folder, 0, 0, 1)
     (out / "alone" / NAME).mkdir(parents=True)
-    write_checkpoint(out / "alone" / NAME, trainer.policy, trainer.optimizer, step=1)
+    write_checkpoint(Store(str(out / "alone" / NAME)), Snapshot.of(trainer.policy, trainer.optimizer, step=1))
     return trainer
 
 
@@ -199,6 +200,26 @@ def test_shards_of_another_model_are_refused(
     place = out / "together" / NAME
     with pytest.raises(ValueError, match=r"has model.language_model.layers.0.mlp.* and this run trains one of"):
         load_checkpoint(FetchedCheckpoint(Store(str(place)), 1, place), wider.policy, wider.optimizer)
+
+
+def test_files_are_what_safetensors_reads_with_the_hash_of_their_content(tmp_path: Path) -> None:
+    tensors = {
+        f"{name} {shape}": torch.arange(math.prod(shape)).reshape(shape).to(kind)
+        for kind, name in DTYPES.items()
+        for shape in ((), (0, 3), (5,), (3, 7))
+    }
+    tensors["transposed"] = torch.arange(6.0).reshape(2, 3).T
+    for number, some in enumerate((tensors, {"one": torch.ones(3)}, {})):
+        file = tmp_path / f"{number}.safetensors"
+        content_of = write_tensors(some, file)
+        assert content_of == {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        found = load_file(file)
+        assert {name: tensor.dtype for name, tensor in found.items()} == {name: tensor.dtype for name, tensor in some.items()}
+        assert equal(found, some)
+        save_file({name: tensor.contiguous() for name, tensor in some.items()}, tmp_path / "theirs.safetensors")
+        theirs = (tmp_path / "theirs.safetensors").read_bytes()
+        assert file.stat().st_size == len(theirs)
+        assert number == 0 or file.read_bytes() == theirs  # types of one size stand in another order
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])

@@ -16,6 +16,7 @@ from rayalign.training.driver import _torch_trainer
     ("flags", "resources", "kind", "labels"),
     [
         ({"num_workers": 2}, {"CPU": 1}, None, None),
+        ({"num_workers": "1:2"}, {"CPU": 1}, None, None),
         ({"num_workers": 2, "gpus_per_worker": 0.5}, {"CPU": 1, "GPU": 0.5}, None, None),
         (
             {"num_workers": 2, "gpus_per_worker": 1, "accelerator_type": "L4", "label_selector": ("zone=a", "pool=!spot")},
@@ -31,6 +32,7 @@ def test_workers_are_asked_for_with_their_kind_of_gpu_and_labels(
     config: Any = Config(DPO(), cluster=ClusterConfig(**flags))
     nothing: Any = None
     scaling: Any = _torch_trainer(config, nothing, Store.at(str(tmp_path)), []).scaling_config
-    assert (scaling.num_workers, scaling._resources_per_worker_not_none) == (2, resources)
+    assert scaling.num_workers == {2: 2, "1:2": (1, 2)}[flags["num_workers"]]
+    assert scaling._resources_per_worker_not_none == resources
     assert scaling.accelerator_type == kind
     assert scaling._label_selector_per_worker(2) == labels

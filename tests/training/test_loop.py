@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -22,7 +23,7 @@ from rayalign.policy.policy import Policy
 from rayalign.storage import Store
 from rayalign.training import distributed
 from rayalign.training.best import GOES_ON, Verdict
-from rayalign.training.checkpoint import FetchedCheckpoint, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import FetchedCheckpoint, Snapshot, load_checkpoint, write_checkpoint
 from rayalign.training.distributed import start_alike, sum_over_workers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import MetricSums
@@ -148,7 +149,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path,
 
     def save(step: int) -> None:
         if step == 3:
-            write_checkpoint(tmp_path, undisturbed.policy, undisturbed.optimizer, step=step)
+            write_checkpoint(Store(str(tmp_path)), Snapshot.of(undisturbed.policy, undisturbed.optimizer, step=step))
 
     stream = stream_of(folder, sampler, 0, algorithm)
     run_steps(undisturbed, sampler, stream, run, events(log=lines["undisturbed"].append, save=save), start_step=0)
@@ -259,7 +260,10 @@ def test_a_float16_run_resumes_with_its_loss_scale(folder: Path, tmp_path: Path)
 
     def save(step: int) -> None:
         if step == 4:
-            write_checkpoint(tmp_path, undisturbed.policy, undisturbed.optimizer, step=step, scaler=undisturbed.scaler)
+            write_checkpoint(
+                Store(str(tmp_path)),
+                Snapshot.of(undisturbed.policy, undisturbed.optimizer, step=step, scaler=undisturbed.scaler),
+            )
 
     stream = stream_of(folder, sampler, 0, DPO())
     calls = events(log=lambda line: skipped.append(line["skipped_steps"]), save=save)
@@ -349,14 +353,65 @@ def test_the_largest_seed_that_python_users_pass_is_accepted(folder: Path) -> No
 
 
 def one_of_two_workers(rank: int, folder: str, out: str) -> None:
-    """One of two processes: sums tensors, and for each case starts alike, evaluates and takes a step."""
+    """One of two processes: sums tensors, for each case starts alike, evaluates and takes a step, and trains on with a changing
+    number of workers."""
     torch.set_num_threads(1)
-    meeting = f"file://{out}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(minutes=5))
+    with workers_of(2, rank, Path(out) / "meeting"):
+        results = work_of(rank, Path(folder))
+    for case, algorithm in ELASTIC.items():
+        for name, parts in PARTS.items():
+            trained = weights_after(parts, algorithm, Path(folder), Path(out) / f"{case} {name}", rank)
+            results |= {f"{case} {name}: {weight}": value for weight, value in trained.items()}
+    save_file(results, f"{out}/{rank}.safetensors")
+
+
+@contextlib.contextmanager
+def workers_of(count: int, rank: int, meeting: Path) -> Iterator[None]:
+    """Within it, this process is one of so many workers."""
+    if count == 1:
+        yield
+        return
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=timedelta(minutes=5))
     try:
-        save_file(work_of(rank, Path(folder)), f"{out}/{rank}.safetensors")
+        yield
     finally:
         dist.destroy_process_group()
+
+
+ELASTIC: dict[str, Algorithm] = {"sft": SFT(), "kto": KTO()}
+"""With dropout, and with statistics over the pairs of all workers."""
+
+PARTS: dict[str, Sequence[tuple[int, range]]] = {
+    "undisturbed": [(2, range(6))],
+    "restarted": [(2, range(3)), (2, range(3, 6))],
+    "elastic": [(2, range(2)), (1, range(2, 4)), (2, range(4, 6))],
+}
+"""Runs of six steps in parts: how many workers take which steps. Each part goes on from the checkpoint of the one before."""
+
+
+def weights_after(
+    parts: Sequence[tuple[int, range]], algorithm: Algorithm, folder: Path, out: Path, rank: int
+) -> dict[str, Tensor]:
+    """The weights that a worker has after its last part."""
+    weights: dict[str, Tensor] = {}
+    for number, (num_workers, steps) in enumerate(parts):
+        if rank >= num_workers:
+            continue
+        before, after = (Path(f"{out} {n}") for n in (number - 1, number))
+        with workers_of(num_workers, rank, Path(f"{out} {number} meeting")):
+            policy = policy_of_rank(0, folder, algorithm, dropout=0.3)
+            trainer = Trainer(policy, algorithm, OptimizerConfig(learning_rate=1e-2), num_steps=6, rank=rank)
+            if number:
+                load_checkpoint(FetchedCheckpoint(Store(str(before)), steps.start, before), policy, trainer.optimizer)
+            sampler = sampler_of(pairs_of(folder, algorithm), num_workers=num_workers, batch_size=1)
+            stream = list(stream_of(folder, sampler, steps.start, algorithm, rank))
+            for step in steps:
+                trainer.step(step, [batch for of_step, batch in stream if of_step == step], sampler.counts(step))
+            if rank == 0:
+                after.mkdir()
+                write_checkpoint(Store(str(after)), Snapshot.of(policy, trainer.optimizer, step=steps.stop))
+        weights = weights_of(policy)
+    return weights
 
 
 CASES: dict[str, tuple[Algorithm, bool]] = {
@@ -400,10 +455,11 @@ def float16_steps(rank: int, folder: Path) -> dict[str, Tensor]:
     return results
 
 
-def policy_of_rank(rank: int, folder: Path, algorithm: Algorithm) -> Policy:
+def policy_of_rank(rank: int, folder: Path, algorithm: Algorithm, *, dropout: float = 0.0) -> Policy:
     """Another one for each rank; that of rank 0 has a KL estimate above 0 (else KTO would clamp it, and could not tell one
     worker's from all workers')."""
-    return wake_adapters(in_float64(make_policy(folder, needs=algorithm.needs, seed=rank)), scale=0.3, seed=6 + rank)
+    policy = make_policy(folder, needs=algorithm.needs, tuner=TunerConfig(lora_dropout=dropout), seed=rank)
+    return wake_adapters(in_float64(policy), scale=0.3, seed=6 + rank)
 
 
 def evaluate_and_step(
@@ -459,6 +515,21 @@ def test_workers_skip_the_same_steps_an_idle_one_too(folder: Path, workers: list
     unchanged, changed = ({name: one[f"float16 {step} {name}"] for name in started} for step in (0, 1))
     assert equal(unchanged, started)
     assert not equal(changed, started)
+
+
+@pytest.mark.parametrize("case", ELASTIC)
+def test_weights_do_not_depend_on_how_many_workers_a_run_has_and_when_that_changes(
+    folder: Path, workers: list[dict[str, Tensor]], tmp_path: Path, case: str
+) -> None:
+    one, other = ({name: results_of(worker, f"{case} {name}", of_pairs=False) for name in PARTS} for worker in workers)
+    alone = weights_after([(1, range(6))], ELASTIC[case], folder, tmp_path / "alone", rank=0)
+    assert equal(one["restarted"], one["undisturbed"])  # the number did not change
+    for weights in (*one.values(), *other.values()):
+        assert weights.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(weights[name], value, atol=1e-9, rtol=0)  # float64, and sums in another order
+    start = weights_of(policy_of_rank(0, folder, ELASTIC[case], dropout=0.3))
+    assert max(float((value - start[name]).abs().max()) for name, value in alone.items()) > 1e-3
 
 
 def results_of(worker: Mapping[str, Tensor], case: str, *, of_pairs: bool) -> dict[str, Tensor]:

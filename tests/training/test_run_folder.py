@@ -12,6 +12,7 @@ from rayalign.algorithms import DPO, KTO, RM, SFT, Algorithm
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.plugins import Plugin
 from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.data.index import write_index
 from rayalign.data.prepare import RunData
 from rayalign.data.store import EncodedPair, PreparedData
 from rayalign.models.source import ModelSource
@@ -84,6 +85,14 @@ def test_flags_that_change_neither_data_nor_update_may_change(unfinished: Path) 
     assert changes.keys() <= FREE_TO_CHANGE
     open_run(config_of(unfinished, **changes))
     assert yaml.safe_load((unfinished / "config.yaml").read_text())["num_workers"] == 2
+
+
+def test_a_run_may_become_elastic_and_be_fixed_again_with_the_same_global_batch(unfinished: Path) -> None:
+    open_run(config_of(unfinished, num_workers="1:4", gradient_accumulation_steps=4))
+    assert refusal(config_of(unfinished, num_workers="1:4")).endswith(
+        f"batch_size x gradient_accumulation_steps x num_workers: 16 -> 64\n{WAY_OUT}"
+    )
+    open_run(config_of(unfinished, num_workers=2, gradient_accumulation_steps=8))
 
 
 def test_a_changed_configuration_is_refused_flag_by_flag(unfinished: Path) -> None:
@@ -403,7 +412,12 @@ def test_the_report_counts_the_dropped_records_that_dropped_jsonl_lists(
     config = config_of(tmp_path / "run")
     store = open_run(config)
     training, held_out = (
-        PreparedData.finish(data.store, attempt=data.attempt, index=data.index(), dropped=[{"reason": r} for r in reasons])
+        PreparedData.finish(
+            data.store,
+            attempt=data.attempt,
+            index=write_index(data.folder, [data.index()]),
+            dropped=[{"reason": r} for r in reasons],
+        )
         for data, reasons in (
             (prepare_pairs(RECORDS[:2]), ["empty", "empty"]),
             (prepare_pairs(RECORDS[2:]), ["empty", "too_long", "too_long"]),

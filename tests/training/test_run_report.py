@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from rayalign.models.source import ModelSource
 from rayalign.report.page import Times
 from rayalign.storage import Store
 from rayalign.training.answers import ANSWERS
-from rayalign.training.run_report import Background, write_report
+from rayalign.training.run_report import Background, keep_scores, read_scores, write_report
 
 PAIR = EncodedPair("0", [310, 270, 34], [44, 87, 271, 305, 17, 2], [68, 299, 2], [], [])
 
@@ -117,3 +118,9 @@ def test_what_comes_while_the_background_is_busy_does_not_wait_and_is_left_out()
     background.run(lambda: done.append("next"))
     background.wait()
     assert done == [True, "next"]
+
+
+def test_scores_come_back_from_a_run_s_folder_as_they_were(tmp_path: Path) -> None:
+    scores = {"a": {"loss": 0.1 + 0.2, "logps/chosen": -1e30, "rewards/margins": math.inf}, "b": {}}
+    keep_scores(Store(str(tmp_path)), scores)
+    assert read_scores(Store(str(tmp_path))) == scores

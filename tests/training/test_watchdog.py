@@ -66,6 +66,21 @@ def threading_stands_in(function: str, thread: threading.Thread) -> bool:
     return frame is not None
 
 
+def test_it_ends_with_the_thread_that_it_watches(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    monkeypatch.setattr("rayalign.training.watchdog.LOOK_SECONDS", 0.01)
+
+    def work() -> None:
+        Watchdog(0, said.append).start()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    for other in threading.enumerate():
+        if other.name == "watchdog":
+            other.join(5)
+    assert "watchdog" not in {other.name for other in threading.enumerate()}
+
+
 def test_a_run_of_long_steps_is_given_more_time(clock: Clock, said: list[str]) -> None:
     dog = Watchdog(0, said.append, clock=clock)
     clock.now = 500

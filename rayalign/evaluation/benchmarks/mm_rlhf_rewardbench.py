@@ -1,0 +1,72 @@
+"""MM-RLHF-RewardBench: the best response against each of the others, ranked by people (Zhang et al. 2025,
+https://arxiv.org/abs/2502.10391)."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rayalign.evaluation.benchmarks.benchmark import (
+    SEED,
+    Benchmark,
+    Contents,
+    Item,
+    Metrics,
+    Preferred,
+    accuracy_by,
+    find_file,
+    image_of,
+    one_of,
+    read_items,
+    win_of,
+    word_of,
+)
+from rayalign.evaluation.statistics import estimate
+from rayalign.formats.records import RecordError
+from rayalign.storage import Store
+
+FILES = "mm_reward_bench.jsonl and images/ of yifanzhang114/MM-RLHF-RewardBench"
+CATEGORIES = ("mcq", "long", "short", "safety")
+"""Told by the images' paths."""
+
+
+def read(place: Store) -> Contents:
+    """The pairs; those about a video are left out. Raises ValueError."""
+    file = find_file(place, ("mm_reward_bench.jsonl",), needs=FILES)
+    items, left_out = read_items([file], _parse)
+    return Contents(items, left_out, file, ("", "images"))
+
+
+def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
+    if not row.get("image") and row.get("video"):
+        raise RecordError("video", "the question is about a video, and only pictures are read", field="video")
+    image, own = image_of(one_of(row, "image"), column="image"), word_of(row, "id")
+    yield Item(
+        id=own,
+        query=word_of(row, "prompt"),
+        images=(image,),
+        responses=(word_of(row, "chosen"), word_of(row, "rejected")),
+        facts={"question": own, "category": _category(str(image))},
+    )
+
+
+def _category(image: str) -> str:
+    return next((category for category in CATEGORIES if category in image), "other")
+
+
+def metrics(scored: Sequence[Preferred]) -> Metrics:
+    """ACC: of single pairs, also by category; ACC+: of questions whose best response is preferred to each of the others."""
+    found: Metrics = {}
+    categories = [one.item.facts["category"] for one in scored]
+    found |= accuracy_by([win_of(one) for one in scored], categories, name="ACC")
+    for name, inside in {
+        "": scored,
+        **{f"/{c}": [o for o in scored if o.item.facts["category"] == c] for c in categories},
+    }.items():
+        rights: dict[str, list[bool]] = defaultdict(list)
+        for one in inside:
+            rights[one.item.facts["question"]].append(one.margin > 0)
+        found[f"ACC+{name}"] = estimate([all(own) for own in rights.values()], seed=SEED)
+    return found
+
+
+MM_RLHF_REWARDBENCH = Benchmark("MM-RLHF-RewardBench", "https://arxiv.org/abs/2502.10391", FILES, read, of_pairs=metrics)

@@ -1,0 +1,283 @@
+"""The verb evaluate: any model, adapter or reward model on preference data and on benchmarks, alone or beside a second one.
+
+Each model runs once over each data set and benchmark, in a pool that goes on where it was ended; metrics are made of the pool's
+results here.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from rayalign.config.config import Config
+from rayalign.config.evaluate import EvaluateConfig
+from rayalign.config.inference import InferenceConfig
+from rayalign.config.sections import ClusterConfig, ModelConfig
+from rayalign.data.rows import Sources
+from rayalign.evaluation.benchmarks.benchmark import Benchmark, Contents, Item, Said, image_folder
+from rayalign.evaluation.benchmarks.shelf import BENCHMARKS, parse_benchmarks
+from rayalign.evaluation.groups import Group, groups_of_datasets, groups_of_rows
+from rayalign.evaluation.judge import Judge, judge_all
+from rayalign.evaluation.loaded_model import start_of_run
+from rayalign.evaluation.pair_scores import Scoring, make_work
+from rayalign.evaluation.pool import DROPPED, ID, read_results, run_pool
+from rayalign.evaluation.preferences import Pairs, pairs_of
+from rayalign.evaluation.questions import Answers, answers_of, draw, fingerprint, metrics_of, rows_of
+from rayalign.evaluation.results import BenchmarkResult, DatasetResult, ModelResult, table_text, write_results
+from rayalign.evaluation.results_page import page_of
+from rayalign.evaluation.score_columns import SCHEMA, VIEWS, View
+from rayalign.evaluation.start import config_of, files_of_data, files_of_model, model_of, on_cluster, sources_of
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import ModelSource, require_model
+from rayalign.report.evaluation_page import render_evaluation
+from rayalign.storage import Store
+
+logger = logging.getLogger(__name__)
+
+SCORES, JUDGEMENTS, PAGE, DATA = "scores", "judgements", "evaluation.html", "dataset"
+NO_REFERENCE = "none"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that is evaluated: what it is called among the results, what loads it, and its reference."""
+
+    role: str
+    name: str
+    config: Config
+    source: ModelSource
+    reference: ModelConfig | None
+    reference_source: ModelSource | None
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A benchmark as it is asked: its files' contents, the questions drawn of them, and their rows."""
+
+    name: str
+    benchmark: Benchmark
+    contents: Contents
+    items: Sequence[Item]
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a pool runs over: groups of rows, how their images are found, what tells them from others, the views that are
+    wanted, and whether responses are drawn."""
+
+    name: str
+    groups: Sequence[Group]
+    sources: Sources
+    settings: Mapping[str, Any]
+    views: tuple[View, ...] = ()
+    samples_kl: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A pool's results, and by reason the number of rows that gave none."""
+
+    table: pa.Table
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_reward_model(self) -> bool:
+        return bool(self.table["is_reward_model"][0].as_py())
+
+
+def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Store:
+    """Evaluates, writes metrics.json, records.parquet and evaluation.html into --output_dir, prints a table, and returns the
+    folder.
+
+    Raises ValueError for models, data, benchmarks and flags that can't be used.
+    """
+    config = config_of(flags)
+    output = Store.at(str(config.run.output_dir))
+    exams = [_read_exam(name, place, config, evaluation) for name, place in parse_benchmarks(evaluation.benchmarks).items()]
+    if not (config.data.dataset or exams):
+        raise ValueError("Nothing to evaluate on: pass --dataset with preference data, --benchmarks, or both.")
+    judge = _judge_of(evaluation, exams)
+    data_sources = sources_of(config) if config.data.dataset else None
+    contenders = _contenders(config, evaluation)
+    found: dict[str, dict[str, Scored]] = {}
+    with on_cluster(config, model=contenders[0].source) as placed:
+        suites = [_suite_of_exam(exam, config) for exam in exams]
+        if data_sources is not None:
+            suites.insert(0, _suite_of_data(data_sources, config, evaluation))
+        for contender in contenders:
+            found[contender.role] = {
+                suite.name: _score(suite, contender, placed.cluster, output, overwrite=flags.overwrite) for suite in suites
+            }
+    results = [
+        _result(c, found[c.role], exams, judge, output, beta=evaluation.beta, seed=config.data.data_seed) for c in contenders
+    ]
+    used, seed = {**dataclasses.asdict(flags), **dataclasses.asdict(evaluation)}, config.data.data_seed
+    write_results(output, results, flags=used, seed=seed)
+    (output / PAGE).write_bytes(render_evaluation(page_of(results, flags=used, seed=seed)).encode())
+    sys.stdout.write(table_text(results, seed=seed))
+    logger.info("Evaluation: %s", (output / PAGE).location)
+    return output
+
+
+def _contenders(config: Config, evaluation: EvaluateConfig) -> list[Contender]:
+    contenders = [_contender("model", config, evaluation)]
+    if evaluation.compare:
+        second = dataclasses.replace(config.model, model=evaluation.compare, model_type=None, adapter=None)
+        contenders.append(_contender("compare", dataclasses.replace(config, model=second), evaluation))
+    return contenders
+
+
+def _contender(role: str, config: Config, evaluation: EvaluateConfig) -> Contender:
+    try:
+        source = model_of(config)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model ", "--compare ", 1) if role == "compare" else str(error)) from None
+    reference = _reference(source, config.model, evaluation.ref_model)
+    reference_source = None
+    if reference is not None:
+        try:
+            reference_source = require_model(reference, REGISTERED_MODELS)
+        except ValueError as error:
+            if evaluation.ref_model is None:
+                raise ValueError(
+                    f"The reference, from which the model's run started: {error} --ref_model names another."
+                ) from None
+            said = str(error).replace("--model ", "--ref_model ", 1)
+            raise ValueError(f"{said} It names the reference; none: no reference.") from None
+        if reference_source == source:
+            reference = reference_source = None  # all its rewards would be 0
+    return Contender(role, source.adapter or source.base, config, source, reference, reference_source)
+
+
+def _reference(source: ModelSource, model: ModelConfig, named: str | None) -> ModelConfig | None:
+    """What --ref_model means for a model; without it, what its run started from."""
+    if named == NO_REFERENCE:
+        return None
+    if named is not None:
+        return dataclasses.replace(model, model=named, model_type=None, adapter=None)
+    return start_of_run(source, model)
+
+
+def _read_exam(name: str, place: str, config: Config, evaluation: EvaluateConfig) -> Exam:
+    benchmark = BENCHMARKS[name]
+    try:
+        contents = benchmark.read(Store.at(place))
+        images = Store.at(config.data.image_root) if config.data.image_root else image_folder(contents)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"--benchmarks {name}:{place}: {error}") from None
+    items = draw(contents.items, evaluation.max_questions, seed=config.data.data_seed)
+    for left_out in contents.left_out[:3]:
+        logger.warning("%s: left out %s: %s", benchmark.title, left_out.place, left_out.reason)
+    if contents.left_out:
+        logger.warning(
+            "%s: %d rows of its files are left out; metrics.json lists them", benchmark.title, len(contents.left_out)
+        )
+    return Exam(name, benchmark, contents, items, rows_of(items, benchmark, images))
+
+
+def _judge_of(evaluation: EvaluateConfig, exams: Sequence[Exam]) -> Judge | None:
+    if evaluation.judge_url and evaluation.judge_model:
+        return Judge(evaluation.judge_url, evaluation.judge_model)
+    needing = [exam.name for exam in exams if exam.benchmark.judge_prompt is not None]
+    if needing:
+        raise ValueError(f"--benchmarks {needing[0]}: its answers are rated by a judge. Pass --judge_url and --judge_model.")
+    return None
+
+
+def _suite_of_data(sources: Sources, config: Config, evaluation: EvaluateConfig) -> Suite:
+    views = tuple(view for view in VIEWS if view in evaluation.image_checks)
+    groups = groups_of_datasets(sources, seed=config.data.data_seed)
+    return Suite(
+        DATA, groups, sources, {**files_of_data(sources), "data_seed": config.data.data_seed}, views, evaluation.sample_kl
+    )
+
+
+def _suite_of_exam(exam: Exam, config: Config) -> Suite:
+    sources = Sources((), config.data.image_root, config.data.allow_image_urls)
+    return Suite(exam.name, groups_of_rows(exam.rows), sources, {"questions": fingerprint(exam.rows)})
+
+
+def _score(suite: Suite, contender: Contender, cluster: ClusterConfig, output: Store, *, overwrite: bool) -> Scored:
+    folder = output / SCORES / f"{suite.name}_{contender.role}"
+    config = dataclasses.replace(contender.config, cluster=cluster)
+    scoring = Scoring(config, suite.sources, contender.reference, suite.views, suite.samples_kl)
+    reference = contender.reference_source
+    settings = {
+        "model": files_of_model(contender.source),
+        "reference": files_of_model(reference) if reference else None,
+        **suite.settings,
+        **scoring.settings(),
+    }
+    logger.info("%s: %s", suite.name, contender.name)
+    run_pool(
+        suite.groups,
+        functools.partial(make_work, scoring),
+        folder,
+        schema=SCHEMA,
+        settings=settings,
+        cluster=cluster,
+        what=f"rows of {suite.name}",
+        overwrite=overwrite,
+    )
+    reasons = Counter(json.loads(line)["reason"] for line in (folder / DROPPED).read_bytes().decode().splitlines())
+    return Scored(pa.concat_tables(read_results(folder)), dict(reasons))
+
+
+def _result(
+    contender: Contender,
+    scored: Mapping[str, Scored],
+    exams: Sequence[Exam],
+    judge: Judge | None,
+    output: Store,
+    *,
+    beta: float,
+    seed: int,
+) -> ModelResult:
+    """The results of one model. Raises ValueError where no record has a score."""
+    reference = contender.reference_source
+    dataset = None
+    if DATA in scored:
+        dataset = DatasetResult.of(_pairs(scored[DATA], beta=beta), scored[DATA].dropped, seed=seed)
+    benchmarks = {exam.name: _benchmark_result(exam, contender, scored[exam.name], judge, output, beta=beta) for exam in exams}
+    named = (reference.adapter or reference.base) if reference else None
+    return ModelResult(contender.role, contender.name, named, dataset, benchmarks)
+
+
+def _pairs(scored: Scored, *, beta: float) -> Pairs:
+    return pairs_of(scored.table, beta=beta, is_reward_model=scored.is_reward_model)
+
+
+def _benchmark_result(
+    exam: Exam, contender: Contender, scored: Scored, judge: Judge | None, output: Store, *, beta: float
+) -> BenchmarkResult:
+    lines = {line[ID]: line for line in scored.table.to_pylist()}
+    are_pairs = any(item.kind == "pair" for item in exam.items)
+    answers = answers_of(exam.items, lines, _pairs(scored, beta=beta) if are_pairs else None)
+    if exam.benchmark.judge_prompt is not None and judge is not None:
+        answers = _judged(exam, answers, judge, output / JUDGEMENTS / f"{exam.name}_{contender.role}.jsonl")
+    return BenchmarkResult(
+        name=exam.name,
+        title=exam.benchmark.title,
+        answers=answers,
+        metrics=metrics_of(exam.benchmark, exam.contents, answers),
+        num_questions=len(exam.items),
+        left_out=exam.contents.left_out,
+        dropped=scored.dropped,
+    )
+
+
+def _judged(exam: Exam, answers: Answers, judge: Judge, kept: Store) -> Answers:
+    """The answers with what the judge says to each of the model's own texts."""
+    make_prompt = exam.benchmark.judge_prompt
+    assert make_prompt is not None
+    prompts = {said.item.id: make_prompt(said, exam.contents.shared) for said in answers.texts}
+    judgements = judge_all(judge, prompts, kept)
+    return dataclasses.replace(answers, judged=[Said(said.item, judgements[said.item.id]) for said in answers.texts])

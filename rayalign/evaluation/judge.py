@@ -1,0 +1,93 @@
+"""A judge behind an OpenAI-compatible URL: a prompt goes in, its text comes out. What it said is kept, and not asked again."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import urllib3
+
+from rayalign.evaluation.scorers.by_judge import KEY_VARIABLE, RETRIES
+from rayalign.progress import Progress
+from rayalign.storage import Store
+
+logger = logging.getLogger(__name__)
+
+THREADS = 8
+TIMEOUT = urllib3.Timeout(connect=10, read=300)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The judge called `model` at `url`, such as http://localhost:8000/v1. It answers greedily, so that it would say the same
+    again."""
+
+    url: str
+    model: str
+
+    def ask(self, prompt: str) -> dict[str, Any]:
+        """The judge's whole answer to a prompt. Raises ValueError where there is none."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0.0}
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        place = f"{self.url.rstrip('/')}/chat/completions"
+        try:
+            with urllib3.PoolManager(timeout=TIMEOUT, retries=RETRIES) as pool:
+                answer = pool.request("POST", place, body=json.dumps(body).encode(), headers=headers)
+        except (urllib3.exceptions.HTTPError, ValueError) as error:
+            raise ValueError(f"--judge_url {self.url}: the judge can't be reached ({error}).") from None
+        if answer.status != 200:
+            said = answer.data.decode(errors="replace")[:300]
+            raise ValueError(f"--judge_url {self.url}: the judge answers {answer.status}: {said}")
+        try:
+            whole = json.loads(answer.data)
+            text_of(whole)
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise ValueError(
+                f"--judge_url {self.url}: the answer is no chat completion. Give the URL before /chat/completions, such as "
+                "http://localhost:8000/v1."
+            ) from None
+        return dict(whole)
+
+
+def text_of(answer: Mapping[str, Any]) -> str:
+    """What the judge says in an answer."""
+    return str(answer["choices"][0]["message"]["content"] or "")
+
+
+def judge_all(judge: Judge, prompts: Mapping[str, str], kept: Store) -> dict[str, str]:
+    """What the judge says to each prompt, by its id. Whole answers are kept in a file of JSON lines, {"id", "judge", "prompt",
+    "answer"}; what is in it already is not asked again. Raises ValueError where the judge fails; what it said is kept."""
+    lines = [
+        line for line in read_judgements(kept) if line["judge"] == judge.model and prompts.get(line["id"]) == line["prompt"]
+    ]
+    left = [name for name in prompts if name not in {line["id"] for line in lines}]
+    progress = Progress(len(left))
+    with ThreadPoolExecutor(THREADS) as threads:
+        for start in range(0, len(left), THREADS):
+            some = left[start : start + THREADS]
+            answers = threads.map(lambda name: judge.ask(prompts[name]), some)
+            try:
+                for name, answer in zip(some, answers, strict=True):
+                    lines.append({"id": name, "judge": judge.model, "prompt": prompts[name], "answer": answer})
+            finally:
+                kept.write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode())
+            if progress.add(len(some)):
+                logger.info("Judge: %s", progress.line("answers"))
+    return {line["id"]: text_of(line["answer"]) for line in lines}
+
+
+def read_judgements(kept: Store) -> Iterator[dict[str, Any]]:
+    """The lines of a file of `judge_all`; raises ValueError for a damaged one."""
+    if not kept.exists():
+        return
+    for number, line in enumerate(kept.read_bytes().decode().splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{kept.location}: line {number} is damaged ({error}). Delete the file to ask the judge again."
+            ) from None

@@ -1,0 +1,313 @@
+"""Rows through a pool of Ray Data's actors into parquet files: what a verb does to many rows with a model that is loaded once.
+
+    groups = groups_of_rows(rows)                      # dicts with an "id" of their own; or groups_of_datasets(...)
+    result = run_pool(groups, functools.partial(make_work, flags), Store.at("out"), schema=SCHEMA, settings=flags, cluster=...)
+    for table in read_results(Store.at("out")): ...
+
+`make_work` is called once in each actor and returns the function that does the work on some rows. The folder that comes out:
+
+    rows/*.parquet   the results, a file for each group: `id` and `position` of the row, and the columns of the schema
+    dropped.jsonl    the rows that gave none, each with its reason
+    settings.json    what the results depend on: a start with other settings is refused
+    summary.json     counts; it is written last
+
+A file is there whole or not at all, and a row whose id is in one is done: the same command goes on after any end. A group's
+rows are the same ones each time, whatever the number of actors, so that its batches are, too.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from ray import cloudpickle
+
+from rayalign.cluster import (
+    RAY_ERRORS,
+    cause_in_words,
+    configure_ray_data,
+    place_ray_data,
+    quiet_logging,
+    report,
+    reports_of,
+    user_error_in,
+)
+from rayalign.config.endings import RunFailed
+from rayalign.config.sections import ClusterConfig
+from rayalign.evaluation.groups import Group, Row
+from rayalign.formats.records import RecordError
+from rayalign.progress import Progress, per_second
+from rayalign.retries import StorageFailed
+from rayalign.storage import Store
+
+logger = logging.getLogger(__name__)
+
+ID, POSITION = "id", "position"
+"""Columns of all results: the row's key, and its place among all rows."""
+
+ROWS, DROPPED, SETTINGS, SUMMARY = "rows", "dropped.jsonl", "settings.json", "summary.json"
+
+OUTCOME_SCHEMA = pa.schema(
+    [(ID, pa.string()), (POSITION, pa.int64()), ("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
+)
+"""What an actor reports: a line for each row; `reason` is null where it gave results."""
+
+GROUP = "group"
+"""The column in which a group travels to an actor."""
+
+LONGEST_DETAIL = 2000
+READERS = 16
+"""Files that are read at a time."""
+
+SHOWN = 5
+"""Reasons, or settings, that a message lists."""
+
+Result = Sequence[Mapping[str, Any]] | RecordError
+"""What becomes of a row: some lines of the results, or why there are none."""
+
+Work = Callable[[Sequence[Row]], Sequence[Result]]
+"""The work on some rows of a group, in their order: one `Result` for each. Whatever it raises drops rows, after it was tried on
+fewer and fewer of them: only StorageFailed, other OSErrors, and what `ends_process` finds end the run."""
+
+
+@dataclass(frozen=True)
+class PoolResult:
+    """The folder of the results; how many rows are in it, those of earlier starts included, and how many were dropped."""
+
+    folder: Store
+    num_rows: int
+    num_dropped: int
+
+
+def run_pool(
+    groups: Sequence[Group],
+    make_work: Callable[[], Work],
+    output: Store,
+    *,
+    schema: pa.Schema,
+    settings: Mapping[str, Any],
+    cluster: ClusterConfig,
+    what: str = "rows",
+    overwrite: bool = False,
+) -> PoolResult:
+    """Does the work on all rows that have no results yet, on `cluster.num_workers` actors with their CPUs and GPUs; `schema`
+    are the columns that the work's lines have besides ID and POSITION. Ray must run.
+
+    `make_work` is pickled. What it raises ends the run, a ValueError as it is. `settings` are JSON: all that results depend on.
+    `what` names the rows in log lines. Raises ValueError where the folder holds results of other settings and it is not to be
+    overwritten, and where not one row gave results; RunFailed where the cluster failed.
+    """
+    started = time.monotonic()
+    open_output(output, settings, overwrite=overwrite)
+    done = _done(output)
+    left = [group for group in (group.without(done) for group in groups) if group.num_rows]
+    total = sum(group.num_rows for group in left)
+    if done:
+        logger.info("%d %s are done already, %d are left", len(done), what, total)
+    (output / SUMMARY).delete()
+    dropped: list[dict[str, Any]] = []
+    progress = Progress(total)
+    try:
+        for outcomes in _outcomes(left, make_work, output / ROWS, schema, cluster):
+            dropped += [line for line in outcomes.to_pylist() if line["reason"] is not None]
+            if progress.add(outcomes.num_rows):
+                logger.info("%s", progress.line(what))
+    except RAY_ERRORS as error:
+        if user_error := user_error_in(error):
+            raise user_error from None
+        raise RunFailed(
+            f"{cause_in_words(error)} What is done is kept in {output.location}; the same command goes on."
+        ) from error
+    finally:
+        lines = sorted(dropped, key=lambda line: line.pop(POSITION))
+        (output / DROPPED).write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode())
+    num_rows = len(done) + total - len(dropped)
+    if dropped:
+        logger.warning("%s", _reasons(dropped, num_rows, what, output))
+    if dropped and not num_rows:
+        raise ValueError(f"Not one of {len(dropped)} {what} could be used. The first: {dropped[0]['detail']}")
+    seconds = time.monotonic() - started
+    if total:
+        logger.info("%d %s in %.1f s (%s) into %s", total, what, seconds, per_second(total / seconds), output.location)
+    (output / SUMMARY).write_json({"rows": num_rows, "dropped": len(dropped), "seconds": round(seconds, 1)})
+    return PoolResult(output, num_rows, len(dropped))
+
+
+def open_output(output: Store, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Notes the settings in the folder, or compares them with those of what is in it.
+
+    Raises ValueError where they differ, and where the folder holds something else; `overwrite` deletes what a pool wrote.
+    """
+    now = json.loads(json.dumps(settings))
+    if overwrite:
+        for name in (SUMMARY, ROWS, DROPPED, SETTINGS):
+            (output / name).delete()
+    note = output / SETTINGS
+    if not note.exists():
+        found = [store.name for store in output.list() if not store.name.startswith(".")]
+        if ROWS in found:
+            raise ValueError(f"--output_dir {output.location} holds rows of which nothing tells where they come from. {REMEDY}")
+        note.write_json(now)
+        return
+    before = note.read_json_object()
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        lines = "".join(f"\n  {name}: {before.get(name)} -> {now.get(name)}" for name in changed[:SHOWN])
+        raise ValueError(f"--output_dir {output.location} holds results that were made with other settings:{lines}\n{REMEDY}")
+
+
+REMEDY = "Pass --overwrite true to delete them, or another --output_dir."
+
+
+def is_finished(output: Store) -> bool:
+    """Whether a pool came to its end in this folder."""
+    return (output / SUMMARY).exists()
+
+
+def read_results(output: Store, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The results of a pool, all `columns` or some of them, in a table for each file. Files are in the order of their first
+    rows; a row that was dropped by an earlier start is in a file of its own."""
+    files = _files(output)
+    with ThreadPoolExecutor(READERS) as threads:
+        for start in range(0, len(files), READERS):  # a file system's own reads wait for each other otherwise
+            yield from threads.map(functools.partial(_read, columns=columns), files[start : start + READERS])
+
+
+def _files(output: Store) -> list[Store]:
+    return [file for file in (output / ROWS).list() if file.name.endswith(".parquet") and not file.name.startswith(".")]
+
+
+def _read(file: Store, *, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(file.read_bytes()), columns=None if columns is None else list(columns))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file.location} is damaged ({error}). Delete it; the same command makes it anew.") from None
+
+
+def _done(output: Store) -> set[str]:
+    return {key for table in read_results(output, [ID]) for key in table[ID].to_pylist()}
+
+
+def _outcomes(
+    groups: Sequence[Group], make_work: Callable[[], Work], folder: Store, schema: pa.Schema, cluster: ClusterConfig
+) -> Iterator[pa.Table]:
+    if not groups:
+        return
+    configure_ray_data()
+    place_ray_data(cluster.worker_labels)
+    kind: dict[str, Any] = {"accelerator_type": cluster.accelerator_type} if cluster.accelerator_type else {}
+    items = [{GROUP: cloudpickle.dumps(group)} for group in groups]
+    tasks = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        PoolActor,
+        fn_constructor_kwargs={
+            "make_work": make_work,
+            "folder": folder,
+            "schema": schema,
+            "threads": max(1, int(cluster.cpus_per_worker)),
+        },
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.most_workers, len(groups))),
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=cluster.gpus_per_worker or None,
+        **kind,
+    )
+    yield from reports_of(tasks, OUTCOME_SCHEMA)
+
+
+class PoolActor:
+    """Runs in Ray Data's actors: does the work on one group after another, and writes each one's results as a file. The work is
+    made with the first group, so that what keeps a model from loading can be reported."""
+
+    def __init__(self, make_work: Callable[[], Work], folder: Store, schema: pa.Schema, threads: int) -> None:
+        quiet_logging()
+        import torch  # here: the driver has no use for it
+
+        torch.set_num_threads(threads)
+        self._make_work = make_work
+        self._folder = folder
+        self._schema = pa.schema([(ID, pa.string()), (POSITION, pa.int64()), *schema])
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        group: Group = cloudpickle.loads(batch[GROUP][0].as_py())
+        return report(lambda: do_group(group, self._work, self._folder, self._schema), OUTCOME_SCHEMA)
+
+    @functools.cached_property
+    def _work(self) -> Work:
+        return self._make_work()
+
+
+def do_group(group: Group, work: Work, folder: Store, schema: pa.Schema) -> list[dict[str, Any]]:
+    """Does the work on a group and writes its results into a folder; returns a line of OUTCOME_SCHEMA for each row."""
+    rows = group.read()
+    usable = [i for i, row in enumerate(rows) if not isinstance(row, RecordError)]
+    found: dict[int, Result] = dict(zip(usable, results_of(work, [rows[i] for i in usable]), strict=True))  # type: ignore[misc]
+    lines: list[dict[str, Any]] = []
+    outcomes: list[dict[str, Any]] = []
+    for i, (key, position) in enumerate(zip(group.keys, group.positions, strict=True)):
+        result = rows[i] if i not in found else found[i]
+        named = {ID: key, POSITION: position}
+        outcomes.append(dict(named))
+        if isinstance(result, RecordError):
+            outcomes[-1] |= {"reason": result.reason, "field": result.field, "detail": str(result)[:LONGEST_DETAIL]}
+        else:
+            lines += [named | dict(line) for line in result]  # type: ignore[arg-type]
+    if lines:
+        # Named by its rows: a group that is done once more after a process was lost replaces its own file.
+        digest = hashlib.sha256("\0".join(group.keys).encode()).hexdigest()[:12]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(lines, schema=schema), sink, dictionary_pagesize_limit=DICTIONARY_BYTES)
+        (folder / f"{group.positions[0]:09}-{digest}.parquet").write_bytes(sink.getvalue().to_pybytes())
+    return outcomes
+
+
+DICTIONARY_BYTES = 256 * 2**20
+"""Of a column's distinct values, up to which equal ones, such as the pictures of one prompt's responses, are stored once."""
+
+
+def results_of(work: Work, rows: Sequence[Row]) -> list[Result]:
+    """What the work makes of some rows. Where it fails it is tried on each half of them, so that one bad row costs only itself,
+    and rows that are too much for a GPU's memory together are done apart."""
+    if not rows:
+        return []
+    try:
+        results = list(work(rows))
+    except (StorageFailed, OSError):  # with which no other row fares better
+        raise
+    except Exception as error:
+        if ends_process(error):
+            raise
+        if len(rows) == 1:
+            words = " ".join(str(error).split())
+            is_told = isinstance(error, RecordError)
+            return [error if is_told else RecordError("failed", f"{type(error).__name__}: {words}")]  # type: ignore[list-item]
+        del error
+    else:
+        assert len(results) == len(rows), f"the work made {len(results)} results of {len(rows)} rows"
+        return results
+    middle = len(rows) // 2
+    return [*results_of(work, rows[:middle]), *results_of(work, rows[middle:])]
+
+
+def ends_process(error: Exception) -> bool:
+    """Whether no further row can be computed in this process: a GPU that failed takes no more work."""
+    return type(error).__name__ == "AcceleratorError"
+
+
+def _reasons(dropped: Sequence[Mapping[str, Any]], num_rows: int, what: str, output: Store) -> str:
+    counts: dict[str, int] = {}
+    for line in dropped:
+        counts[line["reason"]] = counts.get(line["reason"], 0) + 1
+    shown = sorted(counts.items(), key=lambda entry: -entry[1])[:SHOWN]
+    lines = [f"  {count:>8}  {reason}" for reason, count in shown]
+    total = num_rows + len(dropped)
+    return "\n".join([f"{len(dropped)} of {total} {what} dropped, listed in {(output / DROPPED).location}:", *lines])

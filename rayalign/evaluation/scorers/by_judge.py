@@ -1,0 +1,146 @@
+"""Scores by a judge: a model behind an OpenAI-compatible URL, which sees the pictures, the question and the response.
+
+What it writes is kept word for word beside the score that is read out of it.
+"""
+
+import base64
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import urllib3
+from urllib3.util import Retry
+
+from rayalign.config.config import Config
+from rayalign.data.rows import Sources
+from rayalign.evaluation.scorers.scorer import Candidate, Score, Scored, ScoreFunction
+from rayalign.formats.records import IMAGE_MARK, RecordError, record_errors
+from rayalign.images.fetch import fetch_images
+from rayalign.models.source import ModelSource
+from rayalign.storage import Store
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""Holds the key that is sent to the judge's server, on each worker."""
+
+INSTRUCTION = """You are shown a question, pictures where it has some, and a response. Judge how good the response is: whether
+what it says is right and to be seen in the pictures, whether it says what was asked, and whether it makes nothing up.
+
+Question: {query}
+
+Response: {response}
+
+Explain your judgement in a few sentences. End with a line "Score: N", where N is a number from 1 (worthless) to 10 (perfect).
+"""
+
+SECONDS = 120
+"""For one judgement."""
+
+RETRIES = Retry(
+    total=5, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None, raise_on_status=False
+)
+MAX_JUDGEMENT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class JudgeScorer:
+    """A judge by its server's URL, which ends before /chat/completions, and the model's name there."""
+
+    url: str
+    model: str
+    instruction: str
+    pattern: str
+
+    kind = "judge"
+    source: ModelSource | None = None
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"kind": self.kind, "url": self.url, "model": self.model, "prompt": self.instruction, "pattern": self.pattern}
+
+    def load(self, config: Config, sources: Sources) -> ScoreFunction:
+        return functools.partial(self._score, urllib3.PoolManager(maxsize=config.optimizer.batch_size), config, sources)
+
+    def _score(
+        self, http: urllib3.PoolManager, config: Config, sources: Sources, candidates: Sequence[Candidate]
+    ) -> list[Scored]:
+        with ThreadPoolExecutor(config.optimizer.batch_size) as threads:
+            return list(threads.map(functools.partial(self._judge, http, sources), candidates))
+
+    def _judge(self, http: urllib3.PoolManager, sources: Sources, candidate: Candidate) -> Scored:
+        try:
+            said = self._ask(http, self.content(sources, candidate))
+        except RecordError as error:
+            return error
+        found = re.search(self.pattern, said)
+        try:
+            return Score(float(found.group(1)), said) if found else RecordError("no score", f"the judge wrote: {said}")
+        except (ValueError, IndexError):
+            return RecordError("no score", f"--judge_pattern finds no number in: {said}")
+
+    def content(self, sources: Sources, candidate: Candidate) -> list[dict[str, Any]]:
+        """The parts of the message that the judge is sent; raises RecordError for images that can't be read."""
+        root = Store.at(sources.image_root) if sources.image_root else None
+        record = candidate.record
+        with record_errors(passing=(OSError,)):
+            images = fetch_images(
+                record.images, folder=Store(candidate.folder), image_root=root, allow_urls=sources.allow_image_urls
+            )
+        query = "\n".join(message.content for message in record.messages).replace(IMAGE_MARK, "").strip()
+        text = self.instruction.replace("{query}", query).replace("{response}", record.chosen)
+        urls = [f"data:image/{_kind(image)};base64,{base64.b64encode(image).decode()}" for image in images]
+        return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
+
+    def _ask(self, http: urllib3.PoolManager, content: Sequence[Mapping[str, Any]]) -> str:
+        """What the judge writes; raises RecordError where it does not answer."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": list(content)}],
+            "temperature": 0,
+            "max_tokens": MAX_JUDGEMENT_TOKENS,
+        }
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        try:
+            answer = http.request(
+                "POST",
+                f"{self.url}/chat/completions",
+                body=json.dumps(body).encode(),
+                headers=headers,
+                timeout=SECONDS,
+                retries=RETRIES,
+            )
+        except urllib3.exceptions.HTTPError as error:
+            raise RecordError("judge failed", f"{self.url}: {error}") from None
+        if answer.status != 200:
+            raise RecordError("judge failed", f"{self.url} answered {answer.status}: {answer.data[:300]!r}")
+        try:
+            return str(json.loads(answer.data)["choices"][0]["message"]["content"])
+        except (ValueError, LookupError, TypeError):
+            raise RecordError("judge failed", f"{self.url} answered no chat completion: {answer.data[:300]!r}") from None
+
+
+def _kind(image: bytes) -> str:
+    return "png" if image.startswith(b"\x89PNG") else "webp" if image[8:12] == b"WEBP" else "jpeg"
+
+
+def judge_scorer(url: str, *, model: str | None, prompt_file: str | None, pattern: str) -> JudgeScorer:
+    """The scorer of a judge's URL; raises ValueError for flags that it lacks or can't use."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--scorer judge={url}: expected the URL of an OpenAI-compatible server, such as http://host:8000/v1.")
+    if not model:
+        raise ValueError("--scorer judge: pass --judge_model with the name by which the server knows the judge.")
+    instruction = Store.at(prompt_file).read_bytes().decode() if prompt_file else INSTRUCTION
+    if "{response}" not in instruction:
+        raise ValueError(f"--judge_prompt {prompt_file}: has no {{response}}, so that the judge would see none.")
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"--judge_pattern {pattern!r} is no valid regular expression: {error}.") from None
+    if not groups:
+        raise ValueError(f"--judge_pattern {pattern!r} has no group, which holds the score: write one such as Score: (\\d+).")
+    return JudgeScorer(url.rstrip("/"), model, instruction, pattern)

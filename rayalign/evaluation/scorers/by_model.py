@@ -1,0 +1,104 @@
+"""Scores by a model of ours: a reward model's value head, the implicit reward of a policy, the likelihood of a response.
+
+A reward model is a run's of rm, or another tool's with the same file beside its adapter or weights: value_head.safetensors or
+value_head.bin with v_head.summary.weight and .bias, as LLaMA-Factory and ms-swift up to 3.0 write it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from rayalign.config.config import Config
+from rayalign.config.sections import ModelConfig
+from rayalign.data.batch import PairBatch
+from rayalign.data.rows import Sources
+from rayalign.data.store import EncodedPair
+from rayalign.evaluation.loaded_model import LoadedModel, flags_of_run, load_model, load_with_reference, start_of_run
+from rayalign.evaluation.scorers.scorer import Candidate, Score, Scored, ScoreFunction
+from rayalign.evaluation.start import files_of_model
+from rayalign.formats.records import RecordError
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import ModelSource, require_model
+
+Kind = Literal["reward_model", "implicit_reward", "likelihood", "per_token"]
+KINDS: tuple[Kind, ...] = ("reward_model", "implicit_reward", "likelihood", "per_token")
+
+DEFAULT_BETA = 0.1
+
+
+@dataclass(frozen=True)
+class ModelScorer:
+    """`reference` and `beta` are of implicit rewards: beta (log p - log p of the reference), summed over the response's tokens,
+    of likelihoods the sum or the mean per token of log p."""
+
+    kind: Kind
+    model: ModelConfig
+    source: ModelSource
+    reference: ModelConfig | None = None
+    beta: float = DEFAULT_BETA
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        reference = None
+        if self.reference is not None:
+            reference = [files_of_model(require_model(self.reference, REGISTERED_MODELS)), self.beta]
+        return {"kind": self.kind, "model": files_of_model(self.source), "reference": reference}
+
+    def load(self, config: Config, sources: Sources) -> ScoreFunction:
+        config = dataclasses.replace(config, model=self.model)
+        if self.reference is not None:
+            model = load_with_reference(config, sources, self.reference, responses="chosen")
+        else:
+            model = load_model(config, sources, responses="chosen")
+        if model.is_reward_model != (self.kind == "reward_model"):
+            has = "has a value head, and so no likelihoods" if model.is_reward_model else "has no value head"
+            raise ValueError(f"--scorer {self.kind}: the model {self.source.adapter or self.source.base} {has}.")
+        return functools.partial(self._score, model, config.optimizer.batch_size)
+
+    def _score(self, model: LoadedModel, batch_size: int, candidates: Sequence[Candidate]) -> list[Scored]:
+        scores: dict[int, Scored] = {}
+        pairs: dict[int, EncodedPair] = {}
+        for i, candidate in enumerate(candidates):
+            try:
+                pairs[i] = model.encode(candidate.record, candidate.folder)
+            except RecordError as error:
+                scores[i] = error
+        order = sorted(pairs, key=lambda i: pairs[i].num_tokens)
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            values = self._values(model, model.batch([pairs[i] for i in some]))
+            scores |= {i: Score(value) for i, value in zip(some, values.double().cpu().tolist(), strict=True)}
+        return [scores[i] for i in range(len(candidates))]
+
+    def _values(self, model: LoadedModel, batch: PairBatch) -> Tensor:
+        match self.kind:
+            case "reward_model":
+                return model.values(batch)[0]
+            case "likelihood":
+                return model.logps(batch).chosen.total
+            case "per_token":
+                return model.logps(batch).chosen.average
+            case "implicit_reward":
+                gain = model.logps(batch).chosen.total.cpu() - model.reference_logps(batch).chosen.total.cpu()
+                return self.beta * gain
+
+
+def model_scorer(kind: Kind, model: ModelConfig, *, beta: float | None, reference: str | None) -> ModelScorer:
+    """The scorer of some kind by a model. `beta` and `reference` of implicit rewards are by default those of the run that made
+    the policy. Raises ValueError for a model that is not there, and where there is no telling its reference."""
+    source = require_model(model, REGISTERED_MODELS)
+    if kind != "implicit_reward":
+        return ModelScorer(kind, model, source)
+    start = start_of_run(source, model)
+    if reference is not None:
+        start = dataclasses.replace(model, model=reference, model_type=None, adapter=None)
+    if start is None:
+        raise ValueError(
+            f"--scorer implicit_reward: nothing tells what {source.base} was trained from. Pass --reference with that model."
+        )
+    of_run = flags_of_run(source).get("beta")
+    return ModelScorer(kind, model, source, start, beta if beta is not None else float(of_run or DEFAULT_BETA))

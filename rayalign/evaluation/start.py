@@ -1,0 +1,129 @@
+"""What verbs that run a model over records begin with: flags with whole paths, the cluster, the files of model and data."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rayalign.algorithms import SFT
+from rayalign.cluster import require_lasting_folder
+from rayalign.config.config import Config
+from rayalign.config.inference import InferenceConfig
+from rayalign.config.sections import ClusterConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from rayalign.data.rows import Sources
+from rayalign.downloads import versions
+from rayalign.formats.columns import parse_renames
+from rayalign.joining import ray_as_found, start_ray
+from rayalign.models.compat import hub_revision
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.size import reason_for_gpus
+from rayalign.models.source import ModelSource, require_model
+from rayalign.nodes import resolve_cluster, wait_for_workers
+from rayalign.reference.key import hashed_files, is_hashed
+from rayalign.shared_paths import check_shared_paths
+from rayalign.sources.files import resolve_dataset, whole_argument
+from rayalign.storage import Store, is_url
+
+
+def config_of(flags: InferenceConfig) -> Config:
+    """The flags as those of a run that trains nothing, with absolute paths. Raises ValueError where --output_dir is missing or
+    would not last."""
+    if not flags.output_dir:
+        raise ValueError("No output folder given: pass --output_dir.")
+    require_lasting_folder(flags.output_dir)
+
+    def whole(place: str | None) -> str | None:
+        local = place is not None and not is_url(place) and Path(place).expanduser().exists()
+        return str(Path(str(place)).expanduser().resolve()) if local else place
+
+    return Config(
+        algorithm=SFT(),
+        data=DataConfig(
+            dataset=tuple(whole_argument(argument) for argument in flags.dataset),
+            max_length=flags.max_length,
+            columns=flags.columns,
+            image_root=Store.at(flags.image_root).location if flags.image_root else None,
+            allow_image_urls=flags.allow_image_urls,
+            data_seed=flags.data_seed,
+            max_pixels=flags.max_pixels,
+        ),
+        model=ModelConfig(
+            model=whole(flags.model),
+            model_type=flags.model_type,
+            adapter=whole(flags.adapter),
+            dtype=flags.dtype,
+            attn_implementation=flags.attn_implementation,
+            gradient_checkpointing=False,
+            trust_remote_code=flags.trust_remote_code,
+        ),
+        optimizer=OptimizerConfig(batch_size=flags.batch_size),
+        run=RunConfig(output_dir=Store.at(flags.output_dir).location, overwrite=flags.overwrite),
+        cluster=ClusterConfig(
+            num_workers=flags.num_workers,
+            gpus_per_worker=flags.gpus_per_worker,
+            cpus_per_worker=flags.cpus_per_worker,
+            accelerator_type=flags.accelerator_type,
+            label_selector=flags.label_selector,
+            wait_for_nodes=flags.wait_for_nodes,
+        ),
+    )
+
+
+@contextlib.contextmanager
+def on_cluster(config: Config, *, model: ModelSource | None) -> Iterator[Config]:
+    """Within it, Ray runs and has room for the workers, whose GPUs are resolved in the configuration; a cluster that is started
+    here ends with it. `model`: what each worker loads; None: they need no GPU.
+
+    Raises ValueError for workers that there is no room for, and for an output folder that not every node sees.
+    """
+    with ray_as_found():
+        start_ray(config)
+
+        def reason() -> str | None:
+            return None if model is None else reason_for_gpus(model.base, trust_remote_code=config.model.trust_remote_code)
+
+        if model is None and config.cluster.gpus_per_worker is None:
+            config = config.replace({"gpus_per_worker": 0})
+        config = resolve_cluster(config, reason)
+        wait_for_workers(config)
+        folder = Store.at(str(config.run.output_dir)).local_path
+        if folder is not None:
+            check_shared_paths([], {f"--output_dir {folder}": str(folder)})
+        yield config
+
+
+def sources_of(config: Config) -> Sources:
+    """The data sets of --dataset and how their images are found; raises ValueError where there is none."""
+    if not config.data.dataset:
+        raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
+    datasets = tuple(resolve_dataset(argument) for argument in config.data.dataset)
+    data = config.data
+    return Sources(datasets, data.image_root, data.allow_image_urls, columns=parse_renames(data.columns))
+
+
+def model_of(config: Config) -> ModelSource:
+    """The model that the flags name; raises ValueError where there is none."""
+    if not (config.model.model or config.model.model_type or config.model.adapter):
+        raise ValueError("No model given: pass --model FOLDER_OR_HUB_ID, or --model_type with a registered name.")
+    return require_model(config.model, REGISTERED_MODELS)
+
+
+def files_of_model(source: ModelSource) -> dict[str, Any]:
+    """What tells a model from every other, for the settings of a pool: its files with their sizes and times of change."""
+    return {"base": _versions(source.base), "adapter": _versions(source.adapter) if source.adapter else None}
+
+
+def files_of_data(sources: Sources) -> dict[str, Any]:
+    """The same of data sets: their files, draws and renamed columns."""
+    files = [[re.sub(r".*#", "#", d.argument) if d.sample else "", *map(str, d.files)] for d in sources.datasets]
+    return {"files": files, "image_root": sources.image_root, "columns": sorted(map(list, sources.columns))}
+
+
+def _versions(model: str) -> dict[str, str]:
+    if is_url(model):
+        return {f"{model}/{name}": version for name, version in versions(model).items() if is_hashed(name)}
+    if not Path(model).is_dir():
+        return {model: hub_revision(model)}
+    stats = [(file, file.stat()) for file in hashed_files(Path(model))]
+    return {str(file): f"{stat.st_size} bytes, version {stat.st_mtime_ns}" for file, stat in stats}

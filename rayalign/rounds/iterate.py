@@ -1,0 +1,210 @@
+"""The verb `iterate`: a policy responds, its responses are scored and paired, it trains on the pairs; and again.
+
+output_dir/round_1/responses  scores  pairs  train      each stage's own folder, which goes on where it was ended
+output_dir/round_2/...
+output_dir/rounds.json                                  what came out of each round
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rayalign.config.config import Config
+from rayalign.config.flags import section_from_mapping
+from rayalign.config.inference import InferenceConfig
+from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
+from rayalign.config.sections import ModelConfig
+from rayalign.evaluation import generate, score
+from rayalign.evaluation.pool import is_finished, open_output, read_results
+from rayalign.images.fetch import fetch_images
+from rayalign.joining import ray_as_found, start_ray
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import require_model
+from rayalign.rounds.pairs import by_prompt, choose_pairs, pair_row, write_pairs
+from rayalign.sources.files import resolve_dataset
+from rayalign.storage import Store
+from rayalign.training import driver
+from rayalign.training.places import require_lasting_folders, with_whole_paths
+
+logger = logging.getLogger(__name__)
+
+ROUNDS, PAIRS_NOTE = "rounds.json", "pairs.json"
+
+FREE_TO_CHANGE = frozenset(
+    {
+        *("num_rounds", "prompts_per_step", "resume", "overwrite", "output_dir", "cache_dir", "report_to", "max_failures"),
+        *("num_workers", "batch_size", "gradient_accumulation_steps", "gpus_per_worker", "cpus_per_worker", "wait_for_nodes"),
+    }
+)
+"""Flags that a continued command may set anew: what a stage was begun with is compared once more by the stage itself."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What came out of a round: how many responses there were and their mean score, how many pairs were made of them, the model
+    that was trained on these, and the metrics of its training."""
+
+    number: int
+    responses: int
+    mean_score: float
+    pairs: int
+    model: str
+    metrics: Mapping[str, float]
+
+
+def run(config: Config, own: IterateConfig) -> list[Round]:
+    """Runs the rounds that are not done yet, and returns all of them. The command's --dataset are the prompts.
+
+    Raises ValueError for what the user can fix, a round without pairs among it.
+    """
+    config.check_inputs()
+    require_lasting_folders(config)
+    if not config.run.output_dir:
+        config = config.replace({"output_dir": "output/iterate"})
+    config = with_whole_paths(config)
+    require_model(config.model, REGISTERED_MODELS)
+    score.scorers_of(_score_flags(own), ModelConfig())  # what is wrong with them is told before any work
+    folder = Store.at(str(config.run.output_dir))
+    if config.run.overwrite:
+        for inner in folder.list():
+            if inner.name.startswith("round_") and inner.is_dir():
+                inner.delete()
+    flags = {**config.to_dict(), **dataclasses.asdict(own), "rlhf_type": config.algorithm.name}
+    settings = {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
+    open_output(folder, settings, overwrite=config.run.overwrite)
+    rounds: list[Round] = []
+    with ray_as_found():
+        start_ray(config)
+        for number in range(1, own.num_rounds + 1):
+            rounds.append(_round(config, own, folder, number, [found.model for found in rounds]))
+            (folder / ROUNDS).write_json([dataclasses.asdict(found) for found in rounds])
+    logger.info("Done: %d rounds; %s", len(rounds), (folder / ROUNDS).location)
+    return rounds
+
+
+def _round(config: Config, own: IterateConfig, folder: Store, number: int, models: Sequence[str]) -> Round:
+    """A round; `models` are those of the rounds before it."""
+    began = time.monotonic()
+    place = folder / f"round_{number}"
+    start: dict[str, Any] = {name: getattr(config.model, name) for name in ("model", "model_type", "adapter")}
+    policy = {"model": models[-1], "model_type": None, "adapter": None} if models else start
+    logger.info("Round %d of %d: %s responds", number, own.num_rounds, policy["model"] or policy["model_type"])
+    seed = config.optimizer.seed + 1000 * number
+    if not is_finished(place / "responses"):
+        _respond(config, own, policy, place / "responses", seed)
+    if not is_finished(place / "scores"):
+        _score(config, own, place)
+    pairs = _pairs(config, own, place, number, policy=str(policy["model"] or policy["model_type"]), seed=seed)
+    logger.info("Round %d: %d pairs of %d responses, whose mean score is %.4g", number, *(pairs[n] for n in _TOLD))
+    if not pairs["pairs"]:
+        raise ValueError(
+            f"Round {number}: no two responses to a prompt differ in their scores by more than --pair_margin "
+            f"{own.pair_margin:g}; {pairs['cut']} of {pairs['responses']} responses did not end within --max_new_tokens "
+            f"{own.max_new_tokens}. A higher --temperature or --n gives more different responses."
+        )
+    sets = [place] if own.reference == "previous" else [folder / f"round_{k}" for k in range(1, number + 1)]
+    run = {
+        **(policy if own.reference == "previous" else start),
+        "dataset": [(some / "pairs" / "rows").location for some in sets],
+        "output_dir": (place / "train").location,
+        "overwrite": False,
+    }
+    metrics = _train(config.replace(run), place / "train")
+    logger.info("Round %d: done in %.0f s", number, time.monotonic() - began)
+    shown = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    return Round(number, pairs["responses"], pairs["mean_score"], pairs["pairs"], (place / "train" / "model").location, shown)
+
+
+_TOLD = ("pairs", "responses", "mean_score")
+
+
+def _respond(config: Config, own: IterateConfig, policy: Mapping[str, Any], output: Store, seed: int) -> None:
+    flags = _inference_flags(config, own, {**policy, "output_dir": output.location})
+    how = ("n", "temperature", "top_p", "max_new_tokens", "backend")
+    generate.run(flags, GenerateConfig(seed=seed, **{name: getattr(own, name) for name in how}))
+
+
+def _score(config: Config, own: IterateConfig, place: Store) -> None:
+    read = {
+        "dataset": [(place / "responses" / "rows").location],
+        "output_dir": (place / "scores").location,
+        "columns": (),
+        "image_root": _image_root(config),
+        **dict.fromkeys(("model", "model_type", "adapter")),
+    }
+    score.run(_inference_flags(config, own, read), _score_flags(own))
+
+
+def _score_flags(own: IterateConfig) -> ScoreConfig:
+    names = ("scorer", "ensemble", "judge_model", "judge_prompt", "judge_pattern")
+    return ScoreConfig(**{name: getattr(own, name) for name in names})
+
+
+def _inference_flags(config: Config, own: IterateConfig, values: Mapping[str, Any]) -> InferenceConfig:
+    """The flags of a stage that runs a model over records: those of the command, and what the stage has of its own."""
+    return section_from_mapping(
+        InferenceConfig, {**config.to_dict(), "batch_size": own.prompts_per_step, "overwrite": False, **values}
+    )
+
+
+def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, policy: str, seed: int) -> Mapping[str, Any]:
+    """Makes the round's pairs, or finds them; what is to be told of them."""
+    note = place / "pairs" / PAIRS_NOTE
+    if note.exists():
+        return note.read_json_object()
+    lineage = {"round": number, "model": policy, "scorer": " ".join(own.scorer), "seed": seed}
+    scores: list[float] = []
+    cut = 0
+    root = _image_root(config)
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        nonlocal cut
+        for responses in by_prompt(read_results(place / "scores")):
+            scores.extend(response["score"] for response in responses)
+            cut += sum(not response["is_ended"] for response in responses)
+            chosen = choose_pairs(
+                responses, per_prompt=own.pairs_per_prompt, margin=own.pair_margin, max_similarity=own.max_similarity
+            )
+            images = _contents(responses[0]["images"], root, allow_urls=config.data.allow_image_urls) if chosen else []
+            yield from (pair_row(better, worse, images, lineage) for better, worse in chosen)
+
+    count = write_pairs(rows(), place / "pairs" / "rows")
+    found = {"pairs": count, "responses": len(scores), "cut": cut, "mean_score": sum(scores) / max(1, len(scores))}
+    note.write_json(found)
+    return found
+
+
+def _train(config: Config, folder: Store) -> Mapping[str, Any]:
+    """What summary.json says of the round's training, which is run, or run on, where there is none yet."""
+    summary = folder / "summary.json"
+    if not summary.exists():
+        driver.run(config)
+    found: dict[str, Any] = json.loads(summary.read_bytes())
+    return found
+
+
+def _image_root(config: Config) -> str | None:
+    """The folder below which all images of the prompts lie, whose whole paths the results hold: --image_root, or what the data
+    sets' folders have in common; None where that is nothing."""
+    if config.data.image_root:
+        return config.data.image_root
+    files = [file for argument in config.data.dataset for file in resolve_dataset(argument).files]
+    folders = [Store(file.location).parent.location.replace("://", ":/", 1) for file in files]
+    try:
+        shared = os.path.commonpath(folders)
+    except ValueError:  # a disk's and a store's
+        return None
+    return None if shared in ("", "/") or shared.endswith(":") else shared.replace(":/", "://", 1)
+
+
+def _contents(images: Sequence[Mapping[str, Any]], root: str | None, *, allow_urls: bool) -> list[dict[str, Any]]:
+    """The images of a prompt by their bytes, so that pairs can be read from any folder."""
+    refs = [image["bytes"] or image["path"] for image in images]
+    place = Store(root or "/")
+    contents = fetch_images(refs, folder=place, image_root=place, allow_urls=allow_urls)
+    return [{"bytes": content, "path": None} for content in contents]

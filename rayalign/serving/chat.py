@@ -1,0 +1,124 @@
+"""`rayalign chat`: a conversation with a model in the terminal, and with a second one beside it (`--compare`).
+
+Both respond with `engine`, in this process: no server and no Ray.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from rayalign.config.sections import ChatConfig, ModelConfig
+from rayalign.formats.records import IMAGE_MARK, Message, RecordError
+from rayalign.images.fetch import MAX_IMAGE_BYTES
+from rayalign.models.registry import REGISTERED_MODELS
+from rayalign.models.source import require_model
+from rayalign.serving.conversation import require_plain
+from rayalign.serving.engine import Engine, Sampling, load_engine
+from rayalign.serving.scorer import is_reward_model
+
+HELP = "/image FILE puts a picture to the next question, /new begins anew, /quit ends.\n"
+
+
+def run(config: ChatConfig, *, lines: TextIO | None = None, out: TextIO | None = None) -> None:
+    """Talks until the lines end, or one is /quit. Raises ValueError for models that can't be loaded, and for --image files that
+    can't be read."""
+    if not config.model:
+        raise ValueError(
+            "Pass --model with what is to be talked to: a model's folder or hub id, or the model/ folder of a run."
+        )
+    lines, out = lines or sys.stdin, out or sys.stdout
+    images = [read_image(path) for path in config.image]
+    names = [config.model, *([config.compare] if config.compare else [])]
+    chats = [_Chat(name, _load(config, name), config) for name in names]
+    out.write(HELP)
+    for line in _asked(lines, out):
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/new":
+            chats, images = [_Chat(chat.name, chat.engine, config) for chat in chats], []
+        elif command == "/image":
+            try:
+                images.append(read_image(rest.strip()))
+            except ValueError as error:
+                out.write(f"{error}\n")
+        elif command.startswith("/"):
+            out.write(HELP)
+        elif line:
+            for chat in chats:
+                out.write(f"[{chat.name}] " if len(chats) > 1 else "")
+                chat.ask(line, images, out)
+            images = []
+
+
+class _Chat:
+    """A conversation with one model."""
+
+    def __init__(self, name: str, engine: Engine, config: ChatConfig) -> None:
+        self.name, self.engine = name, engine
+        self._sampling = Sampling(config.max_new_tokens, temperature=config.temperature, seed=config.seed)
+        self._messages: tuple[Message, ...] = ()
+        self._images: tuple[bytes, ...] = ()
+
+    def ask(self, question: str, images: list[bytes], out: TextIO) -> None:
+        """Writes the response to a question as it comes. A question that can't be asked is told, and is none."""
+        try:
+            turn = Message(role="user", content=IMAGE_MARK * len(images) + require_plain(question))
+            messages, pictures = (*self._messages, turn), (*self._images, *images)
+            prompt = self.engine.prepare(messages, pictures)
+        except RecordError as error:
+            out.write(f"{error}\n")
+            return
+        text = ""
+        for piece in self.engine.respond(self.name, prompt, self._sampling):
+            text += piece.text
+            out.write(piece.text)
+            out.flush()
+        out.write("\n")
+        if text:  # templates write no empty turn
+            self._messages, self._images = (*messages, Message(role="assistant", content=text)), pictures
+
+
+def read_image(path: str) -> bytes:
+    """A picture's file. Raises ValueError where it can't be read."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            content = file.read(MAX_IMAGE_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror or error}).") from None
+    if len(content) > MAX_IMAGE_BYTES:
+        raise ValueError(f"{path}: has more than {MAX_IMAGE_BYTES // 2**20} MiB.")
+    return content
+
+
+def _asked(lines: TextIO, out: TextIO) -> Iterator[str]:
+    """The lines that are typed, each behind a mark."""
+    while True:
+        out.write("> ")
+        out.flush()
+        line = lines.readline()
+        if not line:
+            out.write("\n")
+            return
+        yield line.strip()
+
+
+def _load(config: ChatConfig, name: str) -> Engine:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = require_model(ModelConfig(model=name), REGISTERED_MODELS).here()
+    if is_reward_model(source):
+        raise ValueError(f"{name} is a reward model, which writes no responses. `rayalign serve` has it score them.")
+    return load_engine(
+        source,
+        name,
+        {},
+        dtype=getattr(torch, ModelConfig(dtype=config.dtype).dtype_on(device.type)),
+        device=device,
+        max_length=config.max_length,
+        max_pixels=config.max_pixels,
+        max_batch_size=1,
+        wait_seconds=0,
+    )

@@ -1,0 +1,93 @@
+"""A judge behind a URL: asked once for each prompt, its whole answers kept; a server of the test's own on loopback."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayalign.evaluation.judge import Judge, judge_all, read_judgements
+from rayalign.evaluation.scorers.by_judge import KEY_VARIABLE
+from rayalign.storage import Store
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each prompt with its last word in capitals, or with a status of its own."""
+
+    asked: list[dict[str, Any]]
+    status = 200
+    body: bytes | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+        said = body["messages"][0]["content"].split()[-1].upper()
+        answer = self.server.body or json.dumps({"id": "x", "choices": [{"message": {"content": said}}]}).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as running:
+        running.asked = []
+        thread = threading.Thread(target=running.serve_forever, args=(0.02,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_each_prompt_is_asked_once_and_the_whole_answer_is_kept(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    judge, kept = Judge(server.url, "gpt"), Store(str(tmp_path / "kept.jsonl"))
+    prompts = {f"q{n}": f"please rate {n}x" for n in range(20)}
+    first = judge_all(judge, prompts, kept)
+    assert first == {f"q{n}": f"{n}X" for n in range(20)}
+    assert len(server.asked) == 20
+    one = server.asked[0]
+    assert (one["path"], one["key"], one["model"], one["temperature"]) == ("/v1/chat/completions", "Bearer secret", "gpt", 0.0)
+    lines = {line["id"]: line for line in read_judgements(kept)}
+    assert lines["q3"]["answer"] == {"id": "x", "choices": [{"message": {"content": "3X"}}]}
+    assert lines["q3"]["prompt"] == "please rate 3x"
+    assert "secret" not in kept.read_bytes().decode()
+    assert judge_all(judge, prompts | {"q3": "another rate y"}, kept) == first | {"q3": "Y"}
+    assert len(server.asked) == 21
+
+
+def test_a_judge_that_fails_is_told_and_what_it_said_is_kept(server: Server, tmp_path: Path) -> None:
+    judge, kept = Judge(server.url, "gpt"), Store(str(tmp_path / "kept.jsonl"))
+    judge_all(judge, {"a": "rate a"}, kept)
+    server.status, server.body = 401, b"no such key"
+    with pytest.raises(ValueError) as caught:
+        judge_all(judge, {"a": "rate a", "b": "rate b"}, kept)
+    assert str(caught.value) == f"--judge_url {server.url}: the judge answers 401: no such key"
+    assert [line["id"] for line in read_judgements(kept)] == ["a"]
+
+
+def test_a_server_that_is_no_judge_is_told(server: Server, tmp_path: Path) -> None:
+    server.body = b"<html>"
+    with pytest.raises(ValueError) as caught:
+        Judge(server.url, "gpt").ask("rate")
+    assert str(caught.value) == (
+        f"--judge_url {server.url}: the answer is no chat completion. Give the URL before /chat/completions, such as "
+        "http://localhost:8000/v1."
+    )

@@ -1,0 +1,209 @@
+"""Scores are what their scorers' formulas say; what has none is named; ensembles take the mean or the least."""
+
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayalign.algorithms import SFT, Needs
+from rayalign.config.config import Config
+from rayalign.config.inference_verbs import ScoreConfig
+from rayalign.config.sections import ModelConfig, OptimizerConfig
+from rayalign.data.rows import Sources
+from rayalign.evaluation.score import candidates_of, make_scoring, names_of, scorers_of
+from rayalign.formats.records import RecordError
+from rayalign.policy.saving import save_policy
+from rayalign.policy.scoring import load_for_scoring
+from tests.tiny_models import make_policy, noise_image, wake_adapters
+
+NOWHERE = Sources((), None, False)
+HERE = Config(SFT(), optimizer=OptimizerConfig(batch_size=2))
+ROWS: list[dict[str, Any]] = [
+    {"query": "Which digit?", "response": "It is two.", "rejected_response": "a cat", "images": ["a.png"]},
+    {"query": "Which digit is it?", "response": "a cat", "prompt_id": "p7", "sample": 3, "extra": '{"right": "a cat"}'},
+    {"query": "Which digit?", "response": "It is two.", "extra": '{"right": "no"}'},
+]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    (tmp_path / "a.png").write_bytes(noise_image(30, 40))
+    return str(tmp_path)
+
+
+def lines_of(own: ScoreConfig, folder: str, rows: list[dict[str, Any]], model: ModelConfig | None = None) -> list[Any]:
+    """The results of some rows by the words of --scorer."""
+    scorers = scorers_of(own, model or ModelConfig())
+    assert all(json.dumps(dict(scorer.settings)) for scorer in scorers)
+    work = make_scoring(HERE, NOWHERE, scorers, own.ensemble)
+    return list(work([{"id": f"r{i}", "folder": folder, "row": row} for i, row in enumerate(rows)]))
+
+
+def loaded(model: Path, folder: str) -> Any:
+    whole: dict[str, Any] = {"device": "cpu", "dtype": "auto", "columns": (), "max_pixels": None, "trust_remote_code": False}
+    return load_for_scoring(str(model), image_root=folder, **whole)
+
+
+@pytest.fixture
+def dpo_run(model_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """The folder of a run of dpo, with --beta 0.3, from the tiny model."""
+    base = model_folder("llava")
+    save_policy(wake_adapters(make_policy(base), scale=0.3), tmp_path / "dpo" / "model")
+    (tmp_path / "dpo" / "config.yaml").write_text(yaml.safe_dump({"rlhf_type": "dpo", "model": str(base), "beta": 0.3}))
+    return tmp_path / "dpo" / "model"
+
+
+def test_likelihoods_are_those_of_the_training_forward(model_folder: Callable[..., Path], pictures: str) -> None:
+    base = model_folder("llava")
+    (both, one, other) = lines_of(ScoreConfig(scorer=(f"likelihood={base}", f"per_token={base}")), pictures, ROWS)
+    logps = loaded(base, pictures).logps(ROWS[:1])
+    assert [(line["side"], line["response"]) for line in both] == [("chosen", "It is two."), ("rejected", "a cat")]
+    for line, response in zip(both, (logps.chosen, logps.rejected), strict=True):
+        assert line["scores"]["likelihood"] == pytest.approx(float(response.total), rel=1e-5)
+        assert line["scores"]["per_token"] == pytest.approx(float(response.average), rel=1e-5)
+        assert line["score"] == pytest.approx(sum(line["scores"].values()) / 2)
+    assert (one[0]["prompt_id"], one[0]["sample"], one[0]["side"]) == ("p7", 3, None)
+    assert (other[0]["prompt_id"], other[0]["sample"]) == ("r2", 0)
+
+
+def test_an_implicit_reward_is_beta_times_the_gain_over_what_the_run_started_from(
+    model_folder: Callable[..., Path], dpo_run: Path, pictures: str
+) -> None:
+    base = model_folder("llava")
+    policy, start = (loaded(model, pictures).logps(ROWS[:1]).chosen.total for model in (dpo_run, base))
+    gain = float(policy - start)
+    assert abs(gain) > 0.1
+    (lines,) = lines_of(ScoreConfig(scorer=(f"implicit_reward={dpo_run}",)), pictures, ROWS[:1])
+    assert lines[0]["score"] == pytest.approx(0.3 * gain, rel=1e-4)
+    own = ScoreConfig(scorer=("implicit_reward",), beta=2.0)
+    (lines,) = lines_of(own, pictures, ROWS[:1], ModelConfig(model=str(dpo_run)))
+    assert lines[0]["score"] == pytest.approx(2 * gain, rel=1e-4)
+    own = ScoreConfig(scorer=(f"implicit_reward={base}",), reference=str(dpo_run), beta=1.0)  # the other way round
+    (lines,) = lines_of(own, pictures, ROWS[:1])
+    assert lines[0]["score"] == pytest.approx(-gain, rel=1e-4)
+    with pytest.raises(ValueError, match=r"nothing tells what .* was trained from\. Pass --reference"):
+        scorers_of(ScoreConfig(scorer=(f"implicit_reward={base}",)), ModelConfig())
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_reward_models_score_by_their_value_head_in_either_file(
+    model_folder: Callable[..., Path], tmp_path: Path, pictures: str, safe: bool
+) -> None:
+    heads = [tmp_path / "rm1", tmp_path / "rm2"]
+    for seed, folder in enumerate(heads):
+        policy = make_policy(model_folder("llava"), needs=Needs(head="value"))
+        save_policy(wake_adapters(policy, scale=0.3, seed=seed), folder, safe_serialization=safe)
+    expected = [[float(side) for side in loaded(folder, pictures).rewards(ROWS[:1])] for folder in heads]
+    own = ScoreConfig(scorer=tuple(f"reward_model={folder}" for folder in heads), ensemble="min")
+    (lines,) = lines_of(own, pictures, ROWS[:1])
+    for i, line in enumerate(lines):
+        assert line["scores"] == pytest.approx({"reward_model_1": expected[0][i], "reward_model_2": expected[1][i]}, rel=1e-4)
+        assert line["score"] == min(line["scores"].values())
+    for kind, model, words in (
+        ("likelihood", heads[0], "has a value head, and so no likelihoods"),
+        ("reward_model", model_folder("llava"), "has no value head"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_scoring(HERE, NOWHERE, scorers_of(ScoreConfig(scorer=(f"{kind}={model}",)), ModelConfig()), "mean")
+
+
+def test_a_function_scores_by_what_the_prompts_row_held(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def right(rows):\n"
+        "    return [None if 'right' not in row['extra'] else row['response'] == row['extra']['right'] for row in rows]\n"
+    )
+    first, second, third = lines_of(ScoreConfig(scorer=(f"python={file}:right",)), str(tmp_path), ROWS)
+    assert isinstance(first, RecordError)
+    assert str(first) == "the scorer returned None"
+    assert (second[0]["score"], third[0]["score"]) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="has no function wrong"):
+        scorers_of(ScoreConfig(scorer=(f"python={file}:wrong",)), ModelConfig())
+
+
+@pytest.fixture
+def judge() -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """The URL of a server that judges by the response's length, and the requests that it gets."""
+    asked: list[Mapping[str, Any]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append({**body, "key": self.headers.get("Authorization")})
+            text = body["messages"][0]["content"][-1]["text"]
+            said = "I can't say." if "a cat" in text else "Fine.\nScore: 7.5"
+            answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_judge_is_shown_pictures_question_and_response_and_its_words_are_kept(
+    judge: tuple[str, list[Mapping[str, Any]]], pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, asked = judge
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    own = ScoreConfig(scorer=(f"judge={url}",), judge_model="big")
+    first, second, third = lines_of(own, pictures, [dict(ROWS[0], rejected_response=None), ROWS[1], ROWS[2]])
+    assert (first[0]["score"], first[0]["judgements"]) == (7.5, ["Fine.\nScore: 7.5"])
+    assert isinstance(second, RecordError)
+    assert str(second) == "the judge wrote: I can't say."
+    assert third[0]["score"] == 7.5
+    shown = next(body for body in asked if len(body["messages"][0]["content"]) == 2)
+    assert (shown["model"], shown["temperature"], shown["key"]) == ("big", 0, "Bearer secret")
+    assert shown["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert "Question: Which digit?\n\nResponse: It is two." in shown["messages"][0]["content"][1]["text"]
+
+
+def test_a_judge_that_is_not_there_drops_rows_and_ends_nothing(pictures: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from urllib3.util import Retry
+
+    from rayalign.evaluation.scorers import by_judge
+
+    monkeypatch.setattr(by_judge, "RETRIES", Retry(total=0))
+    own = ScoreConfig(scorer=("judge=http://127.0.0.1:9/v1",), judge_model="big")
+    (result,) = lines_of(own, pictures, ROWS[2:])
+    assert isinstance(result, RecordError)
+    assert result.reason == "judge failed"
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (ScoreConfig(), "No scorer given: pass --scorer with reward_model"),
+        (ScoreConfig(scorer=("best",)), "--scorer best: must be one of reward_model"),
+        (ScoreConfig(scorer=("likelihood",)), "--scorer likelihood: no model given. Write likelihood=FOLDER, or pass --model."),
+        (ScoreConfig(scorer=("judge=host:8000",), judge_model="x"), "expected the URL"),
+        (ScoreConfig(scorer=("judge=http://host/v1",)), "pass --judge_model"),
+        (ScoreConfig(scorer=("judge=http://host/v1",), judge_model="x", judge_pattern="Score"), "has no group"),
+        (ScoreConfig(scorer=("python=math",)), "expected MODULE:FUNCTION"),
+        (ScoreConfig(scorer=("python=math:sqrt",), beta=1.0), "--beta: no scorer of --scorer python=math:sqrt uses it"),
+    ],
+)
+def test_what_is_no_scorer_and_flags_without_one_are_refused(own: ScoreConfig, words: str) -> None:
+    with pytest.raises(ValueError, match=words.replace(".", r"\.")):
+        scorers_of(own, ModelConfig())
+
+
+def test_several_scorers_of_a_kind_are_numbered() -> None:
+    scorers = scorers_of(ScoreConfig(scorer=("python=math:sqrt", "python=math:exp")), ModelConfig())
+    assert names_of(scorers) == ["python_1", "python_2"]
+    (candidate,) = candidates_of({"id": "r", "folder": "/", "row": ROWS[2]}, NOWHERE)
+    assert candidate.columns["is_ended"]

@@ -1,0 +1,49 @@
+"""What the rounds hand to their stages, and what they refuse before any work."""
+
+from pathlib import Path
+
+import pytest
+
+from rayalign.algorithms import DPO
+from rayalign.config.config import Config
+from rayalign.config.inference_verbs import IterateConfig
+from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
+from rayalign.rounds import iterate
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        (("a/x.jsonl",), None, "a"),
+        (("a/x.jsonl", "a/b/y.jsonl"), None, "a"),
+        (("a/x.jsonl", "b/y.jsonl"), None, ""),
+        (("a/x.jsonl",), "/pictures", "/pictures"),
+    ],
+)
+def test_images_are_looked_for_below_what_the_data_sets_folders_share(
+    tmp_path: Path, names: tuple[str, ...], given: str | None, expected: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    data = DataConfig(dataset=tuple(str(tmp_path / name) for name in names), image_root=given)
+    found = iterate._image_root(Config(DPO(), data))
+    assert found == (given or str(tmp_path / expected).rstrip("/"))
+
+
+def test_wrong_flags_and_another_command_in_the_folder_are_refused_before_any_work(tmp_path: Path, model_folder) -> None:  # type: ignore[no-untyped-def]  # as the fixture says
+    (tmp_path / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    config = Config(
+        DPO(),
+        DataConfig(dataset=(str(tmp_path / "prompts.jsonl"),)),
+        ModelConfig(model=str(model_folder("llava"))),
+        run=RunConfig(output_dir=str(tmp_path / "out")),
+    )
+    with pytest.raises(ValueError, match="No scorer given"):
+        iterate.run(config, IterateConfig())
+    with pytest.raises(ValueError, match="Write likelihood=FOLDER"):
+        iterate.run(config, IterateConfig(scorer=("likelihood",)))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text('{"n": 8}')
+    with pytest.raises(ValueError, match="made with other settings"):
+        iterate.run(config, IterateConfig(scorer=("python=math:sqrt",)))

@@ -1,0 +1,79 @@
+"""The chat in the terminal: each model's own conversation, its commands, and what can't be asked."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayalign.config.sections import ChatConfig
+from rayalign.formats.records import IMAGE_MARK, Message
+from rayalign.models.source import ModelSource
+from rayalign.serving import chat
+from rayalign.serving.engine import Sampling, load_engine
+from tests.tiny_models import noise_image
+
+
+def said(folder: Path, turns: list[tuple[str, str]], images: list[bytes]) -> str:
+    """The model's greedy response to a conversation."""
+    engine = load_engine(
+        ModelSource(str(folder)),
+        "m",
+        {},
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        max_length=512,
+        max_pixels=None,
+        max_batch_size=1,
+        wait_seconds=0,
+    )
+    messages = [Message.model_validate({"role": role, "content": content}) for role, content in turns]
+    prompt = engine.prepare(messages, images)
+    return "".join(piece.text for piece in engine.respond("m", prompt, Sampling(max_new_tokens=6)))
+
+
+def talk(*lines: str, **flags: Any) -> str:
+    out = io.StringIO()
+    chat.run(ChatConfig(max_new_tokens=6, **flags), lines=io.StringIO("".join(f"{line}\n" for line in lines)), out=out)
+    return out.getvalue().removeprefix(chat.HELP)
+
+
+def test_two_models_respond_each_in_its_own_conversation(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    picture = noise_image(40, 30)
+    (tmp_path / "cat.png").write_bytes(picture)
+    folders = [model_folder("llava"), model_folder("qwen2_vl")]
+    first = [("user", IMAGE_MARK + "Which digit is it?")]
+    expected = [said(folder, first, [picture]) for folder in folders]
+    more = [
+        said(folder, [*first, ("assistant", response), ("user", "Which?")], [picture])
+        for folder, response in zip(folders, expected, strict=True)
+    ]
+    alone = [said(folder, [("user", "Which?")], []) for folder in folders]
+    names = [str(folder) for folder in folders]
+    found = talk(
+        *("Which digit is it?", "Which?", "/new", "Which?", "/quit", "Which?"),
+        model=names[0],
+        compare=names[1],
+        image=(str(tmp_path / "cat.png"),),
+    )
+    said_to = ["".join(f"[{n}] {r}\n" for n, r in zip(names, rs, strict=True)) for rs in (expected, more, alone)]
+    assert found == f"> {said_to[0]}> {said_to[1]}> > {said_to[2]}> "
+
+
+def test_what_can_t_be_asked_is_told_and_the_talk_goes_on(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    picture = noise_image(40, 30)
+    (tmp_path / "cat.png").write_bytes(picture)
+    folder = model_folder("llava")
+    found = talk(
+        *("/image none.png", "/help", "What is <image>?", f"/image {tmp_path / 'cat.png'}", "Which?"), model=str(folder)
+    )
+    assert found == (
+        "> none.png: can't be read (No such file or directory).\n"
+        f"> {chat.HELP}"
+        "> messages: <image> stands for an image in rayalign's records: take it out of the text\n"
+        f"> > {said(folder, [('user', IMAGE_MARK + 'Which?')], [picture])}\n> \n"
+    )
+    with pytest.raises(ValueError, match=r"^none.png: can't be read"):
+        talk(model=str(folder), image=("none.png",))

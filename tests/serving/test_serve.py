@@ -1,0 +1,71 @@
+"""What `serve` decides before Ray is started: the token, what is served, how many replicas."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayalign.config.sections import ServeConfig
+from rayalign.serving.serve import _token_of, replicas_of, run, why_it_failed
+from rayalign.serving.vllm_config import is_loopback
+
+
+def test_only_this_machine_is_served_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [is_loopback(host) for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1")] == [True] * 4
+    assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "node7", "")] == [False] * 5
+    assert _token_of(ServeConfig(model="m")) is None
+    token = _token_of(ServeConfig(model="m", host="0.0.0.0"))
+    assert token is not None
+    assert len(token) > 40
+    assert token in capsys.readouterr().err
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    assert _token_of(ServeConfig(model="m", token_file=str(tmp_path / "token"))) == "0123456789abcdef"
+    assert capsys.readouterr().err == ""
+    (tmp_path / "token").write_text("short")
+    with pytest.raises(ValueError, match=r"must hold one token of 16 or more letters"):
+        _token_of(ServeConfig(model="m", token_file=str(tmp_path / "token")))
+
+
+def test_replicas_are_a_number_or_a_range() -> None:
+    assert replicas_of(ServeConfig(min_replicas=2)) == {"num_replicas": 2}
+    assert replicas_of(ServeConfig(min_replicas=1, max_replicas=3, max_batch_size=8)) == {
+        "autoscaling_config": {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 8}
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"min_replicas": 2, "max_replicas": 1}, "--max_replicas 1 is less than --min_replicas 2: give at least as many."),
+        ({"max_length": 100, "max_new_tokens": 100}, "--max_new_tokens 100: --max_length 100 leaves no room for a prompt."),
+        ({"adapter": ("runs/dpo/model",)}, "--adapter runs/dpo/model: must be NAME=PATH, such as dpo=runs/dpo/model."),
+        ({"adapter": ("a=x", "a=y")}, "--adapter: a names two models. Give each a name of its own."),
+        ({"model": "a", "adapter": ("a=x",)}, "--adapter: a names two models. Give each a name of its own."),
+    ],
+)
+def test_flags_that_don_t_fit_each_other_are_refused(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        ServeConfig(**flags)
+    assert str(caught.value).startswith(words)
+
+
+def test_what_is_not_there_is_told_before_ray_is_started(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^Pass --model with what is to be served"):
+        run(ServeConfig())
+    with pytest.raises(ValueError, match=r"^--model ./none: there is no such folder"):
+        run(ServeConfig(model="./none"))
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^--engine vllm: vLLM is not installed here\."):
+        run(ServeConfig(model=str(tmp_path), engine="vllm"))
+
+
+def test_of_a_replica_that_does_not_start_the_reason_is_told() -> None:
+    message = (
+        "Deploying application rayalign failed: The deployment failed to start 3 times in a row.\n"
+        "ray::ServeReplica:rayalign:model.initialize_and_get_metadata() (pid=1)\nTraceback (most recent call last):\n"
+        "  File ...\nKeyError: 'a'\n\nDuring handling:\nValueError: adapter_model.safetensors: does not fit the model m.\n"
+    )
+    assert why_it_failed(message) == "The model can't be served: adapter_model.safetensors: does not fit the model m."
+    assert why_it_failed("a.b.OutOfMemoryError: full") == "The model can't be served: OutOfMemoryError: full"
+    assert why_it_failed("no  node") == "The model can't be served: no node"

@@ -1,0 +1,63 @@
+"""The verb evaluate on two workers: an adapter beside its base model, on preference data and on a benchmark, ended and
+continued."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayalign.config.sections import TunerConfig
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.policy.saving import save_policy
+from tests.cluster import Cluster, running_cluster
+from tests.evaluation.benchmarks.twins import put_pictures, write_lines
+from tests.tiny_data import write_rows
+from tests.tiny_models import make_policy, save_tiny_model, wake_adapters
+
+
+@pytest.fixture
+def tiny_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(tmp_path_factory.mktemp("ray"), num_cpus=4) as cluster:
+        yield cluster
+
+
+def test_two_models_are_evaluated_side_by_side_and_nothing_is_computed_twice(tiny_cluster: Cluster, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "llava")
+    records = write_rows(tmp_path / "data", 50, extra_lines=("{broken", '{"query": "no answers"}'))
+    adapter = tmp_path / "model"
+    save_policy(wake_adapters(make_policy(model, tuner=TunerConfig(lora_target_modules=("ALL",), lora_rank=4))), adapter)
+    EncoderSpec(str(model), responses="both").processor.save_pretrained(adapter)
+    pope = tmp_path / "pope"
+    row = {"image": "a.jpg", "text": "Is there a cat?"}
+    rows = [row | {"question_id": n, "label": "yes" if n % 2 else "no"} for n in range(4)]
+    write_lines(pope / "coco_pope_random.json", [*rows, row | {"question_id": 9, "label": "no", "image": "gone.jpg"}])
+    put_pictures(pope / "val2014", "a.jpg")
+    words = ("--model", adapter, "--compare", model, "--dataset", records, "--benchmarks", f"pope:{pope}", "--num_workers", 2)
+    out = tmp_path / "out"
+
+    said = tiny_cluster.run("pipelines/evaluate.py", *words, "--output_dir", out)
+    assert "accuracy/implicit_reward " in said
+    assert "compare: 50 records, 2 dropped" in said
+    assert "model: POPE: 5 questions, 1 unanswered, 0 rows left out" in said
+    found = json.loads((out / "metrics.json").read_text())
+    assert found["model"]["reference"] == str(model)
+    assert found["compare"]["reference"] is None
+    assert found["model"]["dataset"]["dropped"] == {"broken JSON": 1, "missing field": 1}
+    assert found["comparison"]["dataset"]["records"] == 50
+    table = pq.read_table(out / "records.parquet")
+    assert len(set(table["id"].to_pylist())) == 50
+    # The second model is the first one's reference.
+    for mine, base in zip(table["reference_chosen"].to_pylist(), table["compare_chosen"].to_pylist(), strict=True):
+        assert abs(mine - base) < 1e-3  # float32 in other batches
+
+    before = {file: file.stat().st_mtime_ns for file in (out / "scores").rglob("*.parquet")}
+    lost = next(file for file in before if "pope_compare" in str(file))
+    lost.unlink()
+    shutil.copy(out / "metrics.json", tmp_path / "first.json")
+    tiny_cluster.run("pipelines/evaluate.py", *words, "--output_dir", out)
+    after = {file: file.stat().st_mtime_ns for file in (out / "scores").rglob("*.parquet")}
+    assert {file for file in before if before[file] != after[file]} == {lost}
+    assert json.loads((out / "metrics.json").read_text()) == json.loads((tmp_path / "first.json").read_text())
