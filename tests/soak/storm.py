@@ -161,7 +161,7 @@ def storm(nodes: Nodes, words: Sequence[object], folder: Path, kills: Sequence[K
         if not run.kill(kill):
             continue
         record = {"moment": kill.moment, "victim": kill.victim}
-        if kill.moment in ("training", "evaluation", "save") and run.wait_for(lambda text: MOMENTS["training"] in text):
+        if kill.moment in ("training", "evaluation", "save") and run.wait_for(trains_again):
             record["seconds"] = round(time.monotonic() - began, 1)
         done.append(record)
         print("  ", record, flush=True)
@@ -171,6 +171,11 @@ def storm(nodes: Nodes, words: Sequence[object], folder: Path, kills: Sequence[K
             break
         run.start()
     return done, run.findings
+
+
+def trains_again(text: str) -> bool:
+    """Whether a log tells of a step after a new start of the training. (Lines of the start before may come late.)"""
+    return MOMENTS["training"] in text.partition("Training DPO from step")[2]
 
 
 def last_line(log: Path) -> str:
