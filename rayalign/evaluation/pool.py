@@ -249,18 +249,19 @@ class PoolActor:
 def do_group(group: Group, work: Work, folder: Store, schema: pa.Schema) -> list[dict[str, Any]]:
     """Does the work on a group and writes its results into a folder; returns a line of OUTCOME_SCHEMA for each row."""
     rows = group.read()
-    usable = [i for i, row in enumerate(rows) if not isinstance(row, RecordError)]
-    found: dict[int, Result] = dict(zip(usable, results_of(work, [rows[i] for i in usable]), strict=True))  # type: ignore[misc]
+    usable: dict[int, Row] = {i: row for i, row in enumerate(rows) if not isinstance(row, RecordError)}
+    found = dict(zip(usable, results_of(work, list(usable.values())), strict=True))
     lines: list[dict[str, Any]] = []
     outcomes: list[dict[str, Any]] = []
     for i, (key, position) in enumerate(zip(group.keys, group.positions, strict=True)):
-        result = rows[i] if i not in found else found[i]
+        row = rows[i]
+        result: Result = row if isinstance(row, RecordError) else found[i]
         named = {ID: key, POSITION: position}
         outcomes.append(dict(named))
         if isinstance(result, RecordError):
             outcomes[-1] |= {"reason": result.reason, "field": result.field, "detail": str(result)[:LONGEST_DETAIL]}
         else:
-            lines += [named | dict(line) for line in result]  # type: ignore[arg-type]
+            lines += [named | dict(line) for line in result]
     if lines:
         # Named by its rows: a group that is done once more after a process was lost replaces its own file.
         digest = hashlib.sha256("\0".join(group.keys).encode()).hexdigest()[:12]
@@ -288,8 +289,7 @@ def results_of(work: Work, rows: Sequence[Row]) -> list[Result]:
             raise
         if len(rows) == 1:
             words = " ".join(str(error).split())
-            is_told = isinstance(error, RecordError)
-            return [error if is_told else RecordError("failed", f"{type(error).__name__}: {words}")]  # type: ignore[list-item]
+            return [error if isinstance(error, RecordError) else RecordError("failed", f"{type(error).__name__}: {words}")]
         del error
     else:
         assert len(results) == len(rows), f"the work made {len(results)} results of {len(rows)} rows"
