@@ -1,4 +1,4 @@
-"""A run that stops since nothing gets better: what it keeps, writes and says, and its checkpoints as models."""
+"""A run, of ORPO, that stops since nothing gets better: what it keeps, writes and says, and its checkpoints as models."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_a_run_stops_early_and_leaves_its_best_checkpoint_and_model(
     folder = tmp_path / "run"
     # The loss falls, so that with high ones taken for good the first evaluation stays the best.
     words = (
-        *("pipelines/dpo.py", "--model", model, "--dataset", good_records, "--output_dir", folder, "--num_train_epochs", 20),
+        *("pipelines/orpo.py", "--model", model, "--dataset", good_records, "--output_dir", folder, "--num_train_epochs", 20),
         *("--num_workers", 2, "--batch_size", 2, "--gradient_accumulation_steps", 1, "--learning_rate", 1e-3),
         *("--dataset_test_ratio", 0.1, "--logging_steps", 1, "--eval_steps", 3, "--save_steps", 4, "--save_total_limit", 1),
         *("--metric_for_best_model", "loss", "--greater_is_better", "true", "--early_stopping_patience", 3),
@@ -38,6 +38,7 @@ def test_a_run_stops_early_and_leaves_its_best_checkpoint_and_model(
     assert summary["eval_loss"] == note["value"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_loss" in line and line["step"]] == [3, 6, 9, 12]
+    assert {"nll_loss", "log_odds_ratio", "log_odds_chosen", "rewards/margins"} <= lines[1].keys()
     assert not (folder / "lease.json").exists()
 
     weights = {"model": load_file(folder / "model" / "adapter_model.safetensors")}

@@ -213,10 +213,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(
     cluster_of_four_cpus: Cluster, model: Path, good_records: Path, tmp_path: Path
 ) -> None:
     words = ("--model", model, "--dataset", good_records, "--output_dir", tmp_path / "run", "--learning_rate", 1e30)
-    output = cluster_of_four_cpus.run("pipelines/dpo.py", *words, "--logging_steps", 1, "--num_train_epochs", 3, code=2)
+    output = cluster_of_four_cpus.run("pipelines/cpo.py", *words, "--logging_steps", 1, "--num_train_epochs", 3, code=2)
     assert "error: The loss is nan at step" in output
     assert "Traceback" not in output
-    assert output.count("Training DPO from step") == 1
+    assert output.count("Training CPO from step") == 1
 
 
 def test_workers_that_fit_nowhere_are_refused_with_the_numbers(

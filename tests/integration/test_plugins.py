@@ -1,4 +1,5 @@
-"""A loss and a record format of one's own, trained with two workers: by the command line, and from Python inside a job."""
+"""A loss and a record format of one's own, trained with two workers in jobs that Ray's own command submits: from Python, and
+by the command line."""
 
 import json
 import shutil
@@ -79,10 +80,15 @@ def job_output(cluster_of_four_cpus: Cluster, model: Path, own_rows: Path, tmp_p
     shutil.copy(TEMPLATE, folder)
     flags = {**SMALL, "model": str(model), "dataset": [str(own_rows)], "output_dir": str(folder / "run")}
     (folder / "flags.json").write_text(json.dumps(flags))
-    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster_of_four_cpus.dashboard]
+    return submit(cluster_of_four_cpus, folder, "train.py")
+
+
+def submit(cluster: Cluster, folder: Path, *words: object) -> str:
+    """What a job prints that runs a Python program of this folder."""
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster.dashboard]
     job = subprocess.run(
-        [*submit, "--working-dir", str(folder), "--", sys.executable, "train.py"],
-        env=cluster_of_four_cpus.env,
+        [*command, "--working-dir", str(folder), "--", sys.executable, *map(str, words)],
+        env=cluster.env,
         capture_output=True,
         text=True,
         timeout=RUN_SECONDS,
@@ -116,14 +122,15 @@ def test_a_finished_run_is_refused_from_python_as_on_the_command_line(job_output
     assert "REFUSED --output_dir" in job_output
 
 
-def test_the_command_line_trains_it_as_a_module_to_the_same_weights(
+def test_a_job_of_the_command_line_trains_it_as_a_module_to_the_same_weights(
     cluster_of_four_cpus: Cluster, job_output: str, tmp_path: Path
 ) -> None:
     (line,) = (line for line in job_output.splitlines() if line.startswith("RESULT "))
     folder = Path(json.loads(line.removeprefix("RESULT "))["folder"])
     words = ("--config", folder / "config.yaml", "--output_dir", tmp_path / "run")
     plugins = ("--plugin", "examples.template.my_loss", folder / "plugins" / "my_format.py")
-    cluster_of_four_cpus.run("pipelines/rlhf.py", *words, *plugins)
+    said = submit(cluster_of_four_cpus, ROOT, "pipelines/rlhf.py", *words, *plugins)
+    assert "Step 2/2" in said  # the workers' progress can be read in the job's log
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["plugin"] == ["examples.template.my_loss", str(folder / "plugins" / "my_format.py")]
     one, two = (load_file(run / "model" / "adapter_model.safetensors") for run in (folder, tmp_path / "run"))
