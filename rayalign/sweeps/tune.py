@@ -25,6 +25,7 @@ from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.reference.precompute import with_reference
+from rayalign.sources.whole_paths import with_whole_paths
 from rayalign.storage import Store
 from rayalign.sweeps.reports import EvaluationReports
 from rayalign.sweeps.results import (
@@ -62,7 +63,7 @@ from rayalign.training.driver import fit, join_cluster
 from rayalign.training.endings import told_endings, with_restarts
 from rayalign.training.lease import STALE_SECONDS, held
 from rayalign.training.origin import check_origin
-from rayalign.training.places import require_lasting_folders, with_whole_paths
+from rayalign.training.places import require_lasting_folders
 from rayalign.training.profiling import profiled_steps
 from rayalign.training.run_folder import open_run
 from rayalign.training.sinks import check_sinks
