@@ -82,7 +82,9 @@ def write_checkpoint(
     names = {id(p): name for name, p in policy.trainable.items()}
     save_tensors(policy.trainable, folder, WEIGHTS, rank=rank)
     moments = {
-        f"{names[id(p)]}|{key}": value.detach().clone() for p, state in optimizer.state.items() for key, value in state.items()
+        f"{names[id(p)]}|{key}": torch.as_tensor(value).detach().clone()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
     }
     save_tensors(moments, folder, MOMENTS, rank=rank)
     if rank == 0:
@@ -334,5 +336,7 @@ def _file_entry(file: Path) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _on_device(step: Tensor, parameter: Tensor, optimizer: Optimizer) -> Tensor:
+def _on_device(step: Tensor, parameter: Tensor, optimizer: Optimizer) -> Tensor | int:
+    if not step.is_floating_point():  # bitsandbytes counts in whole numbers
+        return int(step)
     return step.to(parameter.device) if optimizer.defaults.get("fused") else step
