@@ -48,7 +48,7 @@ def save_tensors(tensors: Mapping[str, Tensor], folder: Path, kind: str, *, rank
     whole = {name: tensor for name, tensor in tensors.items() if name not in shards}
     if rank == 0:
         save_file({name: tensor.detach().contiguous() for name, tensor in whole.items()}, folder / whole_file(kind))
-    if shards:
+    if shards and _is_of_first_group(next(iter(shards.values()))):
         number, count = _place(next(iter(shards.values())))
         own = {name: tensor.to_local().detach().contiguous() for name, tensor in shards.items()}
         save_file(own, folder / shard_file(kind, number, count))
@@ -120,6 +120,11 @@ def like(parameter: Tensor, own: Tensor) -> Tensor:
 def copy_own_part(parameter: Tensor, own: Tensor) -> None:
     """Puts a worker's part of a parameter in place."""
     (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(own)
+
+
+def _is_of_first_group(tensor: DTensor) -> bool:
+    """Whether a worker's shards are those that count, where several groups of workers have the same ones."""
+    return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
 
 
 def _place(tensor: DTensor) -> Sequence[int]:
