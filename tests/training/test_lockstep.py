@@ -158,9 +158,10 @@ def test_a_plan_knows_what_each_worker_holds(folders: Mapping[str, Path], worker
     assert (share.gradients, share.moments) == (share.trainable, pytest.approx(2 * share.trainable, abs=2))
     layers = skeleton.base.get_decoder().layers
     in_layer = sum(4 * p.numel() for n, p in layers[0].named_parameters() if ".lora_" not in n)
-    outside = [*skeleton.base.get_decoder().norm.parameters(), skeleton.base.get_input_embeddings().weight, skeleton.head]
-    whole_at_a_time = 2 * in_layer + sum(4 * p.numel() for p in outside)
-    assert share.working == (1 + (case.tuner is FULL)) * whole_at_a_time  # with the gradients of what is trained
+    outside = 4 * sum(p.numel() for p in (*skeleton.base.get_decoder().norm.parameters(), skeleton.head))
+    embeddings = 4 * skeleton.base.get_input_embeddings().weight.numel()
+    gradients = in_layer + outside if case.tuner is FULL else 0
+    assert share.working == 2 * in_layer + outside + embeddings + gradients
 
 
 def test_a_filler_has_what_the_batch_has_that_it_stands_for(folders: Mapping[str, Path]) -> None:
