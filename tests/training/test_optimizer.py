@@ -16,7 +16,7 @@ from rayalign.data.sampler import StepCounts
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
 from rayalign.storage import Store
-from rayalign.training.checkpoint import FetchedCheckpoint, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import FetchedCheckpoint, Snapshot, load_checkpoint, write_checkpoint
 from rayalign.training.loop import Trainer
 from rayalign.training.optimizer import learning_rate, make_optimizer
 from tests.tiny_models import counts_of, encode_pair, make_batch, make_policy
@@ -117,7 +117,7 @@ def test_moments_of_8_bits_come_back_from_a_checkpoint_and_go_on_to_the_bit(fold
     assert kinds == {torch.uint8, torch.float32}  # small tensors' stay as they are
     moved = weights(whole) - weights(trainer(1))
     assert 0 < (weights(trained) - weights(whole)).norm() < 0.2 * moved.norm()
-    write_checkpoint(tmp_path, trained.policy, trained.optimizer, step=3)
+    write_checkpoint(Store(str(tmp_path)), Snapshot.of(trained.policy, trained.optimizer, step=3))
     restored = trainer(2)
     load_checkpoint(FetchedCheckpoint(Store(str(tmp_path)), 3, tmp_path), restored.policy, restored.optimizer)
     for step in range(3, 6):
