@@ -2,28 +2,35 @@
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rayalign.algorithms import Algorithm
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.batch import PairBatch
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import EncodedPair
+from rayalign.models.source import ModelSource
+from rayalign.policy.compat import storage_key
+from rayalign.policy.loading import load_policy
 from rayalign.policy.policy import Policy
-from rayalign.policy.sharding import shard_policy
+from rayalign.policy.prepare import recompute_layers
+from rayalign.policy.sharding import mesh_of_workers, shard_policy
 from rayalign.training.distributed import start_alike
 from rayalign.training.lockstep import Fillers
 from rayalign.training.loop import Trainer
-from tests.tiny_models import counts_of, encode_pair, in_float64, make_batch, make_policy, noise_image, wake_adapters
+from tests.tiny_models import counts_of, encode_pair, in_float64, make_batch, noise_image, wake_adapters
 
 LORA, FULL = TunerConfig(lora_target_modules=("ALL",)), TunerConfig(sft_type="full")
 
@@ -46,11 +53,25 @@ class Case:
     deals: Sequence[Deal] = UNEVEN
     dtype: torch.dtype = torch.float64
     checkpointing: bool = True
+    recomputed: int | None = None
+    """Layers that run again in the backward, of those with checkpointing; None: all."""
+    scattered: bool = False
+    """Whether rank 0 alone loads the weights."""
+    group_size: int | None = None
+    """Workers that have a model between them; None: all."""
 
 
-def policy_of(case: Case, folder: Path) -> Policy:
-    model = ModelConfig(gradient_checkpointing=case.checkpointing)
-    policy = make_policy(folder, model=model, tuner=case.tuner, needs=case.algorithm.needs)
+def policy_of(case: Case, folder: Path, *, without_weights: bool = False) -> Policy:
+    policy = load_policy(
+        ModelSource(str(folder)),
+        model=ModelConfig(gradient_checkpointing=case.checkpointing),
+        tuner=case.tuner,
+        device=torch.device("cpu"),
+        needs=case.algorithm.needs,
+        without_weights=without_weights,
+    )
+    if case.recomputed is not None:
+        recompute_layers(policy.base, case.recomputed)
     if case.dtype == torch.float64:
         for each in filter(None, (policy, policy.start)):
             in_float64(each)
@@ -60,12 +81,12 @@ def policy_of(case: Case, folder: Path) -> Policy:
 def shard(policy: Policy, case: Case, folder: Path) -> Fillers:
     """Shards the policy over all processes; returns its fillers."""
     cpu = torch.device("cpu")
-    shard_policy(policy, init_device_mesh("cpu", (dist.get_world_size(),)), device=cpu)
+    shard_policy(policy, mesh_of_workers(cpu, case.group_size), device=cpu, scattered=case.scattered)
     return Fillers(EncoderSpec(str(folder), "both").layout, case.algorithm.needs)
 
 
 def trainer_of(case: Case, folder: Path, *, sharded: bool, rank: int = 0) -> Trainer:
-    policy = policy_of(case, folder)
+    policy = policy_of(case, folder, without_weights=sharded and case.scattered and rank > 0)
     fillers = shard(policy, case, folder) if sharded else None
     start_alike(policy)
     config = OptimizerConfig(learning_rate=1e-2, max_grad_norm=0.1)
@@ -170,3 +191,31 @@ def differences(case: Case, name: str, worker: Mapping[str, Tensor], folder: Pat
         difference = float((own[key] - value).abs().max() / value.abs().max().clamp_min(1e-30))
         found[kind] = max(found.get(kind, 0.0), difference)
     return found
+
+
+def whole_or_own(tensor: Tensor) -> Tensor:
+    """Of a sharded tensor this worker's rows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, `peak` is the most bytes at a time of storages that were made since; FSDP gives a storage its memory and takes
+    it away again."""
+
+    def __init__(self, there_before: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._before = {storage_key(tensor) for tensor in there_before}
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                own = whole_or_own(tensor)
+                key = storage_key(own)
+                if key not in self._before:
+                    self._storages[key] = weakref.ref(own.untyped_storage())
+        live = [storage for ref in self._storages.values() if (storage := ref()) is not None]
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in live))
+        return out

@@ -195,12 +195,12 @@ ELSEWHERE: Sequence[Elsewhere] = (
         "per_device_eval_batch_size eval_batch_size", ALL, "held-out records are run by --batch_size, too. Leave it out."
     ),
     Elsewhere("warmup_steps", ALL, "pass the fraction of the steps as --warmup_ratio."),
-    Elsewhere("optim optimizer", ALL, "the optimizer is always AdamW. Leave it out."),
+    Elsewhere("optimizer", ALL, "pass --optim: the optimizer is AdamW, with moments in float32 or in 8 bits."),
     Elsewhere("lr_scheduler_kwargs min_lr", ALL, "--lr_scheduler_type cosine and linear end at 0. Leave it out."),
     Elsewhere(
-        "aligner_lr vit_lr lora_lr_ratio lorap_lr_ratio loraplus_lr_ratio",
+        "lora_lr_ratio lorap_lr_ratio loraplus_lr_ratio",
         (*SWIFT, FACTORY),
-        "all trainable weights have one --learning_rate.",
+        "both matrices of an adapter have one --learning_rate.",
     ),
     Elsewhere("neftune_noise_alpha", ALL, "embeddings get no noise here. Leave it out."),
     Elsewhere("disable_dropout", (TRL,), "--lora_dropout is for SFT only, and always off elsewhere. Leave it out."),

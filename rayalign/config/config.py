@@ -37,6 +37,19 @@ class Config:
             )
         self._check_reference()
         self._check_sharding()
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        parts = (
+            ("vit", "vision tower", self.optimizer.vit_lr, self.tuner.freeze_vit),
+            ("aligner", "aligner", self.optimizer.aligner_lr, self.tuner.freeze_aligner),
+        )
+        for part, name, rate, is_frozen in parts:
+            if rate is not None and is_frozen:
+                raise ValueError(
+                    f"--{part}_lr {rate:g}: the {name} is not trained here. Pass --freeze_{part} false, too, or leave the rate "
+                    "out."
+                )
 
     def _check_reference(self) -> None:
         precompute = self.model.precompute_ref_log_probs
@@ -59,6 +72,10 @@ class Config:
             "freeze_llm": (self.tuner.freeze_llm, "it is the language model that is sharded, and here it would not be trained"),
             "torch_compile": (self.model.torch_compile, "compiled layers are not sharded here"),
             "dtype": (self.model.dtype == "float16" and "float16", "its loss scale is not kept for sharded gradients"),
+            "optim": (
+                self.tuner.sft_type == "full" and self.optimizer.optim == "adamw_8bit" and "adamw_8bit",
+                "moments of 8 bits are not sharded here",
+            ),
         }
         for name, (value, reason) in unfit.items():
             if value:

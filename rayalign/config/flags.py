@@ -75,9 +75,15 @@ class Flag:
         return NoneType in get_args(self.type)
 
     @property
+    def is_switch(self) -> bool:
+        """Whether the flag takes true and false, alone or beside other words."""
+        return self.item_type is bool or bool in get_args(self.item_type)
+
+    @property
     def choices(self) -> tuple[str, ...]:
-        """The words that the flag takes; empty where any will do."""
-        return get_args(self.item_type) if get_origin(self.item_type) is Literal else ()
+        """The words that the flag takes; empty where any will do, and for true and false alone."""
+        options = (self.item_type,) if get_origin(self.item_type) is Literal else get_args(self.item_type)
+        return tuple(word for option in options for word in (("true", "false") if option is bool else get_args(option)))
 
     @property
     def bounds(self) -> str:

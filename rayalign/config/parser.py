@@ -90,7 +90,7 @@ def _add_flag(group: Any, flag: Flag) -> None:
     help_text = flag.full_help(with_choices=too_long).replace("%", "%%")
     if flag.is_list:
         group.add_argument(f"--{flag.name}", nargs="+", action="extend", metavar=metavar, help=help_text)
-    elif flag.item_type is bool:
+    elif flag.is_switch:
         group.add_argument(f"--{flag.name}", nargs="?", const="true", metavar=metavar, help=help_text)
     else:
         group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text)

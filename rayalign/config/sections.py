@@ -86,8 +86,10 @@ class ModelConfig:
         "Attention kernel of the language model. sdpa: prompt and responses apart, where the model allows it; flex_attention: "
         "compiled for the mask's blocks, on GPUs; eager: plain products, for models that cap their attention's logits.",
     )
-    gradient_checkpointing: bool = flag(
-        True, "Recompute activations in the backward pass: less memory, about a third more time."
+    gradient_checkpointing: bool | Literal["auto"] = flag(
+        True,
+        "Recompute activations in the backward pass: less memory, about a third more time. auto: of as few layers as the GPUs' "
+        "memory demands, by the plan's estimate; of all on CPUs.",
     )
     torch_compile: bool = flag(
         False, "Compile the language model's layers (torch.compile): some percent faster, after minutes in the first steps."
@@ -194,7 +196,18 @@ class OptimizerConfig:
     gradient_accumulation_steps: int = flag(
         16, "Micro-batches per worker and optimizer step; global batch = batch_size x accumulation x workers.", at_least=1
     )
+    optim: Literal["adamw_torch", "adamw_8bit"] = flag(
+        "adamw_torch",
+        "AdamW with moments in float32, or (adamw_8bit, which needs the extra qlora) in 8 bits with a scale for each 256 of "
+        "them: 2 bytes a trained weight in place of 8, and an update that is nearly the same.",
+    )
     learning_rate: float = flag(5e-5, "Peak learning rate of AdamW.", above=0)
+    vit_lr: float | None = flag(
+        None, "Peak learning rate of the vision tower, where it is trained. Default: --learning_rate.", above=0
+    )
+    aligner_lr: float | None = flag(
+        None, "Peak learning rate of the aligner, where it is trained. Default: --learning_rate.", above=0
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = flag("cosine", "Decay after the warm-up, to 0.")
     warmup_ratio: float = flag(0.03, "Fraction of the steps over which the learning rate rises.", at_least=0, at_most=1)
     weight_decay: float = flag(0.1, "AdamW's weight decay; not on biases and norms.", at_least=0)
@@ -310,6 +323,12 @@ class ClusterConfig:
         "moments; device_map: a worker spreads its model over its GPUs. "
         "auto: device_map where a worker has several GPUs, else ddp.",
     )
+    shard_group_size: int | None = flag(
+        None,
+        "Of --strategy fsdp: each group of so many workers, such as those of a node, has a whole model between them, and "
+        "groups only add up their gradients. It divides --num_workers. Default: all workers are one group.",
+        at_least=2,
+    )
     wait_for_nodes: float | None = flag(
         None,
         "Seconds that a run waits for nodes with room for its workers, which it asks the cluster's autoscaler for. Default: "
@@ -346,6 +365,27 @@ class ClusterConfig:
                 f"--gpus_per_worker {self.gpus_per_worker:g} with --strategy fsdp: a worker has one GPU there, and the model "
                 "is sharded over workers. Pass --gpus_per_worker 1 and a higher --num_workers."
             )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        size = self.shard_group_size
+        if size is None:
+            return
+        if not self.shards_models:
+            raise ValueError(
+                f"--shard_group_size {size} with --strategy {self.strategy}: no model is sharded there. Pass --strategy fsdp, "
+                "or leave it out."
+            )
+        if self.is_elastic:
+            raise ValueError(
+                f"--shard_group_size {size} with --num_workers {self.num_workers}: not every number of workers can be cut into "
+                "groups of one size. Pass one number of workers, or leave --shard_group_size out."
+            )
+        if self.fewest_workers % size:
+            raise ValueError(
+                f"--shard_group_size {size} with --num_workers {self.num_workers}: workers are cut into groups of one size. "
+                "Pass numbers of which one divides the other."
+            )
 
     @property
     def fewest_workers(self) -> int:
@@ -376,6 +416,11 @@ class ClusterConfig:
     def shards_models(self) -> bool:
         """Whether a model is sharded over the workers."""
         return self.strategy == "fsdp"
+
+    @property
+    def num_shards(self) -> int:
+        """The workers over which a model is sharded, if it is; the fewest of an elastic run."""
+        return self.shard_group_size or self.fewest_workers
 
     @property
     def spreads_models(self) -> bool:

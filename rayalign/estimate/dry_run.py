@@ -7,6 +7,7 @@ some models alternate two kinds of attention.
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -138,6 +139,34 @@ class DryRun:
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         return torch.autocast("cpu", self.blueprint.dtype, enabled=self.blueprint.is_mixed)
+
+
+@dataclass(frozen=True)
+class DryRuns:
+    """One model run dry without and with gradient checkpointing, each when it is first asked for."""
+
+    blueprint: Blueprint
+
+    @cached_property
+    def plain(self) -> DryRun:
+        return DryRun(self.blueprint.with_checkpointing(on=False))
+
+    @cached_property
+    def recomputing(self) -> DryRun:
+        return DryRun(self.blueprint.with_checkpointing(on=True))
+
+    def activations(self, shape: RowShape, recomputed: int) -> Activations:
+        """What the step's passes hold where so many of the layers run again, the first ones: they do it when the last ones have
+        let go of what they keep, but of a pass before the one whose backward it is, all is still there."""
+        depth = self.blueprint.num_layers
+        if recomputed in (0, depth):
+            return (self.recomputing if recomputed else self.plain).activations(shape)
+        plain, recomputing = self.plain.activations(shape), self.recomputing.activations(shape)
+        kept = plain.kept + (recomputing.kept - plain.kept) * recomputed // depth
+        _, step = passes_of(self.blueprint.needs, reference_known=self.blueprint.reference_known)
+        passes = sum(item.trains for item in step)
+        earlier = (kept - recomputing.kept) * (passes - 1) // passes
+        return Activations(kept, max(kept + plain.peak - plain.kept, earlier + recomputing.peak))
 
 
 def _make_fake(model: nn.Module) -> None:

@@ -9,12 +9,10 @@ from rayalign.config.sections import PlanConfig
 from rayalign.estimate import advice
 from rayalign.estimate.advice import Schedule, Time
 from rayalign.estimate.architecture import Blueprint, Skeleton
-from rayalign.estimate.dry_run import DryRun
 from rayalign.estimate.flops import LanguageCosts, PairFlops, PassOptions, language_costs, pair_flops
-from rayalign.estimate.memory import GB, Memory, MicroBatch, holds_copy, memory_of
+from rayalign.estimate.memory import GB, Memory, MicroBatch
 from rayalign.estimate.shapes import DataShapes
-from rayalign.estimate.sharding import share_of
-from rayalign.estimate.vision import VisionCosts
+from rayalign.estimate.worker_memory import WorkerMemory
 
 MOST_DOUBLINGS = 10
 """A model is sharded over at most 1,024 workers in an advice."""
@@ -31,9 +29,9 @@ class Estimate:
     name: str
     origin: str
 
-    @cached_property
+    @property
     def skeleton(self) -> Skeleton:
-        return self.blueprint.build()
+        return self._worker.skeleton
 
     @property
     def num_trainable(self) -> int:
@@ -58,13 +56,18 @@ class Estimate:
         return MicroBatch(rows, self.data.longest, self.data.fullest)
 
     @cached_property
+    def recomputed(self) -> int:
+        """Layers of the language model that run again in the backward."""
+        return self._worker.num_recomputed(self.batch, self.gpu_bytes)
+
+    @cached_property
     def memory(self) -> Memory:
-        return self.memory_of(self.batch)
+        return self._worker.of(self.batch, self.recomputed)
 
     @cached_property
     def memory_with_other_checkpointing(self) -> Memory:
         """With gradient checkpointing where the run has none, and without where it has."""
-        return self._on_a_worker(memory_of(self.skeleton, self._other, self._vision, self.batch), self.skeleton)
+        return self._worker.of(self.batch, 0 if self.recomputed else self.blueprint.num_layers)
 
     @property
     def gpu_bytes(self) -> int:
@@ -83,36 +86,25 @@ class Estimate:
 
     @cached_property
     def longest_row(self) -> int:
-        return advice.longest_row(self.memory_of, self.batch, self.gpu_bytes)
-
-    def memory_of(self, batch: MicroBatch) -> Memory:
-        return self._on_a_worker(memory_of(self.skeleton, self._dry_run, self._vision, batch), self.skeleton)
+        worker = self._worker
+        return advice.longest_row(lambda batch: worker.of(batch, worker.most_recomputed), self.batch, self.gpu_bytes)
 
     @cached_property
     def workers_needed(self) -> int | None:
         """The fewest workers, doubled from two on, over which a sharded model fits; None where no number does."""
-        whole = memory_of(self.skeleton, self._dry_run, self._vision, self.batch)
+        most = self._worker.most_recomputed
         counts = (2**n for n in range(1, MOST_DOUBLINGS + 1))
-        return next((n for n in counts if self._shared(whole, self.skeleton, n).total <= self.gpu_bytes), None)
-
-    def _on_a_worker(self, memory: Memory, skeleton: Skeleton, config: Config | None = None) -> Memory:
-        """What a worker holds, of the memory of one that holds the whole model."""
-        cluster = (config or self.config).cluster
-        return self._shared(memory, skeleton, cluster.fewest_workers) if cluster.shards_models else memory
-
-    def _shared(self, memory: Memory, skeleton: Skeleton, num_workers: int) -> Memory:
-        copied = self.blueprint.dtype if holds_copy(self.blueprint) else None
-        return share_of(memory, skeleton, num_workers=num_workers, copied=copied)
+        return next((n for n in counts if self._worker.of(self.batch, most, sharded_over=n).total <= self.gpu_bytes), None)
 
     @cached_property
     def options(self) -> PassOptions:
         """Those of the run."""
-        model = self.config.model
-        return PassOptions(checkpointing=model.gradient_checkpointing, reference_known=self.blueprint.reference_known)
+        share = self.recomputed / self.blueprint.num_layers
+        return PassOptions(checkpointing=share, reference_known=self.blueprint.reference_known)
 
     def flops(self, **changed: bool) -> PairFlops:
         """Operations per pair, with some savings changed."""
-        return pair_flops(self.data, self._costs, self._dry_run, dataclasses.replace(self.options, **changed))
+        return pair_flops(self.data, self._costs, dataclasses.replace(self.options, **changed))
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -139,27 +131,22 @@ class Estimate:
         return advice.time_of(self.config, self.plan, flops=self.run_flops, per_worker=self.gpus_per_worker)
 
     @cached_property
-    def _vision(self) -> VisionCosts | None:
-        return VisionCosts(self.skeleton, self.blueprint.config) if self.data.has_images.any() else None
+    def _worker(self) -> WorkerMemory:
+        return WorkerMemory(self.config, self.blueprint, self._has_images)
 
-    @cached_property
-    def _dry_run(self) -> DryRun:
-        return DryRun(self.blueprint)
-
-    @cached_property
-    def _other(self) -> DryRun:
-        return DryRun(self.blueprint.with_checkpointing(on=not self.blueprint.model.gradient_checkpointing))
+    @property
+    def _has_images(self) -> bool:
+        return bool(self.data.has_images.any())
 
     @cached_property
     def _costs(self) -> LanguageCosts:
-        pair = (self._dry_run, self._other)
-        recomputing, plain = pair if self.blueprint.model.gradient_checkpointing else pair[::-1]
         has_head = self.blueprint.needs.head == "language"
         head = self.skeleton.head
-        return language_costs(plain, recomputing, head_size=head.numel() if has_head else 0, trains_head=head.requires_grad)
+        size = head.numel() if has_head else 0
+        return language_costs(self._worker.dry_runs, head_size=size, trains_head=head.requires_grad)
 
     def _memory_with(self, config: Config, rows: int) -> Memory:
         blueprint = dataclasses.replace(self.blueprint, model=config.model, tuner=config.tuner)
         batch = dataclasses.replace(self.batch, rows=min(rows, self.batch.rows))
-        skeleton = blueprint.build()
-        return self._on_a_worker(memory_of(skeleton, DryRun(blueprint), self._vision, batch), skeleton, config)
+        worker = WorkerMemory(config, blueprint, self._has_images)
+        return worker.of(batch, worker.most_recomputed)

@@ -10,7 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from rayalign.estimate.dry_run import DryRun
+from rayalign.estimate.architecture import Blueprint
+from rayalign.estimate.dry_run import DryRun, DryRuns
 from rayalign.estimate.passes import Pass, passes_of
 from rayalign.estimate.shapes import DataShapes, Numbers
 from rayalign.policy.adapters import trainable_parts
@@ -44,32 +45,31 @@ class LanguageCosts:
     and backward without and with gradient checkpointing. `head_read` and `head_train` are the output head's for each position
     that it scores."""
 
-    plain: DryRun
-    recomputing: DryRun
+    dry_runs: DryRuns
     head_read: float
     head_train: float
 
     @cached_property
     def read(self) -> Polynomial:
-        return Polynomial.of(self.plain, Pass())
+        return Polynomial.of(self.dry_runs.plain, Pass())
 
     @cached_property
     def train(self) -> Polynomial:
-        return Polynomial.of(self.plain, Pass(trains=True))
+        return Polynomial.of(self.dry_runs.plain, Pass(trains=True))
 
     @cached_property
     def train_recomputing(self) -> Polynomial:
-        return Polynomial.of(self.recomputing, Pass(trains=True))
+        return Polynomial.of(self.dry_runs.recomputing, Pass(trains=True))
 
 
 @dataclass(frozen=True)
 class PassOptions:
-    """What a step computes twice, and what it saves. `checkpointing`: layers run again in the backward. `images_once`: the
-    vision tower runs once on each distinct image of a pair, not for each response and each policy; `shared_prompt`: both
-    responses stand in one row behind one prompt; `responses_only`: the output head sees only the positions that predict a
-    response; `reference_known`: the reference's log-probs come with the data."""
+    """What a step computes twice, and what it saves. `checkpointing`: the share of the layers that run again in the backward.
+    `images_once`: the vision tower runs once on each distinct image of a pair, not for each response and each policy;
+    `shared_prompt`: both responses stand in one row behind one prompt; `responses_only`: the output head sees only the
+    positions that predict a response; `reference_known`: the reference's log-probs come with the data."""
 
-    checkpointing: bool
+    checkpointing: float
     images_once: bool = True
     shared_prompt: bool = True
     responses_only: bool = True
@@ -93,21 +93,21 @@ class PairFlops:
         return self.vision + self.forward + self.others + self.head + self.recomputation + self.backward
 
 
-def language_costs(plain: DryRun, recomputing: DryRun, *, head_size: int, trains_head: bool) -> LanguageCosts:
-    """Of a model whose output head has `head_size` weights, 0 where there is a value head instead. `recomputing` is `plain`
-    with gradient checkpointing."""
+def language_costs(dry_runs: DryRuns, *, head_size: int, trains_head: bool) -> LanguageCosts:
+    """Of a model whose output head has `head_size` weights, 0 where there is a value head instead."""
     # The gradient of the states is formed in the forward; a trainable head computes its logits again in the backward.
-    return LanguageCosts(plain, recomputing, 2.0 * head_size, (8.0 if trains_head else 4.0) * head_size)
+    return LanguageCosts(dry_runs, 2.0 * head_size, (8.0 if trains_head else 4.0) * head_size)
 
 
-def pair_flops(data: DataShapes, costs: LanguageCosts, dry_run: DryRun, options: PassOptions) -> PairFlops:
+def pair_flops(data: DataShapes, costs: LanguageCosts, options: PassOptions) -> PairFlops:
     """Of an optimizer step with some options."""
-    needs = dry_run.blueprint.needs
+    blueprint = costs.dry_runs.blueprint
+    needs = blueprint.needs
     statistics, step = passes_of(needs, reference_known=options.reference_known)
     forward = others = head = recomputation = backward = 0.0
     for item in (*statistics, *step):
         for tokens, responses, share in _rows(data, item, shared_prompt=options.shared_prompt):
-            packed = np.array([dry_run.blueprint.packs(int(length)) for length in tokens])
+            packed = np.array([blueprint.packs(int(length)) for length in tokens])
             squares = np.where(packed, (tokens - responses) ** 2 + responses * tokens, tokens**2)
             positions = (responses if options.responses_only else tokens) * share
             head += float(np.mean(positions)) * (costs.head_train if item.trains else costs.head_read)
@@ -118,8 +118,9 @@ def pair_flops(data: DataShapes, costs: LanguageCosts, dry_run: DryRun, options:
             train = float(np.mean(costs.train(tokens, squares) * share))
             forward, backward = forward + read, backward + train - read
             if options.checkpointing:
-                recomputation += float(np.mean(costs.train_recomputing(tokens, squares) * share)) - train
-    return PairFlops(_vision(data, dry_run, options), forward, others, head, recomputation, backward)
+                again = float(np.mean(costs.train_recomputing(tokens, squares) * share)) - train
+                recomputation += options.checkpointing * again
+    return PairFlops(_vision(data, blueprint, options), forward, others, head, recomputation, backward)
 
 
 def _rows(data: DataShapes, item: Pass, *, shared_prompt: bool) -> Iterator[tuple[Numbers, Numbers, Numbers]]:
@@ -135,15 +136,15 @@ def _rows(data: DataShapes, item: Pass, *, shared_prompt: bool) -> Iterator[tupl
             yield data.prompt + responses, responses, (responses > 0) * needed
 
 
-def _vision(data: DataShapes, dry_run: DryRun, options: PassOptions) -> float:
+def _vision(data: DataShapes, blueprint: Blueprint, options: PassOptions) -> float:
     """Tower and aligner: their forwards, and backwards where they are trained."""
-    needs, tuner = dry_run.blueprint.needs, dry_run.blueprint.tuner
+    needs, tuner = blueprint.needs, blueprint.tuner
     trainable = trainable_parts(tuner)
     own = 2.0 if tuner.sft_type == "full" else 1.0  # gradients of inputs, and of all weights, too, where they are trained
     tower_backward = own if "vit" in trainable else 0.0
     aligner_backward = own if "aligner" in trainable else tower_backward and 1.0
-    again = dry_run.blueprint.trains_vision and needs.reference and not options.reference_known
-    runs_twice = needs.statistics and dry_run.blueprint.trains_vision  # a frozen tower's features are kept for the step
+    again = blueprint.trains_vision and needs.reference and not options.reference_known
+    runs_twice = needs.statistics and blueprint.trains_vision  # a frozen tower's features are kept for the step
     forwards = 1 + int(runs_twice) + int(needs.brings_images) + int(again) * (1 + int(runs_twice))
     if not options.images_once:
         forwards = (2 if data.rejected.any() else 1) * (1 + int(needs.reference and not options.reference_known))

@@ -60,10 +60,12 @@ class ImageLook:
         return self._known[size]
 
 
-def measured(training: PreparedData, held_out: int, *, image_token_id: int | None, look: ImageLook | None) -> DataShapes:
-    """Of encoded records: exact lengths. `held_out` of them are not trained on."""
+def measured(
+    training: PreparedData, held_out: int, *, image_token_id: int | None, look: ImageLook | None, looked_at: int = LOOKED_AT
+) -> DataShapes:
+    """Of encoded records: exact lengths of `looked_at` of them and the longest. `held_out` of them are not trained on."""
     counts = training.token_counts()
-    rows = np.unique(np.append(_spread(counts.num_rows), counts.row_tokens(np.arange(counts.num_rows)).argmax()))
+    rows = np.unique(np.append(_spread(counts.num_rows, looked_at), counts.row_tokens(np.arange(counts.num_rows)).argmax()))
     table = training.reader().read(rows)
     pairs = []
     for row in table.to_pylist():
@@ -128,10 +130,10 @@ def estimated_tokens(text: str) -> int:
     return round(latin / CHARACTERS_PER_TOKEN + len(text) - latin)
 
 
-def _spread(count: int) -> Any:
-    """At most LOOKED_AT of `count` row numbers, evenly spread."""
+def _spread(count: int, looked_at: int = LOOKED_AT) -> Any:
+    """At most `looked_at` of `count` row numbers, evenly spread."""
     return (
-        np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).round().astype(np.int64)) if count else np.empty(0, np.int64)
+        np.unique(np.linspace(0, count - 1, min(count, looked_at)).round().astype(np.int64)) if count else np.empty(0, np.int64)
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rayalign.estimate.architecture import Blueprint, Skeleton
-from rayalign.estimate.dry_run import DryRun, RowShape
+from rayalign.estimate.dry_run import Activations, RowShape
 from rayalign.estimate.shapes import PairShape
 from rayalign.estimate.vision import VisionCosts
 from rayalign.policy.adapters import trainable_parts
@@ -20,6 +20,9 @@ FRAGMENTATION = 0.05
 
 QUANTISED_BITS = {True: 4 + 8 / 64 + 32 / (64 * 256), False: 4 + 32 / 64}
 """Bits per weight: four, and a scale for each 64 weights, of 32 bits; with double quantisation of 8, and 32 for 256 scales."""
+
+QUANTISED_FROM = 4096
+"""Elements from which on bitsandbytes keeps a tensor's moments in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,16 @@ class MicroBatch:
         return MicroBatch(self.rows, PairShape(prompt, chosen, rejected, pair.image_tokens, pair.images), self.fullest)
 
 
-def memory_of(skeleton: Skeleton, dry_run: DryRun, vision: VisionCosts | None, batch: MicroBatch) -> Memory:
-    """Of a worker that holds the whole model."""
-    blueprint = dry_run.blueprint
+def memory_of(
+    blueprint: Blueprint,
+    skeleton: Skeleton,
+    activations: Activations,
+    vision: VisionCosts | None,
+    batch: MicroBatch,
+    *,
+    optim: str = "adamw_torch",
+) -> Memory:
+    """Of a worker that holds the whole model; `activations` are those of the micro-batch, `optim` is --optim."""
     trainable = _bytes(skeleton.trainable)
     frozen = _bytes([p for p in skeleton.model.parameters() if not p.requires_grad])
     working = 0
@@ -86,18 +96,17 @@ def memory_of(skeleton: Skeleton, dry_run: DryRun, vision: VisionCosts | None, b
     if holds_copy(blueprint):
         # That needs the model as it was at the start.
         frozen += sum(skeleton.sizes.values()) * torch.finfo(blueprint.dtype).bits // 8
-    activations = dry_run.activations(batch.shape())
     working += activations.peak - activations.kept
     images = 0
     if vision is not None:
-        images = _image_bytes(skeleton, vision, batch, dry_run)
+        images = _image_bytes(skeleton, vision, batch, blueprint)
         # The tower is done before the language model keeps anything.
-        working = max(working, _tower_bytes(vision, batch, dry_run) - activations.kept)
+        working = max(working, _tower_bytes(vision, batch, blueprint) - activations.kept)
     return Memory(
         weights=frozen,
         trainable=trainable,
         gradients=trainable,
-        moments=2 * trainable,
+        moments=_moments(skeleton.trainable) if optim == "adamw_8bit" else 2 * trainable,
         kept=activations.kept,
         working=working,
         images=images,
@@ -113,6 +122,12 @@ def _bytes(tensors: list[torch.nn.Parameter]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def _moments(tensors: list[torch.nn.Parameter]) -> int:
+    """Bytes of moments of 8 bits, with a scale of 32 bits for each 256; small tensors' stay float32."""
+    quantised = sum(tensor.numel() for tensor in tensors if tensor.numel() >= QUANTISED_FROM)
+    return round(2 * (quantised * (1 + 4 / 256) + 4 * (sum(tensor.numel() for tensor in tensors) - quantised)))
+
+
 def _quantised(skeleton: Skeleton, frozen: int, *, double: bool) -> tuple[int, int]:
     """Bytes of the frozen weights with the language model's linears in 4 bits, and of the largest of these when it is used."""
     modules: dict[str, Any] = dict(skeleton.base.named_modules())
@@ -122,23 +137,23 @@ def _quantised(skeleton: Skeleton, frozen: int, *, double: bool) -> tuple[int, i
     return frozen - _bytes(weights) + packed, max(weight.numel() * weight.element_size() for weight in weights)
 
 
-def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, dry_run: DryRun) -> int:
+def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, blueprint: Blueprint) -> int:
     """Of the pixels and features that a micro-batch brings along, and of what a trainable tower keeps.
 
     The features lie there once by themselves and once in the rows.
     """
     loads = batch.fullest.images
-    size = torch.finfo(dry_run.blueprint.dtype).bits // 8
+    size = torch.finfo(blueprint.dtype).bits // 8
     width = skeleton.head.shape[1]
     held = sum(load.pixel_bytes + 2 * load.features * width * size for load in loads)
-    if "vit" in trainable_parts(dry_run.blueprint.tuner):
-        per_token = vision.kept_per_patch(full=dry_run.blueprint.tuner.sft_type == "full")
+    if "vit" in trainable_parts(blueprint.tuner):
+        per_token = vision.kept_per_patch(full=blueprint.tuner.sft_type == "full")
         held += sum(load.patches for load in loads) * per_token * size
-    return batch.rows * held * (2 if dry_run.blueprint.needs.brings_images else 1)
+    return batch.rows * held * (2 if blueprint.needs.brings_images else 1)
 
 
-def _tower_bytes(vision: VisionCosts, batch: MicroBatch, dry_run: DryRun) -> int:
+def _tower_bytes(vision: VisionCosts, batch: MicroBatch, blueprint: Blueprint) -> int:
     """What the tower's forward over a micro-batch's images takes while it runs: one layer's tensors, by rule of thumb."""
-    size = torch.finfo(dry_run.blueprint.dtype).bits // 8
+    size = torch.finfo(blueprint.dtype).bits // 8
     patches = batch.rows * sum(load.patches for load in batch.fullest.images)
     return patches * (4 * vision.hidden + 2 * vision.widest) * size

@@ -32,7 +32,7 @@ from rayalign.models.processors import load_processor, process_images
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_description, resolve_model
 from rayalign.nodes import wait_for_cpus
-from rayalign.training.places import with_whole_paths
+from rayalign.sources.whole_paths import with_whole_paths
 
 logger = logging.getLogger(__name__)
 

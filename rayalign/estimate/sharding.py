@@ -10,15 +10,15 @@ from rayalign.estimate.memory import Memory
 from rayalign.policy.sharding import sharded_weights
 
 LAYERS_AT_A_TIME = 2
-"""The layer that runs, and the one whose weights are on their way to run next, or whose gradients are on their way."""
+"""The layer that runs, and the one whose weights are on their way to run next."""
 
 
 def share_of(memory: Memory, skeleton: Skeleton, *, num_workers: int, copied: torch.dtype | None = None) -> Memory:
     """The memory of one of some workers over which the language model is sharded; `copied` is the type of a frozen copy of the
     model that is held beside it, if there is one.
 
-    Whole are, as long as they are used, embeddings and output head, and a layer or two; of trained ones their gradients are,
-    too, until the workers have added them up.
+    Whole are, as long as they are used, embeddings and output head, and a layer or two; of trained ones the gradients of output
+    head and one layer are, too, until the workers have added them up. (Those of embeddings come when nothing is kept any more.)
     """
     weights = set(sharded_weights(skeleton.model, skeleton.base))
     frozen = _bytes([p for p in weights if not p.requires_grad])
@@ -27,7 +27,9 @@ def share_of(memory: Memory, skeleton: Skeleton, *, num_workers: int, copied: to
         frozen += sum(p.numel() for p in weights) * torch.finfo(copied).bits // 8
     layers = [[p for p in layer.parameters() if p in weights] for layer in skeleton.base.get_decoder().layers]
     in_layers = {p for layer in layers for p in layer}
-    running = [*(weights - in_layers), *(LAYERS_AT_A_TIME * max(layers, key=_bytes))]
+    outside, layer = weights - in_layers, max(layers, key=_bytes)
+    embeddings, head = skeleton.base.get_input_embeddings().weight, skeleton.head
+    added_up = [p for p in (*outside, *layer) if p.requires_grad and (p is head or p is not embeddings)]
     saved = 1 - 1 / num_workers
     return dataclasses.replace(
         memory,
@@ -35,7 +37,7 @@ def share_of(memory: Memory, skeleton: Skeleton, *, num_workers: int, copied: to
         trainable=memory.trainable - round(saved * trained),
         gradients=memory.gradients - round(saved * trained),
         moments=memory.moments - round(saved * 2 * trained),
-        working=memory.working + _bytes(running) + _bytes([p for p in running if p.requires_grad]),
+        working=memory.working + _bytes([*outside, *(LAYERS_AT_A_TIME * layer)]) + _bytes(added_up),
     )
 
 

@@ -10,6 +10,7 @@ from rayalign.estimate.architecture import ALIGNER, EMBEDDINGS, HEAD, VISION
 from rayalign.estimate.estimate import Estimate
 from rayalign.estimate.memory import FRAGMENTATION, GB, OVERHEAD_BYTES, Memory
 from rayalign.estimate.shapes import Numbers
+from rayalign.estimate.worker_memory import SPARE
 from rayalign.models.parts import PART_NAMES, Part
 from rayalign.policy.adapters import trainable_parts
 
@@ -76,6 +77,7 @@ def _data(found: Estimate) -> Iterator[str]:
 def _work(found: Estimate) -> Iterator[str]:
     now, options = found.flops(), found.options
     recomputing = " (checkpointing)" if options.checkpointing else ""
+    recomputing = recomputing if options.checkpointing in (0, 1) else f" ({_recomputed(found)})"
     unit, size = _unit_of(now.total)
     yield f"Work per pair in {unit} (mean)"
     parts = [
@@ -123,6 +125,12 @@ def _memory(found: Estimate) -> Iterator[str]:
     yield from _aligned([[f"  {name}", _gb(size)] for name, size in _memory_parts(found, memory)])
     switch = "without" if found.options.checkpointing else "with"
     yield from _aligned([[f"  total {switch} gradient checkpointing", _gb(found.memory_with_other_checkpointing.total)]])
+    if found.config.model.gradient_checkpointing == "auto":
+        yield f"  --gradient_checkpointing auto: {_recomputed(found)} run again; {SPARE:.0%} of a GPU's memory stay free"
+
+
+def _recomputed(found: Estimate) -> str:
+    return f"{found.recomputed} of {found.blueprint.num_layers} layers"
 
 
 def _memory_parts(found: Estimate, memory: Memory) -> list[tuple[str, int]]:
@@ -131,7 +139,7 @@ def _memory_parts(found: Estimate, memory: Memory) -> list[tuple[str, int]]:
         (f"frozen weights ({str(found.blueprint.dtype).removeprefix('torch.')}{quantised})", memory.weights),
         ("trainable weights (float32)", memory.trainable),
         ("gradients", memory.gradients),
-        ("optimizer's moments", memory.moments),
+        (f"optimizer's moments{' (8 bits)' if found.config.optimizer.optim == 'adamw_8bit' else ''}", memory.moments),
         ("kept for the backward", memory.kept),
         ("working space (layer run again, logits, reference)", memory.working),
         ("images", memory.images),
@@ -145,7 +153,8 @@ def _machines(found: Estimate) -> Iterator[str]:
     yield f"On GPUs of {size}, {found.plan.gpu_tflops:g} TFLOPS"
     per_worker = found.gpus_per_worker
     cluster = found.config.cluster
-    name = f"fsdp over {cluster.fewest_workers} workers" if cluster.shards_models else "ddp"
+    of = f" of {cluster.fewest_workers}" if cluster.num_shards < cluster.fewest_workers else ""
+    name = f"fsdp over {cluster.num_shards}{of} workers" if cluster.shards_models else "ddp"
     if per_worker == 1:
         yield f"  strategy: {name}, one GPU per worker ({_gb(memory.total)} of {found.plan.gpu_memory_gb:g} GB used)"
         longest = found.longest_row
@@ -155,7 +164,7 @@ def _machines(found: Estimate) -> Iterator[str]:
         yield f"  a worker needs {_gb(memory.total)} GB, more than one GPU has"
         if cluster.shards_models:
             needed = found.workers_needed
-            enough = "no number of workers would do" if needed is None else f"--num_workers {needed} would do"
+            enough = "no number of workers would do" if needed is None else f"{_wider(found)} {needed} would do"
             yield f"  strategy: {name}; {enough}"
         elif per_worker is None:
             yield f"  and more than {MOST_GPUS} GPUs of a worker have together"
@@ -177,6 +186,11 @@ def _machines(found: Estimate) -> Iterator[str]:
     cost = "" if time.cost is None else f"; {time.cost:,.2f} at {found.plan.price_per_hour:g} per GPU and hour"
     turns = "" if time.busy == time.gpus else f", {time.busy} at work at a time"
     yield f"  time: {_hours(time.hours)} on {time.gpus} GPU{'s' * (time.gpus > 1)}{turns}{cost}"
+
+
+def _wider(found: Estimate) -> str:
+    """The flag that says over how many workers a model is sharded."""
+    return "--num_workers" if found.config.cluster.shard_group_size is None else "--shard_group_size"
 
 
 def _beyond(longest: int, found: Estimate) -> str:

@@ -4,10 +4,14 @@
 before it, too.
 """
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+FUSED = "is_fused_norm"
+"""The mark of the classes of fused norms."""
 
 EXACT = 1e-5
 """How far the two may be apart in float32, relative to the largest entry, for a norm to be taken for an RMS norm."""
@@ -20,10 +24,27 @@ def fuse_norms(base: nn.Module) -> list[nn.Module]:
     another type than what they are given.
     """
     found = [module for module in base.modules() if _is_rms_norm(module)]
-    fused = {kind: _fused(kind) for kind in {type(module) for module in found}}
-    for module in found:
-        module.__class__ = fused[type(module)]
+    _fuse(found)
     return found
+
+
+def fused_names(base: nn.Module) -> list[str]:
+    """The names of the norms that are fused."""
+    return [name for name, module in base.named_modules() if FUSED in vars(type(module))]
+
+
+def fuse_named(base: nn.Module, names: Collection[str]) -> None:
+    """Fuses norms that are fused in another process's copy of the model."""
+    _fuse([base.get_submodule(name) for name in names])
+
+
+def _fuse(norms: Iterable[nn.Module]) -> None:
+    kinds: dict[type[nn.Module], type[nn.Module]] = {}
+    for norm in norms:
+        kind = type(norm)
+        if kind not in kinds:
+            kinds[kind] = _fused(kind)
+        norm.__class__ = kinds[kind]
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -48,4 +69,4 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
             return result
         return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
-    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, FUSED: True})

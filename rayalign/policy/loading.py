@@ -5,6 +5,7 @@ per process.
 """
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,15 @@ def load_policy(
     needs: Needs,
     spread_over_gpus: bool = False,
     stay_on_cpu: bool = False,
+    without_weights: bool = False,
     seed: int = 42,
 ) -> Policy:
     """Loads the weights and prepares them for training: adapters, or all weights, of the parts that are not frozen.
 
     Trainable weights are float32; all others have the type of `model.dtype`. A value head is that of the source's folder, or a
     new one. Where all weights are trained and a companion's rows need a reference in the step, a frozen copy is kept as such.
-    With `stay_on_cpu` the weights wait there for `sharding` to put them on the device, share by share.
+    With `stay_on_cpu` the weights wait there for `sharding` to put them on the device, share by share; `without_weights` they
+    are on the meta device, and `sharding` gets them from a worker that has them.
     On a GPU, cuDNN's attention is switched off in this process. Raises ValueError for models of unknown families, for weights
     and adapters that are not whole or do not fit, for flags that do not fit the model or its adapter, and where the machine
     lacks what quantisation or the attention kernel needs.
@@ -65,17 +68,22 @@ def load_policy(
         options["quantization_config"] = _quantisation(family, config, model, tuner, dtype)
     torch.manual_seed(seed)  # all workers', before anything that may draw
     place = torch.device("cpu") if stay_on_cpu else None if spread_over_gpus else device
-    base = _load_base(source.base, family, options, place, needs_output_head=needs.head != "value")
-    torch.manual_seed(seed)
-    prepared = prepare_model(base, source, model=model, tuner=tuner, family=family, needs=needs, dtype=dtype)
-    if device.type == "cuda":
+    with torch.device("meta") if without_weights else nullcontext():
+        if without_weights:
+            base = family.auto_class.from_config(config, **options)
+        else:
+            base = _load_base(source.base, family, options, place, needs_output_head=needs.head != "value")
+        torch.manual_seed(seed)
+        prepared = prepare_model(base, source, model=model, tuner=tuner, family=family, needs=needs, dtype=dtype)
+    if device.type == "cuda" and not without_weights:
         fuse_norms(base)
     if named != source.base:
         _note_name(prepared, base, named)
     value_head = None
     if needs.head == "value":
         output_head = base.get_output_embeddings().weight
-        value_head = load_value_head(Path(source.adapter or source.base), output_head.shape[1]).to(output_head.device)
+        value_head = load_value_head(Path(source.adapter or source.base), output_head.shape[1])
+        value_head.to(device if without_weights else output_head.device)
     start = None
     if tuner.sft_type == "full" and needs.runs_reference_in_step:
         # In the same types, so that both give the same numbers at the start.

@@ -6,7 +6,7 @@ weights are trained, it is the model at the start, whose log-probabilities come 
 known before their step (a companion's that differ from epoch to epoch) there is a frozen copy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from transformers import Cache
 
 from rayalign.data.batch import PairBatch
 from rayalign.models.family import Family
+from rayalign.models.parts import Part, find_parts
 from rayalign.ops.attention import (
     bidirectional_blocks,
     by_kind,
@@ -30,10 +31,13 @@ from rayalign.ops.attention import (
 from rayalign.ops.logprobs import PairLogps, score_tokens, sum_by_response
 from rayalign.ops.value_head import ValueHead
 from rayalign.policy.adapters import AdapterSwitch
-from rayalign.policy.compat import attention_kernel, image_arguments
+from rayalign.policy.compat import attention_kernel, image_arguments, name_in_base
 from rayalign.policy.prepare import set_modes
 
 T = TypeVar("T")
+
+VALUE_HEAD = "v_head."
+"""The names of a value head's parameters begin so."""
 
 
 class Policy:
@@ -71,8 +75,14 @@ class Policy:
         """The trainable parameters, by name."""
         named = dict(self.model.named_parameters())
         if self.value_head is not None:
-            named |= {f"v_head.{name}": p for name, p in self.value_head.named_parameters()}
+            named |= {f"{VALUE_HEAD}{name}": p for name, p in self.value_head.named_parameters()}
         return {name: p for name, p in named.items() if p.requires_grad}
+
+    def parts_of(self, names: Iterable[str]) -> dict[str, Part]:
+        """The part of the model that each of some trainable parameters belongs to, by name; a value head stands for the output
+        head."""
+        parts = find_parts(self.base)
+        return {name: "llm" if name.startswith(VALUE_HEAD) else parts.of(name_in_base(name)) for name in names}
 
     def image_features(self, batch: PairBatch) -> tuple[Tensor, ...]:
         """Projected features [tokens, H] of each distinct image; no graph is kept where tower and projector are frozen.

@@ -69,6 +69,13 @@ def prepare_model(
     return prepared
 
 
+def recompute_layers(base: Any, count: int) -> None:
+    """Lets the first so many layers of a language model with gradient checkpointing run again in the backward, and no others:
+    the last ones let go of what they keep before the first ones run again."""
+    for number, layer in enumerate(base.get_decoder().layers):
+        layer.gradient_checkpointing = number < count
+
+
 def set_modes(base: Any) -> None:
     """The language model is in training mode (dropout, gradient checkpointing), all else in evaluation mode."""
     base.eval()

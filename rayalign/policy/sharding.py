@@ -6,15 +6,16 @@ step. Those of sharded weights are added up in the backward of each micro-batch,
 they are, not means, since losses are divided by the counts of the whole step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from rayalign.policy.fused_norms import fuse_named, fused_names
 from rayalign.policy.policy import Policy
 
 
@@ -30,11 +31,15 @@ class _Root(nn.Module):
         return function()
 
 
-def all_workers(device: torch.device) -> DeviceMesh:
-    """The workers of a run, each of which has a share of every weight."""
+def mesh_of_workers(device: torch.device, group_size: int | None = None) -> DeviceMesh:
+    """The workers of a run, each of which has a share of every weight; where `group_size` is given, in groups of so many
+    neighbours, each of which has a whole model between them (hybrid sharding, https://arxiv.org/abs/2304.11277, 3.2.2)."""
     group = dist.group.WORLD
     assert group is not None
-    return DeviceMesh.from_group(group, device.type)
+    if group_size in (None, dist.get_world_size()):
+        return DeviceMesh.from_group(group, device.type)
+    groups = torch.arange(dist.get_world_size()).view(-1, group_size)
+    return DeviceMesh(device.type, groups, mesh_dim_names=("groups", "workers"))
 
 
 def sharded_weights(model: nn.Module, base: Any) -> list[nn.Parameter]:
@@ -44,15 +49,16 @@ def sharded_weights(model: nn.Module, base: Any) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if p in language and ".lora_" not in name]
 
 
-def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device) -> None:
+def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, scattered: bool = False) -> None:
     """Spreads a policy, which has been loaded whole on the CPU or on the device, over the workers of a mesh, layer by layer.
 
-    All of them call it, with the same weights. Weights keep their types: what is computed is what a whole model computes.
+    All of them call it, with the same weights; `scattered`: rank 0 has them, all others have them on the meta device and get
+    theirs from it, a tensor at a time. Weights keep their types: what is computed is what a whole model computes.
     """
     if policy.start is not None:
-        shard_policy(policy.start, mesh, device=device)
+        shard_policy(policy.start, mesh, device=device, scattered=scattered)
     base = policy.base
-    layers = base.get_decoder().layers
+    shares = _take_shares(policy.model, base, mesh, device) if scattered else {}
     sharded_ones = set(sharded_weights(policy.model, base))
     whole = {p for p in policy.model.parameters() if p not in sharded_ones}
     for parameter in whole:
@@ -60,12 +66,72 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device) -> N
     if policy.value_head is not None:
         policy.value_head.to(device)
     root = _Root(base)
-    for unit in (*layers, root):
+    for unit in (*base.get_decoder().layers, root):
         sharded: FSDPModule = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+    if scattered:
+        _fill(root, policy.model, shares, device)
     policy.sharded = root
     policy.device = device
+
+
+def _take_shares(model: nn.Module, base: Any, mesh: DeviceMesh, device: torch.device) -> dict[str, Tensor]:
+    """This worker's rows of each weight that is sharded, by name, from rank 0. Others than rank 0 have what else its model is
+    afterwards, but tensors that are not sharded are empty."""
+    types = {name: (tensor.shape, tensor.dtype) for name, tensor in _tensors_of(model).items()}
+    known: list[Any] = [types, fused_names(base), base.generation_config]
+    dist.broadcast_object_list(known, src=0)
+    if dist.get_rank() > 0:
+        of_first, norms, base.generation_config = known
+        assert {name: shape for name, (shape, _) in types.items()} == {name: shape for name, (shape, _) in of_first.items()}
+        for name, tensor in _tensors_of(model).items():
+            tensor.data = tensor.data.to(of_first[name][1])
+        fuse_named(base, norms)
+        _make_empty(model, sharded_weights(model, base), device)
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: _own_rows(p, mesh, device) for p in sharded_weights(model, base)}
+
+
+def _own_rows(tensor: Tensor, mesh: DeviceMesh, device: torch.device) -> Tensor:
+    """This worker's rows of a tensor that rank 0 has."""
+    count, number = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    share = -(-len(tensor) // count)
+    own = torch.empty(share, *tensor.shape[1:], dtype=tensor.dtype, device=device)
+    sent = None
+    if dist.get_rank() == 0:
+        padded = nn.functional.pad(tensor.detach().to(device), (0, 0) * (tensor.ndim - 1) + (0, share * count - len(tensor)))
+        sent = [padded[share * shard :][:share].contiguous() for shard in range(count)] * (dist.get_world_size() // count)
+    dist.scatter(own, sent, src=0)
+    return own[: max(0, min(share, len(tensor) - share * number))]
+
+
+def _fill(root: nn.Module, model: nn.Module, shares: Mapping[str, Tensor], device: torch.device) -> None:
+    """Puts shares in the place of sharded weights on the meta device, and gives all workers rank 0's other tensors."""
+    if dist.get_rank() > 0:
+        root.to_empty(device=device)
+    with torch.no_grad():
+        for name, tensor in _tensors_of(model).items():
+            if name not in shares:
+                dist.broadcast(tensor.data, src=0)
+            elif dist.get_rank() > 0:
+                tensor.to_local().copy_(shares[name])  # type: ignore[attr-defined]  # a DTensor
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _make_empty(model: nn.Module, but: Collection[nn.Parameter], device: torch.device) -> None:
+    """Puts tensors of a device in the place of a model's meta ones, `but` some."""
+    made: dict[Tensor, Tensor] = {parameter: parameter for parameter in but}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+            setattr(module, name, made[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def agreed(policy: Policy, choice: int) -> int:

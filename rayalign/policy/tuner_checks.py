@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 
-from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.downloads import model_folder
 from rayalign.models.source import ModelSource, read_adapter_config
 
@@ -17,7 +17,13 @@ def check_tuner(tuner: TunerConfig, source: ModelSource, *, on_gpu: bool) -> Non
     if tuner.stack_adapter:
         _check_stack(source)
     if tuner.quant_bits is not None:
-        _check_quantisation(on_gpu=on_gpu)
+        _check_bitsandbytes("--quant_bits 4", on_gpu=on_gpu)
+
+
+def check_optimizer(optimizer: OptimizerConfig, *, on_gpu: bool) -> None:
+    """Raises ValueError for an optimizer that workers with or without GPUs lack the library for."""
+    if optimizer.optim == "adamw_8bit":
+        _check_bitsandbytes("--optim adamw_8bit", on_gpu=on_gpu)
 
 
 def check_attention(model: ModelConfig, *, on_gpu: bool) -> None:
@@ -43,14 +49,14 @@ def _check_stack(source: ModelSource) -> None:
             )
 
 
-def _check_quantisation(*, on_gpu: bool) -> None:
+def _check_bitsandbytes(asked: str, *, on_gpu: bool) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError('--quant_bits 4 needs bitsandbytes, which is not installed: pip install "rayalign[qlora]".')
+        raise ValueError(f'{asked} needs bitsandbytes, which is not installed: pip install "rayalign[qlora]".')
     if on_gpu:
         return
     bitsandbytes = importlib.import_module("bitsandbytes")
     if "cpu" not in getattr(bitsandbytes, "supported_torch_devices", ()):
         raise ValueError(
-            f"--quant_bits 4 on workers without a GPU: the installed bitsandbytes {bitsandbytes.__version__} works on GPUs "
-            'only. Update it (pip install --upgrade "rayalign[qlora]"), give each worker a GPU, or leave --quant_bits out.'
+            f"{asked} on workers without a GPU: the installed bitsandbytes {bitsandbytes.__version__} works on GPUs only. "
+            f'Update it (pip install --upgrade "rayalign[qlora]"), give each worker a GPU, or leave {asked.split()[0]} out.'
         )

@@ -27,9 +27,10 @@ from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.rounds.pairs import by_prompt, choose_pairs, pair_row, write_pairs
 from rayalign.sources.files import resolve_dataset
+from rayalign.sources.whole_paths import with_whole_paths
 from rayalign.storage import Store
 from rayalign.training import driver
-from rayalign.training.places import require_lasting_folders, with_whole_paths
+from rayalign.training.places import require_lasting_folders
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.reference.precompute import with_reference
+from rayalign.sources.whole_paths import with_whole_paths
 from rayalign.storage import Store
 from rayalign.sweeps.hparams import write_hparams
 from rayalign.sweeps.in_place import why_apart
@@ -48,7 +49,7 @@ from rayalign.sweeps.tuner import OF_TUNE, tuner_of
 from rayalign.training.driver import join_cluster
 from rayalign.training.endings import told_endings, with_restarts
 from rayalign.training.lease import held
-from rayalign.training.places import require_lasting_folders, with_whole_paths
+from rayalign.training.places import require_lasting_folders
 from rayalign.training.profiling import profiled_steps
 from rayalign.training.sinks import check_sinks
 

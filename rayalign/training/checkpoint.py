@@ -96,7 +96,11 @@ class Snapshot:
         """The trainable weights, the optimizer's moments, the number of steps done, float16's loss scale and the best
         evaluation so far. The tensors are those of the training, until they are `copied`."""
         names = {id(p): name for name, p in policy.trainable.items()}
-        moments = {f"{names[id(p)]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+        moments = {
+            f"{names[id(p)]}|{key}": torch.as_tensor(value)
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+        }
         state: dict[str, Any] = {"step": step, "torch": torch.__version__}
         if scaler is not None and scaler.is_enabled():
             state["loss_scale"] = scaler.state_dict()
@@ -372,5 +376,7 @@ def _file_entry(file: Path) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _on_device(step: Tensor, parameter: Tensor, optimizer: Optimizer) -> Tensor:
+def _on_device(step: Tensor, parameter: Tensor, optimizer: Optimizer) -> Tensor | int:
+    if not step.is_floating_point():  # bitsandbytes counts in whole numbers
+        return int(step)
     return step.to(parameter.device) if optimizer.defaults.get("fused") else step

@@ -63,7 +63,7 @@ def files_of(tensors: Mapping[str, Tensor], kind: str, *, rank: int) -> dict[str
     files = {}
     if rank == 0:
         files[whole_file(kind)] = {name: tensor.detach() for name, tensor in tensors.items() if name not in shards}
-    if shards:
+    if shards and _is_of_first_group(next(iter(shards.values()))):
         number, count = _place(next(iter(shards.values())))
         files[shard_file(kind, number, count)] = {name: tensor.to_local().detach() for name, tensor in shards.items()}
     return files
@@ -161,6 +161,11 @@ def like(parameter: Tensor, own: Tensor) -> Tensor:
 def copy_own_part(parameter: Tensor, own: Tensor) -> None:
     """Puts a worker's part of a parameter in place."""
     (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(own)
+
+
+def _is_of_first_group(tensor: DTensor) -> bool:
+    """Whether a worker's shards are those that count, where several groups of workers have the same ones."""
+    return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
 
 
 def _place(tensor: DTensor) -> Sequence[int]:

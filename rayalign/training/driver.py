@@ -26,8 +26,9 @@ from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.size import reason_for_gpus
 from rayalign.models.source import require_model, resolve_model
 from rayalign.nodes import resolve_cluster, wait_for_cpus, wait_for_workers
-from rayalign.policy.tuner_checks import check_attention, check_tuner
+from rayalign.policy.tuner_checks import check_attention, check_optimizer, check_tuner
 from rayalign.report.page import Times
+from rayalign.sources.whole_paths import with_whole_paths
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
 from rayalign.training.checkpoint import newest_complete, prune_checkpoints
@@ -35,7 +36,7 @@ from rayalign.training.endings import beside_signals, run_reached, told_endings,
 from rayalign.training.entry import JOB, REPORTS_EVALUATIONS, train_loop
 from rayalign.training.lease import Lease, held
 from rayalign.training.origin import check_origin
-from rayalign.training.places import check_places, require_lasting_folders, with_whole_paths
+from rayalign.training.places import check_places, require_lasting_folders
 from rayalign.training.profiling import profiled_steps
 from rayalign.training.run_folder import check_run_folder, open_run, write_results
 from rayalign.training.run_report import dropped_lines, read_scores
@@ -134,6 +135,7 @@ def join_cluster(config: Config) -> Config:
     on_gpu = bool(config.cluster.gpus_per_worker)
     check_tuner(config.tuner, source, on_gpu=on_gpu)
     check_attention(config.model, on_gpu=on_gpu)
+    check_optimizer(config.optimizer, on_gpu=on_gpu)
     wait_for_workers(config)
     if config.cluster.data_label_selector:
         wait_for_cpus(config)

@@ -30,7 +30,7 @@ from rayalign.training.evaluation import WatchedForward, response_tokens, shuffl
 from rayalign.training.lockstep import Fillers, RecordedForward, in_step, is_filler
 from rayalign.training.metric_names import PAIR_TOKENS
 from rayalign.training.metrics import Clock, MetricSums
-from rayalign.training.optimizer import learning_rate, make_optimizer
+from rayalign.training.optimizer import PEAK, learning_rate, make_optimizer
 
 REMEDY = "Lower --learning_rate, or use --dtype float32 or bfloat16."
 LOWEST_LOSS_SCALE = 1.0
@@ -129,7 +129,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self._parameters, self.config.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.num_steps)
+            group["lr"] = learning_rate(self.config, step, self.num_steps, peak=group[PEAK])
         self.scaler.step(self.optimizer)
         return StepResult(norm, num_tokens, self._update_scale(step), tuple(outputs))
 

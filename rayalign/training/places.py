@@ -1,7 +1,6 @@
-"""The places of a run, named so that they mean the same in every process, and looked at from every node."""
+"""The places of a run, looked at from every node."""
 
 import itertools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,45 +10,11 @@ from rayalign.data.prepare import cache_of
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import resolve_model
 from rayalign.shared_paths import SharedFile, check_shared_paths
-from rayalign.sources.files import resolve_dataset, whole_argument
+from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store, is_url
 
 PICTURES_SOUGHT = 5
 """Entries of --image_root that each node looks for: elsewhere it may be the empty folder that something is mounted on."""
-
-
-def with_whole_paths(config: Config) -> Config:
-    """The same configuration with absolute paths, since other processes have other working folders. Registered data sets, hub
-    ids and URLs stay as they are."""
-    data, model, run = config.data, config.model, config.run
-    folder = run.output_dir or f"output/{config.algorithm.name}"
-    places = {"output_dir": folder, "image_root": data.image_root, "cache_dir": data.cache_dir}
-    models = {"model": model.model, "adapter": model.adapter}
-    return config.replace(
-        {
-            "dataset": [whole_argument(argument) for argument in data.dataset],
-            "val_dataset": [whole_argument(argument) for argument in data.val_dataset],
-            **{name: _whole(f"--{name}", place) for name, place in places.items() if place},
-            **{
-                name: str(Path(place).expanduser().resolve())
-                for name, place in models.items()
-                if place and not is_url(place) and Path(place).expanduser().is_dir()
-            },
-        }
-    )
-
-
-def _whole(flag: str, place: str) -> str:
-    """A folder's absolute path or URL; raises ValueError for a URL that no file system has."""
-    if re.match(r"(s3|gs|gcs|file|https?):", place) and not re.match(r"\w+://.*[^/]", place):
-        raise ValueError(f"{flag} {place}: is no path and no whole URL. Write one such as s3://bucket/folder.")
-    store = Store.at(place)
-    if store.local_path is None:
-        try:
-            store.resolve()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{flag} {place}: {error}. Give a path, or a URL of s3://, gs:// or file://.") from None
-    return store.location
 
 
 def require_lasting_folders(config: Config) -> None:

@@ -44,7 +44,7 @@ FREE_TO_CHANGE = frozenset(
         *("eval_answers", "save_steps", "save_total_limit"),
         *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "load_best_model_at_end"),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
-        *("gpus_per_worker", "cpus_per_worker", "strategy", "max_failures", "wait_for_nodes"),
+        *("gpus_per_worker", "cpus_per_worker", "strategy", "shard_group_size", "max_failures", "wait_for_nodes"),
         *("accelerator_type", "label_selector", "data_label_selector"),
         *("cache_dir", "max_dropped_fraction"),
         *("gradient_checkpointing", "attn_implementation", "torch_compile", "precompute_ref_log_probs"),

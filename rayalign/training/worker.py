@@ -18,12 +18,9 @@ from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import require_partners
 from rayalign.data.stream import pairs_in_order, sampler_of
-from rayalign.models.registry import FAMILIES
 from rayalign.nodes import room_for_workers
-from rayalign.policy.forward_check import check_forward
-from rayalign.policy.loading import load_policy, multiplies_bfloat16
+from rayalign.policy.loading import multiplies_bfloat16
 from rayalign.policy.saving import gather_weights, save_policy
-from rayalign.policy.sharding import all_workers, shard_policy
 from rayalign.storage import Store
 from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, write_note
@@ -41,13 +38,13 @@ from rayalign.training.checkpoint import (
     trains_shards,
     whole_at,
 )
-from rayalign.training.distributed import gather, start_alike
+from rayalign.training.distributed import gather
 from rayalign.training.gauges import Gauges
 from rayalign.training.group import Group
 from rayalign.training.held_out import HeldOut
-from rayalign.training.lockstep import Fillers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.profiling import StepProfiler, profiled_steps
+from rayalign.training.ready import ready_policy
 from rayalign.training.run_log import RunLog, teller
 from rayalign.training.run_report import keep_scores
 from rayalign.training.run_times import Stopwatch, note_workers, workers_before
@@ -111,30 +108,15 @@ class _Worker:
         self.sampler = sampler_of(config, data, num_workers=self.num_workers)
         if data.held_out and self.sampler.settings.with_partners:
             require_partners(data.held_out.num_rows, "in --val_dataset")
-        self.shard = (self.rank, self.num_workers) if config.cluster.shards_models else ALL_SHARDS
+        shards = config.cluster.shard_group_size or self.num_workers
+        self.shard = (self.rank % shards, shards) if config.cluster.shards_models else ALL_SHARDS
         checkpoint = fetch_newest(self.folder / "checkpoints", temporary, shard=self.shard)
         self.start_step = checkpoint.step if checkpoint else 0
         # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
         self.tables = group.tables(data.training, self.sampler, start_step=self.start_step)
         self._say("Loading %s", data.source.base)
         with self.watch.stage("model_loading"):
-            policy = load_policy(
-                data.source,
-                model=config.model,
-                tuner=config.tuner,
-                device=self.device,
-                needs=algorithm.needs,
-                spread_over_gpus=config.cluster.spreads_models,
-                stay_on_cpu=config.cluster.shards_models,
-                seed=config.optimizer.seed,
-            )
-        if policy.family.model_type not in FAMILIES:
-            check_forward(policy, data.spec)
-        fillers = None
-        if config.cluster.shards_models:
-            shard_policy(policy, all_workers(self.device), device=self.device)
-            fillers = Fillers(data.spec.layout, algorithm.needs)
-        start_alike(policy)
+            policy, fillers = ready_policy(config, data, device=self.device, rank=self.rank, say=self._say)
         num_steps = self.sampler.num_steps
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=num_steps, rank=self.rank, fillers=fillers)
         self.best = load_best(checkpoint) if checkpoint else NONE_YET

@@ -12,7 +12,7 @@ from rayalign.algorithms import DPO
 from rayalign.config import command_line
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import check_bounds, flag, flags_of
-from rayalign.config.sections import OptimizerConfig, TuneConfig
+from rayalign.config.sections import ModelConfig, OptimizerConfig, TuneConfig
 from rayalign.config.yaml_files import to_yaml
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.sweeps.search_space import check_search
@@ -111,6 +111,17 @@ def test_list_flags_take_several_words_and_may_be_repeated():
 def test_booleans_are_words_and_a_bare_one_is_true():
     assert parse("--gradient_checkpointing", "false").model.gradient_checkpointing is False
     assert parse("--overwrite", "--resume=false").run.overwrite is True
+
+
+def test_a_boolean_may_have_another_word_beside_true_and_false(tmp_path: Path):
+    assert parse("--gradient_checkpointing", "auto").model.gradient_checkpointing == "auto"
+    assert parse("--gradient_checkpointing").model.gradient_checkpointing is True
+    for word, value in (("auto", "auto"), ("false", False), ("true", True)):
+        (tmp_path / "a.yaml").write_text(f"gradient_checkpointing: {word}\n")
+        assert parse("--config", f"{tmp_path}/a.yaml").model.gradient_checkpointing == value
+    with pytest.raises(ValueError) as caught:
+        ModelConfig(gradient_checkpointing="atuo")
+    assert str(caught.value) == "--gradient_checkpointing atuo: must be one of true, false, auto. Did you mean auto?"
 
 
 def test_the_algorithm_defaults_to_dpo_and_follows_rlhf_type():

@@ -184,6 +184,10 @@ def test_equal_configs_have_one_hash_and_can_be_keys():
             {"model": ModelConfig(dtype="float16")},
             "--dtype float16 with --strategy fsdp: its loss scale is not kept for sharded gradients.",
         ),
+        (
+            {"tuner": TunerConfig(sft_type="full"), "optimizer": OptimizerConfig(optim="adamw_8bit")},
+            "--optim adamw_8bit with --strategy fsdp: moments of 8 bits are not sharded here.",
+        ),
     ],
 )
 def test_what_a_sharded_model_can_not_do_is_refused(sections, message):
@@ -201,3 +205,38 @@ def test_a_worker_that_holds_a_shard_has_one_gpu():
         "Pass --gpus_per_worker 1 and a higher --num_workers."
     )
     assert ClusterConfig(strategy="fsdp", gpus_per_worker=1).shards_models
+
+
+def test_a_rate_for_a_part_that_is_frozen_is_refused():
+    with pytest.raises(ValueError) as caught:
+        Config(DPO(), optimizer=OptimizerConfig(vit_lr=1e-6))
+    assert str(caught.value) == (
+        "--vit_lr 1e-06: the vision tower is not trained here. Pass --freeze_vit false, too, or leave the rate out."
+    )
+    tuner = TunerConfig(freeze_vit=False)
+    Config(DPO(), tuner=tuner, optimizer=OptimizerConfig(vit_lr=1e-6))
+    with pytest.raises(ValueError, match=r"--aligner_lr 0\.001: the aligner is not trained here"):
+        Config(DPO(), tuner=tuner, optimizer=OptimizerConfig(aligner_lr=1e-3))
+
+
+def test_groups_that_have_a_model_between_them_are_of_one_size():
+    assert ClusterConfig(strategy="fsdp", num_workers=8, shard_group_size=4).num_shards == 4
+    assert ClusterConfig(strategy="fsdp", num_workers=8).num_shards == 8
+    assert ClusterConfig(strategy="fsdp", num_workers="4:8").num_shards == 4
+    with pytest.raises(ValueError) as caught:
+        ClusterConfig(strategy="fsdp", num_workers=8, shard_group_size=3)
+    assert str(caught.value) == (
+        "--shard_group_size 3 with --num_workers 8: workers are cut into groups of one size. Pass numbers of which one divides "
+        "the other."
+    )
+    with pytest.raises(ValueError) as caught:
+        ClusterConfig(strategy="fsdp", num_workers="4:8", shard_group_size=4)
+    assert str(caught.value) == (
+        "--shard_group_size 4 with --num_workers 4:8: not every number of workers can be cut into groups of one size. Pass one "
+        "number of workers, or leave --shard_group_size out."
+    )
+    with pytest.raises(ValueError) as caught:
+        ClusterConfig(num_workers=8, shard_group_size=4)
+    assert str(caught.value) == (
+        "--shard_group_size 4 with --strategy auto: no model is sharded there. Pass --strategy fsdp, or leave it out."
+    )

@@ -23,8 +23,10 @@ from rayalign.estimate.meter import MORE_FLOPS, Meter, tensors_of
 from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.table import plan_text
 from rayalign.estimate.vision import VisionCosts
+from rayalign.estimate.worker_memory import SPARE, WorkerMemory
 from rayalign.models.processors import process_images
 from rayalign.models.source import ModelSource
+from rayalign.policy.prepare import recompute_layers
 from rayalign.policy.saving import save_policy
 from rayalign.training.loop import Trainer
 from tests.tiny_models import counts_of, encode_pair, make_batch, make_policy, noise_image
@@ -118,6 +120,54 @@ def test_memory_and_operations_of_a_step_are_estimated(
     assert memory.weights + memory.trainable + memory.gradients == pytest.approx(_bytes(held.values()), rel=0.02)
     assert memory.kept + memory.working + memory.images == pytest.approx(meter.peak + _bytes(images), rel=WITHIN)
     assert len(pairs) * found.flops().total == pytest.approx(counter.get_total_flops(), rel=WITHIN)
+
+
+@pytest.mark.parametrize("recomputed", [2, 4])
+def test_memory_of_a_step_that_recomputes_some_layers_is_estimated(model_folder: Callable[..., Path], recomputed: int):
+    folder = model_folder("llava_next", **TEXT)
+    config = Config(ALGORITHMS["simpo"](), model=ModelConfig(gradient_checkpointing="auto", dtype="float32"), tuner=ALL)
+    pairs = pairs_with(folder, 0)[:1]
+    policy = make_policy(folder, model=config.model, tuner=ALL, needs=config.algorithm.needs)
+    recompute_layers(policy.base, recomputed)
+    trainer = Trainer(policy, config.algorithm, config.optimizer, num_steps=4)
+    batch, counts = make_batch(folder, pairs, needs=config.algorithm.needs), counts_of(pairs)
+    trainer.gradients([batch], counts)
+    with Meter(tensors_of(policy.model)) as meter:
+        trainer.gradients([batch], counts)
+    found = estimate_of(folder, config, pairs)
+    memory = WorkerMemory(config, found.blueprint, has_images=False).of(found.batch, recomputed)
+    assert memory.kept + memory.working == pytest.approx(meter.peak, rel=WITHIN)
+
+
+def test_as_few_layers_run_again_as_fit_a_gpu(model_folder: Callable[..., Path]):
+    folder = model_folder("llava_next", **TEXT)
+    given = Config(ALGORITHMS["simpo"](), model=ModelConfig(dtype="float32"), tuner=ALL)
+    found = estimate_of(folder, given.replace({"gradient_checkpointing": "auto"}), pairs_with(folder, 0))
+    worker = WorkerMemory(given, found.blueprint, has_images=False)
+    needed = [worker.of(found.batch, count).total / GB / (1 - SPARE) for count in range(6)]
+    assert needed[0] > needed[1] > needed[2] >= needed[3] >= needed[4] >= needed[5]
+    on = {size: dataclasses.replace(found, plan=PlanConfig(gpu_memory_gb=size + 1e-6)) for size in needed}
+    assert [on[size].recomputed for size in needed] == [needed.index(size) for size in needed]
+    two = on[needed[2]]
+    assert two.memory == worker.of(found.batch, 2)
+    assert two.options.checkpointing == 2 / 5
+    assert two.flops().recomputation == pytest.approx(
+        estimate_of(folder, given, pairs_with(folder, 0)).flops().recomputation * 2 / 5
+    )
+    assert (
+        "  --gradient_checkpointing auto: 2 of 5 layers run again; 10% of a GPU's memory stay free"
+        in plan_text(two).splitlines()
+    )
+    assert dataclasses.replace(found, plan=PlanConfig(gpu_memory_gb=1)).recomputed == 5  # it fits none, and all is the nearest
+
+
+def test_moments_of_8_bits_take_a_quarter(model_folder: Callable[..., Path]):
+    folder = model_folder("llava_next", **TEXT)
+    found = estimate_of(folder, Config(ALGORITHMS["simpo"](), tuner=FULL), pairs_with(folder, 0))
+    small = estimate_of(folder, found.config.replace({"optim": "adamw_8bit"}), pairs_with(folder, 0))
+    assert found.memory.moments == 2 * found.memory.trainable
+    assert small.memory.moments / found.memory.moments == pytest.approx(0.25 * (1 + 4 / 256), rel=0.01)  # small tensors stay
+    assert "optimizer's moments (8 bits)" in plan_text(small)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

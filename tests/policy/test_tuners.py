@@ -25,7 +25,7 @@ from rayalign.images.fetch import open_image
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
-from rayalign.policy.tuner_checks import check_tuner
+from rayalign.policy.tuner_checks import check_optimizer, check_tuner
 from rayalign.training.loop import Trainer
 from rayalign.training.metrics import MetricSums
 from tests.tiny_families import TINY_FAMILIES
@@ -672,6 +672,10 @@ def test_quantisation_without_its_package_is_refused_before_anything_loads(monke
     with pytest.raises(ValueError) as caught:
         make_policy(Path("/no/such/model"), tuner=TunerConfig(**QLORA))
     assert str(caught.value) == '--quant_bits 4 needs bitsandbytes, which is not installed: pip install "rayalign[qlora]".'
+    with pytest.raises(ValueError) as caught:
+        check_optimizer(OptimizerConfig(optim="adamw_8bit"), on_gpu=True)
+    assert str(caught.value) == '--optim adamw_8bit needs bitsandbytes, which is not installed: pip install "rayalign[qlora]".'
+    check_optimizer(OptimizerConfig(), on_gpu=True)
 
 
 def test_quantisation_without_a_gpu_is_refused_where_the_package_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:

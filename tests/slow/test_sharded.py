@@ -1,5 +1,6 @@
 """Sharded policies beside whole ones: every algorithm on four processes, more and fewer workers, and whole runs on Ray."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -12,12 +13,36 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rayalign.algorithms import CPO, DPO, KTO, MDPO, ORPO, RM, SFT, SimPO
+from rayalign.config.config import Config
+from rayalign.config.sections import ClusterConfig, ModelConfig
+from rayalign.data.encoder_spec import EncoderSpec
+from rayalign.data.store import EncodedPair
+from rayalign.estimate.architecture import Blueprint
+from rayalign.estimate.memory import MicroBatch
+from rayalign.estimate.meter import tensors_of
+from rayalign.estimate.shapes import PairShape
+from rayalign.estimate.worker_memory import WorkerMemory
+from rayalign.models.source import ModelSource
 from rayalign.storage import Store
 from rayalign.training.checkpoint import Snapshot, checkpoint_name, fetch_newest, load_checkpoint, write_checkpoint
 from tests.cluster import running_cluster
-from tests.sharded_steps import FULL, LORA, Case, Deal, batches_of, differences, pairs_of, steps_of, together, trainer_of, whole
+from tests.sharded_steps import (
+    FULL,
+    LORA,
+    Case,
+    Deal,
+    LiveBytes,
+    batches_of,
+    differences,
+    pairs_of,
+    steps_of,
+    together,
+    trainer_of,
+    whole,
+    whole_or_own,
+)
 from tests.tiny_data import write_rows
-from tests.tiny_models import counts_of, save_tiny_model
+from tests.tiny_models import counts_of, encode_pair, make_batch, save_tiny_model
 
 FAMILIES = ("llava", "qwen2_vl")
 DEALS: tuple[tuple[Deal, ...], ...] = ((((3,), (0,)), ((1,),), ((2,),), ()), ((), ((0, 1, 2, 3),), (), ()))
@@ -26,7 +51,14 @@ ALGORITHMS = (
 )
 CASES = {
     f"{number} {algorithm.name} {tuner.sft_type} {family}": Case(
-        algorithm, family, tuner, DEALS[number % 2], checkpointing=number % 3 > 0
+        algorithm,
+        family,
+        tuner,
+        DEALS[number % 2],
+        checkpointing=number % 3 > 0,
+        recomputed=1 if number % 6 == 1 else None,
+        scattered=number % 4 > 1,
+        group_size=2 if number % 5 > 2 else None,
     )
     for number, (family, tuner, algorithm) in enumerate(itertools.product(FAMILIES, (LORA, FULL), ALGORITHMS))
     if not (algorithm.needs.dropout and tuner is LORA)  # every worker draws numbers of its own
@@ -60,34 +92,95 @@ def test_steps_of_four_workers_are_those_of_one(
 SAVED = Case(SimPO(), tuner=FULL)
 
 
-def save_together(out: Path, rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
-    trainer = trainer_of(SAVED, folders["llava"], sharded=True, rank=rank)
+def save_together(out: Path, group_size: int | None, rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    case = dataclasses.replace(SAVED, group_size=group_size)
+    trainer = trainer_of(case, folders["llava"], sharded=True, rank=rank)
     trainer.step(0, batches_of(SAVED, folders["llava"], SAVED.deals[rank]), counts_of(pairs_of(folders["llava"])))
     write_checkpoint(Store(str(out)), Snapshot.of(trainer.policy, trainer.optimizer, step=1, rank=rank))
     return {name: whole(p) for name, p in trainer.policy.trainable.items()}
 
 
-def load_together(out: Path, rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
-    trainer = trainer_of(SAVED, folders["llava"], sharded=True, rank=rank)
+def load_together(out: Path, group_size: int | None, rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    case = dataclasses.replace(SAVED, group_size=group_size)
+    trainer = trainer_of(case, folders["llava"], sharded=True, rank=rank)
+    shards = group_size or torch.distributed.get_world_size()
     temporary = out.parent / f"fetched {rank}"
     temporary.mkdir()
-    found = fetch_newest(Store(str(out)), temporary, shard=(rank, torch.distributed.get_world_size()))
+    found = fetch_newest(Store(str(out)), temporary, shard=(rank % shards, shards))
     assert found is not None
     load_checkpoint(found, trainer.policy, trainer.optimizer)
     return {name: whole(p) for name, p in trainer.policy.trainable.items()}
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2), (4, 3)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, None), (3, None)), ((3, None), (2, None)), ((4, None), (3, None)), ((4, 2), (3, None)), ((2, None), (4, 2))],
+)
 def test_any_number_of_workers_goes_on_from_shards(
-    folders: Mapping[str, Path], tmp_path: Path, before: int, after: int
+    folders: Mapping[str, Path], tmp_path: Path, before: tuple[int, int | None], after: tuple[int, int | None]
 ) -> None:
+    """Workers, and how many of them have a model between them."""
     meetings = [tmp_path / "save", tmp_path / "load"]
     for folder in meetings:
         folder.mkdir()
     place = tmp_path / "checkpoints" / checkpoint_name(1, "a")
-    saved = together(functools.partial(save_together, place), before, folders, meetings[0])
-    for worker in together(functools.partial(load_together, tmp_path / "checkpoints"), after, folders, meetings[1]):
+    saved = together(functools.partial(save_together, place, before[1]), before[0], folders, meetings[0])
+    load = functools.partial(load_together, tmp_path / "checkpoints", after[1])
+    for worker in together(load, after[0], folders, meetings[1]):
         assert all(torch.equal(worker[name], value) for name, value in saved[0].items())
+
+
+TEXT = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 4000,
+}
+PLANNED = {
+    f"{tuner.sft_type}, {checkpointing}": Case(SimPO(), tuner=tuner, dtype=torch.float32, checkpointing=checkpointing)
+    for tuner in (LORA, FULL)
+    for checkpointing in (True, False)
+}
+
+
+def long_pair(folder: Path) -> EncodedPair:
+    return encode_pair(folder, "a", "Which digit is it? " * 40, "The digit is two. " * 20, "A cat sits on the mat. " * 20)
+
+
+def bytes_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Of each case the bytes of weights and gradients that a worker holds, and the most that a step takes beside them."""
+    results = {}
+    for name, case in PLANNED.items():
+        trainer = trainer_of(case, folders["large"], sharded=True, rank=rank)
+        pair = long_pair(folders["large"])
+        batch, counts = make_batch(folders["large"], [pair], needs=case.algorithm.needs), counts_of([pair] * 2)
+        trainer.gradients([batch], counts)  # from here on gradients are there
+        held = [whole_or_own(tensor) for tensor in tensors_of(trainer.policy.model)]
+        with LiveBytes(held) as live:
+            trainer.gradients([batch], counts)
+        results[name] = torch.tensor([sum(tensor.numel() * tensor.element_size() for tensor in held), live.peak])
+    return results
+
+
+def test_a_plan_knows_the_memory_of_a_sharded_step(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "large", "llava", text=TEXT)
+    (tmp_path / "workers").mkdir()
+    workers = together(bytes_of, 2, {"large": folder}, tmp_path / "workers")
+    pair = long_pair(folder)
+    shape = PairShape(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+    for name, case in PLANNED.items():
+        model = ModelConfig(dtype="float32", gradient_checkpointing=case.checkpointing)
+        config = Config(case.algorithm, model=model, tuner=case.tuner, cluster=ClusterConfig(strategy="fsdp", num_workers=2))
+        spec = EncoderSpec(str(folder), "both")
+        blueprint = Blueprint(spec.model_config, ModelSource(str(folder)), model, case.tuner, case.algorithm.needs)
+        worker = WorkerMemory(config, blueprint, has_images=False)
+        memory = worker.of(MicroBatch(1, shape, shape), worker.most_recomputed)
+        planned = memory.tensors - memory.moments
+        for found in workers:
+            assert planned == pytest.approx(int(found[name].sum()), rel=0.1), name
 
 
 WORDS = (

@@ -1,14 +1,17 @@
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from rayalign.algorithms import DPO, KTO, MDPO, ORPO, RM, SFT, Needs, SimPO
-from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.config.config import Config
+from rayalign.config.sections import ClusterConfig, ModelConfig, TunerConfig
 from rayalign.data.companions import Damaged, Mismatched
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.estimate.architecture import Blueprint
@@ -19,6 +22,7 @@ from rayalign.policy.generation import as_trained, greedy_ids
 from rayalign.policy.policy import Policy
 from rayalign.policy.sharding import agreed
 from rayalign.training.lockstep import Fillers, in_step, is_filler
+from rayalign.training.ready import ready_policy
 from tests.sharded_steps import (
     FULL,
     IDLE,
@@ -31,6 +35,7 @@ from tests.sharded_steps import (
     steps_of,
     together,
     trainer_of,
+    whole_or_own,
 )
 from tests.tiny_models import make_batch
 
@@ -43,6 +48,8 @@ CASES = {
     "sft, all weights and the tower's": Case(SFT(), tuner=VISION, deals=IDLE),
     "simpo, all weights, float32": Case(SimPO(), tuner=FULL, dtype=torch.float32, checkpointing=False),
     "orpo, all weights": Case(ORPO(), "qwen2_vl", tuner=FULL, checkpointing=False),
+    "dpo, adapters, rank 0's weights": Case(DPO(), recomputed=1, scattered=True),
+    "kto, all weights, rank 0's": Case(KTO(), "qwen2_vl", tuner=FULL, scattered=True),
 }
 HELD = {
     name: Case(DPO(), tuner=tuner, dtype=torch.float32)
@@ -53,8 +60,12 @@ MOST = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 @pytest.fixture(scope="module")
-def folders(model_folder: Callable[..., Path]) -> dict[str, Path]:
-    return {family: model_folder(family) for family in ("llava", "qwen2_vl")}
+def folders(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    broken = tmp_path_factory.mktemp("broken") / "model"
+    shutil.copytree(model_folder("llava"), broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    return {"llava": model_folder("llava"), "qwen2_vl": model_folder("qwen2_vl"), "broken": broken}
 
 
 def answer_of(policy: Policy, folder: Path) -> Tensor:
@@ -69,7 +80,17 @@ def work_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
     case, folder = CASES["dpo, adapters"], folders["llava"]
     policy = trainer_of(case, folder, sharded=True, rank=rank).policy
     answers = {"answer": answer_of(policy, folder), "agreed": torch.tensor(agreed(policy, 5 + rank))}
-    return steps_of(CASES, rank, folders) | answers | held_of(rank, folder)
+    return steps_of(CASES, rank, folders) | answers | held_of(rank, folder) | refused_of(rank, folders["broken"])
+
+
+def refused_of(rank: int, broken: Path) -> dict[str, Tensor]:
+    """What a worker is told of a model that rank 0 can't load."""
+    cluster = ClusterConfig(strategy="fsdp", num_workers=2)
+    config = Config(DPO(), model=ModelConfig(dtype="bfloat16"), cluster=cluster)
+    data: Any = SimpleNamespace(source=ModelSource(str(broken)), spec=EncoderSpec(str(broken), "both"))
+    with pytest.raises(ValueError) as caught:
+        ready_policy(config, data, device=torch.device("cpu"), rank=rank, say=lambda message: None)
+    return {"told": torch.tensor(list(str(caught.value).encode()))}
 
 
 def held_of(rank: int, folder: Path) -> dict[str, Tensor]:
@@ -81,10 +102,6 @@ def held_of(rank: int, folder: Path) -> dict[str, Tensor]:
             own = [whole_or_own(p) for p in policy.model.parameters() if p.requires_grad == trainable]
             results[f"{name} {trainable}"] = torch.tensor(sum(p.numel() * p.element_size() for p in own))
     return results
-
-
-def whole_or_own(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +136,14 @@ def test_workers_answer_together_as_one_does(folders: Mapping[str, Path], worker
     assert agreed(policy, 7) == 7
 
 
+def test_all_workers_are_told_what_keeps_rank_0_from_loading(
+    folders: Mapping[str, Path], workers: list[dict[str, Tensor]]
+) -> None:
+    for worker in workers:
+        told = bytes(worker["told"].tolist()).decode()
+        assert told.startswith(f"{folders['broken']}/model.safetensors: is damaged or cut off")
+
+
 @pytest.mark.parametrize("name", HELD)
 def test_a_plan_knows_what_each_worker_holds(folders: Mapping[str, Path], workers: list[dict[str, Tensor]], name: str) -> None:
     case, spec = HELD[name], EncoderSpec(str(folders["llava"]), "both")
@@ -134,9 +159,10 @@ def test_a_plan_knows_what_each_worker_holds(folders: Mapping[str, Path], worker
     assert (share.gradients, share.moments) == (share.trainable, pytest.approx(2 * share.trainable, abs=2))
     layers = skeleton.base.get_decoder().layers
     in_layer = sum(4 * p.numel() for n, p in layers[0].named_parameters() if ".lora_" not in n)
-    outside = [*skeleton.base.get_decoder().norm.parameters(), skeleton.base.get_input_embeddings().weight, skeleton.head]
-    whole_at_a_time = 2 * in_layer + sum(4 * p.numel() for p in outside)
-    assert share.working == (1 + (case.tuner is FULL)) * whole_at_a_time  # with the gradients of what is trained
+    outside = 4 * sum(p.numel() for p in (*skeleton.base.get_decoder().norm.parameters(), skeleton.head))
+    embeddings = 4 * skeleton.base.get_input_embeddings().weight.numel()
+    gradients = in_layer + outside if case.tuner is FULL else 0
+    assert share.working == 2 * in_layer + outside + embeddings + gradients
 
 
 def test_a_filler_has_what_the_batch_has_that_it_stands_for(folders: Mapping[str, Path]) -> None:
