@@ -5,10 +5,12 @@ STAMP := .venv/.installed
 # One thread a process: the tests run several training processes at a time.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# Without compiled modules kept, each of the many processes that tests start compiles them anew.
+export PYTHONDONTWRITEBYTECODE :=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare sweep test slow soak gpu unit-tests parity-tests check docs pictures hooks bench configs dist lock
+.PHONY: help setup quickstart compare sweep test slow soak gpu unit-tests parity-tests check types docs pictures hooks bench configs dist lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -64,9 +66,11 @@ parity-tests:
 check: setup ## format, lint, types and import rules of the whole tree, and the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@$(MAKE) --no-print-directory docs
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target types docs
+
+types: setup
+	$(BIN)/mypy
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup ## build the documentation into build/site; what is broken in it is an error
