@@ -127,6 +127,7 @@ class _Worker:
                 spread_over_gpus=config.cluster.spreads_models,
                 stay_on_cpu=config.cluster.shards_models,
                 seed=config.optimizer.seed,
+                kept=group.kept_base,
             )
         if policy.family.model_type not in FAMILIES:
             check_forward(policy, data.spec)
