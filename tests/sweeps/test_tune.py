@@ -14,7 +14,7 @@ from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, R
 from rayalign.storage import Store
 from rayalign.sweeps import tune
 from rayalign.sweeps.schedulers import asha_share, plan_in_words, scheduler_of
-from rayalign.sweeps.search_space import check_search
+from rayalign.sweeps.search_checks import check_search
 from rayalign.sweeps.sweep_folder import check_sweep_folder, write_search
 from rayalign.sweeps.trial_process import trial_config
 from rayalign.sweeps.trials import Outcome, Trial
