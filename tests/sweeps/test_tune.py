@@ -88,6 +88,12 @@ def test_flags_that_contradict_each_other_in_some_trial_are_refused_before_the_s
     )
 
 
+def test_a_model_that_only_some_trials_would_have_is_looked_for_before_the_sweep(tmp_path: Path, model_folder: Any):
+    config = replace(base(tmp_path), model=ModelConfig(model=str(model_folder("llava"))))
+    with pytest.raises(ValueError, match="nowhere"):
+        tune.run(config, TuneConfig(search=(f"model=grid:{model_folder('llava')},{tmp_path}/nowhere",)))
+
+
 def test_optuna_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ValueError) as error:
