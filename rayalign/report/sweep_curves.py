@@ -40,8 +40,8 @@ def curves_section(trials: Sequence[DrawnTrial], metric: str) -> str:
         parts.append(_curve(frame, trial, points, "marked blue" if trial is trials[0] else "thin blue"))
     ends = [points[-1] for _, points in named]
     for (trial, _), (step, _), height in zip(named, ends, _apart([frame.top(value) for _, value in ends]), strict=True):
-        words = escape(trial.short_name.removeprefix("Trial "))
-        parts.append(f'<text class="tick halo" x="{frame.left(step) + 3:.1f}" y="{height + 2.2:.1f}">{words}</text>')
+        number = escape(trial.short_name.removeprefix("Trial "))
+        parts.append(f'<text class="tick halo" x="{frame.left(step) + 3:.1f}" y="{height + 2.2:.1f}">{number}</text>')
     keys = [(trial.name, "line marked blue" if trial is trials[0] else "line thin blue", 0) for trial, _ in named]
     words = {"grey": "others that finished", "orange": "others, stopped or failed"}
     used = {_colour(trial) for trial, _ in drawn[NAMED:]}
