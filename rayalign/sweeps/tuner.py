@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import ray.tune
+from ray.tune.progress_reporter import TrialProgressCallback
 
 from rayalign.cluster import HEAD_NODE
 from rayalign.config.sections import TuneConfig
@@ -24,6 +25,22 @@ OF_TUNE = "tune"
 
 KEPT_FOR_OTHERS = 4
 """Checkpoints of each trial of a population that others may still go on from."""
+
+
+class NoLines(TrialProgressCallback):
+    """In the place of what Ray Tune would print of each trial, with verbose=0, too. Can go when verbose=0 prints nothing.
+
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/utils/callback.py (`_create_default_callbacks`)
+    """
+
+    def on_trial_result(self, *of_trial: Any, **info: Any) -> None:
+        return None
+
+    def on_trial_error(self, *of_trial: Any, **info: Any) -> None:
+        return None
+
+    def on_trial_complete(self, *of_trial: Any, **info: Any) -> None:
+        return None
 
 
 def tuner_of(space: SearchSpace, sweep: TuneConfig, folder: Store, queue: Queue, num_steps: int) -> ray.tune.Tuner:
@@ -54,7 +71,7 @@ def tuner_of(space: SearchSpace, sweep: TuneConfig, folder: Store, queue: Queue,
             ),
             run_config=ray.tune.RunConfig(
                 **run_config,
-                callbacks=[population],
+                callbacks=[population, NoLines()],
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=KEPT_FOR_OTHERS),
             ),
         )
@@ -77,5 +94,5 @@ def tuner_of(space: SearchSpace, sweep: TuneConfig, folder: Store, queue: Queue,
             scheduler=ray_scheduler(scheduler, sweep, every=every, num_steps=num_steps, before=before),
             reuse_actors=apart is None,
         ),
-        run_config=ray.tune.RunConfig(**run_config),
+        run_config=ray.tune.RunConfig(**run_config, callbacks=[NoLines()]),
     )

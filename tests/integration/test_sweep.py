@@ -62,6 +62,7 @@ def test_a_sweep_ranks_its_trials_stops_the_worse_and_goes_on(
     # Both ran in processes that Tune hands on, and yet as the same flags run alone.
     assert "Each trial starts processes of its own" not in output
     assert "View detailed results here" not in output  # Ray Tune's own lines
+    assert "Trial run_trial_" not in output
     cluster_of_four_cpus.run("pipelines/dpo.py", "--config", folder / "best.yaml")
     alone, of_trial = folder / "best", folder / "trials" / first["trial"]
     assert [line["loss"] for line in lines_of(alone)] == [line["loss"] for line in lines_of(of_trial)]

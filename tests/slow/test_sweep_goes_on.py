@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from rayalign.storage import Store
+from rayalign.sweeps.hparams import SUFFIX
 from rayalign.training.checkpoint import newest_complete
 from tests.cluster import Cluster
 
@@ -41,7 +42,9 @@ def starts(trial: Path) -> int:
 
 
 def content_of(trial: Path) -> dict[str, str]:
-    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(trial.rglob("*")) if file.is_file()}
+    """Hashes of its files, but for the flags that the end of a sweep writes for TensorBoard."""
+    files = [file for file in sorted(trial.rglob("*")) if file.is_file() and not file.name.endswith(SUFFIX)]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def steps_of(trial: Path) -> list[int]:
