@@ -116,7 +116,8 @@ COLOR_VARIABLE = "RAY_COLOR_PREFIX"
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py (`print_worker_logs`)"""
 
 LOG_HANDLER = "ray_print_logs"
-"""What prints the lines of Ray's processes in the process that started or joined the cluster, by Ray's `print_to_stdstream`.
+"""What prints the lines of Ray's processes in the process that started or joined the cluster, by Ray's `print_to_stdstream` and
+`print_worker_logs`.
 Can go when Ray documents a way to choose what is printed, and how.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py (`connect`)"""
 
@@ -349,4 +350,8 @@ def print_worker_lines(logged: dict[str, Any]) -> None:
         return
     lines = (line for line in logged["lines"] if not NOISE.search(line))
     for is_own, some in itertools.groupby(lines, key=lambda line: OWN_LINE.match(line) is not None):
-        ray._private.worker.print_to_stdstream({**logged, "lines": list(some)}, ignore_prefix=is_own)
+        batch = {**logged, "lines": list(some)}
+        if is_own:  # all of them: Ray would take lines of several processes that differ in numbers for the same one
+            ray._private.worker.print_worker_logs(batch, sys.stderr if logged["is_err"] else sys.stdout, ignore_prefix=True)
+        else:
+            ray._private.worker.print_to_stdstream(batch, ignore_prefix=False)

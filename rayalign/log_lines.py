@@ -13,7 +13,12 @@ PACKAGE = "rayalign"
 
 
 class _Lines(logging.Formatter):
-    """Our lines have no name and no level, but for the word that warns; those of libraries have both."""
+    """Our lines have no name and no level, but for the word that warns; those of libraries have both. `speaker`: whose lines
+    they are, where several processes do alike."""
+
+    def __init__(self, speaker: str | None = None) -> None:
+        super().__init__()
+        self._speaker = f"{speaker}: " if speaker else ""
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
@@ -21,7 +26,7 @@ class _Lines(logging.Formatter):
         if record.name.split(".")[0] == PACKAGE:
             warns = record.levelno >= logging.WARNING and not line.startswith("Warning: ")
             before = f"{record.levelname.capitalize()}: " if warns else ""
-        return f"{self.formatTime(record, TIME)} {before}{line}"
+        return f"{self.formatTime(record, TIME)} {self._speaker}{before}{line}"
 
 
 def configure_logging(*, of_ray_train: bool = False) -> None:
@@ -37,3 +42,12 @@ def configure_logging(*, of_ray_train: bool = False) -> None:
         own.handlers, own.propagate = [handler], False
     # It recommends a kernel for CPUs each time it is imported, which peft does.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def speak_as(speaker: str) -> None:
+    """From now on this process, one of several that do alike, says only what goes wrong, behind the speaker's name."""
+    for logger in (logging.getLogger(), logging.getLogger(PACKAGE)):
+        for handler in logger.handlers:
+            if isinstance(handler.formatter, _Lines):
+                handler.setFormatter(_Lines(speaker))
+    logging.getLogger(PACKAGE).setLevel(logging.WARNING)

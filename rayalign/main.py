@@ -27,7 +27,7 @@ from rayalign.config.inference_verbs import GenerateConfig, ScoreConfig
 from rayalign.config.methods import advice_for_method
 from rayalign.config.sections import ChatConfig, ExportConfig, ServeConfig
 from rayalign.log_lines import configure_logging
-from rayalign.sweeps.search_space import check_search
+from rayalign.sweeps.search_checks import check_search
 
 OWN_FLAGS = ("help", "version")
 LIBRARIES = ("ray", "torch", "transformers", "peft")

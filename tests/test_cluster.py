@@ -260,3 +260,7 @@ def test_lines_of_rays_processes_are_printed_tidily(
     cluster.print_worker_lines({**worker, "lines": [*ours, *noise]})
     cluster.print_worker_lines({**worker, "actor_name": "PlacementGroupCleaner", "lines": ["ConnectionError: several"]})
     assert capsys.readouterr().err.splitlines() == [ours[0], f"(RayTrainWorker pid=7) {ours[1]}", ours[2]]
+    # Ray takes lines that differ in numbers only for one line of several processes, which it counts.
+    for pid, line in enumerate(alike := [f"12:00:0{k} Trial {k}: Begins (beta={k})" for k in range(3)]):
+        cluster.print_worker_lines({**worker, "pid": pid, "lines": [line]})
+    assert capsys.readouterr().err.splitlines() == alike

@@ -22,7 +22,7 @@ from rayalign.config.flags import flags_of
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
 from rayalign.config.sections import ChatConfig, ExportConfig, PlanConfig, ServeConfig, TuneConfig
-from rayalign.sweeps.search_space import check_search
+from rayalign.sweeps.search_checks import check_search
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

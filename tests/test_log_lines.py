@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rayalign.log_lines import OWN_LINE, configure_logging
+from rayalign.log_lines import OWN_LINE, configure_logging, speak_as
 
 
 @contextlib.contextmanager
@@ -54,3 +54,13 @@ def test_a_worker_of_ray_train_says_when_although_ray_has_set_up_its_log(capsys:
         configure_logging(of_ray_train=True)
         logging.getLogger("rayalign.training").info("step")
         assert said(capsys) == ["step"]  # and once
+
+
+def test_one_of_several_that_do_alike_says_only_what_goes_wrong_behind_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with new_process():
+        for name in ("Trial 1", "Trial 2"):
+            configure_logging()
+            speak_as(name)
+            logging.getLogger("rayalign.training").info("step")
+            logging.getLogger("rayalign.training").warning("odd")
+        assert said(capsys) == ["Trial 1: Warning: odd", "Trial 2: Warning: odd"]

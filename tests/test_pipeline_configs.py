@@ -7,7 +7,7 @@ import pytest
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config import command_line
 from rayalign.config.yaml_files import to_yaml
-from rayalign.sweeps.search_space import check_search
+from rayalign.sweeps.search_checks import check_search
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
 STALE = "the flags have changed: `make configs` rewrites the file, values kept"

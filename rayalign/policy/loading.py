@@ -5,6 +5,7 @@ per process.
 """
 
 import copy
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rayalign.models.registry import find_family, load_config
 from rayalign.models.source import ModelSource
 from rayalign.ops.value_head import load_value_head
 from rayalign.policy.fused_norms import fuse_norms
+from rayalign.policy.kept_base import KeptBase
 from rayalign.policy.policy import Policy
 from rayalign.policy.prepare import model_options, prepare_model
 from rayalign.policy.tuner_checks import check_attention, check_tuner
@@ -42,13 +44,15 @@ def load_policy(
     stay_on_cpu: bool = False,
     without_weights: bool = False,
     seed: int = 42,
+    kept: KeptBase | None = None,
 ) -> Policy:
     """Loads the weights and prepares them for training: adapters, or all weights, of the parts that are not frozen.
 
     Trainable weights are float32; all others have the type of `model.dtype`. A value head is that of the source's folder, or a
     new one. Where all weights are trained and a companion's rows need a reference in the step, a frozen copy is kept as such.
     With `stay_on_cpu` the weights wait there for `sharding` to put them on the device, share by share; `without_weights` they
-    are on the meta device, and `sharding` gets them from a worker that has them.
+    are on the meta device, and `sharding` gets them from a worker that has them. Where a policy trains nothing of its base
+    model, that may be the one that this process has `kept`.
     On a GPU, cuDNN's attention is switched off in this process. Raises ValueError for models of unknown families, for weights
     and adapters that are not whole or do not fit, for flags that do not fit the model or its adapter, and where the machine
     lacks what quantisation or the attention kernel needs.
@@ -68,11 +72,16 @@ def load_policy(
         options["quantization_config"] = _quantisation(family, config, model, tuner, dtype)
     torch.manual_seed(seed)  # all workers', before anything that may draw
     place = torch.device("cpu") if stay_on_cpu else None if spread_over_gpus else device
+    needs_output_head = needs.head != "value"
+    load = functools.partial(_load_base, source.base, family, options, place, needs_output_head=needs_output_head)
+    is_shared = tuner.sft_type == "lora" and tuner.quant_bits is None and not spread_over_gpus and not stay_on_cpu
     with torch.device("meta") if without_weights else nullcontext():
         if without_weights:
             base = family.auto_class.from_config(config, **options)
+        elif kept is not None and is_shared:
+            base = kept.get((source.base, str(options), str(place), needs_output_head), load)
         else:
-            base = _load_base(source.base, family, options, place, needs_output_head=needs.head != "value")
+            base = load()
         torch.manual_seed(seed)
         prepared = prepare_model(base, source, model=model, tuner=tuner, family=family, needs=needs, dtype=dtype)
     if device.type == "cuda" and not without_weights:

@@ -3,70 +3,34 @@ each flag, what a good metric cost, the trials' curves, and which were stopped."
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from rayalign.report.charts import (
-    Colour,
-    Frame,
-    Point,
-    Series,
-    axes,
-    axis_over,
-    figure,
-    format_number,
-    is_drawable,
-    line_chart,
-)
+from rayalign.report.charts import Frame, Point, axes, axis_over, figure, format_number, is_drawable
+from rayalign.report.drawn_trial import COLOURS, WORDS, DrawnTrial
 from rayalign.report.markup import section, table
 from rayalign.report.page import html_page
+from rayalign.report.sweep_curves import curves_section, faint_where_crowded
 
 WIDTH, HEIGHT, SIDE, TOP, BOTTOM = 900.0, 300.0, 70.0, 40.0, 16.0
 LOG_FROM = 20
 """Numbers above 0 of which the highest is so many times the lowest are drawn on a logarithmic scale."""
 
-MOST_CURVES = 16
+NAME_ROOM = 14.0
+"""Of dots that are nearer to each other, in units of the picture, only one has its name beside it."""
 
 CHARACTER = 6.2
 """Width of a letter of an axis's labels, about, in units of the picture."""
 
 LONGEST_LABEL = 36
 
-COLOURS: Mapping[str, Colour] = {"finished": "grey", "stopped": "orange", "best": "blue"}
-WORDS = {"best": "the best", "finished": "finished", "stopped": "stopped or failed"}
-
-
-@dataclass(frozen=True)
-class DrawnTrial:
-    """A trial as the page draws it: its name, the values of its flags, the metric at its end and at each evaluation; what that
-    cost; and its steps."""
-
-    name: str
-    state: str
-    flags: Mapping[str, Any]
-    value: float | None
-    points: Sequence[Point]
-    cost: float | None = None
-    steps: int = 0
-    num_steps: int | None = None
-
-    @property
-    def short_name(self) -> str:
-        """Without its flags."""
-        return self.name.partition(" (")[0]
-
-    def kind(self, best: "DrawnTrial") -> str:
-        """What decides its colour."""
-        if self is best:
-            return "best"
-        return "finished" if self.state == "finished" else "stopped"
-
 
 @dataclass(frozen=True)
 class DrawnSweep:
     """What the page is made of: `trials`, the best first; `heads` and `rows` of the table; `words` that are said above all;
-    `importance`: the share of the metric's variance that each flag explains; `cost_name`: the metric that trials' costs are."""
+    `importance`: the share of the metric's variance that each flag explains; `cost_name`: the metric that trials' costs are;
+    `is_log`: of flags that were drawn from a range, whether by their logarithm."""
 
     title: str
     metric: str
@@ -77,24 +41,19 @@ class DrawnSweep:
     trials: Sequence[DrawnTrial]
     importance: Mapping[str, float]
     cost_name: str
+    is_log: Mapping[str, bool] = field(default_factory=dict)
 
 
 def render_sweep(sweep: DrawnSweep) -> str:
     """The page as a string."""
     trials = sweep.trials
-    curves = [
-        Series(trial.short_name, trial.points, COLOURS[trial.kind(trials[0])], "marked" if trial is trials[0] else "thin")
-        for trial in trials[:MOST_CURVES]
-    ]
-    first = f"The best {MOST_CURVES} trials." if len(trials) > MOST_CURVES else ""
-    chart = line_chart(sweep.metric, curves, x_label="step")
     body = [
         f'<header><h1>{escape(sweep.title)}</h1><p class="soft">{escape(sweep.words)}</p></header>',
         section("Settings, best first", "", f'<div class="panel">{table(sweep.heads, sweep.rows)}</div>'),
-        parallel_section(trials, sweep.metric),
+        parallel_section(trials, sweep.metric, is_log=sweep.is_log),
         importance_section(sweep.importance, sweep.metric),
         frontier_section(trials, sweep.metric, sweep.cost_name, mode=sweep.mode),
-        section("Evaluations", first, f'<div class="charts wide">{chart}</div>') if chart else "",
+        curves_section(trials, sweep.metric),
         stopped_section(trials, sweep.metric, mode=sweep.mode),
     ]
     return html_page(sweep.title, body)
@@ -142,12 +101,14 @@ def frontier_section(trials: Sequence[DrawnTrial], metric: str, cost_name: str, 
     parts = [axes(frame, f"size of {cost_name}", "", marks=())]
     if len(corners) > 1:
         parts.append(f'<path class="line thin blue" d="M{"L".join(corners)}"/>')
+    named: list[Point] = []
     for trial, cost, value in drawn:
         x, y, is_best = frame.left(cost), frame.top(value), any(trial is other for other in best)
         colour = "blue" if is_best else COLOURS["finished" if trial.state == "finished" else "stopped"]
         hover = escape(f"{trial.name}\n{metric} {format_number(value)}\n{cost_name} {format_number(cost)}")
         parts.append(f'<circle class="point {colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{hover}</title></circle>')
-        if is_best:
+        if is_best and all(math.dist((x, y), other) > NAME_ROOM for other in named):
+            named.append((x, y))
             number = escape(trial.short_name.removeprefix("Trial "))
             parts.append(f'<text class="tick halo" x="{x + 6:.1f}" y="{y - 5:.1f}">{number}</text>')
     kinds = {"grey": "finished", "orange": "stopped or failed, as far as they came"}
@@ -174,13 +135,14 @@ def stopped_section(trials: Sequence[DrawnTrial], metric: str, *, mode: str) -> 
     return section("What was stopped", "", f'<div class="panel">{table(heads, rows)}</div>')
 
 
-def parallel_section(trials: Sequence[DrawnTrial], metric: str) -> str:
-    """A line for each trial that has the metric, across an axis for each flag that differs; empty where there is nothing to
-    compare."""
+def parallel_section(trials: Sequence[DrawnTrial], metric: str, *, is_log: Mapping[str, bool] | None = None) -> str:
+    """A line for each trial that has the metric, across an axis for each flag that differs, of whose values `is_log` may tell
+    how they were drawn; empty where there is nothing to compare."""
     drawn = [trial for trial in trials if trial.value is not None and is_drawable(trial.value)]
     names = list(dict.fromkeys(name for trial in drawn for name in trial.flags))
     columns = {name: [trial.flags.get(name) for trial in drawn] for name in names}
-    scales = {name: places(values) for name, values in columns.items() if len({str(value) for value in values}) > 1}
+    differing = {name: values for name, values in columns.items() if len({str(value) for value in values}) > 1}
+    scales = {name: places(values, is_log=(is_log or {}).get(name)) for name, values in differing.items()}
     if not scales or len(drawn) < 2:
         return ""
     values = {**columns, metric: [trial.value for trial in drawn]}
@@ -201,7 +163,7 @@ def parallel_section(trials: Sequence[DrawnTrial], metric: str) -> str:
     for index, trial in reversed(list(enumerate(drawn))):
         kind = trial.kind(trials[0])
         corners = [f"{left + k * gap:.1f} {_top(heights[index]):.1f}" for k, heights in enumerate(scales.values())]
-        stroke = "marked" if kind == "best" else "thin"
+        stroke = "marked" if kind == "best" else faint_where_crowded("thin", len(drawn))
         hover = f"{trial.name}\n{metric} {format_number(trial.value or 0.0)}"
         parts.append(
             f'<path class="line {stroke} {COLOURS[kind]}" d="M{"L".join(corners)}"><title>{escape(hover)}</title></path>'
@@ -219,14 +181,15 @@ def parallel_section(trials: Sequence[DrawnTrial], metric: str) -> str:
     return section("Across the flags", lead, f'<figure class="chart">{caption}{picture}</figure>')
 
 
-def places(values: Sequence[Any]) -> list[float]:
-    """A height from 0 to 1 for each value: numbers by their size (by their logarithm over a wide range), others at equal
+def places(values: Sequence[Any], *, is_log: bool | None = None) -> list[float]:
+    """A height from 0 to 1 for each value: numbers by their size, or their logarithm (None: over a wide range), others at equal
     distances in the order of their appearance; None is below all."""
     numbers = [value for value in values if _is_number(value)]
     if len(numbers) < sum(value is not None for value in values):
         kinds = list(dict.fromkeys(map(str, values)))
         return [(kinds.index(str(value)) + 0.5) / len(kinds) for value in values]
-    is_log = min(numbers) > 0 and max(numbers) >= LOG_FROM * min(numbers)
+    if is_log is None:
+        is_log = min(numbers) > 0 and max(numbers) >= LOG_FROM * min(numbers)
     scaled = [None if value is None else math.log(value) if is_log else float(value) for value in values]
     known = [value for value in scaled if value is not None]
     low, span = min(known), max(known) - min(known)

@@ -1,9 +1,11 @@
 """Trials that share processes: a trial of one worker runs in the process that Ray Tune started for it, and Tune gives that
-process one trial after another. Python, torch and transformers are then loaded once a process, and not three times a trial.
+process one trial after another. Python, torch, transformers, the base model and its processor are then loaded once a process.
 
 The steps are those of any other worker (`training.worker`), so the trial's model is that of the same flags run alone.
 """
 
+import dataclasses
+import functools
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +19,12 @@ import torch
 from rayalign.cluster import result_of
 from rayalign.config.config import Config
 from rayalign.config.flags import flags_of
+from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import StepSampler
 from rayalign.data.store import PreparedData
 from rayalign.data.stream import read_pairs
+from rayalign.policy.kept_base import KeptBase
 from rayalign.storage import Store
 from rayalign.sweeps.handover import pack
 from rayalign.sweeps.search_space import ALGORITHM, SearchSpace, class_of
@@ -72,6 +76,7 @@ def fit_in_place(config: Config, data: RunData, group: Group) -> Result:
     """
     watch = Stopwatch()
     begin_start(Store.at(str(config.run.output_dir)), watch)
+    data = dataclasses.replace(data, spec=_first_like(data.spec))
     try:
         result = result_of(train_worker(config, data, group))
     finally:
@@ -82,12 +87,25 @@ def fit_in_place(config: Config, data: RunData, group: Group) -> Result:
     return finish(config, data, result, watch)
 
 
+@functools.cache
+def _kept_base() -> KeptBase:
+    """This process's."""
+    return KeptBase()
+
+
+@functools.cache
+def _first_like(spec: EncoderSpec) -> EncoderSpec:
+    """The first of the specs of this process that are equal, which has loaded its processor."""
+    return spec
+
+
 class InPlace(Group):
     """The only worker of a trial, in the trial's own process."""
 
     rank, num_workers, num_local_workers = 0, 1, 1
 
     def __init__(self, config: Config, lease: Lease) -> None:
+        self.kept_base = _kept_base()
         self.device = torch.device("cuda", 0) if config.cluster.gpus_per_worker else torch.device("cpu")
         self._lease = lease
 
@@ -113,7 +131,7 @@ class Member(Group):
 
     def __init__(self, config: Config, lease: Lease, name: str) -> None:
         self._alone = InPlace(config, lease)
-        self.device = self._alone.device
+        self.device, self.kept_base = self._alone.device, self._alone.kept_base
         self._lease, self._name = lease, name
         self._evaluated: dict[str, float] | None = None
 

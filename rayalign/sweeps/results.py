@@ -14,9 +14,11 @@ import pyarrow.parquet
 
 from rayalign.config.flags import did_you_mean
 from rayalign.config.sections import TuneConfig
-from rayalign.report.sweep_page import DrawnSweep, DrawnTrial, render_sweep
+from rayalign.report.drawn_trial import DrawnTrial
+from rayalign.report.sweep_page import DrawnSweep, render_sweep
 from rayalign.storage import Store
 from rayalign.sweeps.importance import importance
+from rayalign.sweeps.search_space import LISTED, parse_search
 from rayalign.sweeps.trials import COSTS, TRIALS, Outcome, short
 
 SWEEP, BEST, BEST_MODEL, PAGE = "sweep.json", "best.yaml", "model", "sweep.html"
@@ -150,6 +152,7 @@ def handed_in_words(outcome: Outcome) -> str:
 def page(folder: Store, standings: Sequence[Standing], sweep: TuneConfig, words: str) -> str:
     """sweep.html."""
     heads, *rows = table_rows(standings, sweep.metric)
+    ranges = parse_search(sweep.search).items()
     outcomes = [outcome for standing in standings for outcome in standing.outcomes]
     trials = [
         DrawnTrial(
@@ -175,6 +178,7 @@ def page(folder: Store, standings: Sequence[Standing], sweep: TuneConfig, words:
             trials=trials,
             importance=importance(outcomes),
             cost_name=sweep.cost_metric or _cost_name(outcomes),
+            is_log={name: values.kind == "loguniform" for name, values in ranges if values.kind not in LISTED},
         )
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import Flag, did_you_mean, flags_of
-from rayalign.config.sections import ClusterConfig, RunConfig, TuneConfig
+from rayalign.config.sections import ClusterConfig, RunConfig
 
 if TYPE_CHECKING:
     from rayalign.algorithms import Algorithm
@@ -72,11 +72,11 @@ class SearchSpace:
 
     def has(self, name: str, algorithm: str) -> bool:
         """Whether a searched flag is one of an algorithm's runs."""
-        return name == ALGORITHM or name in _searchable(class_of(self.base, algorithm))
+        return name == ALGORITHM or name in searchable(class_of(self.base, algorithm))
 
     def flag(self, name: str, algorithm: str) -> Flag:
         """A searched flag as an algorithm has it."""
-        return _searchable(class_of(self.base, algorithm))[name]
+        return searchable(class_of(self.base, algorithm))[name]
 
     def value(self, name: str, algorithm: str, drawn: Any) -> Any:
         """A drawn word or number as the flag's value; a fraction has `SHOWN_DIGITS`, and stays in its range."""
@@ -128,7 +128,7 @@ class SearchSpace:
             return base.replace(values)
         algorithm = class_of(base, name)
         own = {flag.name for flag in flags_of(type(base.algorithm))}
-        known, changed = {flag.name for flag in flags_of(algorithm)}, _changed_flags(base)
+        known, changed = {flag.name for flag in flags_of(algorithm)}, changed_flags(base)
         given = {flag: value for flag, value in base.to_dict().items() if flag not in own or flag in known & changed}
         return config_from_mapping(algorithm, {**given, **values}, plugins=base.plugins)
 
@@ -162,51 +162,6 @@ def parse_search(entries: Iterable[str]) -> dict[str, SearchRange]:
             raise ValueError(f"--search {entry}: {name} is searched twice.")
         ranges[name] = _parse_range(entry, kind, rest)
     return ranges
-
-
-def check_search(config: Config, tune: TuneConfig) -> SearchSpace:
-    """What a sweep searches; raises ValueError for a value that its flag does not take, and for flags of the sweep that can't
-    be together."""
-    if not tune.search:
-        raise ValueError("--search is empty: name at least one flag to search, such as --search beta=grid:0.05,0.1,0.5.")
-    space = SearchSpace(config, parse_search(tune.search))
-    fixed = {flag.name for section in (RunConfig, ClusterConfig) for flag in flags_of(section)}
-    for name in space.algorithms if ALGORITHM in space.ranges else ():
-        _require_algorithm(space, name)
-    lost = _changed_flags(config) - {name for a in space.algorithms for name in _searchable(class_of(config, a))}
-    if lost:
-        raise ValueError(
-            f"--{min(lost)}: none of the algorithms that --search {ALGORITHM} names has it ({', '.join(space.algorithms)}). "
-            "Leave it out."
-        )
-    flags = {name: flag for algorithm in space.algorithms for name, flag in _searchable(class_of(config, algorithm)).items()}
-    for name in space.ranges:
-        if name in fixed:
-            raise ValueError(f"--search {name}: is the same for all trials of a sweep; pass --{name} itself.")
-        if name not in flags and name != ALGORITHM:
-            raise ValueError(f"--search {name}: there is no such flag.{did_you_mean(name, flags)}")
-    for algorithm in space.algorithms:
-        for name in space.ranges:
-            if name != ALGORITHM and space.has(name, algorithm):
-                _check_values(space, algorithm, name)
-    _check_together(space, tune)
-    return space
-
-
-def _check_together(space: SearchSpace, tune: TuneConfig) -> None:
-    grids = [name for name, values in space.ranges.items() if not values.is_drawn]
-    if tune.search_alg == "optuna" and grids:
-        raise ValueError(
-            f"--search {grids[0]}=grid with --search_alg optuna: a grid runs whole, and Optuna chooses. Use choice, or "
-            "--search_alg random."
-        )
-    if tune.num_seeds > 1 and "seed" in space.ranges:
-        raise ValueError(f"--num_seeds {tune.num_seeds} with --search seed: both set the seed. Leave one of the two out.")
-    if tune.num_seeds > 1 and tune.scheduler in ("asha", "median"):
-        raise ValueError(
-            f"--scheduler {tune.scheduler} with --num_seeds {tune.num_seeds}: a setting is ranked by the mean of all its "
-            "seeds, none of which may be stopped. Leave one of the two out."
-        )
 
 
 def _parse_range(entry: str, kind: str, rest: str) -> SearchRange:
@@ -246,30 +201,7 @@ def _numbers(entry: str, kind: str, rest: str, count: int, wanted: str) -> list[
     return numbers
 
 
-def _check_values(space: SearchSpace, algorithm: str, name: str) -> None:
-    flag, values = space.flag(name, algorithm), space.ranges[name]
-    if values.kind not in LISTED:
-        if flag.item_type not in (int, float) or flag.is_list:
-            raise ValueError(f"--search {name}={values.kind}: --{name} takes no range of numbers; use grid or choice.")
-        if flag.item_type is int and any(number != int(number) for number in values.values):
-            raise ValueError(f"--search {name}={values.kind}: --{name} takes whole numbers, and these are not.")
-    chosen = {ALGORITHM: algorithm} if ALGORITHM in space.ranges else {}
-    for value in values.values if values.kind in LISTED else values.values[:2]:
-        try:
-            space.config({**chosen, name: space.value(name, algorithm, value)})
-        except ValueError as error:
-            raise ValueError(f"--search {name}={values.kind}: {error}") from None
-
-
-def _require_algorithm(space: SearchSpace, name: str) -> None:
-    kind, known = space.ranges[ALGORITHM].kind, _algorithms(space.base)
-    if kind not in LISTED:
-        raise ValueError(f"--search {ALGORITHM}={kind}: algorithms are names; use grid or choice.")
-    if name not in known:
-        raise ValueError(f"--search {ALGORITHM}={kind}: {name} is not one of {', '.join(known)}.{did_you_mean(name, known)}")
-
-
-def _algorithms(config: Config) -> "dict[str, type[Algorithm]]":
+def algorithms_of(config: Config) -> "dict[str, type[Algorithm]]":
     """All algorithms by name: ours, and those of plugins."""
     from rayalign.algorithms import ALGORITHMS
 
@@ -279,16 +211,16 @@ def _algorithms(config: Config) -> "dict[str, type[Algorithm]]":
 
 def class_of(config: Config, algorithm: str) -> "type[Algorithm]":
     """The algorithm of a name, as the configuration's runs have it."""
-    return type(config.algorithm) if algorithm == config.algorithm.name else _algorithms(config)[algorithm]
+    return type(config.algorithm) if algorithm == config.algorithm.name else algorithms_of(config)[algorithm]
 
 
-def _searchable(algorithm: "type[Algorithm]") -> dict[str, Flag]:
+def searchable(algorithm: "type[Algorithm]") -> dict[str, Flag]:
     """The flags of an algorithm's runs that may differ between trials."""
     sections = [section for section in section_types(algorithm) if section not in (RunConfig, ClusterConfig)]
     return {flag.name: flag for section in sections for flag in flags_of(section)}
 
 
-def _changed_flags(config: Config) -> set[str]:
+def changed_flags(config: Config) -> set[str]:
     """The algorithm's own flags that differ from their defaults."""
     algorithm = config.algorithm
     return {flag.name for flag in flags_of(type(algorithm)) if getattr(algorithm, flag.name) != flag.default}

@@ -2,17 +2,20 @@
 a table of those that run."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune.search import Searcher
 
+from rayalign.config.flags import did_you_mean
 from rayalign.config.sections import TuneConfig
 from rayalign.progress import duration
 from rayalign.storage import Store
 from rayalign.sweeps.results import aligned, figure
-from rayalign.sweeps.trials import FAILED_NOTE, STOPPED_NOTE, TRIAL_NOTE, TRIALS, Outcome, Queue, Trial, short
+from rayalign.sweeps.search_space import ALGORITHM
+from rayalign.sweeps.trials import EVALUATED, FAILED_NOTE, STOPPED_NOTE, TRIAL_NOTE, TRIALS, Outcome, Queue, Trial, short
 
 logger = logging.getLogger(__name__)
 
@@ -21,17 +24,26 @@ TABLE_SECONDS = 30.0
 
 
 class QueueSearcher(Searcher):
-    """The queue as Ray Tune asks for it: Tune's trials are its next ones, and what became of them is noted in their folders."""
+    """The queue as Ray Tune asks for it: Tune's trials are its next ones, as long as fewer are under way than `most` tells, and
+    what became of them is noted in their folders."""
 
-    def __init__(self, queue: Queue, folder: Store, lines: "SweepLines") -> None:
+    def __init__(
+        self, queue: Queue, folder: Store, lines: "SweepLines", *, most: Callable[[], float] = lambda: math.inf
+    ) -> None:
         super().__init__()
         self._queue, self._folder, self._lines = queue, folder, lines
         self._running: dict[str, Trial] = {}
+        self._most = most
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> Any:
+        """A trial's name and flags, None for now, or `FINISHED`."""
+        if self._lines.lack_metric:
+            return Searcher.FINISHED
+        if len(self._running) >= self._most():
+            return None
         trial = self._queue.next()
         if trial is None:
             return Searcher.FINISHED
@@ -67,11 +79,21 @@ class SweepLines:
         self._started = self._table_at = clock()
         self._ended = 0
         self._running: dict[str, tuple[Trial, Mapping[str, Any]]] = {}
+        self.lack_metric = False
+        """Whether a trial was evaluated without the metric that ranks them, which then none has."""
 
     def evaluated(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """A trial that runs was evaluated."""
         if self._sweep.metric in result:
             self._running[trial.name] = (trial, result)
+        elif ALGORITHM not in trial.setting and not self.lack_metric:
+            self.lack_metric = True
+            known = sorted(name for name in result if name.startswith(EVALUATED))
+            logger.warning(
+                "--metric %s: the trials have no such metric.%s Those that run go on to their end, and no other one begins",
+                self._sweep.metric,
+                did_you_mean(self._sweep.metric, known),
+            )
         now = self._clock()
         if now - self._table_at >= TABLE_SECONDS and self._running:
             self._table_at = now

@@ -2,6 +2,7 @@
 has prepared."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,17 +12,20 @@ from rayalign.cluster import RAY_ERRORS, cause_in_words, quiet_logging, set_ray_
 from rayalign.config.config import Config
 from rayalign.config.endings import RunFailed
 from rayalign.data.prepare import RunData, cache_of, prepare_run
+from rayalign.log_lines import speak_as
 from rayalign.reference.precompute import with_reference
 from rayalign.storage import Store
 from rayalign.sweeps.handover import take_over
 from rayalign.sweeps.in_place import InPlace, Member, fit_in_place, why_apart
 from rayalign.sweeps.reports import EvaluationReports
 from rayalign.sweeps.search_space import SearchSpace
-from rayalign.sweeps.trials import FAILED_NOTE, TRIALS
+from rayalign.sweeps.trials import FAILED_NOTE, TRIALS, short
 from rayalign.training.driver import fit
 from rayalign.training.lease import STALE_SECONDS, Lease, held
 from rayalign.training.origin import check_origin
 from rayalign.training.run_folder import open_run
+
+logger = logging.getLogger(__name__)
 
 MEMBER = "trial"
 """Where the settings of a population's trial have its name and flags."""
@@ -69,9 +73,12 @@ def _run(
     """Finds the prepared data in the cache and the reference's log-probabilities beside it and trains. What can't be mended is
     noted in the trial's folder; what is raised, Tune starts again."""
     quiet_logging()
+    _speak_as_trial(name, in_place=why_apart(space) is None)
     set_ray_variables()
     folder = Store.at(str(space.base.run.output_dir)) / TRIALS / name
     (folder / FAILED_NOTE).delete()
+    values = " ".join(f"{flag}={short(value)}" for flag, value in flags.items())
+    logger.info("%s (%s)", "Goes on" if (folder / "checkpoints").list() else "Begins", values)
     try:
         # A trial that is started again may meet the processes of its last start while they end.
         with held(folder, patience=STALE_SECONDS) as lease:
@@ -87,6 +94,14 @@ def _run(
         (folder / FAILED_NOTE).write_json({"error": words})
         if not isinstance(error, (ValueError, FloatingPointError, RunFailed)) and user_error_in(error) is None:
             raise
+
+
+def _speak_as_trial(name: str, *, in_place: bool) -> None:
+    """Of a trial the log has its beginning and what goes wrong; the driver tells its evaluations and its end. What there is to
+    say of records that all trials share, the driver has said."""
+    speak_as(f"Trial {int(name.partition('_')[0])}")
+    logging.getLogger("rayalign.sweeps").setLevel(logging.INFO)
+    logging.getLogger("rayalign.data.prepare").setLevel(logging.ERROR if in_place else logging.NOTSET)
 
 
 def trial_config(space: SearchSpace, flags: Mapping[str, Any], folder: Store) -> Config:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayalign.config.config import Config
-from rayalign.config.sections import TuneConfig
+from rayalign.config.sections import ModelConfig, TuneConfig
 from rayalign.config.yaml_files import to_yaml
 from rayalign.data.prepare import cache_of, prepare_run
 from rayalign.data.stream import sampler_of
@@ -42,7 +42,8 @@ from rayalign.sweeps.results import (
     trial_lines,
     write_tables,
 )
-from rayalign.sweeps.search_space import ALGORITHM, SearchSpace, check_search
+from rayalign.sweeps.search_checks import check_search
+from rayalign.sweeps.search_space import ALGORITHM, SearchSpace
 from rayalign.sweeps.sweep_folder import check_sweep_folder, write_search
 from rayalign.sweeps.trials import STOPPED_NOTE, TRIALS, Outcome, Queue, Trial, known_settings, read_outcome, trials_of
 from rayalign.sweeps.tuner import OF_TUNE, tuner_of
@@ -81,7 +82,8 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     profiled_steps(config.run.profile_steps)
     require_lasting_folders(config)
     config = with_whole_paths(config)
-    require_model(config.model, REGISTERED_MODELS)
+    for model in _models_of(dataclasses.replace(space, base=config)):
+        require_model(model, REGISTERED_MODELS)
     folder = Store.at(str(config.run.output_dir))
     if not config.run.overwrite:
         check_sweep_folder(folder, config, sweep)
@@ -102,6 +104,12 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
             tuner_of(space, sweep, folder, queue, num_steps).fit()
             lease.check()
         return _finish(dataclasses.replace(space, base=config), sweep, folder, list(queue.outcomes.values()))
+
+
+def _models_of(space: SearchSpace) -> list[ModelConfig]:
+    """The one of all trials, and those that are searched."""
+    values = space.ranges["model"].values if "model" in space.ranges else ()
+    return [space.base.model, *(space.base.replace({"model": value}).model for value in values)]
 
 
 def _require_optuna(sweep: TuneConfig) -> None:

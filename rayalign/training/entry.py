@@ -5,6 +5,7 @@ runs, and the job goes through as bytes.
 """
 
 import pickle
+from pathlib import PurePath
 from typing import Any
 
 JOB = "job"
@@ -17,7 +18,7 @@ REPORTS_EVALUATIONS = "reports_evaluations"
 def train_loop(settings: dict[str, Any]) -> Any:
     """Runs in each worker; returns its `WorkerResult`, or what stopped it."""
     from rayalign.cluster import quiet_logging
-    from rayalign.log_lines import configure_logging
+    from rayalign.log_lines import configure_logging, speak_as
     from rayalign.training.endings import hide_known_tracebacks
     from rayalign.training.group import OfRayTrain
     from rayalign.training.worker import train_worker
@@ -26,4 +27,6 @@ def train_loop(settings: dict[str, Any]) -> Any:
     quiet_logging()
     hide_known_tracebacks()
     config, data = pickle.loads(settings[JOB])
+    if settings[REPORTS_EVALUATIONS]:
+        speak_as(PurePath(str(config.run.output_dir)).name)
     return train_worker(config, data, OfRayTrain(hears=settings[REPORTS_EVALUATIONS]))

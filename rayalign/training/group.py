@@ -12,6 +12,7 @@ import torch
 from rayalign.data.sampler import StepSampler
 from rayalign.data.store import PreparedData
 from rayalign.data.stream import fetch_pairs
+from rayalign.policy.kept_base import KeptBase
 from rayalign.storage import Store
 
 
@@ -23,6 +24,8 @@ class Group(Protocol):
     num_local_workers: int
     """How many of them are on this worker's machine."""
     device: torch.device
+    kept_base: KeptBase | None
+    """What this process loads once for several runs, where it does one after another."""
 
     def tables(self, data: PreparedData, sampler: StepSampler, *, start_step: int) -> Iterator[pa.Table]:
         """This worker's pairs from a step on, in tables as `fetch_pairs` makes them."""
@@ -39,6 +42,8 @@ class Group(Protocol):
 
 class OfRayTrain(Group):
     """A worker that Ray Train started. `hears`: Ray Train is told of evaluations and of the steps of checkpoints."""
+
+    kept_base = None
 
     def __init__(self, *, hears: bool) -> None:
         context = ray.train.get_context()

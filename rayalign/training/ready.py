@@ -11,6 +11,7 @@ from rayalign.data.prepare import RunData
 from rayalign.estimate.recomputation import layers_to_recompute
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
+from rayalign.policy.kept_base import KeptBase
 from rayalign.policy.loading import load_policy
 from rayalign.policy.policy import Policy
 from rayalign.policy.prepare import recompute_layers
@@ -20,9 +21,16 @@ from rayalign.training.lockstep import Fillers
 
 
 def ready_policy(
-    config: Config, data: RunData, *, device: torch.device, rank: int, say: Callable[[str], None]
+    config: Config,
+    data: RunData,
+    *,
+    device: torch.device,
+    rank: int,
+    say: Callable[[str], None],
+    kept: KeptBase | None = None,
 ) -> tuple[Policy, Fillers | None]:
-    """The policy of this worker, and, where it is sharded, the run's fillers. Every worker calls it.
+    """The policy of this worker, of the base model that its process may have `kept`, and, where it is sharded, the run's
+    fillers. Every worker calls it.
 
     Raises ValueError on all workers where one can't load the model.
     """
@@ -42,6 +50,7 @@ def ready_policy(
             stay_on_cpu=cluster.shards_models,
             without_weights=scattered and rank > 0,
             seed=config.optimizer.seed,
+            kept=kept,
         )
         if not is_known:
             check_forward(policy, data.spec)

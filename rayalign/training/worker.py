@@ -116,7 +116,9 @@ class _Worker:
         self.tables = group.tables(data.training, self.sampler, start_step=self.start_step)
         self._say("Loading %s", data.source.base)
         with self.watch.stage("model_loading"):
-            policy, fillers = ready_policy(config, data, device=self.device, rank=self.rank, say=self._say)
+            policy, fillers = ready_policy(
+                config, data, device=self.device, rank=self.rank, say=self._say, kept=group.kept_base
+            )
         num_steps = self.sampler.num_steps
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=num_steps, rank=self.rank, fillers=fillers)
         self.best = load_best(checkpoint) if checkpoint else NONE_YET

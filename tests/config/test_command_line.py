@@ -8,14 +8,14 @@ import pytest
 import yaml
 
 from rayalign.algorithms import ALGORITHMS as ALL
-from rayalign.algorithms import DPO
+from rayalign.algorithms import DPO, Needs
 from rayalign.config import command_line
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import check_bounds, flag, flags_of
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TuneConfig
 from rayalign.config.yaml_files import to_yaml
 from rayalign.models.registry import REGISTERED_MODELS
-from rayalign.sweeps.search_space import check_search
+from rayalign.sweeps.search_checks import check_search
 
 LOSSES = (
     "sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, "
@@ -29,6 +29,7 @@ class Dpo:
     """DPO"""
 
     name: ClassVar[str] = "dpo"
+    needs: ClassVar[Needs] = Needs()
     beta: float = flag(0.1, "Strength of the pull, 100% of it.", above=0)
     rpo_alpha: float = flag(1.0, "Weight.", at_least=0)
 
@@ -368,7 +369,7 @@ def test_a_sweep_takes_the_runs_flags_and_its_own(tmp_path: Path):
     [
         ([], "--search is empty"),
         (["--search", "bata=grid:1,2"], "--search bata: there is no such flag. Did you mean beta?"),
-        (["--search", "simpo_gamma=grid:1,2"], "--search simpo_gamma: there is no such flag."),
+        (["--search", "simpo_gamma=grid:1,2"], "--search simpo_gamma: dpo has no such flag; simpo has."),
     ],
 )
 def test_a_mistake_in_a_search_is_told(capsys: pytest.CaptureFixture[str], words: list[str], message: str):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -42,14 +43,26 @@ def test_a_sweep_ranks_its_trials_stops_the_worse_and_goes_on(
     ]
     assert "The scheduler stopped 1 of 2 trials" in output
     # One data set is prepared, by the driver, and one reference; both trials find them.
-    assert len(list((tmp_path / ".rayalign_cache").iterdir())) == 1
+    (prepared,) = (tmp_path / ".rayalign_cache").iterdir()
     assert output.count("records encoded in") == 1
     assert output.count("Reference: log-probs of 50 records in ") == 1
-    assert output.count("records, computed before, from") == 2
+    trials = sorted((folder / "trials").iterdir())
+    began = min((trial / "trial.json").stat().st_mtime for trial in trials)
+    assert all(file.stat().st_mtime < began for file in prepared.rglob("*") if file.is_file())
+
+    # Each trial has its line as it begins and as it ends, and none is missing because it is like another one's.
+    assert re.findall(r"^\S+ (Trial \d): Begins \(learning_rate=[^)]*\)$", output, re.MULTILINE) == ["Trial 1", "Trial 2"]
+    assert re.findall(r"^\S+ (Trial \d) \(learning_rate=[^)]*\) (finished|stopped)", output, re.MULTILINE) == [
+        ("Trial 1", "finished"),
+        ("Trial 2", "stopped"),
+    ]
+    assert "Saving the checkpoint" not in output
+    assert "run_trial pid=" not in output
 
     # Both ran in processes that Tune hands on, and yet as the same flags run alone.
     assert "Each trial starts processes of its own" not in output
     assert "View detailed results here" not in output  # Ray Tune's own lines
+    assert "Trial run_trial_" not in output
     cluster_of_four_cpus.run("pipelines/dpo.py", "--config", folder / "best.yaml")
     alone, of_trial = folder / "best", folder / "trials" / first["trial"]
     assert [line["loss"] for line in lines_of(alone)] == [line["loss"] for line in lines_of(of_trial)]
@@ -59,5 +72,5 @@ def test_a_sweep_ranks_its_trials_stops_the_worse_and_goes_on(
     # The same command trains nothing; another metric ranks the same trials.
     again = cluster_of_four_cpus.run("pipelines/tune.py", *words[:-1], "eval_loss", "--mode", "min")
     assert "2 trials in" in again
-    assert "Training DPO" not in again
+    assert "Begins" not in again
     assert json.loads((folder / "sweep.json").read_text())["metric"] == "eval_loss"

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from rayalign.report.drawn_trial import DrawnTrial
 from rayalign.report.sweep_page import (
     DrawnSweep,
-    DrawnTrial,
     frontier,
     frontier_section,
     importance_section,
@@ -44,6 +44,13 @@ TRIALS = [
 )
 def test_values_have_their_places_on_an_axis(values: list[Any], heights: list[float]):
     assert places(values) == pytest.approx(heights)
+
+
+def test_a_range_is_drawn_by_its_logarithm_where_its_values_were():
+    assert places([0.01, 0.1, 1], is_log=False) == pytest.approx([0, 0.0909, 1], abs=1e-4)
+    assert places([1, 2, 4], is_log=True) == pytest.approx([0, 0.5, 1])
+    trials = [trial(str(beta), 0.5, beta=beta) for beta in (1.0, 2.0, 4.0)]
+    assert parallel_section(trials, "eval_m", is_log={"beta": True}) != parallel_section(trials, "eval_m")
 
 
 def test_each_trial_with_a_value_is_a_line_and_the_best_one_stands_out():

@@ -24,7 +24,9 @@ from rayalign import nodes
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig
-from tests.cluster import free_ports
+from tests.cluster import ROOT, free_ports
+from tests.tiny_data import write_rows
+from tests.tiny_models import save_tiny_model
 
 MOST_SECONDS = 90
 
@@ -153,3 +155,32 @@ def test_nodes_of_the_kind_that_a_run_asks_for_come_from_zero_and_go_when_idle()
     nodes.wait_for_cpus(config)
     assert pools()["cpu"] == 1
     until(lambda: not pools())
+
+
+@pytest.mark.usefixtures("autoscaling")
+def test_a_sweep_gets_nodes_for_the_trials_that_wait(tmp_path: Path) -> None:
+    model, records = save_tiny_model(tmp_path / "llava"), write_rows(tmp_path / "data", 60, seed=1)
+    words = (
+        *("--rlhf_type", "dpo", "--model", model, "--dataset", records, "--output_dir", tmp_path / "sweep"),
+        *("--max_steps", 60, "--batch_size", 8, "--gradient_accumulation_steps", 1, "--dataset_test_ratio", 0.2),
+        *("--eval_steps", 20, "--gpus_per_worker", 0, "--label_selector", "pool=cpu", "--wait_for_nodes", MOST_SECONDS),
+        *("--search", "beta=uniform:0.1:0.5", "--num_samples", 8, "--scheduler", "none"),
+    )
+    address = ray.get_runtime_context().gcs_address
+    most, log = 0, tmp_path / "sweep.log"
+    with log.open("w") as output:
+        command = [sys.executable, "pipelines/tune.py", *map(str, words)]
+        env = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+        sweep = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while sweep.poll() is None:
+                most = max(most, pools()["cpu"])
+                time.sleep(0.5)
+        finally:
+            sweep.kill()
+            sweep.wait()
+    assert sweep.returncode == 0, log.read_text()[-3000:]
+    trials = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["finished"] * 8
+    # The sweep needs one node of two CPUs; the others came for trials that waited.
+    assert most >= 2, log.read_text()[-3000:]

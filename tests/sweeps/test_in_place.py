@@ -9,7 +9,8 @@ from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig, ModelConfig, TuneConfig
 from rayalign.sweeps.in_place import resources_of, why_apart
-from rayalign.sweeps.search_space import SearchSpace, check_search
+from rayalign.sweeps.search_checks import check_search
+from rayalign.sweeps.search_space import SearchSpace
 
 ROOM = ": trials may need other records or another reference, for which there must be room"
 

@@ -14,7 +14,8 @@ from rayalign.storage import Store
 from rayalign.sweeps.handover import pack, take_over
 from rayalign.sweeps.population import check_population, explore
 from rayalign.sweeps.results import ranked, table
-from rayalign.sweeps.search_space import SearchSpace, check_search
+from rayalign.sweeps.search_checks import check_search
+from rayalign.sweeps.search_space import SearchSpace
 from rayalign.sweeps.trials import Outcome, Trial, read_handed
 from rayalign.training.run_folder import check_run_folder, open_run
 

@@ -6,7 +6,8 @@ from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import TuneConfig
 from rayalign.sweeps.proposals import propose
-from rayalign.sweeps.search_space import SearchSpace, Setting, check_search
+from rayalign.sweeps.search_checks import check_search
+from rayalign.sweeps.search_space import SearchSpace, Setting
 from rayalign.sweeps.trials import Outcome, Trial
 
 

@@ -1,13 +1,14 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 
-from rayalign.algorithms import DPO, SimPO
+from rayalign.algorithms import DPO, SFT, Needs, SimPO
 from rayalign.config.config import Config
 from rayalign.config.flags import check_bounds, flag
-from rayalign.config.sections import OptimizerConfig, TuneConfig
-from rayalign.sweeps.search_space import SearchRange, SearchSpace, check_search, parse_search
+from rayalign.config.sections import DataConfig, OptimizerConfig, TuneConfig, TunerConfig
+from rayalign.sweeps.search_checks import check_search
+from rayalign.sweeps.search_space import SearchRange, SearchSpace, parse_search
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Toy:
     """Toy"""
 
     name: ClassVar[str] = "toy"
+    needs: ClassVar[Needs] = Needs()
     beta: float = flag(0.1, "Strength.", above=0, at_most=10)
 
     __post_init__ = check_bounds
@@ -86,7 +88,16 @@ def test_a_flag_is_searched_once():
             ("rlhf_type=grid:dpo,simp",),
             "--search rlhf_type=grid: simp is not one of sft, dpo, mdpo, rm, cpo, orpo, simpo, kto. Did you mean simpo?",
         ),
-        (("rlhf_type=grid:dpo,cpo", "simpo_gamma=grid:1"), "--search simpo_gamma: there is no such flag."),
+        (
+            ("rlhf_type=grid:dpo,cpo", "simpo_gamma=grid:1"),
+            "--search simpo_gamma: dpo, cpo have no such flag; simpo has. Leave it out, or try an algorithm that has it "
+            "(--search rlhf_type=grid:dpo,cpo,simpo).",
+        ),
+        (
+            ("lambda_orpo=grid:1,2",),
+            "--search lambda_orpo: there is no such flag.",
+        ),
+        (("num_samples=grid:1,2",), "--search num_samples: is the same for all trials of a sweep; pass --num_samples itself."),
         (("num_workers=grid:1,2",), "--search num_workers: is the same for all trials of a sweep; pass --num_workers itself."),
     ],
 )
@@ -94,6 +105,35 @@ def test_values_that_a_flag_does_not_take_are_refused_before_the_sweep(entries: 
     with pytest.raises(ValueError) as error:
         check_search(Config(Toy()), TuneConfig(search=entries))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("base", "sweep", "message"),
+    [
+        (
+            Config(SFT()),
+            TuneConfig(search=("learning_rate=grid:1e-3,1e-4",)),
+            "--metric eval_rewards/accuracies: sft has no rewards. Pass --metric eval_loss --mode min.",
+        ),
+        (
+            Config(DPO(), data=DataConfig(dataset_test_ratio=0)),
+            TuneConfig(search=("beta=grid:1,2",)),
+            "--metric eval_rewards/accuracies with --dataset_test_ratio 0: no record is held out, so that trials can't be "
+            "compared. Hold some out, or pass --val_dataset.",
+        ),
+        (
+            Config(DPO(), tuner=TunerConfig(sft_type="full")),
+            TuneConfig(search=("lora_rank=grid:4,8",)),
+            "--search lora_rank with --sft_type full: full trains no adapter. Leave one of the two out.",
+        ),
+    ],
+)
+def test_what_no_trial_could_have_is_refused_before_the_sweep(base: Config, sweep: TuneConfig, message: str):
+    with pytest.raises(ValueError) as error:
+        check_search(base, sweep)
+    assert str(error.value) == message
+    mixed = replace(sweep, search=("rlhf_type=grid:sft,dpo", *sweep.search), metric="eval_loss")
+    check_search(Config(DPO(), data=DataConfig(val_dataset=("a.jsonl",), dataset_test_ratio=0)), mixed)
 
 
 def test_a_sound_search_passes():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from tests.watching import Clock
 SWEEP = TuneConfig(metric="eval_m")
 
 
-def searcher_of(folder: Path) -> tuple[QueueSearcher, Queue]:
+def searcher_of(folder: Path, **limit: Callable[[], float]) -> tuple[QueueSearcher, Queue]:
     def read(trial: Trial) -> Outcome:
         return read_outcome(Store.at(f"{folder}/trials/{trial.name}"), trial, metric="eval_m", mode="max")
 
     queue = Queue(trials_of([{"beta": 1.0}, {"beta": 2.0}], first_seed=42, num_seeds=1), read)
-    return QueueSearcher(queue, Store.at(str(folder)), SweepLines(queue, SWEEP, total=2)), queue
+    return QueueSearcher(queue, Store.at(str(folder)), SweepLines(queue, SWEEP, total=2), **limit), queue
 
 
 def states(queue: Queue) -> list[str]:
@@ -35,6 +36,27 @@ def test_trials_are_handed_out_once_and_noted_in_their_folders(tmp_path: Path):
     assert searcher.suggest("c") == Searcher.FINISHED
     note = json.loads((tmp_path / "trials" / "001_beta=1" / "trial.json").read_text())
     assert note == {"number": 1, "flags": {"beta": 1.0}, "seed": None}
+
+
+def test_no_trial_is_handed_out_beyond_the_limit_which_may_change(tmp_path: Path):
+    limits = iter([1, 1, 2])
+    searcher, _ = searcher_of(tmp_path, most=lambda: next(limits))
+    assert searcher.suggest("a") is not None
+    assert searcher.suggest("b") is None
+    assert searcher.suggest("b") == {"name": "002_beta=2", "flags": {"beta": 2.0}}
+
+
+def test_no_other_trial_begins_where_trials_lack_the_metric(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    searcher, _ = searcher_of(tmp_path)
+    searcher.suggest("a")
+    with caplog.at_level(logging.INFO):
+        searcher.on_trial_result("a", {"step": 1, "loss": 0.5, "eval_mm": 1.0})
+        searcher.on_trial_result("a", {"step": 2, "loss": 0.5, "eval_mm": 1.0})
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "--metric eval_m: the trials have no such metric. Did you mean eval_mm? Those that run go on to their end, and no "
+        "other one begins"
+    ]
+    assert searcher.suggest("b") == Searcher.FINISHED
 
 
 def test_a_trial_that_the_scheduler_ends_is_stopped(tmp_path: Path):

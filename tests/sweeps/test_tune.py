@@ -14,7 +14,7 @@ from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, R
 from rayalign.storage import Store
 from rayalign.sweeps import tune
 from rayalign.sweeps.schedulers import asha_share, plan_in_words, scheduler_of
-from rayalign.sweeps.search_space import check_search
+from rayalign.sweeps.search_checks import check_search
 from rayalign.sweeps.sweep_folder import check_sweep_folder, write_search
 from rayalign.sweeps.trial_process import trial_config
 from rayalign.sweeps.trials import Outcome, Trial
@@ -86,6 +86,12 @@ def test_flags_that_contradict_each_other_in_some_trial_are_refused_before_the_s
         "--search gives a trial with use_dora=True stack_adapter=True, which can't be: --stack_adapter with --use_dora: a DoRA "
         "and another adapter can't be saved as one. Leave one of the two out."
     )
+
+
+def test_a_model_that_only_some_trials_would_have_is_looked_for_before_the_sweep(tmp_path: Path, model_folder: Any):
+    config = replace(base(tmp_path), model=ModelConfig(model=str(model_folder("llava"))))
+    with pytest.raises(ValueError, match="nowhere"):
+        tune.run(config, TuneConfig(search=(f"model=grid:{model_folder('llava')},{tmp_path}/nowhere",)))
 
 
 def test_optuna_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

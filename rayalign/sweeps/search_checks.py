@@ -1,0 +1,119 @@
+"""Whether a sweep can be what its flags ask for: told before anything starts. `search_space` is what comes out."""
+
+from collections.abc import Iterable
+
+from rayalign.config.config import Config
+from rayalign.config.flags import did_you_mean, flags_of
+from rayalign.config.sections import ClusterConfig, RunConfig, TuneConfig
+from rayalign.sweeps.search_space import (
+    ALGORITHM,
+    LISTED,
+    SearchSpace,
+    algorithms_of,
+    changed_flags,
+    class_of,
+    parse_search,
+    searchable,
+)
+from rayalign.sweeps.trials import EVALUATED
+
+REWARDS = "eval_rewards/"
+
+
+def check_search(config: Config, tune: TuneConfig) -> SearchSpace:
+    """What a sweep searches; raises ValueError for a value that its flag does not take, and for flags of the sweep that can't
+    be together."""
+    if not tune.search:
+        raise ValueError("--search is empty: name at least one flag to search, such as --search beta=grid:0.05,0.1,0.5.")
+    space = SearchSpace(config, parse_search(tune.search))
+    fixed = {flag.name for section in (RunConfig, ClusterConfig, TuneConfig) for flag in flags_of(section)}
+    for name in space.algorithms if ALGORITHM in space.ranges else ():
+        _require_algorithm(space, name)
+    lost = changed_flags(config) - {name for a in space.algorithms for name in searchable(class_of(config, a))}
+    if lost:
+        raise ValueError(
+            f"--{min(lost)}: none of the algorithms that --search {ALGORITHM} names has it ({', '.join(space.algorithms)}). "
+            "Leave it out."
+        )
+    flags = {name: flag for algorithm in space.algorithms for name, flag in searchable(class_of(config, algorithm)).items()}
+    for name in space.ranges:
+        if name in fixed:
+            raise ValueError(f"--search {name}: is the same for all trials of a sweep; pass --{name} itself.")
+        if name not in flags and name != ALGORITHM:
+            raise ValueError(f"--search {name}: {_no_such_flag(space, name, flags)}")
+    for algorithm in space.algorithms:
+        for name in space.ranges:
+            if name != ALGORITHM and space.has(name, algorithm):
+                _check_values(space, algorithm, name)
+    _check_together(space, tune)
+    return space
+
+
+def _no_such_flag(space: SearchSpace, name: str, flags: Iterable[str]) -> str:
+    owners = [other for other, algorithm in algorithms_of(space.base).items() if name in searchable(algorithm)]
+    if not owners:
+        return f"there is no such flag.{did_you_mean(name, flags)}"
+    searched = ", ".join(space.algorithms)
+    return (
+        f"{searched} {'has' if len(space.algorithms) == 1 else 'have'} no such flag; {', '.join(owners)} "
+        f"{'has' if len(owners) == 1 else 'have'}. Leave it out, or try an algorithm that has it (--search {ALGORITHM}=grid:"
+        f"{','.join([*space.algorithms, owners[0]])})."
+    )
+
+
+def _check_together(space: SearchSpace, tune: TuneConfig) -> None:
+    grids = [name for name, values in space.ranges.items() if not values.is_drawn]
+    if tune.search_alg == "optuna" and grids:
+        raise ValueError(
+            f"--search {grids[0]}=grid with --search_alg optuna: a grid runs whole, and Optuna chooses. Use choice, or "
+            "--search_alg random."
+        )
+    if tune.num_seeds > 1 and "seed" in space.ranges:
+        raise ValueError(f"--num_seeds {tune.num_seeds} with --search seed: both set the seed. Leave one of the two out.")
+    if tune.num_seeds > 1 and tune.scheduler in ("asha", "median"):
+        raise ValueError(
+            f"--scheduler {tune.scheduler} with --num_seeds {tune.num_seeds}: a setting is ranked by the mean of all its "
+            "seeds, none of which may be stopped. Leave one of the two out."
+        )
+    of_lora = [name for name in space.ranges if name.startswith("lora_")]
+    if of_lora and space.base.tuner.sft_type == "full" and "sft_type" not in space.ranges:
+        raise ValueError(f"--search {of_lora[0]} with --sft_type full: full trains no adapter. Leave one of the two out.")
+    _check_metric(space, tune)
+
+
+def _check_metric(space: SearchSpace, tune: TuneConfig) -> None:
+    """Raises ValueError for a metric that no trial can have."""
+    data = space.base.data
+    if tune.metric.startswith(EVALUATED) and not data.val_dataset and data.dataset_test_ratio == 0:
+        raise ValueError(
+            f"--metric {tune.metric} with --dataset_test_ratio 0: no record is held out, so that trials can't be compared. "
+            "Hold some out, or pass --val_dataset."
+        )
+    chosen = [{ALGORITHM: name} if ALGORITHM in space.ranges else {} for name in space.algorithms]
+    if tune.metric.startswith(REWARDS) and all(space.config(c).algorithm.needs.responses == "chosen" for c in chosen):
+        raise ValueError(
+            f"--metric {tune.metric}: {', '.join(space.algorithms)} has no rewards. Pass --metric eval_loss --mode min."
+        )
+
+
+def _check_values(space: SearchSpace, algorithm: str, name: str) -> None:
+    flag, values = space.flag(name, algorithm), space.ranges[name]
+    if values.kind not in LISTED:
+        if flag.item_type not in (int, float) or flag.is_list:
+            raise ValueError(f"--search {name}={values.kind}: --{name} takes no range of numbers; use grid or choice.")
+        if flag.item_type is int and any(number != int(number) for number in values.values):
+            raise ValueError(f"--search {name}={values.kind}: --{name} takes whole numbers, and these are not.")
+    chosen = {ALGORITHM: algorithm} if ALGORITHM in space.ranges else {}
+    for value in values.values if values.kind in LISTED else values.values[:2]:
+        try:
+            space.config({**chosen, name: space.value(name, algorithm, value)})
+        except ValueError as error:
+            raise ValueError(f"--search {name}={values.kind}: {error}") from None
+
+
+def _require_algorithm(space: SearchSpace, name: str) -> None:
+    kind, known = space.ranges[ALGORITHM].kind, algorithms_of(space.base)
+    if kind not in LISTED:
+        raise ValueError(f"--search {ALGORITHM}={kind}: algorithms are names; use grid or choice.")
+    if name not in known:
+        raise ValueError(f"--search {ALGORITHM}={kind}: {name} is not one of {', '.join(known)}.{did_you_mean(name, known)}")
