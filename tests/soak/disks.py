@@ -7,6 +7,7 @@ rights. Cases are kept in `disks.jsonl` of the folder: the same command goes on 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -80,8 +81,12 @@ def disk(folder: Path, size: int) -> Path:
 
 def leave(folder: Path, free: int) -> None:
     """Makes a disk as large as what it holds, and so many bytes."""
-    state = os.statvfs(folder)
-    mount("-o", f"remount,size={(state.f_blocks - state.f_bfree) * state.f_frsize + free}", folder)
+    for _ in range(20):  # a run may write in between, and the kernel refuses a size that is too small
+        state = os.statvfs(folder)
+        with contextlib.suppress(subprocess.CalledProcessError):
+            mount("-o", f"remount,size={(state.f_blocks - state.f_bfree) * state.f_frsize + free}", folder)
+            return
+    raise SystemExit(f"{folder} could not be made smaller.")
 
 
 def wait_for_checkpoints(run: Run, count: int) -> None:
