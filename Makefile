@@ -48,8 +48,9 @@ slow: setup ## tests with pretrained weights and published tokenizers, which pip
 	$(call stage,slow,$(BIN)/pytest -q tests/slow)
 
 soak: export HF_HUB_OFFLINE := 1
-soak: setup ## a hundred kills of runs' processes, and what the runs come to (two hours; goes on where it was left)
+soak: setup ## a hundred kills of runs' processes, full and read-only disks, and what the runs come to (an hour; goes on where it was left)
 	$(BIN)/python -m tests.soak.storm
+	$(BIN)/python -m tests.soak.disks
 
 # These keep to one core each, and run side by side; so that both take about as long, the second has some of the unit tests
 # and the smoke of the benchmarks.

@@ -26,8 +26,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 WORKERS, GLOBAL_BATCH = 256, 1024
-WINDOW_ROWS, WINDOW_WORKERS, SHARD_ROWS, STEPS = 16_384, 64, 128, 64
-"""Of the fetches: in each window a worker has as many rows in as many shards as one of WORKERS has of 1e7 rows."""
+FETCH_ROWS, SHARD_ROWS, STEPS = 16_384, 128, 64
+"""Of the fetches, by as many workers as take 4 rows of a step each: in each window one has as many rows in as many shards as
+one of WORKERS has of 1e7 rows."""
 
 
 BUCKET = "bench"
@@ -179,7 +180,7 @@ def fetch(url: str, rows: int) -> Callable[[], dict[str, Any]]:
     assert data is not None
     has_larger = Path(sys.modules["rayalign.data"].__file__ or "").with_name("index.py").exists()
     data = dataclasses.replace(data, reference=f"reference_by_{SHARD_ROWS}" if has_larger else "reference")
-    settings = settings_of(WINDOW_WORKERS, 4 * WINDOW_WORKERS)
+    settings = settings_of(rows // (4 * STEPS), rows // STEPS)
 
     def work() -> dict[str, Any]:
         began, pairs = time.perf_counter(), 0
@@ -274,9 +275,9 @@ def serve(folder: str, delay: float) -> None:
     asyncio.run(run())
 
 
-def fetches(delay: float, versions: dict[str, Path]) -> dict[str, Any]:
+def fetches(rows: int, delay: float, versions: dict[str, Path]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
-        measured("store", f"{temporary}/data", WINDOW_ROWS)
+        measured("store", f"{temporary}/data", rows)
         words = [sys.executable, __file__, "--part", "serve", "--place", temporary, "--delay", str(delay)]
         found = {}
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
@@ -286,7 +287,7 @@ def fetches(delay: float, versions: dict[str, Path]) -> dict[str, Any]:
                 env = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
                 env |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "testtest"}
                 for name, code in versions.items():
-                    find = functools.partial(measured, "fetch", rows=WINDOW_ROWS, code=code, env=env)
+                    find = functools.partial(measured, "fetch", rows=rows, code=code, env=env)
                     with ThreadPoolExecutor(2) as threads:
                         both = list(threads.map(find, (f"s3://{BUCKET}/data{turn}" for turn in (0, 1))))
                     found[name] = {"pairs_per_second": round(sum(figures["pairs_per_second"] for figures in both))}
@@ -298,6 +299,7 @@ def fetches(delay: float, versions: dict[str, Path]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, nargs="*", default=[100_000, 1_000_000])
+    parser.add_argument("--fetch-rows", type=int, default=FETCH_ROWS, help="of the data set that is fetched from")
     parser.add_argument("--delay", type=float, default=0.025, help="seconds that a request takes")
     parser.add_argument("--before", type=Path, help="a checkout of another version")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scale.json")
@@ -317,7 +319,7 @@ def main() -> None:
     versions = {"now": ROOT, **({"before": arguments.before} if arguments.before else {})}
     report: dict[str, Any] = {"sizes": [sizes(rows, versions) for rows in arguments.rows]}
     if not arguments.no_fetches:
-        report["fetches"] = fetches(arguments.delay, versions)
+        report["fetches"] = fetches(arguments.fetch_rows, arguments.delay, versions)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

@@ -125,6 +125,19 @@ def test_gpu_rehearses_on_the_cpu(tmp_path: Path) -> None:
     assert table.startswith("| case | way | attention |")
 
 
+def test_scale_measures_the_driver_the_workers_and_the_fetches(tmp_path: Path) -> None:
+    sizes = ["--rows", "5000", "--fetch-rows", "1024", "--delay", "0.001"]
+    run("scale.py", *sizes, "--output", str(tmp_path / "scale.json"))
+
+    report = json.loads((tmp_path / "scale.json").read_text())
+    (size,) = report["sizes"]
+    assert (size["rows"], size["prepare"]["tasks"], size["prepare"]["tasks_of_a_draw"]) == (5000, 20, 20)
+    first, following = (size[f"{which} worker of a node, now"] for which in ("first", "next"))
+    assert first["mb_read_at_the_start"] > 0
+    assert following["mb_read_for_an_evaluation"] < first["mb_read_at_the_start"]
+    assert report["fetches"]["now"]["pairs_per_second"] > 0
+
+
 def test_swift_step_says_why_a_side_ended(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         run("swift_step.py", "--case", "tiny", "--swift_python", sys.executable)

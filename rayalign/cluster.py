@@ -78,8 +78,8 @@ https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/data/_internal/clu
 
 COORDINATOR = "AutoscalingCoordinator"
 """Ray's actor, and its namespace, that shares the cluster's nodes out. What a run asks for it keeps for three minutes after the
-run's controller was killed, and an elastic run finds no room as long. Can go when Ray Train gives back what lost
-controllers had.
+run's controller was killed, with its driver or without, and an elastic run finds no room as long. Can go when Ray Train gives
+back what lost controllers had.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py"""
 
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
@@ -261,11 +261,16 @@ def free_lost_workers(*, seconds: float = 15) -> None:
         time.sleep(1)
 
 
-def give_up_share(trainer: Any) -> None:
-    """Gives back the nodes that the lost controller of a TorchTrainer (whose import takes seconds) had asked for."""
+def share_of(trainer: Any) -> str:
+    """The name under which Ray keeps what a TorchTrainer (whose import takes seconds) asks for."""
+    return f"train-{trainer.train_run_context.run_id}"
+
+
+def give_up_share(share: str) -> None:
+    """Gives back the nodes that a lost controller had asked for."""
     with contextlib.suppress(ValueError, ray.exceptions.RayError):  # there is no such actor, or it is lost as well
         coordinator = ray.get_actor(COORDINATOR, namespace=COORDINATOR)
-        ray.get(coordinator.cancel_request.remote(requester_id=f"train-{trainer.train_run_context.run_id}"), timeout=10)
+        ray.get(coordinator.cancel_request.remote(requester_id=share), timeout=10)
 
 
 def owns_cluster() -> bool:

@@ -185,9 +185,8 @@ class Store:
 
 
 def _copy(source: Store, target: Path) -> None:
-    """Copies a file to the local disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open_file() as file, target.open("wb") as copy:
+    """Copies a file to the local disk. It is there, whole, at the end."""
+    with source.open_file() as file, Store(str(target)).writing() as copy:
         while block := file.read(BLOCK_BYTES):
             copy.write(block)
 

@@ -32,21 +32,26 @@ def test_what_is_written_can_be_read(folder: Store) -> None:
 
 def test_a_write_that_fails_leaves_the_old_content_and_nothing_beside_it(tmp_path: Path) -> None:
     """A full disk, as a limit on the size of a file shows it."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "file").write_bytes(b"new" * 1000)
     text = f"""
 import resource, signal
+from pathlib import Path
 from rayalign.storage import Store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-file = Store({str(tmp_path / "file")!r})
-file.write_bytes(b"old")
+folder = Store({str(target)!r})
+(folder / "file").write_bytes(b"old")
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-try:
-    file.write_bytes(b"new" * 1000)
-except OSError as error:
-    print(error.errno)
+for write in (lambda: (folder / "file").write_bytes(b"new" * 1000), lambda: folder.upload(Path({str(source)!r}))):
+    try:
+        write()
+    except OSError as error:
+        print(error.errno)
 """
     ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
-    assert ended.stdout == f"{errno.EFBIG}\n"
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"file": b"old"}
+    assert ended.stdout == f"{errno.EFBIG}\n" * 2
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == {"file": b"old"}
 
 
 def test_some_files_of_a_folder_are_copied_by_name(folder: Store, tmp_path: Path) -> None:

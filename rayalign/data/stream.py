@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import ray.data
 
@@ -22,7 +23,7 @@ from rayalign.data.batch import PairBatch, assemble
 from rayalign.data.companions import Companion, with_companion
 from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.prepare import RunData
-from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk, partners_in
+from rayalign.data.sampler import SamplerSettings, StepSampler, draw_rows, fetch_chunk, partners_in
 from rayalign.data.shuffled_pictures import Pictures, with_pictures_of
 from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
 from rayalign.models.registry import packs_rows
@@ -52,6 +53,17 @@ def sampler_of(config: Config, data: RunData, *, num_workers: int | None = None)
         packs_rows=packs_rows(data.spec.family, config.model.attn_implementation),
     )
     return StepSampler(data.training.token_counts(), settings)
+
+
+def held_out_rows(data: RunData, sampler: StepSampler) -> Rows:
+    """The rows that are held out: all of the held-out data set, where there is one, else some of the records to train on."""
+    return np.arange(data.held_out.num_rows) if data.held_out else sampler.held_out
+
+
+def evaluated_rows(config: Config, data: RunData, sampler: StepSampler) -> Rows:
+    """Those of the held-out rows that a run evaluates, the same ones each time."""
+    rows = held_out_rows(data, sampler)
+    return draw_rows(rows, at_most=config.run.max_eval_records, seed=config.data.data_seed)
 
 
 def fetch_pairs(data: PreparedData, sampler: StepSampler, *, rank: int, start_step: int) -> Iterator[pa.Table]:

@@ -30,9 +30,9 @@ from rayalign.data.reference_store import (
     shard_rows,
     write_reference_shard,
 )
-from rayalign.data.sampler import StepSampler, cut_micro_batches
+from rayalign.data.sampler import StepSampler, cut_micro_batches, partners_in
 from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
-from rayalign.data.stream import ahead, batch_maker, sampler_of
+from rayalign.data.stream import ahead, batch_maker, evaluated_rows, held_out_rows, sampler_of
 from rayalign.models.registry import FAMILIES, packs_rows
 from rayalign.progress import Progress, per_second
 from rayalign.reference.key import ReferenceKey, check_reference, reference_key
@@ -58,10 +58,11 @@ def with_reference(config: Config, data: RunData, *, several_runs: bool = False)
         return data
     key = key_of(config, data)
     check_reference(config, key)
-    training = _scored(config, data, data.training, needed_rows(sampler), key)
+    rows, rows_held_out = needed_rows(config, data, sampler)
+    training = _scored(config, data, data.training, rows, key)
     held_out = data.held_out
     if held_out is not None:
-        held_out = _scored(config, data, held_out, np.arange(held_out.num_rows), key)
+        held_out = _scored(config, data, held_out, rows_held_out, key)
     return dataclasses.replace(data, training=training, held_out=held_out)
 
 
@@ -78,11 +79,22 @@ def key_of(config: Config, data: RunData) -> ReferenceKey:
     )
 
 
-def needed_rows(sampler: StepSampler) -> Rows:
-    """The rows that a run trains on or holds out."""
-    if sampler.num_steps >= sampler.steps_per_epoch:
-        return np.arange(sampler.token_counts.num_rows)
-    return np.concatenate([sampler.held_out, *(sampler.rows_of_step(step) for step in range(sampler.num_steps))])
+def needed_rows(config: Config, data: RunData, sampler: StepSampler) -> tuple[Rows, Rows]:
+    """The rows that a run reads: those that it trains on or evaluates, and their partners. First those of the records to train
+    on, then those of the held-out data set, if there is one."""
+    with_partners = sampler.settings.with_partners
+    trained = [sampler.rows]
+    if sampler.num_steps < sampler.steps_per_epoch:
+        trained = [sampler.rows_of_step(step) for step in range(sampler.num_steps)]
+        if with_partners:
+            trained += [sampler.partners(step, rows) for step, rows in enumerate(trained)]
+    evaluated = [evaluated_rows(config, data, sampler)]
+    if with_partners:
+        order = held_out_rows(data, sampler) if data.held_out else sampler.held_out_order
+        evaluated += [partners_in(order, rows) for rows in evaluated]
+    if data.held_out:
+        return np.unique(np.concatenate(trained)), np.unique(np.concatenate(evaluated))
+    return np.unique(np.concatenate([*trained, *evaluated])), np.arange(0)
 
 
 def is_wanted(config: Config, sampler: StepSampler, *, several_runs: bool = False) -> bool:

@@ -3,6 +3,7 @@
 `run` is what pipelines call; `fit` trains on data that is already prepared, which is what the trials of a sweep do.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from rayalign import __version__
-from rayalign.cluster import CHECKPOINT_LIST, free_lost_workers, give_up_share, result_of
+from rayalign.cluster import CHECKPOINT_LIST, free_lost_workers, give_up_share, result_of, share_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData, TooManyDropped, prepare_run
 from rayalign.formats.parse import own_formats
@@ -49,6 +50,9 @@ logger = logging.getLogger(__name__)
 RESIZE_SECONDS = 30.0
 """How often an elastic run looks whether there is room for more workers. Nodes that come one after the other should not stop it
 for each."""
+
+SHARE = "share.txt"
+"""The file among an elastic run's checkpoints that names what its newest start asks Ray for."""
 
 LIBRARIES = ("ray", "torch", "transformers")
 
@@ -168,11 +172,13 @@ def fit(
         (folder / "checkpoints" / CHECKPOINT_LIST).delete()
         logger.info("Starting %s", workers)
         trainer = _torch_trainer(config, data, folder, callbacks)
+        if config.cluster.is_elastic:
+            replace_share(folder / "checkpoints" / SHARE, share_of(trainer))
         try:
             return beside_signals(trainer.fit, check=check)
         except ray.exceptions.RayActorError:  # the controller is lost, and its workers with it
             free_lost_workers()
-            give_up_share(trainer)
+            give_up_share(share_of(trainer))
             raise
 
     def newest_step() -> int:
@@ -182,6 +188,14 @@ def fit(
     with told_endings(functools.partial(run_reached, config)):
         outcome = with_restarts(train, max_failures=config.cluster.max_failures, progress=newest_step)
     return finish(config, data, result_of(outcome.return_value), watch)
+
+
+def replace_share(note: Store, share: str) -> None:
+    """Gives back what the start that wrote the note has asked Ray for, as it may have been killed with its controller, and
+    notes what this start will ask for."""
+    with contextlib.suppress(FileNotFoundError):
+        give_up_share(note.read_bytes().decode(errors="replace"))
+    note.write_bytes(share.encode())
 
 
 def finish(config: Config, data: RunData, result: WorkerResult, watch: Stopwatch) -> Result:

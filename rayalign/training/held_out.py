@@ -6,15 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
-import numpy as np
-
 from rayalign.config.config import Config
 from rayalign.data.batch import PairBatch
 from rayalign.data.prepare import RunData
-from rayalign.data.sampler import StepCounts, StepSampler, cut_micro_batches, draw_rows
+from rayalign.data.sampler import StepCounts, StepSampler, cut_micro_batches
 from rayalign.data.shuffled_pictures import Pictures, shuffle_pictures
 from rayalign.data.store import PreparedData, Rows
-from rayalign.data.stream import held_out_pairs, with_pictures_of_others
+from rayalign.data.stream import evaluated_rows, held_out_pairs, held_out_rows, with_pictures_of_others
 from rayalign.report.health import Metrics, find_problems
 from rayalign.report.pairs import correlation
 from rayalign.training.distributed import gather
@@ -43,8 +41,8 @@ class HeldOut:
         watched: Callable[[Iterator[PairBatch]], Iterator[PairBatch]] = lambda batches: batches,
     ) -> None:
         self.data: PreparedData = data.held_out or data.training
-        rows = np.arange(data.held_out.num_rows) if data.held_out else sampler.held_out
-        self.rows: Rows = draw_rows(rows, at_most=config.run.max_eval_records, seed=config.data.data_seed)
+        rows = held_out_rows(data, sampler)
+        self.rows: Rows = evaluated_rows(config, data, sampler)
         if rank == 0 and len(self.rows) < len(rows):
             logger.info(
                 "Evaluation: of %d held-out records, %d are drawn and evaluated, the same ones each time (--max_eval_records)",

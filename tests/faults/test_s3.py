@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from tests.cluster import Cluster, free_ports
+from tests.faults.conftest import FLAGS
 from tests.faults.failing_s3 import KINDS, FailingProxy
 
 IDENTITIES = {
@@ -51,11 +52,6 @@ class Bucket:
 
     def names(self, path: str) -> set[str]:
         return {Path(info.path).name for info in self.files.get_file_info(pafs.FileSelector(f"tests/{path}"))}
-
-    def losses(self, run: str) -> list[dict[str, float]]:
-        """The lines of a run's metrics without its rates, which time decides."""
-        lines = [json.loads(line) for line in self.read(f"{run}/metrics.jsonl").decode().splitlines()]
-        return [{name: value for name, value in line.items() if name not in RATES} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -102,46 +98,70 @@ def bucket(
         server.wait()
 
 
-def words_for(records: Path, folder: str) -> tuple[object, ...]:
+def words_for(records: Path) -> tuple[object, ...]:
     return (
         *("pipelines/dpo.py", "--model", "s3://tests/llava", "--dataset", f"s3://tests/data/{records.name}"),
-        *("--output_dir", f"s3://tests/{folder}/dpo"),
-        *("--num_workers", 2, "--batch_size", 4, "--gradient_accumulation_steps", 2, "--dataset_test_ratio", 0.1),
-        *("--max_steps", 4, "--save_steps", 2, "--logging_steps", 1, "--precompute_ref_log_probs", "true"),
-        *("--profile_steps", 2),
+        *("--output_dir", "s3://tests/runs/dpo", "--profile_steps", 2, *FLAGS),
     )
 
 
-def test_a_run_lives_on_object_storage_and_continues_there(
-    cluster_of_four_cpus: Cluster, bucket: Bucket, records: Path
+def test_storage_that_fails_a_tenth_of_all_requests_changes_nothing(
+    cluster_of_four_cpus: Cluster, bucket: Bucket, records: Path, undisturbed: Path
 ) -> None:
-    words = words_for(records, "runs")
-    cluster_of_four_cpus.run(*words)
+    """A run whose model, data, cache and folder are there ends as the one on a disk that nothing happened to."""
+    bucket.proxy.fail(FAILURES, seed=SEED)
+    try:
+        output = cluster_of_four_cpus.run(*words_for(records))
+    finally:
+        failed, num_requests = dict(bucket.proxy.failed), bucket.proxy.num_requests
+        bucket.proxy.fail(0)
+    assert set(failed) == set(KINDS), failed
+    assert sum(failed.values()) > 0.5 * FAILURES * num_requests > 10
+    assert output.count("Training DPO from step") == 1  # no start of the workers was lost
+    adapter = "model/adapter_model.safetensors"
+    assert bucket.read(f"runs/dpo/{adapter}") == (undisturbed / adapter).read_bytes()
+    assert losses(bucket.read("runs/dpo/metrics.jsonl")) == losses((undisturbed / "metrics.jsonl").read_bytes())
+    dropped = [line.replace(str(records.parent), "s3://tests/data") for line in lines_of(undisturbed / "dropped.jsonl")]
+    assert bucket.read("runs/dpo/dropped.jsonl").decode().splitlines() == dropped
+
+
+def test_a_run_lives_on_object_storage_and_continues_there(
+    cluster_of_four_cpus: Cluster, bucket: Bucket, records: Path, undisturbed: Path
+) -> None:
+    """The run of the test before, put back to where a kill after step 35 would have left it."""
     names = {"config.yaml", "metrics.jsonl", "dropped.jsonl", "checkpoints", "model", "report.html", "summary.json", "profile"}
     assert names <= bucket.names("runs/dpo")
-    adapter = bucket.read("runs/dpo/model/adapter_model.safetensors")
-    losses = bucket.losses("runs/dpo")
     assert json.loads(bucket.read("runs/dpo/model/adapter_config.json"))["base_model_name_or_path"] == "s3://tests/llava"
     copies = cluster_of_four_cpus.env["RAYALIGN_DOWNLOADS"].encode()
     written = bucket.files.get_file_info(pafs.FileSelector("tests/runs/dpo", recursive=True))
     files = [info.path.removeprefix("tests/") for info in written if info.type == pafs.FileType.File]
     assert not [file for file in files if copies in bucket.read(file)]
 
-    # Put back to where a kill after step 2 would have left it, the run ends with the same adapter again.
     bucket.files.delete_file("tests/runs/dpo/summary.json")
     bucket.files.delete_dir("tests/runs/dpo/model")
-    (last,) = [name for name in bucket.names("runs/dpo/checkpoints") if "step_00000004" in name]
+    (last,) = [name for name in bucket.names("runs/dpo/checkpoints") if "step_00000036" in name]
     bucket.files.delete_dir(f"tests/runs/dpo/checkpoints/{last}")
-    output = cluster_of_four_cpus.run(*words)
-    assert "from step 2 to 4" in output
+    output = cluster_of_four_cpus.run(*words_for(records))
+    assert "from step 35 to 36" in output
     assert bucket.names("runs/dpo/profile") == {"rank_0_step_2.json.gz", "rank_1_step_2.json.gz"}
     # TensorBoard's events of both starts, each step once. 0x15: a float follows.
     (events,) = bucket.names("runs/dpo/tensorboard")
-    assert bucket.read(f"runs/dpo/tensorboard/{events}").count(b"train/loss\x15") == 4
+    assert bucket.read(f"runs/dpo/tensorboard/{events}").count(b"train/loss\x15") == 36
     assert "encoded before" in output
     assert "Reference: log-probs of 50 records, computed before, from s3://tests/runs/.rayalign_cache/" in output
-    assert bucket.read("runs/dpo/model/adapter_model.safetensors") == adapter
-    assert bucket.losses("runs/dpo") == losses
+    adapter = "model/adapter_model.safetensors"
+    assert bucket.read(f"runs/dpo/{adapter}") == (undisturbed / adapter).read_bytes()
+    assert losses(bucket.read("runs/dpo/metrics.jsonl")) == losses((undisturbed / "metrics.jsonl").read_bytes())
+
+
+def losses(metrics: bytes) -> list[dict[str, float]]:
+    """The lines of a run's metrics without its rates, which time decides."""
+    lines = [json.loads(line) for line in metrics.decode().splitlines()]
+    return [{name: value for name, value in line.items() if name not in RATES} for line in lines]
+
+
+def lines_of(file: Path) -> list[str]:
+    return file.read_text().splitlines()
 
 
 def test_a_run_continues_from_an_adapter_on_object_storage(
@@ -156,22 +176,3 @@ def test_a_run_continues_from_an_adapter_on_object_storage(
     assert [name.rpartition("-")[0] for name in models] == ["runs_dpo_model"] * 2 + ["tests_llava"] * 2
     output = cluster_of_four_cpus.run(*words[:2], "s3://tests/no/such/model", *words[3:], code=2)
     assert output.splitlines()[-1] == ("error: --adapter s3://tests/no/such/model: there is no such folder, or nothing in it.")
-
-
-def test_storage_that_fails_a_tenth_of_all_requests_changes_nothing(
-    cluster_of_four_cpus: Cluster, bucket: Bucket, records: Path
-) -> None:
-    """Everything is prepared, trained and written once more, and equals the run of the test before."""
-    bucket.proxy.fail(FAILURES, seed=SEED)
-    try:
-        output = cluster_of_four_cpus.run(*words_for(records, "failing"))
-    finally:
-        failed, num_requests = dict(bucket.proxy.failed), bucket.proxy.num_requests
-        bucket.proxy.fail(0)
-    assert set(failed) == set(KINDS), failed
-    assert sum(failed.values()) > 0.5 * FAILURES * num_requests > 10
-    assert output.count("Training DPO from step") == 1  # no start of the workers was lost
-    adapter = "dpo/model/adapter_model.safetensors"
-    assert bucket.read(f"failing/{adapter}") == bucket.read(f"runs/{adapter}")
-    assert bucket.losses("failing/dpo") == bucket.losses("runs/dpo")
-    assert bucket.read("failing/dpo/dropped.jsonl") == bucket.read("runs/dpo/dropped.jsonl")

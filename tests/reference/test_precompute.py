@@ -26,9 +26,9 @@ from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.prepare import RunData, cache_key
 from rayalign.data.reference_store import SHARD_ROWS, ReferenceLogps, missing_shards, shard_name, write_reference_shard
 from rayalign.data.rows import Sources
-from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk
+from rayalign.data.sampler import SamplerSettings, StepSampler, fetch_chunk, partners_in
 from rayalign.data.store import EncodedPair, PreparedData, from_batch
-from rayalign.data.stream import batch_maker, sampler_of
+from rayalign.data.stream import batch_maker, evaluated_rows, sampler_of
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
@@ -36,6 +36,7 @@ from rayalign.reference.key import ReferenceKey, check_reference, reference_key
 from rayalign.reference.precompute import ShardScorer, is_wanted, needed_rows
 from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store
+from rayalign.training.held_out import HeldOut
 from rayalign.training.loop import Trainer
 from tests.tiny_data import write_rows
 from tests.tiny_models import counts_of, encode_pair, make_batch, make_policy, noise_image, wake_adapters
@@ -298,25 +299,66 @@ def test_what_keeps_the_model_from_loading_ends_the_run_in_words(
 
 
 @pytest.mark.parametrize(
-    ("flags", "rows"),
+    ("flags", "trained"),
     [
-        ({"num_epochs": 1}, range(40)),
-        ({"num_epochs": 3}, range(40)),
-        ({"max_steps": 50}, range(40)),
-        # 36 rows are left for training, the first two steps take eight of them.
-        ({"max_steps": 2}, None),
+        ({"num_train_epochs": 1}, 36),
+        ({"num_train_epochs": 3}, 36),
+        ({"max_steps": 50}, 36),
+        # The first two of nine steps take eight rows.
+        ({"max_steps": 2}, 8),
     ],
 )
-def test_rows_that_a_run_never_sees_are_not_needed(prepare_pairs: Prepare, flags: dict[str, Any], rows: range | None) -> None:
-    records = prepare_pairs(many_pairs(40))
-    settings = SamplerSettings(4, 2, 1, **{"num_epochs": 1, "max_steps": None, **flags}, seed=1, held_out_ratio=0.1)
-    sampler = StepSampler(records.token_counts(), settings)
-    needed = sorted(needed_rows(sampler).tolist())
-    if rows is not None:
-        assert needed == list(rows)
-    else:
-        assert needed == sorted([*sampler.held_out, *sampler.rows_of_step(0), *sampler.rows_of_step(1)])
-        assert len(needed) == 4 + 8
+@pytest.mark.parametrize(("at_most", "evaluated"), [(1000, 4), (2, 2)])
+def test_rows_that_a_run_never_sees_are_not_needed(
+    prepare_pairs: Prepare, model_folder: Callable[..., Path], flags: dict[str, Any], trained: int, at_most: int, evaluated: int
+) -> None:
+    config, data, sampler = run_of_40(DPO, prepare_pairs, model_folder, max_eval_records=at_most, **flags)
+    rows, of_held_out_data = needed_rows(config, data, sampler)
+    seen = [sampler.rows_of_step(step) for step in range(sampler.num_steps)]
+    assert set(rows.tolist()) == {*np.concatenate(seen).tolist(), *evaluated_rows(config, data, sampler).tolist()}
+    assert len(rows) == trained + evaluated
+    assert len(of_held_out_data) == 0
+    # Of a held-out data set of its own, what is evaluated; and all others are trained on.
+    data = dataclasses.replace(data, held_out=data.training)
+    assert len(needed_rows(config, data, sampler_of(config, data))[1]) == min(at_most, 40)
+
+
+@pytest.mark.parametrize("has_held_out_data", [False, True])
+@pytest.mark.parametrize("algorithm", [DPO, KTO])
+def test_a_short_run_finds_the_log_probs_of_all_that_it_reads(
+    prepare_pairs: Prepare, model_folder: Callable[..., Path], algorithm: type[Any], has_held_out_data: bool
+) -> None:
+    """KTO's partners, too: of the last row of the last step that is the first row of the next one."""
+    config, data, sampler = run_of_40(algorithm, prepare_pairs, model_folder, max_steps=2, max_eval_records=2)
+    if has_held_out_data:
+        held_out = prepare_pairs(many_pairs(20))
+        data = dataclasses.replace(data, held_out=dataclasses.replace(held_out, reference=data.training.reference))
+        sampler = sampler_of(config, data)
+    for records, rows in zip((data.training, data.held_out), needed_rows(config, data, sampler), strict=True):
+        for row in rows.tolist():
+            assert records is not None
+            pair = many_pairs(40)[row]
+            file = records.folder / str(records.reference) / shard_name(row)
+            write_reference_shard(file, [pair.id], [logps_like(pair)])
+    fetched = fetch_chunk(
+        {"first": pa.array([0]), "last": pa.array([2])}, data=data.training, settings=sampler.settings, rank=0
+    )
+    assert fetched.num_rows == (16 if algorithm is KTO else 8)
+    held = HeldOut(config, data, sampler, rank=0, num_workers=1)
+    partners = [partners_in(held._order, held.rows)] if held._order is not None else []
+    assert held.data.reader().read(np.concatenate([held.rows, *partners])).num_rows == (4 if algorithm is KTO else 2)
+
+
+def run_of_40(
+    algorithm: type[Any], prepare_pairs: Prepare, model_folder: Callable[..., Path], **flags: Any
+) -> tuple[Config, RunData, StepSampler]:
+    """A run on 40 pairs with a reference that has a file for each row; 4 pairs make a step, 4 of 40 are held out."""
+    records = dataclasses.replace(prepare_pairs(many_pairs(40)), reference="reference_by_1")
+    model = str(model_folder("llava"))
+    values = {"batch_size": 2, "gradient_accumulation_steps": 2, "dataset_test_ratio": 0.1, **flags}
+    config = config_from_mapping(algorithm, values)
+    data = RunData(ModelSource(model), EncoderSpec(model, algorithm().needs.responses), records, None)
+    return config, data, sampler_of(config, data)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Nodes:
         """Returns once it has joined: two that look for a free name of a socket at once may take the same."""
         self._started += 1
         folder = self._folder / f"node{self._started}"
-        node = start_node(self.head, folder)
+        node = start_node(self.head, folder, "--include-log-monitor=false")  # the head's sees all logs of this machine
         deadline = time.monotonic() + START_SECONDS
         while "Ray runtime started" not in (folder / "node.log").read_text():
             if node.poll() is not None or time.monotonic() > deadline:

@@ -1,17 +1,17 @@
 """Runs whose processes are killed again and again, at moments drawn by a seed, and the verdict on what they leave.
 
-    python -m tests.soak.storm --kills 100 --folder build/soak       # `make soak`; over an hour on two cores
+    python -m tests.soak.storm --kills 100 --folder build/soak       # a part of `make soak`
     python -m tests.soak.storm --kills 6 --variants lora --folder build/soak
 
-Each variant is run once undisturbed. A stormy run of it prepares its records and its reference anew, is killed some eight times
-from preparation to export, is started again where its command died, and must end with the same weights, metrics and files.
+Each variant is run once undisturbed. A stormy run of it prepares its records and its reference anew, is killed some sixteen
+times from preparation to export, is started again where its command died, and must end with the same weights, metrics and
+files.
 Runs are kept in `storm.jsonl` of the folder: the same command goes on where it was left.
 """
 
 import argparse
 import json
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -23,72 +23,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.soak.kills import MOMENTS, OF_TRAINING, Kill, kills_of
 from tests.soak.processes import Nodes
+from tests.soak.runs import VARIANTS, inputs_in
 from tests.soak.verdict import differences
-from tests.tiny_data import write_rows
-from tests.tiny_models import save_tiny_model
 
-STEPS = 48
-COMMON = (
-    *("--num_workers", 2, "--batch_size", 2, "--gradient_accumulation_steps", 2, "--dataset_test_ratio", 0.1),
-    *("--learning_rate", 1e-3, "--max_steps", STEPS, "--logging_steps", 1, "--save_steps", 4, "--eval_steps", 6),
-    *("--precompute_ref_log_probs", "true", "--max_failures", 10, "--save_total_limit", 3),
-)
-VARIANTS: dict[str, tuple[object, ...]] = {
-    "lora": (),
-    "full": ("--tuner_type", "full"),
-    "fsdp": ("--strategy", "fsdp"),
-    "fsdp full": ("--strategy", "fsdp", "--tuner_type", "full"),
-}
-MOMENTS = {
-    "preparation": "Data: encoding",
-    "reference": "Reference: computing",
-    "start": "Starting 2 train workers",
-    "training": "Step ",
-    "evaluation": "Evaluating ",
-    "save": "Saving the checkpoint",
-    "export": "Writing the model",
-}
-"""What the log says as each begins."""
-ANYWHERE = ("driver", "node", "everything")
-VICTIMS = {
-    "preparation": (*ANYWHERE, "data task"),
-    "reference": (*ANYWHERE, "data task"),
-    **dict.fromkeys(("start", "training", "evaluation", "save", "export"), (*ANYWHERE, "train worker", "controller")),
-}
 LONGEST_WAIT = 300
 """Seconds within which each next moment must come."""
 
+MOST_FINDINGS = 5
 
-@dataclass(frozen=True)
-class Kill:
-    """What is killed, how many seconds after the log has told of a moment so many times since the last kill."""
-
-    moment: str
-    victim: str
-    times: int
-    seconds: float
-    choice: int
-
-
-def kills_of(run: int, seed: int) -> list[Kill]:
-    """One kill of each stage, and four while it trains."""
-    draw = random.Random(f"{seed}/{run}")
-    moments = ["preparation", "reference", "start", *draw.choices(["training", "evaluation", "save"], k=4), "export"]
-
-    def kill(moment: str) -> Kill:
-        times = draw.randint(2, 9) if moment == "training" else 1
-        return Kill(moment, draw.choice(VICTIMS[moment]), times, draw.uniform(0, 0.6), draw.randrange(100))
-
-    return [kill(moment) for moment in moments]
+CACHE = "cache"
+"""What the runs that are left alone share in the folder: their records and the reference's log-probs."""
 
 
 @dataclass
 class Run:
-    """A command that is killed and started again, and its log."""
+    """A command that is killed and started again, and its log. `command`: what is started, by the number of the start."""
 
     nodes: Nodes
-    words: Sequence[object]
+    command: Callable[[int], Sequence[object]]
     folder: Path
     process: "subprocess.Popen[str] | None" = None
     starts: int = 0
@@ -99,11 +53,26 @@ class Run:
     def start(self) -> None:
         self.starts += 1
         self.seen = 0
-        self.process = self.nodes.head.start(*self.words, log=self.log)
+        self.process = self.nodes.head.start(*self.command(self.starts), log=self.log)
 
     @property
     def log(self) -> Path:
-        return self.folder.parent / f"log{self.starts}.txt"
+        return self.folder / f"log{self.starts}.txt"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the command has ended well, also one that was killed with its last words."""
+        return self.process.returncode == 0 or (self.starts > 1 and "holds a finished run" in last_line(self.log))
+
+    def start_after_end(self) -> bool:
+        """Starts a command that has ended by itself again, as long as there is hope; returns whether it is not done."""
+        if self.is_done:
+            return False
+        self.findings.append(f"start {self.starts} ended by itself with {self.process.returncode}: {last_line(self.log)}")
+        if len(self.findings) > MOST_FINDINGS:
+            return False
+        self.start()
+        return True
 
     def new_text(self) -> str:
         return self.log.read_text(errors="replace")[self.seen :]
@@ -124,53 +93,48 @@ class Run:
         if kill.victim in ("driver", "everything"):
             self.process.kill()
             self.process.wait()
-        if kill.victim == "everything":
-            self.nodes.kill()
-            self.nodes.start()
-        elif kill.victim == "node":
-            self.seen = len(self.log.read_text(errors="replace"))
-            self.nodes.kill_node(kill.choice)
-        elif kill.victim != "driver":
-            pids = self.nodes.pids(kill.victim)
-            if not pids:
-                return False
-            self.seen = len(self.log.read_text(errors="replace"))
-            os.kill(pids[kill.choice % len(pids)], 9)
-        if kill.victim in ("driver", "everything"):
+            if kill.victim == "everything":
+                self.nodes.kill()
+                self.nodes.start()
             self.start()
+            return True
+        pids = [] if kill.victim == "node" else self.nodes.pids(kill.victim)
+        if kill.victim != "node" and not pids:
+            return False
+        self.seen = len(self.log.read_text(errors="replace"))
+        if kill.victim == "node":
+            self.nodes.kill_node(kill.choice)
+        else:
+            os.kill(pids[kill.choice % len(pids)], 9)
         return True
 
 
-def storm(nodes: Nodes, words: Sequence[object], folder: Path, kills: Sequence[Kill]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Runs a command through kills to its end: what was killed, with the seconds to the next step, and what went wrong."""
-    run = Run(nodes, words, folder)
+def storm(run: Run, kills: Sequence[Kill]) -> list[dict[str, Any]]:
+    """Takes a run through kills to its end; returns what was killed, with the seconds to the next step."""
     run.start()
     done: list[dict[str, Any]] = []
-    for kill in kills:
-        mark = MOMENTS[kill.moment]
-        if not run.wait_for(lambda text, mark=mark, times=kill.times: text.count(mark) >= times):  # type: ignore[misc]
-            if run.process.returncode == 0:
-                break  # it came to its end before this moment could come again
-            run.findings.append(f"ended by itself with {run.process.returncode}: {last_line(run.log)}")
-            run.start()
-            continue
+    in_training = False
+    for kill, following in zip(kills, [*kills[1:], None], strict=True):
+        mark, times = MOMENTS[kill.moment], kill.times
+        while not run.wait_for(lambda text, mark=mark, times=times: text.count(mark) >= times):  # type: ignore[misc]
+            if not run.start_after_end():
+                return done  # before this moment could come again
         time.sleep(kill.seconds)
         if run.process.poll() is not None:
-            break
+            continue
         began = time.monotonic()
         if not run.kill(kill):
             continue
         record = {"moment": kill.moment, "victim": kill.victim}
-        if kill.moment in ("training", "evaluation", "save") and run.wait_for(trains_again):
+        in_training = kill.moment in OF_TRAINING or (in_training and kill.moment == "recovery")
+        if in_training and (following is None or following.moment != "recovery") and run.wait_for(trains_again):
             record["seconds"] = round(time.monotonic() - began, 1)
         done.append(record)
         print("  ", record, flush=True)
     while run.process.wait(timeout=LONGEST_WAIT) != 0:
-        run.findings.append(f"ended by itself with {run.process.returncode}: {last_line(run.log)}")
-        if len(run.findings) > 5:
+        if not run.start_after_end():
             break
-        run.start()
-    return done, run.findings
+    return done
 
 
 def trains_again(text: str) -> bool:
@@ -205,50 +169,47 @@ def main() -> int:
     return int(any(run["findings"] for run in told))
 
 
-def stormy_run(nodes: Nodes, folder: Path, variant: str, number: int, seed: int) -> dict[str, Any]:
+def stormy_run(nodes: Nodes, folder: Path, name: str, number: int, seed: int) -> dict[str, Any]:
     """One run of a variant through its kills, and what differs from the run that was left alone."""
-    model, records = inputs(folder)
-    calm = folder / f"undisturbed {variant}"
-    if not (calm / "done").exists():
-        shutil.rmtree(calm, ignore_errors=True)
-        calm.mkdir()
-        print(f"{variant}, undisturbed", flush=True)
-        _, findings = storm(nodes, words_for(variant, model, records, calm), calm / "run", [])
-        if findings:
-            raise SystemExit(f"The run that nobody killed: {findings}")
-        (calm / "done").touch()
+    variant = VARIANTS[name]
+    calm = undisturbed(nodes, folder, name)
     place = folder / f"stormy {number}"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    print(f"{variant}, run {number}", flush=True)
-    kills, findings = storm(nodes, words_for(variant, model, records, place), place / "run", kills_of(number, seed))
-    findings += differences(calm / "run", place / "run")
-    print("  ", findings or "equal to the run that was left alone", flush=True)
+    print(f"{name}, run {number}", flush=True)
+    began = time.monotonic()
+    run = Run(nodes, variant.command(inputs_in(folder), place), emptied(place))
+    kills = storm(run, kills_of(number, seed))
+    findings = [*run.findings, *differences(calm / "run", place / "run", is_exact=variant.is_exact)]
+    seconds = round(time.monotonic() - began)
+    print(f"   {seconds} s;", findings or "equal to the run that was left alone", flush=True)
     if not findings:
         shutil.rmtree(place)
-    return {"variant": variant, "run": number, "kills": kills, "findings": findings}
+    return {"variant": name, "run": number, "kills": kills, "findings": findings, "seconds": seconds}
 
 
-def inputs(folder: Path) -> tuple[Path, Path]:
-    """A tiny model and 400 records in two tasks, for all runs."""
-    model, data = folder / "llava", folder / "data"
-    if not (folder / "inputs").exists():
-        shutil.rmtree(model, ignore_errors=True)
-        shutil.rmtree(data, ignore_errors=True)
-        save_tiny_model(model)
-        write_rows(data, 400, seed=1, extra_lines=("{broken", '{"query": "no answers"}'))
-        (folder / "inputs").touch()
-    return model, data / "train.jsonl"
+def undisturbed(nodes: Nodes, folder: Path, name: str) -> Path:
+    """The place of a variant's run that was left alone, which is run now if it wasn't before."""
+    place = folder / f"undisturbed {name}"
+    if not (place / "done").exists():
+        print(f"{name}, undisturbed", flush=True)
+        run = Run(nodes, VARIANTS[name].command(inputs_in(folder), place, folder / CACHE), emptied(place))
+        storm(run, [])
+        if run.findings:
+            raise SystemExit(f"The run that nobody killed: {run.findings}")
+        (place / "done").touch()
+    return place
 
 
-def words_for(variant: str, model: Path, records: Path, place: Path) -> list[object]:
-    paths = ("--model", model, "--dataset", records, "--output_dir", place / "run", "--cache_dir", place / "cache")
-    return ["pipelines/dpo.py", *paths, *COMMON, *VARIANTS[variant]]
+def emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
 def table(told: Sequence[dict[str, Any]]) -> str:
     kills = [kill for run in told for kill in run["kills"]]
-    lines = [f"{len(kills)} kills in {len(told)} runs; {sum(bool(run['findings']) for run in told)} runs with findings", ""]
+    minutes = sum(run["seconds"] for run in told) / 60
+    bad = sum(bool(run["findings"]) for run in told)
+    lines = [f"{len(kills)} kills in {len(told)} runs and {minutes:.0f} minutes; {bad} runs with findings", ""]
     lines += ["| killed | " + " | ".join(MOMENTS) + " | seconds to the next step, median (most) |"]
     lines += ["|" + " --- |" * (len(MOMENTS) + 2)]
     for victim in sorted({kill["victim"] for kill in kills}):

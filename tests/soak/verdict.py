@@ -1,37 +1,47 @@
 """What differs between a run that was killed and went on, and one that was left alone."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
 
 from rayalign.storage import Store
 from rayalign.training.checkpoint import whole_checkpoints
 
 OF_TIME = ("pairs_per_second", "tokens_per_second", "data_wait_fraction", "time", "seconds")
 """Metrics that time decides."""
-EQUAL = ("answers.json", "dropped.jsonl", "held_out.jsonl")
-"""Files that must be equal to the byte, where there are such."""
+
+EQUAL = ("dropped.jsonl", "answers.json", "held_out_scores.json")
+"""Files that must be equal to the byte, where there are such; without `is_exact` the first one only."""
+
+ROUNDED = ("step", "loss", "grad_norm", "logps/chosen", "eval_loss")
+"""Metrics that are compared without `is_exact`: those that don't jump where a pair's margin is about 0."""
+
+ROUNDING = 1e-3
+"""Of float32 sums in another order, over the steps of AdamW, which magnifies the last bits of small gradients; a learning rate
+of 1e-3 makes steps as long as this."""
 
 
-def differences(calm: Path, stormy: Path) -> list[str]:
+def differences(calm: Path, stormy: Path, *, is_exact: bool = True) -> list[str]:
     """In words; none where both have the same weights, metrics, answers and files, and whole checkpoints only."""
     found = []
-    files = {path.relative_to(calm) for path in (calm / "model").rglob("*.safetensors")}
-    for name in sorted(files | {Path(name) for name in EQUAL if (calm / name).exists()}):
+    weights = {path.relative_to(calm) for path in (calm / "model").rglob("*.safetensors")}
+    if not weights:
+        found.append("there are no weights to compare")
+    files = {Path(name) for name in (EQUAL if is_exact else EQUAL[:1]) if (calm / name).exists()}
+    for name in sorted(weights | files):
         if not (stormy / name).exists():
             found.append(f"{name} is missing")
+        elif name in weights and not is_exact:
+            apart = furthest(load_file(calm / name), load_file(stormy / name))
+            found += [f"{name} differs by {apart:.2g}"] * (apart > ROUNDING)
         elif (stormy / name).read_bytes() != (calm / name).read_bytes():
             found.append(f"{name} differs")
-    if not files:
-        found.append("there are no weights to compare")
-    lines, expected = metrics(stormy), metrics(calm)
-    steps = [line["step"] for line in lines if "loss" in line]
-    if len(steps) != len(set(steps)):
-        found.append(f"steps in metrics.jsonl twice: {sorted({step for step in steps if steps.count(step) > 1})}")
-    if lines != expected:
-        other = [line["step"] for line, right in zip(lines, expected, strict=False) if line != right]
-        first = f"step {other[0]}" if other else "the end"
-        found.append(f"metrics.jsonl has {len(lines)} lines, not {len(expected)}, and other ones from {first}")
+    found += differences_of_metrics(metrics(calm), metrics(stormy), is_exact=is_exact)
     names, right = file_names(stormy), file_names(calm)
     if names != right:
         found.append(f"files beside: {sorted(names - right)}, missing: {sorted(right - names)}")
@@ -41,6 +51,32 @@ def differences(calm: Path, stormy: Path) -> list[str]:
     return found
 
 
+def furthest(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The largest difference of two weights of the same name; infinite where one has others."""
+    if {name: values.shape for name, values in one.items()} != {name: values.shape for name, values in other.items()}:
+        return math.inf
+    return max(float(np.abs(values - other[name]).max()) for name, values in one.items())
+
+
+def differences_of_metrics(expected: list[dict[str, Any]], lines: list[dict[str, Any]], *, is_exact: bool) -> list[str]:
+    found = []
+    steps = [line["step"] for line in lines if "loss" in line]
+    if len(steps) != len(set(steps)):
+        found.append(f"steps in metrics.jsonl twice: {sorted({step for step in steps if steps.count(step) > 1})}")
+    same = dict.__eq__ if is_exact else nearly_equal
+    other = [line["step"] for line, right in zip(lines, expected, strict=False) if not same(line, right)]
+    if other or len(lines) != len(expected):
+        first = f"step {other[0]}" if other else "the end"
+        found.append(f"metrics.jsonl has {len(lines)} lines, not {len(expected)}, and other ones from {first}")
+    return found
+
+
+def nearly_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        math.isclose(one[name], other[name], rel_tol=10 * ROUNDING) for name in ROUNDED if name in one
+    )
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what time decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -48,6 +84,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def file_names(run: Path) -> set[str]:
-    """Of all files, but checkpoints and events by their kind only, as their names tell of the start that wrote them."""
-    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    """Of all files, but checkpoints and events by their kind only, as their names tell of the start that wrote them. What a
+    kill leaves of a write has a name of its own and is never read."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.suffix != ".partial")
+    names = {str(path.relative_to(run)) for path in files}
     return {name.split("/")[0] if name.startswith(("checkpoints/", "tensorboard/")) else name for name in names}

@@ -9,6 +9,7 @@ from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig
 from rayalign.storage import Store
+from rayalign.training import driver
 from rayalign.training.driver import _torch_trainer
 
 
@@ -36,3 +37,13 @@ def test_workers_are_asked_for_with_their_kind_of_gpu_and_labels(
     assert scaling._resources_per_worker_not_none == resources
     assert scaling.accelerator_type == kind
     assert scaling._label_selector_per_worker(2) == labels
+
+
+def test_each_start_of_an_elastic_run_gives_back_what_the_one_before_had_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr(driver, "give_up_share", given_back.append)
+    for share in ("train-1", "train-2", "train-3"):
+        driver.replace_share(Store.at(str(tmp_path)) / "share.txt", share)
+    assert given_back == ["train-1", "train-2"]
