@@ -41,6 +41,15 @@ https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal
 
 POLL_SECONDS = "0.2"
 
+TRAIN_START_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""After how many seconds without room for its workers Ray Train's controller asks anew, for as many as an elastic run then has
+room for; read on the driver. 60 s by default, in which a run that could go on with fewer waits for a node that has just gone.
+Can go when Ray Train looks at the nodes before it asks.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/constants.py"""
+
+TRAIN_START_SECONDS = "30"
+"""A little more than the 20 s that Ray may take to see that a node has gone."""
+
 TUNE_METRIC_CHECK_VARIABLE = "TUNE_DISABLE_STRICT_METRIC_CHECKING"
 """1 lets a trial report before its first evaluation, when it does not have the metric that ranks trials. Can go when Ray Tune
 no longer fails such a trial, or when every report has the metric.
@@ -133,6 +142,15 @@ NOISE = re.compile(
 """Lines that are not shown. Ray says the first of actors of its own (PreemptionWatcher), whose restart nobody needs;
 bitsandbytes the second when it is imported, before it can be asked not to; torch's profiler the others when it begins and ends.
 Can go when they say so no more."""
+
+START_TIMEOUT = re.compile(
+    r"^.*Error in control loop iteration: The worker group startup timed out.*\n"
+    r"Traceback .*\n(?:  .*\n)*\S*WorkerGroupStartupTimeoutError: .*(?:\n|\Z)",
+    re.MULTILINE,
+)
+"""What Ray Train's controller logs each time that it asks anew for room (TRAIN_START_VARIABLE); `nodes` says what is missing.
+Can go when that is no error.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/execution/controller/controller.py"""
 
 USER_ERRORS = (ValueError, FloatingPointError)
 """What a user can fix: flags, data, a model's files; a loss that is no longer finite."""
@@ -300,6 +318,7 @@ def require_lasting_folder(folder: str | None, flag: str = "--output_dir") -> No
 def set_ray_variables() -> None:
     """Sets what Ray Train and Ray Tune read from the environment of the process that starts them."""
     os.environ.setdefault(TRAIN_POLL_VARIABLE, POLL_SECONDS)
+    os.environ.setdefault(TRAIN_START_VARIABLE, TRAIN_START_SECONDS)
     os.environ[TUNE_METRIC_CHECK_VARIABLE] = "1"
     os.environ[TUNE_SIGINT_VARIABLE] = "1"
     os.environ[TUNE_LOGGERS_VARIABLE] = "1"
@@ -353,7 +372,8 @@ def print_worker_lines(logged: dict[str, Any]) -> None:
     """Prints lines of one process of the cluster, as Ray hands them over."""
     if logged.get("actor_name") in SILENT_ACTORS:
         return
-    lines = (line for line in logged["lines"] if not NOISE.search(line))
+    text = START_TIMEOUT.sub("", "".join(f"{line}\n" for line in logged["lines"]))
+    lines = (line for line in text.split("\n")[:-1] if not NOISE.search(line))
     for is_own, some in itertools.groupby(lines, key=lambda line: OWN_LINE.match(line) is not None):
         batch = {**logged, "lines": list(some)}
         if is_own:  # all of them: Ray would take lines of several processes that differ in numbers for the same one

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import ray
+import ray.exceptions
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from rayalign.cluster import owns_cluster
@@ -26,6 +27,9 @@ WAIT_SECONDS = 600
 LOOK_SECONDS, SAY_SECONDS = 1, 60
 """Between two looks at the nodes, and between two lines about what is missing."""
 
+WATCH_SECONDS = 5
+"""Between two looks at the nodes of a run that trains."""
+
 ACCELERATOR = "accelerator_type:"
 """What Ray calls the resource that says which kind of GPU a node has, before the kind. A node has 1 of it."""
 
@@ -36,6 +40,10 @@ MOST_KINDS = 5
 """Kinds of nodes that a message tells."""
 
 Resources = Mapping[str, float]
+
+
+class NodesLost(Exception):
+    """A run's nodes were lost, and none came in their place: what was missing, in a sentence or two with what helps."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,35 @@ def wait_for_workers(config: Config) -> None:
     _wait_for(_room_of(config), config)
 
 
+class NodeWatch:
+    """Looks from time to time, while a run trains, whether the nodes have room for its fewest workers.
+
+    Ray Train itself asks for nodes in place of lost ones, but waits for them without a word and without an end.
+    """
+
+    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._room, self._limit, self._clock = _room_of(config), _limit_of(config), clock
+        self._looked = clock()
+        self._wait: _Wait | None = None
+
+    def check(self) -> None:
+        """Says what is missing, once a minute. Raises NodesLost where it was missing for all of --wait_for_nodes."""
+        if self._clock() - self._looked < WATCH_SECONDS:
+            return
+        self._looked = self._clock()
+        try:
+            nodes = _nodes()
+        except ray.exceptions.RayError:  # the training hears of it, too
+            return
+        if self._room.on(nodes) < self._room.count:
+            self._wait = self._wait or _Wait(self._room, self._limit, clock=self._clock)
+            if self._wait.is_over(nodes):
+                raise NodesLost(_refusal(self._room, nodes, self._limit))
+        elif self._wait is not None:
+            logger.info("%s", _are_there(self._room))
+            self._wait = None
+
+
 def room_for_workers(config: Config) -> int:
     """How many of a run's workers the nodes hold, whoever uses them."""
     return _room_of(config).on(_nodes())
@@ -143,21 +180,42 @@ def _wait_for(room: Room, config: Config) -> None:
     """Raises ValueError where the nodes lack room and none that bring it come within --wait_for_nodes."""
     if room.on(_nodes()) >= room.count:
         return
+    wait = _Wait(room, _limit_of(config))
+    with _asked_for(room) if wait.limit else contextlib.nullcontext():
+        while room.on(nodes := _nodes()) < room.count:
+            if wait.is_over(nodes):
+                raise ValueError(_refusal(room, nodes, wait.limit))
+            time.sleep(min(LOOK_SECONDS, max(0.01, wait.limit)))
+    if wait.limit:
+        logger.info("%s", _are_there(room))
+
+
+def _limit_of(config: Config) -> float:
+    """For how many seconds nodes are waited for."""
     limit = config.cluster.wait_for_nodes
-    if limit is None:
-        limit = 0 if owns_cluster() else WAIT_SECONDS
-    started = said = time.monotonic()
-    with _asked_for(room) if limit else contextlib.nullcontext():
-        while room.on(_nodes()) < room.count:
-            now = time.monotonic()
-            if now - started >= limit:
-                raise ValueError(_refusal(room, _nodes(), limit))
-            if said == started or now - said >= SAY_SECONDS:
-                logger.info("%s", _waiting(room, _nodes(), limit - (now - started)))
-                said = now
-            time.sleep(min(LOOK_SECONDS, max(0.01, limit - (now - started))))
-    if limit:
-        logger.info("The nodes for %d %s are there", room.count, room.name)
+    if limit is not None:
+        return limit
+    return 0 if owns_cluster() else WAIT_SECONDS
+
+
+class _Wait:
+    """A wait of `limit` seconds at most for nodes with some room; it begins when it is made."""
+
+    def __init__(self, room: Room, limit: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._room, self.limit, self._clock = room, limit, clock
+        self._began = clock()
+        self._said: float | None = None
+
+    def is_over(self, nodes: Sequence[Node]) -> bool:
+        """Whether no other nodes than these are waited for; says from time to time what is missing."""
+        now = self._clock()
+        left = self.limit - (now - self._began)
+        if left <= 0:
+            return True
+        if self._said is None or now - self._said >= SAY_SECONDS:
+            logger.info("%s", _waiting(self._room, nodes, left))
+            self._said = now
+        return False
 
 
 @contextlib.contextmanager
@@ -177,6 +235,10 @@ def _asked_for(room: Room) -> Iterator[None]:
 
 def _nodes() -> list[Node]:
     return [Node(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _are_there(room: Room) -> str:
+    return f"The nodes for {room.count} {room.name} are there"
 
 
 def _waiting(room: Room, nodes: Sequence[Node], seconds: float) -> str:

@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import logging
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError, WorkerGroupStartupTimeoutError
 
 from rayalign import cluster, joining
 from rayalign.retries import StorageFailed
@@ -22,6 +25,7 @@ from rayalign.retries import StorageFailed
     ("ours", "module", "theirs"),
     [
         (cluster.TRAIN_POLL_VARIABLE, "ray.train.v2._internal.constants", "HEALTH_CHECK_INTERVAL_S_ENV_VAR"),
+        (cluster.TRAIN_START_VARIABLE, "ray.train.v2._internal.constants", "WORKER_GROUP_START_TIMEOUT_S_ENV_VAR"),
         (cluster.CHECKPOINT_LIST, "ray.train.v2._internal.constants", "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME"),
         (cluster.JOB_VARIABLE, "ray._private.runtime_env.constants", "RAY_JOB_CONFIG_JSON_ENV_VAR"),
         (joining.ADDRESS_VARIABLE, "ray._private.ray_constants", "RAY_ADDRESS_ENVIRONMENT_VARIABLE"),
@@ -59,6 +63,11 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         ),
         ("logger", "ray.data._internal.progress", '{}.warning(\n                "Progress bars disabled.'),
         ("worker_failures", "ray.train.v2.api.exceptions", "self.{} = worker_failures"),
+        (
+            "Error in control loop iteration",
+            "ray.train.v2._internal.execution.controller.controller",
+            'logger.exception("{}: %s", e)',
+        ),
         ("logger.error", "ray.train.v2._internal.util", '{}(f"Error in training function:'),
         (cluster.COLOR_VARIABLE, "ray._private.worker", 'if os.getenv("{}") == "0":'),
         (cluster.LOG_HANDLER, "ray._private.worker", 'dispatcher.add_handler(\n                "{}",'),
@@ -264,3 +273,33 @@ def test_lines_of_rays_processes_are_printed_tidily(
     for pid, line in enumerate(alike := [f"12:00:0{k} Trial {k}: Begins (beta={k})" for k in range(3)]):
         cluster.print_worker_lines({**worker, "pid": pid, "lines": [line]})
     assert capsys.readouterr().err.splitlines() == alike
+
+
+def test_asking_anew_for_room_for_the_workers_is_not_printed_as_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cluster.COLOR_VARIABLE, "0")
+    controller = {
+        "is_err": True,
+        "pid": 7,
+        "ip": "here",
+        "localhost": "here",
+        "actor_name": "TrainController",
+        "task_name": None,
+    }
+    printed = []
+    for error in (WorkerGroupStartupTimeoutError(2), InsufficientClusterResourcesError("2 GPUs")):
+        record = logging.makeLogRecord({"msg": f"Error in control loop iteration: {error}", "exc_info": raised(error)})
+        printed += ["before", *logging.Formatter("[date] %(message)s").format(record).splitlines(), "after"]
+    cluster.print_worker_lines({**controller, "lines": printed})
+    first, second, third, error_line, *_ = (line.partition(") ")[2] for line in capsys.readouterr().err.splitlines())
+    assert (first, second, third) == ("before", "after", "before")
+    assert error_line == "[date] Error in control loop iteration: 2 GPUs"
+
+
+def raised(error: Exception) -> Any:
+    """An error with the place in which it is raised, as loggers take it."""
+    try:
+        raise error
+    except type(error):
+        return sys.exc_info()

@@ -11,6 +11,7 @@ from rayalign import nodes
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig
+from tests.watching import Clock
 
 
 def node(cpus: float, gpus: float = 0, *, alive: bool = True, kind: str = "", **labels: str) -> dict[str, Any]:
@@ -163,6 +164,52 @@ def test_a_cluster_that_was_joined_is_waited_for_and_one_of_this_process_is_not(
     cluster([node(1)])
     with pytest.raises(ValueError, match="the cluster has room for 1 "):
         nodes.wait_for_workers(config(num_workers=4, gpus_per_worker=0))
+
+
+def test_nodes_that_a_training_has_lost_are_waited_for_in_words(
+    cluster: Callable[..., FakeRay], caplog: pytest.LogCaptureFixture
+) -> None:
+    both, one = [node(4), node(4)], [node(4)]
+    found = cluster(both, one, one, one, both, one)
+    clock = Clock()
+    watch = nodes.NodeWatch(config(num_workers=2, cpus_per_worker=4, gpus_per_worker=0), clock=clock)
+    with caplog.at_level(logging.INFO):
+        for _ in range(4):
+            clock.now += 31
+            watch.check()
+            watch.check()  # looks no oftener than each WATCH_SECONDS
+        waiting = (
+            "Waiting for nodes, {} s at most (--wait_for_nodes): there is room for 1 of 2 workers with 4 CPUs each; the {}"
+        )
+        has = "cluster has 1 node with 4 CPUs and 0 GPUs"
+        assert caplog.messages == [waiting.format(600, has), waiting.format(538, has)]
+        clock.now += 31
+        watch.check()
+        assert caplog.messages[2:] == ["The nodes for 2 workers are there"]
+        clock.now += 600
+        watch.check()  # another loss, another wait
+    clock.now += 599
+    watch.check()
+    clock.now += nodes.WATCH_SECONDS
+    with pytest.raises(nodes.NodesLost) as caught:
+        watch.check()
+    assert str(caught.value) == (
+        "--num_workers 2 with 4 CPUs and 0 GPUs each: the cluster has room for 1 (1 node with 4 CPUs and 0 GPUs), and no more "
+        "came in 600 s (--wait_for_nodes). Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes."
+    )
+    assert not found.asked  # Ray Train asks for them
+
+
+def test_an_elastic_training_is_not_waited_for_while_its_fewest_workers_have_room(
+    cluster: Callable[..., FakeRay], caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster([node(4)])
+    clock = Clock()
+    watch = nodes.NodeWatch(config(num_workers="1:2", cpus_per_worker=4, wait_for_nodes=0), clock=clock)
+    clock.now += 60
+    with caplog.at_level(logging.INFO):
+        watch.check()
+    assert not caplog.messages
 
 
 def test_records_are_encoded_where_a_node_has_a_cpu(cluster: Callable[..., FakeRay]) -> None:

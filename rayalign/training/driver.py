@@ -26,7 +26,7 @@ from rayalign.joining import start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.size import reason_for_gpus
 from rayalign.models.source import require_model, resolve_model
-from rayalign.nodes import resolve_cluster, wait_for_cpus, wait_for_workers
+from rayalign.nodes import NodeWatch, resolve_cluster, wait_for_cpus, wait_for_workers
 from rayalign.policy.tuner_checks import check_attention, check_optimizer, check_tuner
 from rayalign.report.page import Times
 from rayalign.sources.whole_paths import with_whole_paths
@@ -163,7 +163,13 @@ def fit(
     folder = Store.at(str(config.run.output_dir))
     watch = watch or Stopwatch()
     begin_start(folder, watch)
-    check = lease.check if lease is not None else lambda: None
+    node_watch = NodeWatch(config)
+
+    def check() -> None:
+        if lease is not None:
+            lease.check()
+        node_watch.check()
+
     fewest, most = config.cluster.fewest_workers, config.cluster.most_workers
     workers = f"{most} train worker{'' if most == 1 else 's'}" if fewest == most else f"{fewest} to {most} train workers"
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 from rayalign.cluster import RAY_ERRORS, TRACEBACK_LOGGER, cause_in_words, causes_of, user_error_in
 from rayalign.config.config import Config
 from rayalign.config.endings import TRACEBACK_VARIABLE, RunFailed, Terminated
+from rayalign.nodes import NodesLost
 from rayalign.retries import LASTING_WORDS
 from rayalign.storage import Store
 from rayalign.training.checkpoint import newest_complete
@@ -69,6 +70,8 @@ def told_endings(reached: Callable[[], str]) -> Iterator[None]:
         trouble = storage_trouble(error)
         cause = f"its storage: {trouble}" if trouble else f"a failure of the cluster: {cause_in_words(error)}"
         raise _failed(cause, reached) from error
+    except NodesLost as error:
+        raise _failed(f"the loss of its nodes: {error}", reached) from error
     except OSError as error:
         trouble = storage_trouble(error)
         if trouble is None:

@@ -22,6 +22,7 @@ from rayalign.cluster import TRACEBACK_LOGGER
 from rayalign.config.config import Config
 from rayalign.config.endings import RunFailed, Terminated
 from rayalign.config.sections import RunConfig
+from rayalign.nodes import NodesLost
 from rayalign.storage import Store
 from rayalign.training import endings
 from rayalign.training.checkpoint import Checkpoint
@@ -87,6 +88,15 @@ def test_a_failure_of_the_cluster_becomes_one_sentence_and_keeps_what_is_behind_
     )
     assert str(ended).endswith(f"It ended {NOTHING} (RAYALIGN_TRACEBACK=1 shows the traceback.)")
     assert "\n" not in str(ended)
+
+
+def test_nodes_that_were_lost_are_told_with_what_is_kept(tmp_path: Path) -> None:
+    ended = told(NodesLost("--num_workers 2: the cluster has room for 1. Add nodes."), output_dir=str(tmp_path))
+    assert isinstance(ended, RunFailed)
+    assert str(ended) == (
+        "the run was ended by the loss of its nodes: --num_workers 2: the cluster has room for 1. Add nodes. It ended "
+        f"{NOTHING} (RAYALIGN_TRACEBACK=1 shows the traceback.)"
+    )
 
 
 def test_the_users_mistake_behind_a_failure_of_the_cluster_is_told_as_such(tmp_path: Path) -> None:
