@@ -108,7 +108,8 @@ def _accuracies(page: RoundsPage) -> str:
         if page.is_same_data
         else " Each round held out pairs of its own, so rounds do not compare: --val_dataset names the same ones for all."
     )
-    by_round = f'<div class="panel">{table(("", *names, "against the round before"), rows)}</div>'
+    values = table(("", *names, "against the round before"), rows)
+    by_round = f'<details class="panel" open><summary>All values</summary>{values}</details>'
     return section("Accuracy over the rounds", words, interval_chart(chief, drawn, (chief,)) + by_round)
 
 
@@ -133,21 +134,12 @@ def _scores(rounds: Sequence[DrawnRound]) -> str:
 
 
 def _counts(rounds: Sequence[DrawnRound]) -> str:
-    columns: list[Mapping[str, int]] = [one.counts for one in rounds]
-    rows = _by_round(columns)
-    left = _by_round([one.left_out for one in rounds])
-    heads = [one.name for one in rounds]
-    content = table(("", *heads), rows)
-    if left:
-        content += table(("left out", *heads), left)
-    words = "Pairs of each round, and what was left out on the way to them."
-    return section("Pairs", words, f'<div class="panel">{content}</div>')
-
-
-def _by_round(columns: Sequence[Mapping[str, int]]) -> list[tuple[str, ...]]:
-    """A row for each name, with the number of each round."""
+    columns = [{**one.counts, **{f"left out: {name}": n for name, n in one.left_out.items()}} for one in rounds]
     names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, *(f"{column.get(name, 0):,}" for column in columns)) for name in names]
+    rows = [(name, *(f"{column.get(name, 0):,}" for column in columns)) for name in names]
+    content = table(("", *(one.name for one in rounds)), rows)
+    words = "Of each round, and what was left out on the way to its pairs."
+    return section("Pairs", words, f'<div class="panel">{content}</div>')
 
 
 def _lineage(rounds: Sequence[DrawnRound]) -> str:
