@@ -1,14 +1,13 @@
 """The page of an evaluation: accuracies with their intervals, groups of records, benchmarks, two models side by side, and
 what was left out."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from rayalign.report.charts import Colour, Sample, axis_over, histogram, is_drawable
-from rayalign.report.markup import section, table
+from rayalign.report.markup import flags_section, header, section, table, tiles
 from rayalign.report.page import html_page
 from rayalign.report.pairs import ScoredPair, length_bias
 
@@ -60,24 +59,17 @@ class EvaluationPage:
 
 def render_evaluation(page: EvaluationPage) -> str:
     """The page as a string."""
-    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in page.facts.items())
-    tiles = "".join(_tile(name, *value.partition(" ")[::2]) for name, value in page.tiles.items())
     body = [
-        f'<header><h1>{escape(page.title)}</h1><dl class="facts">{facts}</dl></header>',
-        f'<div class="tiles">{tiles}</div>',
+        header(page.title, page.facts),
+        tiles(page.tiles),
         _comparison(page.comparison),
         *(_section(one, page.models) for one in page.sections),
         _distributions(page.pairs, score_name=page.score_name),
         length_bias(page.pairs),
         _left_out(page),
-        _flags(page.flags),
+        flags_section(page.flags),
     ]
     return html_page(page.title, body)
-
-
-def _tile(name: str, value: str, note: str) -> str:
-    inner = f'<div class="value"><span>{escape(value)}</span></div><div class="note">{escape(note)}</div>'
-    return f'<div class="tile"><div class="name">{escape(name)}</div>{inner}</div>'
 
 
 def _distributions(pairs: Sequence[ScoredPair], *, score_name: str) -> str:
@@ -156,10 +148,3 @@ def _left_out(page: EvaluationPage) -> str:
             parts.append(f"<p>And {len(page.left_out) - MOST_LISTED:,} more, which metrics.json lists.</p>")
     words = "Not evaluated, and in no figure above." if parts else "Every record and every question was evaluated."
     return section("Left out", words, "".join(parts))
-
-
-def _flags(flags: Mapping[str, Any]) -> str:
-    rows = [(name, value if isinstance(value, str) else json.dumps(value, default=str)) for name, value in flags.items()]
-    return section(
-        "Flags", "", f'<details class="panel"><summary>All flags</summary>{table(("name", "value"), rows)}</details>'
-    )

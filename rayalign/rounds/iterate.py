@@ -2,7 +2,7 @@
 
 output_dir/round_1/responses  scores  pairs  train      each stage's own folder, which goes on where it was ended
 output_dir/round_2/...
-output_dir/rounds.json                                  what came out of each round
+output_dir/rounds.json  rounds.html                     what came out of each round
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rayalign.config.config import Config
@@ -21,11 +21,13 @@ from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, Score
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation import generate, score
 from rayalign.evaluation.pool import is_finished, open_output, read_results
+from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
 from rayalign.images.fetch import fetch_images
 from rayalign.joining import ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
-from rayalign.rounds.pairs import by_prompt, choose_pairs, pair_row, write_pairs
+from rayalign.rounds.pairs import CUT, by_prompt, choose_pairs, pair_row, write_pairs
+from rayalign.rounds.results import PAGE, PAIRS, RESPONSES, ROUNDS, ROWS, SCORES, TRAIN, Round, write_results
 from rayalign.sources.files import resolve_dataset
 from rayalign.sources.whole_paths import with_whole_paths
 from rayalign.storage import Store
@@ -34,7 +36,7 @@ from rayalign.training.places import require_lasting_folders
 
 logger = logging.getLogger(__name__)
 
-ROUNDS, PAIRS_NOTE = "rounds.json", "pairs.json"
+PAIRS_NOTE = "pairs.json"
 
 FREE_TO_CHANGE = frozenset(
     {
@@ -43,19 +45,6 @@ FREE_TO_CHANGE = frozenset(
     }
 )
 """Flags that a continued command may set anew: what a stage was begun with is compared once more by the stage itself."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """What came out of a round: how many responses there were and their mean score, how many pairs were made of them, the model
-    that was trained on these, and the metrics of its training."""
-
-    number: int
-    responses: int
-    mean_score: float
-    pairs: int
-    model: str
-    metrics: Mapping[str, float]
 
 
 def run(config: Config, own: IterateConfig) -> list[Round]:
@@ -68,22 +57,24 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
     if not config.run.output_dir:
         config = config.replace({"output_dir": "output/iterate"})
     config = with_whole_paths(config)
-    require_model(config.model, REGISTERED_MODELS)
-    score.scorers_of(_score_flags(own), ModelConfig())  # what is wrong with them is told before any work
+    source = require_model(config.model, REGISTERED_MODELS)
+    scorers = score.scorers_of(_score_flags(own), ModelConfig())  # what is wrong with them is told before any work
     folder = Store.at(str(config.run.output_dir))
     if config.run.overwrite:
         for inner in folder.list():
-            if inner.name.startswith("round_") and inner.is_dir():
+            if inner.name in (ROUNDS, PAGE) or (inner.name.startswith("round_") and inner.is_dir()):
                 inner.delete()
     flags = {**config.to_dict(), **dataclasses.asdict(own), "rlhf_type": config.algorithm.name}
     settings = {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
+    settings |= {"model files": files_of_model(source), "prompt files": files_of_data(sources_of(config))}
+    settings |= {"scorers": [dict(scorer.settings) for scorer in scorers]}
     open_output(folder, settings, overwrite=config.run.overwrite)
     rounds: list[Round] = []
     with ray_as_found():
         start_ray(config)
         for number in range(1, own.num_rounds + 1):
             rounds.append(_round(config, own, folder, number, [found.model for found in rounds]))
-            (folder / ROUNDS).write_json([dataclasses.asdict(found) for found in rounds])
+            write_results(folder, rounds, flags=flags)
     logger.info("Done: %d rounds; %s", len(rounds), (folder / ROUNDS).location)
     return rounds
 
@@ -94,34 +85,38 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
     place = folder / f"round_{number}"
     start: dict[str, Any] = {name: getattr(config.model, name) for name in ("model", "model_type", "adapter")}
     policy = {"model": models[-1], "model_type": None, "adapter": None} if models else start
-    logger.info("Round %d of %d: %s responds", number, own.num_rounds, policy["model"] or policy["model_type"])
+    name = " with ".join(policy[flag] for flag in ("model", "model_type", "adapter") if policy[flag])
+    logger.info("Round %d of %d: %s responds", number, own.num_rounds, name)
     seed = config.optimizer.seed + 1000 * number
-    if not is_finished(place / "responses"):
-        _respond(config, own, policy, place / "responses", seed)
-    if not is_finished(place / "scores"):
+    if not is_finished(place / RESPONSES):
+        _respond(config, own, policy, place / RESPONSES, seed)
+    if not is_finished(place / SCORES):
         _score(config, own, place)
-    pairs = _pairs(config, own, place, number, policy=str(policy["model"] or policy["model_type"]), seed=seed)
+    pairs = _pairs(config, own, place, number, policy=name, seed=seed)
     logger.info("Round %d: %d pairs of %d responses, whose mean score is %.4g", number, *(pairs[n] for n in _TOLD))
     if not pairs["pairs"]:
         raise ValueError(
             f"Round {number}: no two responses to a prompt differ in their scores by more than --pair_margin "
-            f"{own.pair_margin:g}; {pairs['cut']} of {pairs['responses']} responses did not end within --max_new_tokens "
-            f"{own.max_new_tokens}. A higher --temperature or --n gives more different responses."
+            f"{own.pair_margin:g}; {pairs['left_out'].get(CUT, 0)} of {pairs['responses']} responses did not end within "
+            f"--max_new_tokens {own.max_new_tokens}. A higher --temperature or --n gives more different responses."
         )
     sets = [place] if own.reference == "previous" else [folder / f"round_{k}" for k in range(1, number + 1)]
     run = {
         **(policy if own.reference == "previous" else start),
-        "dataset": [(some / "pairs" / "rows").location for some in sets],
-        "output_dir": (place / "train").location,
+        "dataset": [(some / PAIRS / ROWS).location for some in sets],
+        "output_dir": (place / TRAIN).location,
         "overwrite": False,
     }
-    metrics = _train(config.replace(run), place / "train")
+    metrics = _train(config.replace(run), place / TRAIN)
     logger.info("Round %d: done in %.0f s", number, time.monotonic() - began)
     shown = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    return Round(number, pairs["responses"], pairs["mean_score"], pairs["pairs"], (place / "train" / "model").location, shown)
+    model = (place / TRAIN / "model").location
+    return Round(number=number, policy=name, seed=seed, **pairs, model=model, metrics=shown)
 
 
 _TOLD = ("pairs", "responses", "mean_score")
+
+NO_PAIR = "prompts without a pair"
 
 
 def _respond(config: Config, own: IterateConfig, policy: Mapping[str, Any], output: Store, seed: int) -> None:
@@ -132,8 +127,8 @@ def _respond(config: Config, own: IterateConfig, policy: Mapping[str, Any], outp
 
 def _score(config: Config, own: IterateConfig, place: Store) -> None:
     read = {
-        "dataset": [(place / "responses" / "rows").location],
-        "output_dir": (place / "scores").location,
+        "dataset": [(place / RESPONSES / ROWS).location],
+        "output_dir": (place / SCORES).location,
         "columns": (),
         "image_root": _image_root(config),
         **dict.fromkeys(("model", "model_type", "adapter")),
@@ -155,27 +150,36 @@ def _inference_flags(config: Config, own: IterateConfig, values: Mapping[str, An
 
 def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, policy: str, seed: int) -> Mapping[str, Any]:
     """Makes the round's pairs, or finds them; what is to be told of them."""
-    note = place / "pairs" / PAIRS_NOTE
+    note = place / PAIRS / PAIRS_NOTE
     if note.exists():
         return note.read_json_object()
     lineage = {"round": number, "model": policy, "scorer": " ".join(own.scorer), "seed": seed}
     scores: list[float] = []
-    cut = 0
+    left_out: Counter[str] = Counter()
+    prompts = 0
     root = _image_root(config)
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        nonlocal cut
-        for responses in by_prompt(read_results(place / "scores")):
+        nonlocal prompts
+        for responses in by_prompt(read_results(place / SCORES)):
+            prompts += 1
             scores.extend(response["score"] for response in responses)
-            cut += sum(not response["is_ended"] for response in responses)
-            chosen = choose_pairs(
+            choice = choose_pairs(
                 responses, per_prompt=own.pairs_per_prompt, margin=own.pair_margin, max_similarity=own.max_similarity
             )
-            images = _contents(responses[0]["images"], root, allow_urls=config.data.allow_image_urls) if chosen else []
-            yield from (pair_row(better, worse, images, lineage) for better, worse in chosen)
+            left_out.update(choice.left_out)
+            left_out.update([NO_PAIR] if not choice.pairs else [])
+            images = _contents(responses[0]["images"], root, allow_urls=config.data.allow_image_urls) if choice.pairs else []
+            yield from (pair_row(better, worse, images, lineage) for better, worse in choice.pairs)
 
-    count = write_pairs(rows(), place / "pairs" / "rows")
-    found = {"pairs": count, "responses": len(scores), "cut": cut, "mean_score": sum(scores) / max(1, len(scores))}
+    count = write_pairs(rows(), place / PAIRS / ROWS)
+    found = {
+        "prompts": prompts,
+        "responses": len(scores),
+        "mean_score": sum(scores) / max(1, len(scores)),
+        "pairs": count,
+        "left_out": dict(left_out),
+    }
     note.write_json(found)
     return found
 

@@ -3,7 +3,9 @@
 import difflib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -43,28 +45,48 @@ PAIR_SCHEMA = pa.schema(
 FILE_PAIRS = 1000
 
 
-def choose_pairs(
-    responses: Sequence[Line], *, per_prompt: int, margin: float, max_similarity: float
-) -> list[tuple[Line, Line]]:
-    """(better, worse) of the responses to one prompt: the best with the worst, the second best with the second worst, and so
-    on up to `per_prompt`; 0: all pairs. Of equal texts the first counts; left out are responses that did not end, pairs whose
-    scores differ by no more than the margin, and those that are at least so similar."""
+CUT, EMPTY, SAME = "responses that did not end", "empty responses", "responses with the text of another one"
+CLOSE, ALIKE = "pairs whose scores are too close", "pairs that are too alike"
+"""Why responses, and pairs of them, are left out."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """(better, worse) of the responses to one prompt, and how many responses and pairs were left out, by reason."""
+
+    pairs: Sequence[tuple[Line, Line]]
+    left_out: Counter[str]
+
+
+def choose_pairs(responses: Sequence[Line], *, per_prompt: int, margin: float, max_similarity: float) -> Choice:
+    """Pairs the responses to one prompt: the best with the worst, the second best with the second worst, and so on up to
+    `per_prompt`; 0: all pairs. Of equal texts the first counts; left out are responses that did not end, pairs whose scores
+    differ by no more than the margin, and those that are at least so similar."""
+    left_out: Counter[str] = Counter()
     distinct: dict[str, Line] = {}
     for response in responses:
-        if response["is_ended"] and response["response"].strip():
-            distinct.setdefault(_normal(response["response"]), response)
+        text = _normal(response["response"])
+        reason = CUT if not response["is_ended"] else EMPTY if not text else SAME if text in distinct else None
+        if reason is None:
+            distinct[text] = response
+        else:
+            left_out[reason] += 1
     ordered = sorted(distinct.values(), key=lambda line: (-line["score"], line["sample"]))
     if per_prompt:
         places: Iterable[tuple[int, int]] = ((i, len(ordered) - 1 - i) for i in range(len(ordered) // 2))
     else:
         places = itertools.combinations(range(len(ordered)), 2)
-    pairs = [
-        (ordered[better], ordered[worse])
-        for better, worse in places
-        if ordered[better]["score"] - ordered[worse]["score"] > margin
-        and _similarity(ordered[better]["response"], ordered[worse]["response"], at_least=max_similarity) < max_similarity
-    ]
-    return pairs[:per_prompt] if per_prompt else pairs
+    pairs: list[tuple[Line, Line]] = []
+    for better, worse in ((ordered[i], ordered[j]) for i, j in places):
+        if per_prompt and len(pairs) == per_prompt:
+            break
+        if better["score"] - worse["score"] <= margin:
+            left_out[CLOSE] += 1
+        elif _similarity(better["response"], worse["response"], at_least=max_similarity) >= max_similarity:
+            left_out[ALIKE] += 1
+        else:
+            pairs.append((better, worse))
+    return Choice(pairs, left_out)
 
 
 def by_prompt(tables: Iterable[pa.Table]) -> Iterator[list[Line]]:

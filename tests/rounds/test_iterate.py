@@ -1,5 +1,6 @@
 """What the rounds hand to their stages, and what they refuse before any work."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,33 @@ def test_wrong_flags_and_another_command_in_the_folder_are_refused_before_any_wo
     (tmp_path / "out" / "settings.json").write_text('{"n": 8}')
     with pytest.raises(ValueError, match="made with other settings"):
         iterate.run(config, IterateConfig(scorer=("python=math:sqrt",)))
+
+
+class Started(Exception):
+    """The command got so far as to start Ray."""
+
+
+def test_another_scorer_under_the_same_name_is_refused(  # type: ignore[no-untyped-def]  # as the fixture says
+    tmp_path: Path, model_folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(config: Config) -> None:
+        raise Started
+
+    monkeypatch.setattr(iterate, "start_ray", start)
+    (tmp_path / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    (tmp_path / "mine.py").write_text("def score(rows):\n    return [0 for row in rows]\n")
+    config = Config(
+        DPO(),
+        DataConfig(dataset=(str(tmp_path / "prompts.jsonl"),)),
+        ModelConfig(model=str(model_folder("llava"))),
+        run=RunConfig(output_dir=str(tmp_path / "out")),
+    )
+    own = IterateConfig(scorer=(f"python={tmp_path / 'mine.py'}:score",))
+    for _ in range(2):  # the same command goes on
+        with pytest.raises(Started):
+            iterate.run(config, own)
+    with pytest.raises(Started):
+        iterate.run(config, dataclasses.replace(own, num_rounds=5))
+    (tmp_path / "mine.py").write_text("def score(rows):\n    return [1 for row in rows]\n")
+    with pytest.raises(ValueError, match="other settings:\n  scorers"):
+        iterate.run(config, own)

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayalign.formats.parse import parse_row
-from rayalign.rounds.pairs import by_prompt, choose_pairs, pair_row, write_pairs
+from rayalign.rounds.pairs import ALIKE, CLOSE, CUT, EMPTY, SAME, by_prompt, choose_pairs, pair_row, write_pairs
 from rayalign.storage import Store
 
 PROMPT = {"system": None, "query": "<image>Which?", "history": [["Hello.", "Hello."]], "prompt_id": "p:0", "extra": "{}"}
@@ -36,13 +36,13 @@ FIVE = lines(("a", 1.0), ("b", 3.0), ("c", 2.0), ("d", 0.0), ("e", 2.5))
     ],
 )
 def test_pairs_are_of_the_best_and_the_worst_or_all_above_a_margin(per_prompt: int, margin: float, expected: list[str]) -> None:
-    pairs = choose_pairs(FIVE, per_prompt=per_prompt, margin=margin, max_similarity=1.0)
+    pairs = choose_pairs(FIVE, per_prompt=per_prompt, margin=margin, max_similarity=1.0).pairs
     assert [better["response"] + worse["response"] for better, worse in pairs] == expected
 
 
 def test_ties_near_duplicates_and_responses_that_did_not_end_are_left_out() -> None:
     def texts(responses: list[dict[str, Any]], max_similarity: float = 1.0, per_prompt: int = 0) -> list[tuple[str, str]]:
-        pairs = choose_pairs(responses, per_prompt=per_prompt, margin=0.0, max_similarity=max_similarity)
+        pairs = choose_pairs(responses, per_prompt=per_prompt, margin=0.0, max_similarity=max_similarity).pairs
         return [(better["response"], worse["response"]) for better, worse in pairs]
 
     assert texts(lines(("a", 1.0), ("b", 1.0))) == []
@@ -52,6 +52,17 @@ def test_ties_near_duplicates_and_responses_that_did_not_end_are_left_out() -> N
     assert texts(near, 0.9) == []
     cut = lines(("a", 2.0), is_ended=False) + lines(("b", 1.0), ("c", 0.0), ("", -1.0))
     assert texts(cut, per_prompt=1) == [("b", "c")]
+
+
+def test_what_is_left_out_is_counted_by_reason() -> None:
+    some = lines(("a", 2.0), is_ended=False) + lines(("b", 1.0), ("B.", 0.0), (" ", -1.0), ("c", 1.0), ("dd", 0.5), ("dd e", 0))
+    choice = choose_pairs(some, per_prompt=0, margin=0.2, max_similarity=0.6)
+    assert [(better["response"], worse["response"]) for better, worse in choice.pairs] == [
+        *(("b", "dd"), ("b", "dd e")),
+        *(("c", "dd"), ("c", "dd e")),
+    ]
+    assert choice.left_out == {CUT: 1, SAME: 1, EMPTY: 1, CLOSE: 1, ALIKE: 1}  # b and c score the same; dd is in dd e
+    assert choose_pairs(some, per_prompt=1, margin=0.2, max_similarity=0.6).left_out == {CUT: 1, SAME: 1, EMPTY: 1}
 
 
 def test_the_responses_of_a_prompt_are_found_across_tables() -> None:

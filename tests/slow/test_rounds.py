@@ -1,4 +1,4 @@
-"""Two rounds of a tiny model, killed in the middle and continued by the same command, end as two that were left alone."""
+"""Two rounds of a tiny model, killed in each stage and continued by the same command, end as two that were left alone."""
 
 import json
 import signal
@@ -11,6 +11,15 @@ from safetensors.torch import load_file
 from tests.cluster import RUN_SECONDS, running_cluster
 from tests.tiny_data import write_rows
 from tests.tiny_models import save_tiny_model
+
+KILLED_AT = (
+    "round_1/responses/settings.json",
+    "round_1/scores/settings.json",
+    "round_1/pairs/rows",
+    "round_1/train/config.yaml",
+    "round_2/scores/settings.json",
+)
+"""What each stage writes first, in the order of the stages: the command is killed when it is there."""
 
 
 def test_rounds_that_were_killed_end_as_those_that_were_not(tmp_path: Path, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]  # pytest's factory
@@ -29,13 +38,17 @@ def test_rounds_that_were_killed_end_as_those_that_were_not(tmp_path: Path, tmp_
 
     with running_cluster(tmp_path_factory.mktemp("ray"), num_cpus=3) as cluster:
         cluster.run(*words("whole"))
-        process = cluster.start(*words("killed"))
-        deadline = time.monotonic() + RUN_SECONDS
-        while not (tmp_path / "killed" / "round_2" / "scores" / "settings.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        for place in KILLED_AT:
+            process = cluster.start(*words("killed"))
+            deadline = time.monotonic() + RUN_SECONDS
+            while not (tmp_path / "killed" / place).exists():
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < deadline, place
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
         cluster.run(*words("killed"))
+    assert (tmp_path / "killed" / "rounds.html").exists()
     models = []
     for name in ("whole", "killed"):
         folder = tmp_path / name / "round_2"
