@@ -139,7 +139,7 @@ def export(
     *,
     checkpoint: File | int | None = None,
     run_dir: File | None = None,
-    layout: Literal["transformers", "vllm", "value_head"] = "transformers",
+    layout: Literal["transformers", "vllm", "value_head", "trl", "ms_swift"] = "transformers",
     overwrite: bool = False,
     push_to_hub: str | None = None,
     hub_private: bool = True,
@@ -147,7 +147,8 @@ def export(
     """Writes a trained model (the model/ folder of a run) as one plain folder, its adapter merged, and returns its path or URL.
 
     A reward model gets a `score` head, which transformers, ms-swift and vLLM load; `layout` is its name: transformers reads
-    score.weight, vLLM language_model.score.weight; value_head: a file of its own, from which training goes on. `overwrite`
+    score.weight, vLLM language_model.score.weight; value_head: a file of its own, from which training goes on. trl and
+    ms_swift: the adapter is not merged, and written as these tools load one. `overwrite`
     replaces an earlier export; `push_to_hub` (OWNER/NAME) uploads it, too. With `checkpoint` the model of a
     checkpoint of any run is written, as its model/ is: "best", "last" or a step of the run in `run_dir`, or a checkpoint's
     folder.

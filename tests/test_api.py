@@ -133,7 +133,7 @@ def test_a_result_says_where_everything_is() -> None:
 def test_an_export_is_refused_as_on_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         rayalign.export(tmp_path, tmp_path / "out", layout="vlm")  # type: ignore[arg-type]
-    assert str(caught.value) == "--layout vlm: must be one of transformers, vllm, value_head. Did you mean vllm?"
+    assert str(caught.value) == "--layout vlm: must be one of transformers, vllm, value_head, trl, ms_swift. Did you mean vllm?"
     with pytest.raises(ValueError) as caught:
         rayalign.export(tmp_path, tmp_path)
     assert str(caught.value) == f"--output_dir {tmp_path} holds the model that is exported. Choose another folder."

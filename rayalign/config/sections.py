@@ -466,11 +466,11 @@ class ExportConfig:
     )
     run_dir: str | None = flag(None, "The run's folder for --checkpoint: local, shared or s3:// gs://.")
     output_dir: str | None = flag(None, "Folder that is written: local, shared or s3:// gs://.")
-    layout: Literal["transformers", "vllm", "value_head"] = flag(
+    layout: Literal["transformers", "vllm", "value_head", "trl", "ms_swift"] = flag(
         "transformers",
-        "The form of a reward model's head. transformers: score.weight, which transformers and ms-swift read; vllm: "
-        "language_model.score.weight, which vLLM reads; value_head: a file of its own beside the merged weights, from which "
-        "training goes on.",
+        "trl, ms_swift: the adapter is not merged, and written as these tools load one. The others are the form of a reward "
+        "model's head. transformers: score.weight, which transformers and ms-swift read; vllm: language_model.score.weight, "
+        "which vLLM reads; value_head: a file of its own beside the merged weights, from which training goes on.",
     )
     overwrite: bool = flag(False, "Replace an earlier export in --output_dir.")
     push_to_hub: str | None = flag(
