@@ -158,7 +158,7 @@ def test_rounds_refuse_what_the_command_line_refuses(tmp_path: Path) -> None:
         ({"dataset": "a.jsonl"}, "No model given: pass --model FOLDER_OR_HUB_ID, or --model_type with a registered name."),
     ):
         with pytest.raises(ValueError) as caught:
-            rayalign.iterate("dpo", output_dir=tmp_path, **flags)  # type: ignore[arg-type]
+            rayalign.iterate("dpo", output_dir=tmp_path, **flags)
         assert str(caught.value) == message
 
 

@@ -54,7 +54,7 @@ def run(config: ExportConfig) -> Store:
         source = named.here()
         folder = Path(temporary) / "export"
         head = find_value_head(Path(source.adapter or source.base))
-        if config.layout in ADAPTER_LAYOUTS:
+        if config.layout == "trl" or config.layout == "ms_swift":  # the type checker reads it
             _require_adapter(config, source)
             write_adapter(source, folder, base=named.base, layout=config.layout)
             form = f"The adapter in the form of {config.layout}"

@@ -217,8 +217,7 @@ def judge_on_cluster(config: Config) -> Judge:
             if is_over():
                 ray.cancel(task, force=True)
                 raise RuntimeError("nobody waits for it any more")
-        metrics: Mapping[str, float] = ray.get(task)
-        return metrics
+        return ray.get(task)
 
     return judge
 

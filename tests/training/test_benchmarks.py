@@ -169,7 +169,8 @@ def test_a_checkpoint_that_cannot_be_judged_is_passed_over_with_a_warning(
 def test_other_questions_are_asked_anew(tmp_path: Path, pope: Path) -> None:
     with_checkpoints(tmp_path, 10)
     judge = Judge()
-    for flags in ({}, {"max_eval_questions": 2}, {"data_seed": 7}, {"max_eval_questions": 2}):
+    asked: tuple[dict[str, Any], ...] = ({}, {"max_eval_questions": 2}, {"data_seed": 7}, {"max_eval_questions": 2})
+    for flags in asked:
         judge_all(config_for(tmp_path, pope, **flags), judge)
     assert judge.asked == [10, 10, 10]
 
