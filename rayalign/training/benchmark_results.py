@@ -27,14 +27,19 @@ class BenchmarkResults:
         asked = json.dumps([sorted(config.run.eval_benchmarks), config.run.max_eval_questions, config.data.data_seed])
         self._suffix = f"_{hashlib.sha256(asked.encode()).hexdigest()[:8]}.json"
         self._known: dict[int, dict[str, float]] = {}
+        self._passed_over: set[str] = set()
+        """Checkpoints that could not be judged; the run may come to the same step again, with a sound one."""
 
     def read(self) -> Mapping[int, Mapping[str, float]]:
-        """The metrics by step, by their names in metrics.jsonl, in the order of the steps; none of a checkpoint that could not
-        be judged."""
+        """The metrics by step, by their names in metrics.jsonl, in the order of the steps."""
         for file in (self.folder / RESULTS).list() if self._is_asked else ():
             number = file.name.removeprefix("step_").removesuffix(self._suffix)
             if number.isdecimal() and int(number) not in self._known:
-                self._known[int(number)] = file.read_json_object()["metrics"]
+                content = file.read_json_object()
+                if content["problem"] is None:
+                    self._known[int(number)] = content["metrics"]
+                else:
+                    self._passed_over.add(content["checkpoint"])
         return dict(sorted(self._known.items()))
 
     def write(self, checkpoint: Checkpoint, metrics: Mapping[str, float], *, problem: str | None = None) -> None:
@@ -48,12 +53,11 @@ class BenchmarkResults:
 
     def waits(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint is still to be judged, so that it must not be deleted."""
-        return self._is_asked and checkpoint.step not in self.read()
+        return self._is_asked and checkpoint.step not in self.read() and checkpoint.store.name not in self._passed_over
 
     def waiting(self) -> list[Checkpoint]:
         """The whole checkpoints that are still to be judged, the oldest first."""
-        judged = self.read()
-        return [found for found in reversed(whole_checkpoints(self.folder / "checkpoints")) if found.step not in judged]
+        return [found for found in reversed(whole_checkpoints(self.folder / "checkpoints")) if self.waits(found)]
 
 
 def best_of(results: Mapping[int, Mapping[str, float]], run: RunConfig) -> Best:

@@ -120,7 +120,7 @@ def test_a_checkpoint_that_waits_for_its_judgement_is_never_deleted(tmp_path: Pa
     assert steps_in(folder) == [30, 10]
     delete_others(folder / "checkpoints", FetchedCheckpoint(third.store, 30, tmp_path), waits=results.waits)
     assert steps_in(folder) == [30, 10]
-    results.write(first, {})
+    results.write(first, {}, problem="no room")
     prune_checkpoints(folder / "checkpoints", keep=1, waits=results.waits)
     assert steps_in(folder) == [30]
 
@@ -159,11 +159,14 @@ def test_a_checkpoint_that_cannot_be_judged_is_passed_over_with_a_warning(
     results = judge_all(config, judge)
     assert judge.asked == [10, 20, *[10] * (MOST_TRIES - 1)]
     assert "Warning: the benchmarks of the checkpoint of step 10 failed: KeyError: 10" in caplog.messages
-    assert results.read() == {10: {}, 20: {"eval_pope/accuracy": 0.5, "eval_pope/f1": 0.25}}
+    assert results.read() == {20: {"eval_pope/accuracy": 0.5, "eval_pope/f1": 0.25}}
     assert json.loads(next((tmp_path / RESULTS).glob("step_00000010_*")).read_text())["problem"] == "KeyError: 10"
     best = best_checkpoint(folder)
     assert best is not None
     assert best.name == "step_00000020_a"
+    (tmp_path / "checkpoints" / "step_00000010_a").rename(tmp_path / "checkpoints" / "step_00000010_b")  # it came again
+    judge._figures = FIGURES
+    assert judge_all(config, judge).read().keys() == {10, 20}
 
 
 def test_other_questions_are_asked_anew(tmp_path: Path, pope: Path) -> None:
