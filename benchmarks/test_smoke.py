@@ -138,6 +138,19 @@ def test_scale_measures_the_driver_the_workers_and_the_fetches(tmp_path: Path) -
     assert report["fetches"]["now"]["pairs_per_second"] > 0
 
 
+def test_generate_compares_responses_and_scores_with_plain_transformers(tmp_path: Path) -> None:
+    table = run("generate.py", "--case", "tiny", "--rounds", "1", "--output", str(tmp_path / "generate.json")).stdout
+
+    (case,) = json.loads((tmp_path / "generate.json").read_text())["cases"]
+    assert [work["work"] for work in case["works"]] == ["generate", "score by likelihood", "score by reward_model"]
+    for work in case["works"]:
+        assert set(work["rows_per_second"]) == {"transformers", "rayalign"}
+        for ratio in ("times_as_fast", "times_as_fast_in_cpu_seconds"):
+            assert_spread(work[ratio])
+    assert max(case["score_differences_of_largest"].values()) < 1e-4  # float32 rounding
+    assert table.startswith("| case | work | transformers, rows/s | ours, rows/s |")
+
+
 def test_swift_step_says_why_a_side_ended(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         run("swift_step.py", "--case", "tiny", "--swift_python", sys.executable)

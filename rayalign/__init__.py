@@ -4,17 +4,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayalign.api import Plan, export, load_policy, plan, train
+    from rayalign.api import Plan, evaluate, export, generate, iterate, load_policy, plan, score, train
+    from rayalign.evaluation.evaluate import Evaluation
+    from rayalign.evaluation.pool import PoolResult
     from rayalign.policy.scoring import LoadedPolicy
+    from rayalign.rounds.iterate import Round
     from rayalign.training.driver import Result
 
 __version__ = "0.1.0"
 
-__all__ = ["LoadedPolicy", "Plan", "Result", "__version__", "export", "load_policy", "plan", "train"]
+__all__ = [
+    "Evaluation",
+    "LoadedPolicy",
+    "Plan",
+    "PoolResult",
+    "Result",
+    "Round",
+    "__version__",
+    "evaluate",
+    "export",
+    "generate",
+    "iterate",
+    "load_policy",
+    "plan",
+    "score",
+    "train",
+]
 
 # Loaded when they are first used: `import rayalign` costs nothing.
 _MODULES = {
-    **dict.fromkeys(("Plan", "export", "load_policy", "plan", "train"), "rayalign.api"),
+    **dict.fromkeys(
+        ("Plan", "evaluate", "export", "generate", "iterate", "load_policy", "plan", "score", "train"), "rayalign.api"
+    ),
+    "Evaluation": "rayalign.evaluation.evaluate",
+    "PoolResult": "rayalign.evaluation.pool",
+    "Round": "rayalign.rounds.iterate",
     "LoadedPolicy": "rayalign.policy.scoring",
     "Result": "rayalign.training.driver",
 }

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     import torch
 
     from rayalign.config.config import Config
-    from rayalign.config.sections import PlanConfig, TuneConfig
     from rayalign.config.yaml_files import Extra
+    from rayalign.evaluation.evaluate import Evaluation
+    from rayalign.evaluation.pool import PoolResult
     from rayalign.policy.scoring import LoadedPolicy
+    from rayalign.rounds.iterate import Round
     from rayalign.training.driver import Result
 
 File: TypeAlias = str | os.PathLike[str]
@@ -139,7 +141,7 @@ def export(
     *,
     checkpoint: File | int | None = None,
     run_dir: File | None = None,
-    layout: Literal["transformers", "vllm", "value_head"] = "transformers",
+    layout: Literal["transformers", "vllm", "value_head", "trl", "ms_swift"] = "transformers",
     overwrite: bool = False,
     push_to_hub: str | None = None,
     hub_private: bool = True,
@@ -147,7 +149,8 @@ def export(
     """Writes a trained model (the model/ folder of a run) as one plain folder, its adapter merged, and returns its path or URL.
 
     A reward model gets a `score` head, which transformers, ms-swift and vLLM load; `layout` is its name: transformers reads
-    score.weight, vLLM language_model.score.weight; value_head: a file of its own, from which training goes on. `overwrite`
+    score.weight, vLLM language_model.score.weight; value_head: a file of its own, from which training goes on. trl and
+    ms_swift: the adapter is not merged, and written as these tools load one. `overwrite`
     replaces an earlier export; `push_to_hub` (OWNER/NAME) uploads it, too. With `checkpoint` the model of a
     checkpoint of any run is written, as its model/ is: "best", "last" or a step of the run in `run_dir`, or a checkpoint's
     folder.
@@ -173,6 +176,79 @@ def export(
     return serving.run(flags).location
 
 
+def evaluate(*, config: File | Sequence[File] = (), **flags: FlagValue) -> "Evaluation":
+    """A model, adapter or reward model on preference data and benchmarks, alone or beside a second one, as `rayalign evaluate`
+    does it with these flags.
+
+        found = rayalign.evaluate(model=result.model_dir, dataset=["held_out.jsonl"], output_dir="runs/dpo/evaluation")
+        found.metrics["model"]["dataset"]["metrics"]["accuracy/likelihood"]["value"]
+
+    `config`, the cluster and mistakes are as in `train`. What is done already in output_dir is not computed again.
+    """
+    from rayalign.config.command_line import build_sections
+    from rayalign.config.evaluate import EvaluateConfig
+    from rayalign.config.inference import InferenceConfig
+
+    shared, own = build_sections((InferenceConfig, EvaluateConfig), _plain_values(flags), files=_files(config))
+    from rayalign.evaluation import evaluate as verb
+
+    return verb.run(shared, own)
+
+
+def generate(*, config: File | Sequence[File] = (), **flags: FlagValue) -> "PoolResult":
+    """A model's own responses to the prompts of data sets, as `rayalign generate` writes them with these flags.
+
+        responses = rayalign.generate(model=result.model_dir, dataset=["prompts.jsonl"], n=4, temperature=0.8, output_dir="out")
+        for table in responses.tables(["query", "response"]): ...
+
+    `config`, the cluster and mistakes are as in `train`. Prompts that have their responses already in output_dir are left out.
+    """
+    from rayalign.config.command_line import build_sections
+    from rayalign.config.inference import InferenceConfig
+    from rayalign.config.inference_verbs import GenerateConfig
+
+    shared, own = build_sections((InferenceConfig, GenerateConfig), _plain_values(flags), files=_files(config))
+    from rayalign.evaluation import generate as verb
+
+    return verb.run(shared, own)
+
+
+def score(*, config: File | Sequence[File] = (), **flags: FlagValue) -> "PoolResult":
+    """Numbers for responses, by reward models, policies, a function of yours or a judge, as `rayalign score` writes them.
+
+        scores = rayalign.score(scorer="reward_model=runs/rm/model", dataset=responses.dataset, output_dir="scores")
+
+    `config`, the cluster and mistakes are as in `train`. Responses that are scored already in output_dir are left out.
+    """
+    from rayalign.config.command_line import build_sections
+    from rayalign.config.inference import InferenceConfig
+    from rayalign.config.inference_verbs import ScoreConfig
+
+    shared, own = build_sections((InferenceConfig, ScoreConfig), _plain_values(flags), files=_files(config))
+    from rayalign.evaluation import score as verb
+
+    return verb.run(shared, own)
+
+
+def iterate(algorithm: str, *, config: File | Sequence[File] = (), **flags: FlagValue) -> "list[Round]":
+    """Rounds of responses, scores, pairs and training, as `rayalign iterate --rlhf_type ALGORITHM` makes them; what came out of
+    each.
+
+        rounds = rayalign.iterate("dpo", model="runs/sft/model", dataset="prompts.jsonl", scorer="python=check.py:score")
+        rounds[-1].model
+
+    `flags` are those of `train` and of rounds; `config`, the cluster and mistakes are as there. Stages that are done already in
+    output_dir are left out.
+    """
+    from rayalign.config.inference_verbs import IterateConfig
+
+    run, own = _build(algorithm, config, flags, IterateConfig)
+    assert isinstance(own, IterateConfig)
+    from rayalign.rounds import iterate as verb
+
+    return verb.run(run, own)
+
+
 def _config(algorithm: str, files: File | Sequence[File], flags: Mapping[str, FlagValue]) -> "Config":
     return _build(algorithm, files, flags, None)[0]
 
@@ -181,14 +257,20 @@ def _build(
     algorithm: str,
     files: File | Sequence[File],
     flags: Mapping[str, FlagValue],
-    extra: "type[TuneConfig] | type[PlanConfig] | None",
+    extra: "type[Extra] | None",
 ) -> "tuple[Config, Extra | None]":
     from rayalign.algorithms import ALGORITHMS
     from rayalign.config.command_line import build
 
-    named = [files] if isinstance(files, (str, os.PathLike)) else files
-    values = {name: _plain(value) for name, value in flags.items()}
-    return build(ALGORITHMS, algorithm, values, files=[os.fspath(file) for file in named], extra=extra)
+    return build(ALGORITHMS, algorithm, _plain_values(flags), files=_files(files), extra=extra)
+
+
+def _files(files: File | Sequence[File]) -> list[str]:
+    return [os.fspath(file) for file in ([files] if isinstance(files, (str, os.PathLike)) else files)]
+
+
+def _plain_values(flags: Mapping[str, FlagValue]) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in flags.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -168,7 +168,7 @@ def _evaluate(words: Sequence[str], prog: str, summary: str) -> None:
     with user_errors():
         from rayalign.evaluation import evaluate
 
-        evaluate.run(flags, evaluation)
+        sys.stdout.write(evaluate.run(flags, evaluation).table)
 
 
 def _generate(words: Sequence[str], prog: str, summary: str) -> None:

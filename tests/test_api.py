@@ -12,8 +12,12 @@ import rayalign
 from rayalign.algorithms import ALGORITHMS
 from rayalign.api import Plan
 from rayalign.config import command_line
+from rayalign.config.inference import InferenceConfig
+from rayalign.config.inference_verbs import GenerateConfig
 from rayalign.config.sections import PlanConfig
 from rayalign.estimate.plan import plan_run
+from rayalign.evaluation.evaluate import Evaluation
+from rayalign.evaluation.pool import PoolResult
 from rayalign.storage import Store
 from rayalign.training.driver import Result
 
@@ -36,6 +40,7 @@ def test_the_functions_are_seen_before_they_are_loaded() -> None:
     found = words_of("import sys, rayalign; print(*dir(rayalign), *(name in sys.modules for name in ['rayalign.api', 'ray']))")
     assert set(rayalign.__all__) <= set(found)
     assert {"train", "plan", "load_policy", "export", "Result", "Plan", "LoadedPolicy"} <= set(rayalign.__all__)
+    assert {"evaluate", "generate", "score", "iterate", "Evaluation", "PoolResult", "Round"} <= set(rayalign.__all__)
     assert found[-2:] == ["False", "False"]
 
 
@@ -124,6 +129,58 @@ def test_a_plan_has_the_text_of_the_verb_and_its_figures(tmp_path: Path) -> None
     assert str(caught.value) == "--mfu 2.0: must be at most 1."
 
 
+SHARED = {"model": "./gone/model", "output_dir": "out"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "message"),
+    [
+        ("evaluate", {"benchmark": "pope:x"}, "Unknown flag --benchmark. Did you mean --benchmarks?"),
+        ("evaluate", {"benchmarks": ["popo:x"]}, "--benchmarks popo:x: there is no benchmark popo. Did you mean pope?"),
+        ("evaluate", {}, "Nothing to evaluate on: pass --dataset with preference data, --benchmarks, or both."),
+        ("generate", {"n": 0}, "--n 0: must be at least 1."),
+        ("generate", {"dataset": "a.jsonl"}, "--model ./gone/model: there is no such folder"),
+        ("score", {"dataset": ["a.jsonl"], "scorer": "judg=x"}, "--scorer judg=x: must be one of "),
+        ("score", {"config": "gone.yaml"}, "--config gone.yaml: "),
+    ],
+)
+def test_the_verbs_of_a_trained_model_refuse_what_the_command_line_refuses(
+    verb: str, flags: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        getattr(rayalign, verb)(**SHARED, **flags)
+    assert str(caught.value).startswith(message)
+
+
+def test_rounds_refuse_what_the_command_line_refuses(tmp_path: Path) -> None:
+    for flags, message in (
+        ({"num_rounds": 0}, "--num_rounds 0: must be at least 1."),
+        ({"dataset": "a.jsonl"}, "No model given: pass --model FOLDER_OR_HUB_ID, or --model_type with a registered name."),
+    ):
+        with pytest.raises(ValueError) as caught:
+            rayalign.iterate("dpo", output_dir=tmp_path, **flags)
+        assert str(caught.value) == message
+
+
+def test_the_flags_of_verbs_are_those_of_the_command_line_and_win_over_files(tmp_path: Path) -> None:
+    (tmp_path / "verb.yaml").write_text("n: 2\nseed: 7\ndataset: [a.jsonl]\n")
+    sections = (InferenceConfig, GenerateConfig)
+    files = [str(tmp_path / "verb.yaml")]
+    found = command_line.build_sections(
+        sections, {"n": 4, "temperature": "0.5", "dataset": ["b.jsonl", "c.jsonl"]}, files=files
+    )
+    words = f"--config {tmp_path}/verb.yaml --n 4 --temperature 0.5 --dataset b.jsonl c.jsonl".split()
+    assert found == command_line.parse_sections(sections, words, prog="rayalign", description="", example="")
+
+
+def test_results_say_where_everything_is(tmp_path: Path) -> None:
+    result = PoolResult(Store("s3://bucket/out"), 3, 1)
+    assert (result.output_dir, result.dataset) == ("s3://bucket/out", "s3://bucket/out/rows")
+    (tmp_path / "metrics.json").write_text('{"model": {}}')
+    found = Evaluation(Store(str(tmp_path)), "table")
+    assert (found.output_dir, found.page, found.metrics) == (str(tmp_path), f"{tmp_path}/evaluation.html", {"model": {}})
+
+
 def test_a_result_says_where_everything_is() -> None:
     result = Result(Store("s3://bucket/run"), {"eval_loss": 0.5, "steps": 3}, {"eval_loss": 0.5})
     assert (result.output_dir, result.model_dir) == ("s3://bucket/run", "s3://bucket/run/model")
@@ -133,7 +190,7 @@ def test_a_result_says_where_everything_is() -> None:
 def test_an_export_is_refused_as_on_the_command_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         rayalign.export(tmp_path, tmp_path / "out", layout="vlm")  # type: ignore[arg-type]
-    assert str(caught.value) == "--layout vlm: must be one of transformers, vllm, value_head. Did you mean vllm?"
+    assert str(caught.value) == "--layout vlm: must be one of transformers, vllm, value_head, trl, ms_swift. Did you mean vllm?"
     with pytest.raises(ValueError) as caught:
         rayalign.export(tmp_path, tmp_path)
     assert str(caught.value) == f"--output_dir {tmp_path} holds the model that is exported. Choose another folder."

@@ -123,6 +123,19 @@ def _parse_sections(
         parser.error(str(error))
 
 
+def build_sections(
+    sections: tuple[type[AnySection], type[OtherSection]], values: Mapping[str, Any], *, files: Sequence[str] = ()
+) -> tuple[AnySection, OtherSection]:
+    """What `parse_sections` reads, from flags given as values on top of YAML files. Raises ValueError."""
+    first, second = sections
+    known = [flag.name for section in sections for flag in flags_of(section)]
+    merged = {**read_files(files, known), **translate_values(values, known)}
+    problems = [_unknown_flag(name, known) for name in merged if name not in known]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return section_from_mapping(first, merged), section_from_mapping(second, merged)
+
+
 def build(
     algorithms: "Mapping[str, type[Algorithm]]",
     name: str,

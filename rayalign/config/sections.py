@@ -257,13 +257,22 @@ class RunConfig:
         "and at the end, for the report. 0: none.",
         at_least=0,
     )
+    eval_benchmarks: tuple[str, ...] = flag(
+        (),
+        "NAME:FOLDER ...: benchmarks, as the verb evaluate has them, of each checkpoint (--save_steps), beside the training: "
+        "in a process with the CPUs and GPUs of a worker, as soon as there is room for one. eval_NAME/METRIC are the figures.",
+    )
+    max_eval_questions: int = flag(
+        1000, "Of a benchmark of --eval_benchmarks with more questions, so many are drawn, the same ones each time.", at_least=1
+    )
     save_steps: int = flag(50, "Steps between two checkpoints (also at the end).", at_least=1)
     save_total_limit: int = flag(2, "Newest checkpoints kept, and beside them the best one.", at_least=1)
     metric_for_best_model: str | None = flag(
         None,
         "Metric of the evaluations, by its name in metrics.jsonl, that tells the best checkpoint. Each evaluation that is the "
         "best so far is saved: a checkpoint more, where --eval_steps is no multiple of --save_steps. Default: "
-        "eval_accuracy/likelihood, else eval_rewards/accuracies, else eval_loss; equal values by eval_rewards/margins.",
+        "eval_accuracy/likelihood, else eval_rewards/accuracies, else eval_loss; equal values by eval_rewards/margins. Also a "
+        "benchmark's, such as pope/accuracy.",
     )
     greater_is_better: bool | None = flag(
         None, "Whether a high --metric_for_best_model is good. Default: by its name; low is good of losses, nll, kl."
@@ -511,11 +520,11 @@ class ExportConfig:
     )
     run_dir: str | None = flag(None, "The run's folder for --checkpoint: local, shared or s3:// gs://.")
     output_dir: str | None = flag(None, "Folder that is written: local, shared or s3:// gs://.")
-    layout: Literal["transformers", "vllm", "value_head"] = flag(
+    layout: Literal["transformers", "vllm", "value_head", "trl", "ms_swift"] = flag(
         "transformers",
-        "The form of a reward model's head. transformers: score.weight, which transformers and ms-swift read; vllm: "
-        "language_model.score.weight, which vLLM reads; value_head: a file of its own beside the merged weights, from which "
-        "training goes on.",
+        "trl, ms_swift: the adapter is not merged, and written as these tools load one. The others are the form of a reward "
+        "model's head. transformers: score.weight, which transformers and ms-swift read; vllm: language_model.score.weight, "
+        "which vLLM reads; value_head: a file of its own beside the merged weights, from which training goes on.",
     )
     overwrite: bool = flag(False, "Replace an earlier export in --output_dir.")
     push_to_hub: str | None = flag(

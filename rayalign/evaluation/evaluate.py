@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import logging
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,16 +20,17 @@ from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ClusterConfig, ModelConfig
 from rayalign.data.rows import Sources
-from rayalign.evaluation.benchmarks.benchmark import Benchmark, Contents, Item, Said, image_folder
-from rayalign.evaluation.benchmarks.shelf import BENCHMARKS, parse_benchmarks
+from rayalign.evaluation.benchmarks.benchmark import Said
+from rayalign.evaluation.benchmarks.shelf import parse_benchmarks
+from rayalign.evaluation.exams import Exam, answers_in, read_exam
 from rayalign.evaluation.groups import Group, groups_of_datasets, groups_of_rows
 from rayalign.evaluation.judge import Judge, judge_all
 from rayalign.evaluation.loaded_model import start_of_run
 from rayalign.evaluation.pair_scores import Scoring, make_work
-from rayalign.evaluation.pool import DROPPED, ID, read_results, run_pool
-from rayalign.evaluation.preferences import Pairs, pairs_of
-from rayalign.evaluation.questions import Answers, answers_of, draw, fingerprint, metrics_of, rows_of
-from rayalign.evaluation.results import BenchmarkResult, DatasetResult, ModelResult, table_text, write_results
+from rayalign.evaluation.pool import DROPPED, read_results, run_pool
+from rayalign.evaluation.preferences import pairs_of
+from rayalign.evaluation.questions import Answers, fingerprint, metrics_of
+from rayalign.evaluation.results import METRICS, BenchmarkResult, DatasetResult, ModelResult, table_text, write_results
 from rayalign.evaluation.results_page import page_of
 from rayalign.evaluation.score_columns import SCHEMA, VIEWS, View
 from rayalign.evaluation.start import config_of, files_of_data, files_of_model, model_of, on_cluster, sources_of
@@ -58,14 +58,26 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Exam:
-    """A benchmark as it is asked: its files' contents, the questions drawn of them, and their rows."""
+class Evaluation:
+    """A finished evaluation: its folder, and all metrics as a table in words."""
 
-    name: str
-    benchmark: Benchmark
-    contents: Contents
-    items: Sequence[Item]
-    rows: Sequence[Mapping[str, Any]]
+    folder: Store
+    table: str
+
+    @property
+    def output_dir(self) -> str:
+        """The folder of the results: an absolute path or a URL."""
+        return self.folder.location
+
+    @property
+    def page(self) -> str:
+        """The path or URL of evaluation.html."""
+        return (self.folder / PAGE).location
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json says."""
+        return (self.folder / METRICS).read_json_object()
 
 
 @dataclass(frozen=True)
@@ -93,9 +105,8 @@ class Scored:
         return bool(self.table["is_reward_model"][0].as_py())
 
 
-def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Store:
-    """Evaluates, writes metrics.json, records.parquet and evaluation.html into --output_dir, prints a table, and returns the
-    folder.
+def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
+    """Evaluates, and writes metrics.json, records.parquet and evaluation.html into --output_dir.
 
     Raises ValueError for models, data, benchmarks and flags that can't be used.
     """
@@ -122,9 +133,8 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Store:
     used, seed = {**dataclasses.asdict(flags), **dataclasses.asdict(evaluation)}, config.data.data_seed
     write_results(output, results, flags=used, seed=seed)
     (output / PAGE).write_bytes(render_evaluation(page_of(results, flags=used, seed=seed)).encode())
-    sys.stdout.write(table_text(results, seed=seed))
     logger.info("Evaluation: %s", (output / PAGE).location)
-    return output
+    return Evaluation(output, table_text(results, seed=seed))
 
 
 def _contenders(config: Config, evaluation: EvaluateConfig) -> list[Contender]:
@@ -167,20 +177,19 @@ def _reference(source: ModelSource, model: ModelConfig, named: str | None) -> Mo
 
 
 def _read_exam(name: str, place: str, config: Config, evaluation: EvaluateConfig) -> Exam:
-    benchmark = BENCHMARKS[name]
-    try:
-        contents = benchmark.read(Store.at(place))
-        images = Store.at(config.data.image_root) if config.data.image_root else image_folder(contents)
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"--benchmarks {name}:{place}: {error}") from None
-    items = draw(contents.items, evaluation.max_questions, seed=config.data.data_seed)
-    for left_out in contents.left_out[:3]:
-        logger.warning("%s: left out %s: %s", benchmark.title, left_out.place, left_out.reason)
-    if contents.left_out:
-        logger.warning(
-            "%s: %d rows of its files are left out; metrics.json lists them", benchmark.title, len(contents.left_out)
-        )
-    return Exam(name, benchmark, contents, items, rows_of(items, benchmark, images))
+    exam = read_exam(
+        name,
+        place,
+        image_root=config.data.image_root,
+        max_questions=evaluation.max_questions,
+        seed=config.data.data_seed,
+    )
+    title, rows = exam.benchmark.title, exam.contents.left_out
+    for left_out in rows[:3]:
+        logger.warning("%s: left out %s: %s", title, left_out.place, left_out.reason)
+    if rows:
+        logger.warning("%s: %d rows of its files are left out; metrics.json lists them", title, len(rows))
+    return exam
 
 
 def _judge_of(evaluation: EvaluateConfig, exams: Sequence[Exam]) -> Judge | None:
@@ -245,22 +254,18 @@ def _result(
     reference = contender.reference_source
     dataset = None
     if DATA in scored:
-        dataset = DatasetResult.of(_pairs(scored[DATA], beta=beta), scored[DATA].dropped, seed=seed)
+        of_data = scored[DATA]
+        pairs = pairs_of(of_data.table, beta=beta, is_reward_model=of_data.is_reward_model)
+        dataset = DatasetResult.of(pairs, of_data.dropped, seed=seed)
     benchmarks = {exam.name: _benchmark_result(exam, contender, scored[exam.name], judge, output, beta=beta) for exam in exams}
     named = (reference.adapter or reference.base) if reference else None
     return ModelResult(contender.role, contender.name, named, dataset, benchmarks)
 
 
-def _pairs(scored: Scored, *, beta: float) -> Pairs:
-    return pairs_of(scored.table, beta=beta, is_reward_model=scored.is_reward_model)
-
-
 def _benchmark_result(
     exam: Exam, contender: Contender, scored: Scored, judge: Judge | None, output: Store, *, beta: float
 ) -> BenchmarkResult:
-    lines = {line[ID]: line for line in scored.table.to_pylist()}
-    are_pairs = any(item.kind == "pair" for item in exam.items)
-    answers = answers_of(exam.items, lines, _pairs(scored, beta=beta) if are_pairs else None)
+    answers = answers_in(exam, scored.table, beta=beta)
     if exam.benchmark.judge_prompt is not None and judge is not None:
         answers = _judged(exam, answers, judge, output / JUDGEMENTS / f"{exam.name}_{contender.role}.jsonl")
     return BenchmarkResult(

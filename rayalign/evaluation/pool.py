@@ -86,6 +86,20 @@ class PoolResult:
     num_rows: int
     num_dropped: int
 
+    @property
+    def output_dir(self) -> str:
+        """The folder: an absolute path or a URL."""
+        return self.folder.location
+
+    @property
+    def dataset(self) -> str:
+        """The folder with the rows' parquet files: what --dataset takes."""
+        return (self.folder / ROWS).location
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The rows, all `columns` or some of them, in a table for each file."""
+        return read_results(self.folder, columns)
+
 
 def run_pool(
     groups: Sequence[Group],

@@ -45,6 +45,7 @@ class Group:
     looks: tuple[tuple[str, str], ...]
 
 
+OTHER_COLOURS: tuple[Colour, ...] = ("orange", "grey")
 OTHERS = "with other records\u2019 pictures"
 BY_LIKELIHOOD: Curves = (
     ("accuracy/likelihood", "sum of log-probs", "blue"),
@@ -116,8 +117,9 @@ GROUPS = (
 )
 
 
-def curves_section(metrics: Metrics, *, reward_name: str) -> str:
-    """All groups of charts that have something to show; `reward_name` is what gives the rewards."""
+def curves_section(metrics: Metrics, *, reward_name: str, benchmarks: Sequence[str] = ()) -> str:
+    """All groups of charts that have something to show; `reward_name` is what gives the rewards, `benchmarks` are the names of
+    those of the checkpoints."""
     names = {name.removeprefix("eval_") for line in metrics for name in line}
     parts = []
     for group in GROUPS:
@@ -126,7 +128,25 @@ def curves_section(metrics: Metrics, *, reward_name: str) -> str:
             *looks, last = [words for name, words in group.looks if name in names] or [""]
             words = f"Look for {', '.join(looks)}{', and ' if looks else ''}{last}." if last else ""
             parts.append(section(group.title, words, f'<div class="charts">{"".join(charts)}</div>'))
+    drawn = [_chart(chart, metrics, reward_name) for name in benchmarks for chart in _of_benchmark(name, metrics)]
+    if drawn:
+        words = "The chief figure of each benchmark, of every checkpoint; metrics.jsonl has the others."
+        parts.append(section("Benchmarks", words, f'<div class="charts">{"".join(drawn)}</div>'))
     return "".join(parts)
+
+
+def _of_benchmark(name: str, metrics: Metrics) -> list[Chart]:
+    """The chart of a benchmark's first metric, in each way in which it is told; none before the first checkpoint was judged."""
+    told = list(dict.fromkeys(key for line in metrics for key in line if key.startswith(f"eval_{name}/")))
+    if not told:
+        return []
+    chief = told[0].removeprefix(f"eval_{name}/")
+    ways = [key for key in told[1:] if key.endswith(f"/{chief}")][: len(OTHER_COLOURS)]
+    others = [
+        (key.removeprefix("eval_"), key.removeprefix(f"eval_{name}/").partition("/")[0], colour)
+        for key, colour in zip(ways, OTHER_COLOURS, strict=False)
+    ]
+    return [Chart(f"{name}: {chief}", ((f"{name}/{chief}", "", "blue"), *others))]
 
 
 def _chart(chart: Chart, metrics: Metrics, reward_name: str) -> str:

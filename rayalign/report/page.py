@@ -77,7 +77,7 @@ def render_report(
         _header(title, config, summary, metrics, num_steps),
         _tiles(config, metrics, dropped, pairs, times, score_name=score_name),
         _warnings(metrics, pairs, is_finished=bool(summary)),
-        curves_section(metrics, reward_name=reward_name(config)),
+        curves_section(metrics, reward_name=reward_name(config), benchmarks=benchmarks_of(config)),
         answers_section(answers, conversations),
         distributions(pairs, score_name=score_name),
         length_bias(pairs),
@@ -174,6 +174,11 @@ def _course(name: str, metric: str, metrics: Metrics) -> tuple[str, str, str, st
 def reward_name(config: Mapping[str, Any]) -> str:
     """What gives the rewards of a run: a reward model's head, or the log-probs in which they are implicit."""
     return "the reward model" if config.get("rlhf_type") == "rm" else "the implicit reward"
+
+
+def benchmarks_of(config: Mapping[str, Any]) -> list[str]:
+    """The names of the benchmarks that a run's checkpoints are evaluated on, as metrics have them."""
+    return [str(argument).partition(":")[0].replace("-", "_").lower() for argument in config.get("eval_benchmarks") or ()]
 
 
 def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair], *, is_finished: bool) -> str:

@@ -28,8 +28,10 @@ from rayalign.ops.value_head import find_value_head, load_value_head
 from rayalign.policy.adapters import merge_adapter
 from rayalign.policy.compat import keep_weight_names
 from rayalign.policy.weights import load_weights
+from rayalign.serving.adapter_layouts import ADAPTER_LAYOUTS, write_adapter
 from rayalign.serving.merge import processor_of, write_merged
 from rayalign.serving.model_card import is_export, write_card
+from rayalign.serving.score_head import set_pad_token, warn_of_bias
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,11 @@ def run(config: ExportConfig) -> Store:
         source = named.here()
         folder = Path(temporary) / "export"
         head = find_value_head(Path(source.adapter or source.base))
-        if head is not None and config.layout == "value_head":
+        if config.layout == "trl" or config.layout == "ms_swift":  # the type checker reads it
+            _require_adapter(config, source)
+            write_adapter(source, folder, base=named.base, layout=config.layout)
+            form = f"The adapter in the form of {config.layout}"
+        elif head is not None and config.layout == "value_head":
             _require_adapter(config, source)
             write_merged(source, folder, needs_output_head=False)
             shutil.copy(head, folder)
@@ -80,6 +86,8 @@ def _check_merge(config: ExportConfig, source: ModelSource) -> None:
 
 
 def _require_adapter(config: ExportConfig, source: ModelSource) -> None:
+    if source.adapter is None and config.layout in ADAPTER_LAYOUTS:
+        raise ValueError(f"--layout {config.layout}: is of an adapter, and {config.model} has none. Leave it out.")
     if source.adapter is None and config.layout == "value_head":
         raise ValueError(f"--layout value_head: {config.model} has no adapter to merge, and is of that form already: copy it.")
     if source.adapter is None:
@@ -102,7 +110,7 @@ def write_sequence_classifier(
     head = load_value_head(Path(source.adapter or source.base), config.get_text_config().hidden_size).summary
     processor = processor_of(source)
     _set_classifier_config(config, bias=head.bias.item())
-    _set_pad_token(config, processor.tokenizer)
+    set_pad_token(config, processor.tokenizer)
     classifier = _assemble(base, head.weight)
     if layout == "vllm":
         _save_for_vllm(classifier, folder, max_shard_size)
@@ -176,38 +184,9 @@ def _set_classifier_config(config: Any, *, bias: float) -> None:
         part.problem_type = "regression"  # vLLM would pass the score through a sigmoid otherwise
     if bias != 0:
         config.score_bias = bias
-        logger.warning(
-            "The value head has a bias of %.9g, which this form has no place for: scores will be lower by it (higher, where it "
-            "is negative), their order stays. load_sequence_classifier adds it from config.json; for vLLM pass "
-            "PoolerConfig(logit_mean=%.9g).",
-            bias,
-            -bias,
+        warn_of_bias(
+            bias, "load_sequence_classifier adds it from config.json; for vLLM pass PoolerConfig(logit_mean=%.9g)." % -bias
         )
-
-
-def _set_pad_token(config: Any, tokenizer: Any) -> None:
-    """Makes tokenizer and config agree on a padding token that no response ends with: the score is read at the last token that
-    is no padding, and were the end mark itself the padding, it would be read one token early.
-
-    Where the tokenizer has no such token, there is no padding token: then a batch holds one row.
-    """
-    text_config = config.get_text_config()
-    token = _pad_token(tokenizer, text_config.vocab_size, config.image_token_id)
-    if token is None:
-        logger.warning("The tokenizer has no token that could serve as padding beside its end mark: score rows one at a time.")
-    else:
-        tokenizer.pad_token = token
-    for part in (config, text_config):
-        part.pad_token_id = None if token is None else tokenizer.convert_tokens_to_ids(token)
-
-
-def _pad_token(tokenizer: Any, vocab_size: int, image_token_id: int) -> str | None:
-    special = {id: str(token) for id, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
-    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, image_token_id}
-    free = {id: token for id, token in special.items() if id not in taken and id < vocab_size}
-    if tokenizer.pad_token_id in free:
-        return str(tokenizer.pad_token)
-    return next((token for kind in ("pad", "unk", "reserved") for token in free.values() if kind in token.lower()), None)
 
 
 def _save_for_vllm(classifier: Any, folder: Path, max_shard_size: str) -> None:

@@ -19,6 +19,7 @@ def with_whole_paths(config: Config) -> Config:
         {
             "dataset": [whole_argument(argument) for argument in data.dataset],
             "val_dataset": [whole_argument(argument) for argument in data.val_dataset],
+            "eval_benchmarks": [_whole_benchmark(argument) for argument in run.eval_benchmarks],
             **{name: _whole(f"--{name}", place) for name, place in places.items() if place},
             **{
                 name: str(Path(place).expanduser().resolve())
@@ -27,6 +28,12 @@ def with_whole_paths(config: Config) -> Config:
             },
         }
     )
+
+
+def _whole_benchmark(argument: str) -> str:
+    """NAME:FOLDER with a whole folder; what is not written so is refused elsewhere."""
+    name, _, folder = argument.partition(":")
+    return f"{name}:{_whole(f'--eval_benchmarks {name}:', folder)}" if folder else argument
 
 
 def _whole(flag: str, place: str) -> str:

@@ -80,6 +80,11 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     _require_optuna(sweep)
     check_sinks(config.run.report_to)
     profiled_steps(config.run.profile_steps)
+    if config.run.eval_benchmarks:
+        raise ValueError(
+            "--eval_benchmarks: trials are ranked by their held-out records, and no benchmark is evaluated beside them. Leave "
+            "it out, and evaluate the best model with the verb evaluate."
+        )
     require_lasting_folders(config)
     config = with_whole_paths(config)
     for model in _models_of(dataclasses.replace(space, base=config)):

@@ -21,7 +21,7 @@ DEFAULTS = ("eval_accuracy/likelihood", "eval_rewards/accuracies", "eval_loss")
 TIE_BREAKER = "eval_rewards/margins"
 """Decides between equal values, where an evaluation has it: an accuracy on few records often stays the same."""
 
-LOWER_IS_BETTER = ("loss", "nll", "perplexity", "/kl", "_kl", "grad_norm")
+LOWER_IS_BETTER = ("loss", "nll", "perplexity", "/kl", "_kl", "grad_norm", "/CHAIR", "/Hal", "/Cog")
 """In the names of metrics of which less is better."""
 
 
@@ -102,6 +102,13 @@ def metric_name(asked: str | None, metrics: Mapping[str, float]) -> str | None:
         f"--metric_for_best_model {asked}: an evaluation has no such metric.{did_you_mean(asked, held_out)} It has "
         f"{', '.join(held_out)}."
     )
+
+
+def is_of_benchmark(run: RunConfig) -> bool:
+    """Whether --metric_for_best_model is a metric of one of --eval_benchmarks, so that not the workers find the best checkpoint
+    but who judges it beside the training."""
+    named = (run.metric_for_best_model or "").removeprefix("eval_").partition("/")[0]
+    return named in {argument.partition(":")[0].replace("-", "_").lower() for argument in run.eval_benchmarks}
 
 
 def is_greater_better(metric: str, run: RunConfig) -> bool:

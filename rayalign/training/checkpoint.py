@@ -271,23 +271,37 @@ def whole_at(folder: Store, step: int) -> Checkpoint | None:
     )
 
 
-def delete_others(folder: Store, keep: FetchedCheckpoint, *, best: Store | None = None) -> None:
-    """Deletes every checkpoint but the one that a run goes on from and the best one, once every worker has read the first."""
+def delete_others(
+    folder: Store,
+    keep: FetchedCheckpoint,
+    *,
+    best: Store | None = None,
+    waits: Callable[[Checkpoint], bool] = lambda checkpoint: False,
+) -> None:
+    """Deletes every checkpoint but the one that a run goes on from, the best one and those before it that somebody `waits` for,
+    once every worker has read the first."""
     for checkpoint in _newest_first(folder):
-        if checkpoint.store not in (keep.store, best):
+        is_kept = checkpoint.store in (keep.store, best) or (checkpoint.step < keep.step and waits(checkpoint))
+        if not is_kept:
             checkpoint.store.delete()
 
 
-def prune_checkpoints(folder: Store, *, keep: int, best: Store | None = None) -> None:
-    """Deletes all but the newest `keep` checkpoints and the best one, and every incomplete one. Looks at names and sizes only,
-    and reads no content for it."""
+def prune_checkpoints(
+    folder: Store,
+    *,
+    keep: int,
+    best: Store | None = None,
+    waits: Callable[[Checkpoint], bool] = lambda checkpoint: False,
+) -> None:
+    """Deletes all but the newest `keep` checkpoints, the best one and those that somebody `waits` for, and every incomplete
+    one. Looks at names and sizes only, and reads no content for it."""
     whole = 0
     for checkpoint in _newest_first(folder):
         problem = _what_is_missing(checkpoint.store)
         whole += problem is None
         if problem is not None:
             logger.warning("Deleting the damaged checkpoint %s: %s.", checkpoint.store.location, problem)
-        if problem is not None or (whole > keep and checkpoint.store != best):
+        if problem is not None or (whole > keep and checkpoint.store != best and not waits(checkpoint)):
             checkpoint.store.delete()
 
 

@@ -19,6 +19,7 @@ from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.policy.loading import load_policy
+from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
@@ -118,7 +119,6 @@ def _algorithm(name: str, plugins: Any, folder: Store) -> type[Algorithm]:
 def write_model(config: Config, weights: Path, folder: Path) -> None:
     """Writes into `folder` what a run of this configuration writes as its model/, with the trainable weights of the folder
     `weights`. Runs on the CPU, which holds the whole model for it."""
-    source = require_model(config.model, REGISTERED_MODELS)
     dtype: Any = config.model.dtype_on("cuda" if config.cluster.gpus_per_worker else "cpu")
     model = replace(
         config.model,
@@ -131,16 +131,25 @@ def write_model(config: Config, weights: Path, folder: Path) -> None:
     standard = {
         name: getattr(TunerConfig(), name) for name in ("quant_bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     }
-    needs = replace(config.algorithm.needs, reference=False)
+    unquantised = replace(config, model=model, tuner=replace(config.tuner, **standard))
+    policy = trained_policy(unquantised, weights, device=torch.device("cpu"))
+    save_policy(policy, folder, safe_serialization=config.run.safe_serialization)
+    base, trust = require_model(config.model, REGISTERED_MODELS).base, config.model.trust_remote_code
+    spec = EncoderSpec(model=base, responses=config.algorithm.needs.responses, trust_remote_code=trust)
+    spec.processor.save_pretrained(folder)
+
+
+def trained_policy(config: Config, weights: Path, *, device: torch.device) -> Policy:
+    """The model of a run's configuration with the trainable weights of the folder `weights`, and without what a reference may
+    need."""
     policy = load_policy(
-        source,
-        model=model,
-        tuner=replace(config.tuner, **standard),
-        device=torch.device("cpu"),
-        needs=needs,
+        require_model(config.model, REGISTERED_MODELS),
+        model=config.model,
+        tuner=config.tuner,
+        device=device,
+        needs=replace(config.algorithm.needs, reference=False),
+        spread_over_gpus=device.type == "cuda" and config.cluster.spreads_models,
         seed=config.optimizer.seed,
     )
     load_weights(weights, policy)
-    save_policy(policy, folder, safe_serialization=config.run.safe_serialization)
-    spec = EncoderSpec(model=source.base, responses=needs.responses, trust_remote_code=config.model.trust_remote_code)
-    spec.processor.save_pretrained(folder)
+    return policy

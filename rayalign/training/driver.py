@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -31,7 +32,9 @@ from rayalign.policy.tuner_checks import check_attention, check_optimizer, check
 from rayalign.report.page import Times
 from rayalign.sources.whole_paths import with_whole_paths
 from rayalign.storage import Store
-from rayalign.training.best import best_checkpoint
+from rayalign.training.benchmark_results import best_of
+from rayalign.training.benchmarks import check_benchmarks, judge_on_cluster, judged_beside
+from rayalign.training.best import best_checkpoint, is_of_benchmark
 from rayalign.training.checkpoint import newest_complete, prune_checkpoints
 from rayalign.training.endings import beside_signals, run_reached, told_endings, with_restarts
 from rayalign.training.entry import JOB, REPORTS_EVALUATIONS, train_loop
@@ -96,6 +99,7 @@ def run(config: Config, *, began: float | None = None) -> Result:
     check_sinks(config.run.report_to)
     profiled_steps(config.run.profile_steps)
     require_model(config.model, REGISTERED_MODELS)
+    check_benchmarks(config)
     with told_endings(functools.partial(run_reached, config)):
         check_run_folder(config)
         with held(Store.at(str(config.run.output_dir))) as lease:
@@ -191,9 +195,20 @@ def fit(
         newest = newest_complete(folder / "checkpoints")
         return newest.step if newest is not None else 0
 
-    with told_endings(functools.partial(run_reached, config)):
+    with (
+        told_endings(functools.partial(run_reached, config)),
+        judged_beside(config, judge_on_cluster(config), check=check) as benchmarks,
+    ):
         outcome = with_restarts(train, max_failures=config.cluster.max_failures, progress=newest_step)
-    return finish(config, data, result_of(outcome.return_value), watch)
+        result = result_of(outcome.return_value)
+    return finish(config, data, _with_benchmarks(result, benchmarks.read(), config), watch)
+
+
+def _with_benchmarks(result: WorkerResult, figures: Mapping[int, Mapping[str, float]], config: Config) -> WorkerResult:
+    """What the workers know of the run and what benchmarks say of the model that it wrote."""
+    metrics = {**result.metrics, **figures.get(result.model_step, {})}
+    best = best_of(figures, config.run) if is_of_benchmark(config.run) else result.best
+    return dataclasses.replace(result, metrics=metrics, best=best)
 
 
 def replace_share(note: Store, share: str) -> None:

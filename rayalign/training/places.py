@@ -7,6 +7,7 @@ from pathlib import Path
 from rayalign.cluster import require_lasting_folder
 from rayalign.config.config import Config
 from rayalign.data.prepare import cache_of
+from rayalign.evaluation.benchmarks.shelf import parse_benchmarks
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import resolve_model
 from rayalign.shared_paths import SharedFile, check_shared_paths
@@ -51,6 +52,10 @@ def _inputs(config: Config) -> Iterator[SharedFile]:
                 local = Store(file.location).local_path
                 if local is not None:
                     yield SharedFile(f"{flag} {argument}", str(local), file.size)
+    for name, place in parse_benchmarks(config.run.eval_benchmarks).items():
+        local = Store.at(place).local_path
+        if local is not None:
+            yield SharedFile(f"--eval_benchmarks {name}:{place}", str(local), None)
     root = Store.at(data.image_root).local_path if data.image_root else None
     if root is not None:
         given = f"--image_root {data.image_root}"

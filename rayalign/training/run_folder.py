@@ -15,6 +15,7 @@ from rayalign.reference.key import REFERENCE_NOTE
 from rayalign.report.page import Times
 from rayalign.storage import Store
 from rayalign.training.answers import ANSWERS
+from rayalign.training.benchmark_results import RESULTS
 from rayalign.training.best import NOTE
 from rayalign.training.checkpoint import has_checkpoint
 from rayalign.training.metrics import read_metrics
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 CONTENTS = (
     *("checkpoints", NOTE, "model", "metrics.jsonl", "dropped.jsonl", REFERENCE_NOTE, ORIGIN_NOTE, ANSWERS, RUN_TIMES, REPORT),
-    SCORES,
+    *(SCORES, RESULTS),
     *(EVENTS, RUN_IDS, PROFILE, "wandb", "mlflow.db", "summary.json", "plugins", "config.yaml"),
 )
 """What a run writes, in the order in which it is deleted: as long as a checkpoint is left, so is the configuration that it was
@@ -41,7 +42,7 @@ FREE_TO_CHANGE = frozenset(
     {
         *("resume", "overwrite", "output_dir", "logging_steps", "eval_steps", "eval_on_start", "max_eval_records"),
         *("report_to", "profile_steps"),
-        *("eval_answers", "save_steps", "save_total_limit"),
+        *("eval_answers", "eval_benchmarks", "max_eval_questions", "save_steps", "save_total_limit"),
         *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "load_best_model_at_end"),
         *("num_workers", "batch_size", "gradient_accumulation_steps"),
         *("gpus_per_worker", "cpus_per_worker", "strategy", "shard_group_size", "max_failures", "wait_for_nodes"),

@@ -11,6 +11,7 @@ from rayalign.data.prepare import RunData
 from rayalign.policy.policy import Policy
 from rayalign.progress import StepProgress
 from rayalign.storage import Store
+from rayalign.training.benchmark_results import BenchmarkResults
 from rayalign.training.gauges import Gauges
 from rayalign.training.held_out import HeldOut
 from rayalign.training.metric_names import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, SHUFFLED
@@ -18,7 +19,7 @@ from rayalign.training.metrics import MetricsLog
 from rayalign.training.mfu import flops_per_token, peak_tflops
 from rayalign.training.run_report import Background, Scores, write_report
 from rayalign.training.run_times import note_workers
-from rayalign.training.sinks import Reporting, reporting_of
+from rayalign.training.sinks import Reporting, key_of, reporting_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,15 @@ class RunLog:
             self._keep({"step": step, **metrics})
             shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name.endswith((SHUFFLED, "image_reliance"))]
             self._say("With pictures of other records  %s", "  ".join(shown))
+
+    def benchmarks(self, results: BenchmarkResults, *, up_to: int) -> None:
+        """Writes what benchmarks have said by now of checkpoints up to a step, each at its own step."""
+        if self._metrics is None or self._reporting is None:
+            return
+        told = {key_of(line) for line in self._metrics.lines}
+        for line in results.lines():
+            if line["step"] <= up_to and key_of(line) not in told and self._metrics.append(line):
+                self._reporting.log(line)
 
     def warn(self, held_out: HeldOut, *, is_finished: bool) -> None:
         """Says what looks wrong in the run so far; each thing once."""

@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint, write_note
-from rayalign.training.checkpoint import Snapshot, checkpoint_name, prune_checkpoints, write_checkpoint
+from rayalign.training.checkpoint import Checkpoint, Snapshot, checkpoint_name, prune_checkpoints, write_checkpoint
 from rayalign.training.distributed import gather, group_beside
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,26 @@ LAST_SECONDS = 120.0
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run's folder, in one worker of it; `keep` of them stay, and the best one.
+    """Writes the checkpoints of a run's folder, in one worker of it; `keep` of them stay, the best one, and those that somebody
+    `waits` for.
 
     `copies`: how many workers on its machine copy what they have at the same time. A context: within it checkpoints are saved,
     and at its end the last one is whole. What fails in the thread is raised by the next call.
     """
 
-    def __init__(self, folder: Store, *, attempt: str, keep: int, rank: int, is_sharded: bool, copies: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Store,
+        *,
+        attempt: str,
+        keep: int,
+        rank: int,
+        is_sharded: bool,
+        copies: int = 1,
+        waits: Callable[[Checkpoint], bool] = lambda checkpoint: False,
+    ) -> None:
         self._folder, self._attempt, self._keep, self._rank, self._copies = folder, attempt, keep, rank, copies
+        self._waits = waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._group: dist.ProcessGroup | None = group_beside() if is_sharded else None
@@ -89,7 +102,8 @@ class CheckpointWriter:
             logger.info(words, snapshot.step, seconds, seconds if stood is None else stood)
             if is_best:
                 write_note(self._folder, snapshot.best, name)
-            prune_checkpoints(self._folder / "checkpoints", keep=self._keep, best=best_checkpoint(self._folder))
+            best = best_checkpoint(self._folder)
+            prune_checkpoints(self._folder / "checkpoints", keep=self._keep, best=best, waits=self._waits)
         if snapshot.is_sharded:
             together(None)  # until then what another worker writes next would seem damaged, and be deleted
 

@@ -23,7 +23,8 @@ from rayalign.policy.loading import multiplies_bfloat16
 from rayalign.policy.saving import gather_weights, save_policy
 from rayalign.storage import Store
 from rayalign.training.answers import Moment, ask, sample_of
-from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, write_note
+from rayalign.training.benchmark_results import BenchmarkResults
+from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, is_of_benchmark, write_note
 from rayalign.training.changes import Changes
 from rayalign.training.checkpoint import (
     ALL_SHARDS,
@@ -122,6 +123,7 @@ class _Worker:
         num_steps = self.sampler.num_steps
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=num_steps, rank=self.rank, fillers=fillers)
         self.best = load_best(checkpoint) if checkpoint else NONE_YET
+        self.benchmarks = BenchmarkResults(config)
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
         if self.rank == 0:
@@ -148,6 +150,7 @@ class _Worker:
             rank=self.rank,
             is_sharded=is_sharded,
             copies=group.num_local_workers if is_sharded else 1,
+            waits=self.benchmarks.waits,
         )
 
     def _has_room(self) -> bool:
@@ -160,14 +163,18 @@ class _Worker:
         """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes others
         than it and the one that was loaded. (Every worker has its own copy of that.)"""
         checkpoints = self.folder / "checkpoints"
-        best = whole_at(checkpoints, self.best.step) if self.best.step is not None else None
-        if best is None:
-            # A later one was the best, which the run will come to again.
-            (self.folder / NOTE).delete()
+        if is_of_benchmark(self.config.run):
+            best = best_checkpoint(self.folder)
         else:
-            write_note(self.folder, self.best, best.store.name)
+            found = whole_at(checkpoints, self.best.step) if self.best.step is not None else None
+            best = found.store if found is not None else None
+            if found is None:
+                # A later one was the best, which the run will come to again.
+                (self.folder / NOTE).delete()
+            else:
+                write_note(self.folder, self.best, found.store.name)
         if loaded is not None:
-            delete_others(checkpoints, loaded, best=best.store if best else None)
+            delete_others(checkpoints, loaded, best=best, waits=self.benchmarks.waits)
 
     def _require_held_out(self) -> None:
         """Raises ValueError where flags look at evaluations, of which there will be none."""
@@ -248,9 +255,9 @@ class _Worker:
 
     def _judge(self, step: int) -> Verdict:
         """What the evaluation just made means; rank 0 decides, which alone has every metric of a run that goes on."""
-        if not self.held_out.pairs:
-            return GOES_ON
         run = self.config.run
+        if not self.held_out.pairs or is_of_benchmark(run):
+            return GOES_ON
         self.best = gather(self.best.after(step, self.log.latest, run) if self.rank == 0 else None)[0]
         return self.best.verdict(step, run)
 
@@ -343,6 +350,7 @@ class _Worker:
                 )
                 self.writer.save(snapshot, is_best=self.best.step == step)
             self.group.saved(step, self.writer.whole)
+        self.log.benchmarks(self.benchmarks, up_to=step)
         self.watchdog.tick()
 
     @_timed("checkpoints")

@@ -87,6 +87,16 @@ def test_two_metrics_of_zeros_are_both_named() -> None:
     assert len(figures(course("padding_fraction", 0, 0) + course("data_wait_fraction", 0, 0))) == 2
 
 
+def test_benchmarks_have_a_chart_each_with_every_way_of_their_chief_metric() -> None:
+    names = ("pope/accuracy", "pope/f1", "pope/text/accuracy", "chair/CHAIR_s", "popes/accuracy")
+    metrics = [{"step": step, **{f"eval_{name}": step / 100 for name in names}} for step in (10, 20)]
+    page = curves_section(metrics, reward_name="the implicit reward", benchmarks=["pope", "chair", "amber"])
+    found = re.findall(r"<b>(.*?)</b>", page)
+    assert found == ["pope: accuracy", "chair: CHAIR_s"]
+    assert "text held-out: 0.2" in Page(page).text
+    assert "f1" not in page
+
+
 def test_every_group_says_what_to_look_for_in_what_it_shows() -> None:
     def words(*names: str) -> list[str]:
         page = curves_section([{"step": 1, **dict.fromkeys(names, 1.0)}], reward_name="the implicit reward")

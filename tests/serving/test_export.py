@@ -250,7 +250,7 @@ def test_without_a_token_to_pad_with_rows_are_scored_one_at_a_time(
     source, policy = reward_model(padded_with_eos, tmp_path / "model")
     export = tmp_path / "export"
     write_sequence_classifier(source, export)
-    assert [record.getMessage() for record in caplog.records if record.name == "rayalign.serving.export"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "rayalign.serving.score_head"] == [
         "The tokenizer has no token that could serve as padding beside its end mark: score rows one at a time."
     ]
     assert AutoConfig.from_pretrained(export).text_config.pad_token_id is None
@@ -271,7 +271,7 @@ def test_a_bias_from_elsewhere_is_told_written_and_added_by_our_loader(
     save_file({**load_file(head), "v_head.summary.bias": torch.tensor([0.75])}, head)
     policy = make_policy(source, needs=RM().needs)
     write_sequence_classifier(source, export)
-    assert [record.getMessage() for record in caplog.records if record.name == "rayalign.serving.export"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "rayalign.serving.score_head"] == [
         "The value head has a bias of 0.75, which this form has no place for: scores will be lower by it (higher, where it is "
         "negative), their order stays. load_sequence_classifier adds it from config.json; for vLLM pass "
         "PoolerConfig(logit_mean=-0.75)."
@@ -449,7 +449,7 @@ def test_flags_come_from_words_and_files(tmp_path: Path) -> None:
     [
         (["--modle", "x"], "Unknown flag --modle. Did you mean --model?"),
         (["--confg", "x"], "Unknown flag --confg. Did you mean --config?"),
-        (["--layout", "vlm"], "--layout vlm: must be one of transformers, vllm, value_head. Did you mean vllm?"),
+        (["--layout", "vlm"], "--layout vlm: must be one of transformers, vllm, value_head, trl, ms_swift. Did you mean vllm?"),
         (["--model", "a", "b"], "Unexpected word 'b': every value follows its --flag."),
         (["--config", "FOLDER/bad.yaml"], "Unknown flag --outputdir. Did you mean --output_dir?"),
     ],

@@ -27,20 +27,18 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 
-def parse_benchmarks(arguments: tuple[str, ...]) -> dict[str, str]:
-    """The folder of each benchmark that --benchmarks names as NAME:FOLDER. Raises ValueError."""
+def parse_benchmarks(arguments: tuple[str, ...], *, flag: str = "--benchmarks") -> dict[str, str]:
+    """The folder of each benchmark that a flag names as NAME:FOLDER. Raises ValueError."""
     folders: dict[str, str] = {}
     for argument in arguments:
         name, colon, folder = argument.partition(":")
         name = name.replace("-", "_").lower()
         if name not in BENCHMARKS:
             hint = did_you_mean(name, BENCHMARKS) or f" There are {', '.join(BENCHMARKS)}."
-            raise ValueError(f"--benchmarks {argument}: there is no benchmark {name}.{hint}")
+            raise ValueError(f"{flag} {argument}: there is no benchmark {name}.{hint}")
         if not colon or not folder:
-            raise ValueError(
-                f"--benchmarks {argument}: where are its files? Write {name}:FOLDER; it needs {BENCHMARKS[name].files}."
-            )
+            raise ValueError(f"{flag} {argument}: where are its files? Write {name}:FOLDER; it needs {BENCHMARKS[name].files}.")
         if name in folders:
-            raise ValueError(f"--benchmarks {argument}: {name} is there twice. Give it once.")
+            raise ValueError(f"{flag} {argument}: {name} is there twice. Give it once.")
         folders[name] = folder
     return folders

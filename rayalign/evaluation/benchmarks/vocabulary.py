@@ -1,13 +1,17 @@
-"""The objects that a caption names: words of a closed list, in singular and plural, of one word or several."""
+"""The objects that a caption names: words of a closed list, in singular and plural, of one word or several.
+
+A word's singular is looked for by rules, not by a lemmatiser: each form that it may have counts only where it is on the list,
+so that no word is cut by mistake (`glass`, `bus`), and no tagger or dictionary is needed.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
 
-TOKEN = re.compile(r"[a-z]+(?:['-][a-z]+)*")
+TOKEN = re.compile(r"[a-z]+(?:['-](?!s\b)[a-z]+)*")
+"""A word, also with hyphens, without the end of a genitive: the dog of `the dog's bowl`."""
 
 IRREGULAR = {
     "men": "man",
-    "women": "woman",
     "children": "child",
     "people": "person",
     "mice": "mouse",
@@ -16,12 +20,13 @@ IRREGULAR = {
     "feet": "foot",
     "oxen": "ox",
 }
+"""Plurals without a rule, also at the end of longer words: women, firemen, schoolchildren."""
 
 
 class Vocabulary:
-    """A list of names, each of which stands for an object: `objects` by name."""
+    """A list of names, each of which stands for an object, or for none: `objects` by name."""
 
-    def __init__(self, objects: Mapping[str, str]) -> None:
+    def __init__(self, objects: Mapping[str, str | None]) -> None:
         self._objects = dict(objects)
         self._longest = max((len(name.split()) for name in objects), default=1)
 
@@ -29,7 +34,8 @@ class Vocabulary:
         """The objects that a text names, in order, as often as it names them; of names that begin at the same word the longest
         counts."""
         tokens = TOKEN.findall(text.lower())
-        found, start = [], 0
+        found: list[str | None] = []
+        start = 0
         while start < len(tokens):
             for size in range(min(self._longest, len(tokens) - start), 0, -1):
                 name = self._name_of(tokens[start : start + size])
@@ -39,7 +45,7 @@ class Vocabulary:
                     break
             else:
                 start += 1
-        return found
+        return [own for own in found if own is not None]
 
     def object_of(self, name: str) -> str | None:
         """The object that a name stands for."""
@@ -54,11 +60,9 @@ class Vocabulary:
 def singulars(word: str) -> Iterator[str]:
     """A word, and what it may be the plural of."""
     yield word
-    if word in IRREGULAR:
-        yield IRREGULAR[word]
-    for head, tail in IRREGULAR.items():  # firemen, snowmen
-        if word.endswith(head) and word != head and head in ("men", "women"):
-            yield word.removesuffix(head) + tail
+    for plural, singular in IRREGULAR.items():
+        if word.endswith(plural):
+            yield word.removesuffix(plural) + singular
     if word.endswith("ies"):
         yield word.removesuffix("ies") + "y"
     if word.endswith("ves"):

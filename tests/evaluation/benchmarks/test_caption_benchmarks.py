@@ -7,7 +7,7 @@ import pytest
 
 from rayalign.evaluation.benchmarks.amber import AMBER
 from rayalign.evaluation.benchmarks.benchmark import Said, image_folder
-from rayalign.evaluation.benchmarks.chair import CHAIR, read_synonyms
+from rayalign.evaluation.benchmarks.chair import CHAIR, named_in, read_synonyms
 from rayalign.evaluation.benchmarks.mmhal_bench import MMHAL_BENCH, rating_in
 from rayalign.evaluation.benchmarks.vocabulary import Vocabulary
 from rayalign.storage import Store
@@ -77,6 +77,39 @@ def test_names_are_found_in_plural_and_the_longest_first(tmp_path: Path) -> None
     )
     assert vocabulary.find(text) == ["person", "cat", "dog", "tie", "traffic light", "toilet", "train"]
     assert Vocabulary({"knife": "knife", "bus": "bus"}).find("knives and buses, a bus") == ["knife", "bus", "bus"]
+
+
+@pytest.mark.parametrize(
+    ("text", "objects"),
+    [
+        ("the dog's bowl, the dogs' bowls", ["dog", "dog"]),
+        ("men, women, firemen, grandchildren, people", ["person"] * 5),
+        (
+            "Buses and a bus, glasses and a wine glass, knives, sheep, scissors, geese",
+            ["bus", "bus", "cup", "cup", "knife", "sheep", "scissors", "bird"],
+        ),
+        (
+            "couches, benches, skis, pastries, loaves, oxen, mice, teddy bears",
+            ["couch", "bench", "skis", "cake", "bread", "cow", "mouse", "bear"],
+        ),
+        (
+            "a baby, a baby elephant, adult zebras, a baby animal, a bear cub, a passenger jet",
+            ["person", "elephant", "zebra", "bear", "airplane"],
+        ),
+        ("a toilet with its seat up", ["toilet"]),
+        ("two seats", ["chair"]),
+        ("the catcher runs to home plate; a plate", ["plate"]),
+        ("catch, busy, glossy, manage, bearing", []),
+    ],
+)
+def test_chairs_names_are_found_as_the_benchmarks_own_script_finds_them(tmp_path: Path, text: str, objects: list[str]) -> None:
+    lines = (
+        *("person, man, woman, fireman, grandchild, child, people, baby, adult, passenger", "bird, goose", "elephant", "zebra"),
+        *("dog", "cat", "bear, teddy bear", "sheep", "cow, ox", "mouse", "bus", "cup, glass, wine glass", "knife", "scissors"),
+        *("couch", "bench", "skis, ski", "cake, pastry", "bread, loaf", "airplane, jet", "toilet", "chair, seat", "plate"),
+    )
+    (tmp_path / "synonyms.txt").write_text("\n".join(lines))
+    assert named_in(text, read_synonyms(Store(str(tmp_path / "synonyms.txt")))) == objects
 
 
 def test_a_category_without_a_name_is_refused(chair: Path) -> None:
