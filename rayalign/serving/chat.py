@@ -16,7 +16,9 @@ from rayalign.images.fetch import MAX_IMAGE_BYTES
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.serving.conversation import require_plain
-from rayalign.serving.engine import Engine, Sampling, load_engine
+from rayalign.serving.engine import Engine
+from rayalign.serving.loading import load_engine
+from rayalign.serving.response import Sampling
 from rayalign.serving.scorer import is_reward_model
 
 HELP = "/image FILE puts a picture to the next question, /new begins anew, /quit ends.\n"
@@ -120,5 +122,4 @@ def _load(config: ChatConfig, name: str) -> Engine:
         max_length=config.max_length,
         max_pixels=config.max_pixels,
         max_batch_size=1,
-        wait_seconds=0,
     )

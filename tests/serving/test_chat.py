@@ -12,7 +12,8 @@ from rayalign.config.sections import ChatConfig
 from rayalign.formats.records import IMAGE_MARK, Message
 from rayalign.models.source import ModelSource
 from rayalign.serving import chat
-from rayalign.serving.engine import Sampling, load_engine
+from rayalign.serving.loading import load_engine
+from rayalign.serving.response import Sampling
 from tests.tiny_models import noise_image
 
 
@@ -27,7 +28,6 @@ def said(folder: Path, turns: list[tuple[str, str]], images: list[bytes]) -> str
         max_length=512,
         max_pixels=None,
         max_batch_size=1,
-        wait_seconds=0,
     )
     messages = [Message.model_validate({"role": role, "content": content}) for role, content in turns]
     prompt = engine.prepare(messages, images)
