@@ -270,7 +270,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "broken image": (
         {"messages": [user_turn("a", "data:image/png;base64,AAAA")]},
         400,
-        "images: 3 bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image: cannot identify image file",
+        "images: 3 bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image",
         "messages",
     ),
     "image mark": (
