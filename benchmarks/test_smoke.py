@@ -151,6 +151,21 @@ def test_generate_compares_responses_and_scores_with_plain_transformers(tmp_path
     assert table.startswith("| case | work | transformers, rows/s | ours, rows/s |")
 
 
+def test_serve_tells_rates_and_first_tokens_of_clients_at_once_and_behind_a_long_response(tmp_path: Path) -> None:
+    arguments = ["--case", "tiny", "--rounds", "1", "--clients", "4", "--requests", "8", "--tokens", "4", "--long", "16"]
+    arguments += ["--repeats", "1", "--no-ray", "--output", str(tmp_path / "serve.json")]
+    table = run("serve.py", *arguments).stdout
+
+    report = json.loads((tmp_path / "serve.json").read_text())
+    assert list(report["loads"]) == ["one after another", "4 at once", "short, alone", "short, behind 16 tokens"]
+    for figures in report["loads"].values():
+        for values in figures.values():
+            assert_spread(values)
+        assert figures["first_token_p50"]["median"] <= figures["first_token_p95"]["median"]
+    assert report["loads"]["4 at once"]["tokens_per_second"]["median"] > 0
+    assert "| short, behind 16 tokens | - | - | " in table
+
+
 def test_swift_step_says_why_a_side_ended(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         run("swift_step.py", "--case", "tiny", "--swift_python", sys.executable)

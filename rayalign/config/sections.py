@@ -567,8 +567,7 @@ class ServeConfig:
         None, "GPUs of a replica; 0.5: two share one. Default: 1 where the cluster has GPUs, else 0.", at_least=0, at_most=1
     )
     cpus_per_replica: float = flag(1, "CPUs of a replica.", above=0)
-    max_batch_size: int = flag(32, "Requests that a replica runs as one batch.", at_least=1)
-    batch_wait_ms: float = flag(10, "How long the first request of a batch waits for others.", at_least=0)
+    max_batch_size: int = flag(32, "Requests that a replica runs side by side; more of them wait.", at_least=1)
     max_concurrency: int = flag(128, "Requests that a replica has at a time; the next one is answered with 429.", at_least=1)
     max_length: int = flag(8192, "Longest prompt + response in tokens, image tokens included.", above=1)
     max_new_tokens: int = flag(

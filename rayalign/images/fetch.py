@@ -19,7 +19,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from rayalign.formats.pictures import SIGNATURES
 from rayalign.formats.records import RecordError
@@ -350,9 +350,9 @@ def _outside(path: str, roots: list[Store]) -> RecordError:
 
 
 def _unreadable(content: bytes, error: Exception) -> RecordError:
-    return RecordError(
-        "image unreadable", f"{len(content)} bytes, not a whole {', '.join(IMAGE_FORMATS)} image: {error}", field="images"
-    )
+    why = "" if isinstance(error, UnidentifiedImageError) else f": {error}"  # which has nothing to add but an address in memory
+    words = f"{len(content)} bytes, not a whole {', '.join(IMAGE_FORMATS)} image{why}"
+    return RecordError("image unreadable", words, field="images")
 
 
 def _too_many_bytes(name: str) -> RecordError:

@@ -109,7 +109,11 @@ def sample_responses(
 
 def _prefill(policy: Policy, spec: EncoderSpec, prompt: EncodedPair) -> Prefilled:
     alone = dataclasses.replace(prompt, chosen_ids=[], rejected_ids=[], eval_rejected_ids=[], reference=None)
-    batch = assemble([alone], layout=spec.layout, process_images=image_processing(spec)).to(policy.device)
+    return prefill(policy, assemble([alone], layout=spec.layout, process_images=image_processing(spec)).to(policy.device))
+
+
+def prefill(policy: Policy, batch: PairBatch) -> Prefilled:
+    """Reads the one prompt of a batch."""
     cache = DynamicCache()  # without windows: where they lie is told by the mask, for prompts of any length side by side
     logits = policy.logits_behind_prompt(batch, policy.image_features(batch), cache)
     return Prefilled(cache, logits, batch.position_ids.amax().expand(*batch.position_ids.shape[:-1], 1))
@@ -138,7 +142,7 @@ def _continue(
             break
         if 2 * len(left) <= len(rows):  # half of the work would be for nothing
             rows, kept = [rows[place] for place in left], torch.tensor(left, device=tokens.device)
-            for layer in _layers(cache):
+            for layer in layers_of(cache):
                 layer.batch_select_indices(kept.to(layer.keys.device))
             tokens, is_token, position_ids = tokens[kept], is_token[kept], position_ids[..., kept, :]
         is_token = torch.nn.functional.pad(is_token, (0, 1), value=True)
@@ -163,7 +167,7 @@ def choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     return (shares <= draws.to(shares)[:, None] * shares[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def _layers(cache: DynamicCache) -> list[Any]:
+def layers_of(cache: DynamicCache) -> list[Any]:
     """A cache's layers with keys and values of their own; some models' last ones use those of others."""
     layers: list[Any] = list(cache.layers)
     return [layer for layer in layers if layer.is_initialized]
@@ -178,9 +182,9 @@ def _side_by_side(read: Sequence[Prefilled], n: int) -> tuple[DynamicCache, Tens
     def pad(states: Tensor) -> Tensor:
         return torch.nn.functional.pad(states, (0, 0, longest - states.shape[-2], 0))
 
-    own = _layers(read[0].cache)
+    own = layers_of(read[0].cache)
     numbers = [number for number, layer in enumerate(read[0].cache.layers) if layer in own]
-    for number, layers in zip(numbers, zip(*(_layers(prompt.cache) for prompt in read), strict=True), strict=True):
+    for number, layers in zip(numbers, zip(*(layers_of(prompt.cache) for prompt in read), strict=True), strict=True):
         keys, values = (
             torch.cat([pad(getattr(layer, kind)) for layer in layers]).repeat_interleave(n, 0) for kind in ("keys", "values")
         )

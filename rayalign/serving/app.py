@@ -23,7 +23,8 @@ from rayalign.formats.records import RecordError
 from rayalign.images.fetch import fetch_images
 from rayalign.serving import chat_api
 from rayalign.serving.chat_api import ApiError, ChatRequest, Completion, Limits, ScoreRequest
-from rayalign.serving.engine import Engine, GenerationFailed, Piece, Prompt, Sampling
+from rayalign.serving.engine import Engine
+from rayalign.serving.response import GenerationFailed, Piece, Prompt, Sampling
 from rayalign.serving.scorer import Scorer, ScoringFailed
 from rayalign.storage import Store
 
@@ -36,6 +37,8 @@ OWN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 """What a request's Host may say where no token is asked for. A page in a browser could otherwise reach the server by a name
 that it lets point to this machine."""
 
+CHAT, SCORE = "/v1/chat/completions", "/v1/score"
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -47,17 +50,14 @@ def digest_of(token: str) -> str:
 def build_app(backend: Engine | Scorer, limits: Limits, *, token_digest: str | None, max_concurrency: int) -> Starlette:
     """The application of a model: /v1/models; /v1/chat/completions of an engine, /v1/score of a scorer; /health."""
     server = _Server(backend, limits, token_digest, max_concurrency)
-    route = (
-        Route("/v1/chat/completions", server.guarded(server.chat), methods=["POST"])
-        if isinstance(backend, Engine)
-        else Route("/v1/score", server.guarded(server.score), methods=["POST"])
-    )
+    responds = isinstance(backend, Engine)
     return Starlette(
         routes=[
             Route("/health", server.health),
             Route("/v1/models", server.guarded(server.models)),
             Route("/v1/models/{name:path}", server.guarded(server.model)),
-            route,
+            Route(CHAT, server.guarded(server.chat if responds else server.neither), methods=["POST"]),
+            Route(SCORE, server.guarded(server.neither if responds else server.score), methods=["POST"]),
         ],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _failure},
     )
@@ -146,6 +146,13 @@ class _Server:
             raise outcome
         tokens = sum(pair.num_tokens for pair in pairs)
         return JSONResponse(chat_api.scores_page(asked.model, outcome, tokens))
+
+    async def neither(self, request: Request) -> Response:
+        """What this kind of model does not do."""
+        names = ", ".join(self._names)
+        if isinstance(self._backend, Engine):
+            raise ApiError(f"{names}: no reward model, so that there are no scores. Responses: POST {CHAT}.", status=404)
+        raise ApiError(f"{names} is a reward model, which writes no responses. It scores them: POST {SCORE}.", status=404)
 
     def _authorize(self, request: Request) -> None:
         if self._token_digest is None:

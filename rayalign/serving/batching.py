@@ -1,33 +1,23 @@
-"""Jobs gathered into batches: one thread runs those that wait, as many at a time as fit together.
+"""Jobs gathered into batches: one thread runs those that wait, as many at a time as there may be.
 
-`engine` runs generations by it, `scorer` scores. A batch runs to its end before the next one begins.
+`scorer` scores by it. While a batch runs, the next one gathers.
 """
 
 import threading
-import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
 
 
 class Batcher(Generic[Job]):
-    """Hands jobs to `run` in batches: the oldest that waits, and up to `max_batch_size` in all of those with the same `key`.
-    Where nothing waited before, the first job waits `wait_seconds` for others.
+    """Hands jobs to `run` in batches: those that wait, the oldest first, and up to `max_batch_size` at a time.
 
     `run` must not raise: it says of each job itself how it ended.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Sequence[Job]], None],
-        *,
-        key: Callable[[Job], Hashable],
-        max_batch_size: int,
-        wait_seconds: float,
-    ) -> None:
-        self._run, self._key = run, key
-        self._max_batch_size, self._wait_seconds = max_batch_size, wait_seconds
+    def __init__(self, run: Callable[[Sequence[Job]], None], *, max_batch_size: int) -> None:
+        self._run, self._max_batch_size = run, max_batch_size
         self._waiting: list[Job] = []
         self._running = 0
         self._changed = threading.Condition()
@@ -53,15 +43,7 @@ class Batcher(Generic[Job]):
 
     def _next_batch(self) -> list[Job]:
         with self._changed:
-            if not self._waiting:
-                self._changed.wait_for(lambda: bool(self._waiting))
-                deadline = time.monotonic() + self._wait_seconds
-                self._changed.wait_for(
-                    lambda: len(self._waiting) >= self._max_batch_size, timeout=max(0.0, deadline - time.monotonic())
-                )
-            key = self._key(self._waiting[0])
-            batch = [job for job in self._waiting if self._key(job) == key][: self._max_batch_size]
-            taken = set(map(id, batch))
-            self._waiting = [job for job in self._waiting if id(job) not in taken]
+            self._changed.wait_for(lambda: bool(self._waiting))
+            batch, self._waiting = self._waiting[: self._max_batch_size], self._waiting[self._max_batch_size :]
             self._running = len(batch)
             return batch

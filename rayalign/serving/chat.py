@@ -3,6 +3,7 @@
 Both respond with `engine`, in this process: no server and no Ray.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ import torch
 
 from rayalign.config.sections import ChatConfig, ModelConfig
 from rayalign.formats.records import IMAGE_MARK, Message, RecordError
-from rayalign.images.fetch import MAX_IMAGE_BYTES
+from rayalign.images.fetch import MAX_IMAGE_BYTES, decoded_size
 from rayalign.models.registry import REGISTERED_MODELS
-from rayalign.models.source import require_model
+from rayalign.models.source import ModelSource, require_model
 from rayalign.serving.conversation import require_plain
-from rayalign.serving.engine import Engine, Sampling, load_engine
+from rayalign.serving.engine import Engine
+from rayalign.serving.loading import load_engine
+from rayalign.serving.response import Sampling
 from rayalign.serving.scorer import is_reward_model
 
 HELP = "/image FILE puts a picture to the next question, /new begins anew, /quit ends.\n"
@@ -31,8 +34,9 @@ def run(config: ChatConfig, *, lines: TextIO | None = None, out: TextIO | None =
         )
     lines, out = lines or sys.stdin, out or sys.stdout
     images = [read_image(path) for path in config.image]
-    names = [config.model, *([config.compare] if config.compare else [])]
-    chats = [_Chat(name, _load(config, name), config) for name in names]
+    sources = {"--model": config.model, **({"--compare": config.compare} if config.compare else {})}
+    found = [(name, _source_of(flag, name)) for flag, name in sources.items()]  # all of them, before any weights are loaded
+    chats = [_Chat(name, _load(config, name, source), config) for name, source in found]
     out.write(HELP)
     for line in _asked(lines, out):
         command, _, rest = line.partition(" ")
@@ -83,7 +87,7 @@ class _Chat:
 
 
 def read_image(path: str) -> bytes:
-    """A picture's file. Raises ValueError where it can't be read."""
+    """A picture's file. Raises ValueError where it can't be read, or is none."""
     try:
         with Path(path).expanduser().open("rb") as file:
             content = file.read(MAX_IMAGE_BYTES + 1)
@@ -91,6 +95,10 @@ def read_image(path: str) -> bytes:
         raise ValueError(f"{path}: can't be read ({error.strerror or error}).") from None
     if len(content) > MAX_IMAGE_BYTES:
         raise ValueError(f"{path}: has more than {MAX_IMAGE_BYTES // 2**20} MiB.")
+    try:
+        decoded_size(content)
+    except RecordError as error:
+        raise ValueError(f"{path}: {error.words}.") from None
     return content
 
 
@@ -106,11 +114,19 @@ def _asked(lines: TextIO, out: TextIO) -> Iterator[str]:
         yield line.strip()
 
 
-def _load(config: ChatConfig, name: str) -> Engine:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = require_model(ModelConfig(model=name), REGISTERED_MODELS).here()
+def _source_of(flag: str, name: str) -> ModelSource:
+    """Where a model's files are on this machine. Raises ValueError, which names its flag, for what can't be talked to."""
+    try:
+        source = require_model(ModelConfig(model=name), REGISTERED_MODELS).here()
+    except ValueError as error:
+        raise ValueError(re.sub("^--model ", f"{flag} ", str(error))) from None
     if is_reward_model(source):
-        raise ValueError(f"{name} is a reward model, which writes no responses. `rayalign serve` has it score them.")
+        raise ValueError(f"{flag} {name}: is a reward model, which writes no responses. `rayalign serve` has it score them.")
+    return source
+
+
+def _load(config: ChatConfig, name: str, source: ModelSource) -> Engine:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return load_engine(
         source,
         name,
@@ -120,5 +136,4 @@ def _load(config: ChatConfig, name: str) -> Engine:
         max_length=config.max_length,
         max_pixels=config.max_pixels,
         max_batch_size=1,
-        wait_seconds=0,
     )

@@ -9,7 +9,8 @@ from rayalign.config.sections import ModelConfig, ServeConfig
 from rayalign.models.source import ModelSource
 from rayalign.serving.app import build_app
 from rayalign.serving.chat_api import Limits
-from rayalign.serving.engine import Engine, load_engine
+from rayalign.serving.engine import Engine
+from rayalign.serving.loading import load_engine
 from rayalign.serving.scorer import Scorer, is_reward_model, load_scorer
 
 
@@ -31,11 +32,14 @@ def load_app(config: ServeConfig, source: ModelSource, adapters: Mapping[str, st
 
 def _load(config: ServeConfig, source: ModelSource, adapters: Mapping[str, str]) -> Engine | Scorer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches: dict[str, Any] = {"max_batch_size": config.max_batch_size, "wait_seconds": config.batch_wait_ms / 1000}
-    lengths: dict[str, Any] = {"max_length": config.max_length, "max_pixels": config.max_pixels}
+    limits: dict[str, Any] = {
+        "max_length": config.max_length,
+        "max_pixels": config.max_pixels,
+        "max_batch_size": config.max_batch_size,
+    }
     if is_reward_model(source):
         if adapters:
             raise ValueError(f"--adapter {' '.join(adapters)}: {config.model} is a reward model, which is served by itself.")
-        return load_scorer(source, config.name, dtype=config.dtype, device=device, **lengths, **batches)
+        return load_scorer(source, config.name, dtype=config.dtype, device=device, **limits)
     dtype: torch.dtype = getattr(torch, ModelConfig(dtype=config.dtype).dtype_on(device.type))
-    return load_engine(source, config.name, adapters, dtype=dtype, device=device, **lengths, **batches)
+    return load_engine(source, config.name, adapters, dtype=dtype, device=device, **limits)

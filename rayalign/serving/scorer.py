@@ -44,11 +44,11 @@ class _Scoring:
 class Scorer:
     """Scores responses to a conversation with the reward model that is called `name`; one thread runs it."""
 
-    def __init__(self, policy: Policy, encoder: Encoder, name: str, *, max_batch_size: int, wait_seconds: float) -> None:
+    def __init__(self, policy: Policy, encoder: Encoder, name: str, *, max_batch_size: int) -> None:
         self.name = name
         self._policy, self._encoder = policy, encoder
         self._encoding = threading.Lock()  # tokenizers are not made for several threads
-        self._batcher = Batcher(self._run, key=lambda _: None, max_batch_size=max_batch_size, wait_seconds=wait_seconds)
+        self._batcher = Batcher(self._run, max_batch_size=max_batch_size)
 
     @property
     def num_open(self) -> int:
@@ -99,7 +99,6 @@ def load_scorer(
     max_length: int,
     max_pixels: int | None,
     max_batch_size: int,
-    wait_seconds: float,
 ) -> Scorer:
     """Loads a reward model's folder. Raises ValueError for weights, an adapter or a head that do not fit."""
     source = source.here()
@@ -108,4 +107,4 @@ def load_scorer(
     policy = load_policy(source, model=flags, tuner=TunerConfig(), device=device, needs=Needs(head="value"))
     policy.model.eval()
     encoder = Encoder(EncoderSpec(source.base, "both", max_length=max_length, max_pixels=max_pixels))
-    return Scorer(policy, encoder, name, max_batch_size=max_batch_size, wait_seconds=wait_seconds)
+    return Scorer(policy, encoder, name, max_batch_size=max_batch_size)

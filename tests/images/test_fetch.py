@@ -329,7 +329,7 @@ HALF = encode(Image.effect_noise((64, 64), 50))
 )
 def test_broken_bytes_and_other_formats_are_unreadable(content: bytes) -> None:
     with pytest.raises(
-        RecordError, match=f"^images: {len(content)} bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image: "
+        RecordError, match=f"^images: {len(content)} bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image(: |$)"
     ) as caught:
         open_image(content)
     assert caught.value.reason == "image unreadable"

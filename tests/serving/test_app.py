@@ -24,7 +24,9 @@ from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
 from rayalign.serving.app import build_app, digest_of
 from rayalign.serving.chat_api import Limits
-from rayalign.serving.engine import Engine, Sampling, load_engine
+from rayalign.serving.engine import Engine
+from rayalign.serving.loading import load_engine
+from rayalign.serving.response import Generation, Sampling
 from rayalign.serving.scorer import Scorer, is_reward_model, load_scorer
 from tests.serving.served import listening
 from tests.tiny_models import encode_pair, make_batch, make_policy, noise_image, wake_adapters
@@ -57,7 +59,6 @@ def engine(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         max_length=256,
         max_pixels=None,
         max_batch_size=8,
-        wait_seconds=0.02,
     )
 
 
@@ -269,7 +270,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "broken image": (
         {"messages": [user_turn("a", "data:image/png;base64,AAAA")]},
         400,
-        "images: 3 bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image: cannot identify image file",
+        "images: 3 bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image",
         "messages",
     ),
     "image mark": (
@@ -387,13 +388,13 @@ def test_a_token_is_asked_for_before_anything_else(server: str) -> None:
 def test_more_requests_than_there_is_room_for_get_429_and_the_next_ones_are_answered(
     plain: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate, may_go = engine._generate, threading.Event()
+    begin, may_go = engine._begin, threading.Event()
 
-    def wait_and_generate(generations: Any) -> None:
+    def wait_and_begin(generation: Generation) -> None:
         assert may_go.wait(60)
-        generate(generations)
+        begin(generation)
 
-    monkeypatch.setattr(engine, "_generate", wait_and_generate)
+    monkeypatch.setattr(engine, "_begin", wait_and_begin)
     with ThreadPoolExecutor(2) as pool:
         two = [pool.submit(ask, plain) for _ in range(2)]
         while engine.num_open < 2:
@@ -421,7 +422,7 @@ def test_a_client_that_hangs_up_ends_its_response(engine: Engine, client: openai
 def test_a_failure_is_told_by_the_status_or_by_an_event(
     plain: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine._base, "generate", lambda **_: torch.zeros(1).view(7))
+    monkeypatch.setattr("rayalign.serving.engine.prefill", lambda *_: torch.zeros(1).view(7))
     status, error = ask(plain)
     words = "The server failed: RuntimeError: shape '[7]' is invalid for input of size 1"
     assert (status, error["type"], error["message"]) == (500, "server_error", words)
@@ -462,7 +463,6 @@ def reward_model(model_folder: Callable[..., Path], tmp_path_factory: pytest.Tem
         max_length=256,
         max_pixels=None,
         max_batch_size=8,
-        wait_seconds=0.1,
     )
     return scorer, policy
 
@@ -490,7 +490,9 @@ def test_a_reward_model_scores_responses_as_in_training_and_writes_none(
     with ThreadPoolExecutor(6) as pool:
         several = list(pool.map(scores, [{**body, "responses": [answers[i % 2]]} for i in range(6)]))
     torch.testing.assert_close(torch.tensor(several).flatten(), values.repeat(3), atol=1e-5, rtol=0)
-    assert client.post("/v1/chat/completions", json={}).status_code == 404
+    misplaced = client.post("/v1/chat/completions", json={})
+    words = "rm is a reward model, which writes no responses. It scores them: POST /v1/score."
+    assert (misplaced.status_code, misplaced.json()["error"]["message"]) == (404, words)
     refused = client.post("/v1/score", json={**body, "responses": []})
     assert refused.json()["error"]["message"] == "responses: List should have at least 1 item after validation, not 0."
     assert client.post("/v1/score", json={**body, "responses": ["a <image>"]}).status_code == 400

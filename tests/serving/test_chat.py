@@ -12,7 +12,8 @@ from rayalign.config.sections import ChatConfig
 from rayalign.formats.records import IMAGE_MARK, Message
 from rayalign.models.source import ModelSource
 from rayalign.serving import chat
-from rayalign.serving.engine import Sampling, load_engine
+from rayalign.serving.loading import load_engine
+from rayalign.serving.response import Sampling
 from tests.tiny_models import noise_image
 
 
@@ -27,7 +28,6 @@ def said(folder: Path, turns: list[tuple[str, str]], images: list[bytes]) -> str
         max_length=512,
         max_pixels=None,
         max_batch_size=1,
-        wait_seconds=0,
     )
     messages = [Message.model_validate({"role": role, "content": content}) for role, content in turns]
     prompt = engine.prepare(messages, images)
@@ -77,3 +77,16 @@ def test_what_can_t_be_asked_is_told_and_the_talk_goes_on(model_folder: Callable
     )
     with pytest.raises(ValueError, match=r"^none.png: can't be read"):
         talk(model=str(folder), image=("none.png",))
+
+
+def test_what_is_no_model_or_no_picture_is_told_before_anything_is_loaded(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(chat, "load_engine", lambda *_, **__: pytest.fail("a model was loaded"))
+    folder, text = str(model_folder("llava")), tmp_path / "cat.png"
+    text.write_text("a cat")
+    with pytest.raises(ValueError, match=rf"^--compare {tmp_path}: the folder has no config.json"):
+        talk(model=folder, compare=str(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        talk(model=folder, image=(str(text),))
+    assert str(caught.value) == f"{text}: 5 bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image."

@@ -1,5 +1,6 @@
 """The engine's responses: those of transformers' own `generate`, alone and in a batch, with and without adapters."""
 
+import contextlib
 import json
 import shutil
 import threading
@@ -18,8 +19,10 @@ from rayalign.images.fetch import open_image
 from rayalign.models.processors import load_processor
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
-from rayalign.serving.engine import Engine, GenerationFailed, Piece, Prompt, Sampling, draw, load_engine
+from rayalign.serving.engine import Engine
+from rayalign.serving.loading import load_engine
 from rayalign.serving.merge import write_merged
+from rayalign.serving.response import GenerationFailed, Piece, Prompt, Sampling, draw
 from tests.tiny_families import TINY_FAMILIES
 from tests.tiny_models import make_policy, noise_image, wake_adapters
 
@@ -42,7 +45,6 @@ def load(folder: Path, **adapters: Path) -> Engine:
         max_length=512,
         max_pixels=None,
         max_batch_size=8,
-        wait_seconds=0.2,
     )
 
 
@@ -54,27 +56,58 @@ def text_of(pieces: Any) -> str:
     return "".join(piece.text for piece in pieces)
 
 
+class Talk:
+    """Responses that are asked for by number, and what comes of them: `found[i]` is what has come of response i, `events` in
+    which order pieces came and responses ended."""
+
+    def __init__(self, engine: Engine, prompts: Sequence[Prompt]) -> None:
+        self.engine, self.prompts = engine, prompts
+        self.found = [""] * len(prompts)
+        self.events: list[tuple[str, int]] = []
+        self.ended = [threading.Event() for _ in prompts]
+
+    def ask(self, i: int, sampling: Sampling, name: str = "base", *, then: Callable[[], None] = lambda: None) -> None:
+        """`then` is called once, when the response has two tokens."""
+        num_pieces = 0
+
+        def on_piece(piece: Piece | GenerationFailed) -> None:
+            nonlocal num_pieces
+            num_pieces += 1
+            failed = isinstance(piece, GenerationFailed)
+            self.found[i] += f"failed: {piece}" if isinstance(piece, GenerationFailed) else piece.text
+            self.events.append(("piece", i))
+            if num_pieces == 2:
+                then()
+            if failed or piece.finish_reason:
+                self.events.append(("end", i))
+                self.ended[i].set()
+
+        self.engine.submit(name, self.prompts[i], sampling, on_piece)
+
+    def responses(self) -> list[str]:
+        assert all(event.wait(60) for event in self.ended)
+        return self.found
+
+
 def together(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, names: Sequence[str] = ()) -> list[str]:
     """The responses to prompts that are asked for at once."""
-    found: list[str] = [""] * len(prompts)
-    ended = [threading.Event() for _ in prompts]
+    talk = Talk(engine, prompts)
+    for i in range(len(prompts)):
+        talk.ask(i, sampling, names[i] if names else "base")
+    return talk.responses()
 
-    def listener(i: int) -> Callable[[Piece | GenerationFailed], None]:
-        def on_piece(piece: Piece | GenerationFailed) -> None:
-            if isinstance(piece, GenerationFailed):
-                found[i] = f"failed: {piece}"
-                ended[i].set()
-                return
-            found[i] += piece.text
-            if piece.finish_reason:
-                ended[i].set()
 
-        return on_piece
+def one_after_another_joins(engine: Engine, prompts: Sequence[Prompt], lengths: Sequence[int]) -> Talk:
+    """The responses to prompts, each of which is asked for when the one before has two tokens."""
+    talk = Talk(engine, prompts)
 
-    for i, prompt in enumerate(prompts):
-        engine.submit(names[i] if names else "base", prompt, sampling, listener(i))
-    assert all(event.wait(60) for event in ended)
-    return found
+    def ask(i: int) -> None:
+        if i < len(prompts):
+            talk.ask(i, Sampling(max_new_tokens=lengths[i]), then=lambda: ask(i + 1))
+
+    ask(0)
+    talk.responses()
+    return talk
 
 
 class ShownIds:
@@ -82,6 +115,20 @@ class ShownIds:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return "".join(f"{i}." for i in ids)
+
+
+def show_each_token(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses are the numbers of their tokens, a piece each, of which none ends them."""
+    monkeypatch.setattr(engine, "_tokenizer", ShownIds())
+    monkeypatch.setattr(engine, "_ends", frozenset())
+
+
+def nothing_runs(engine: Engine) -> bool:
+    """Whether that is so before long: the last one leaves after it was told its end."""
+    deadline = time.monotonic() + 30
+    while engine.num_open and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return engine.num_open == 0
 
 
 def by_transformers(folder: Path, question: str, images: Sequence[bytes], max_new_tokens: int) -> str:
@@ -101,18 +148,22 @@ def by_transformers(folder: Path, question: str, images: Sequence[bytes], max_ne
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
-def test_a_greedy_response_is_the_same_alone_and_in_a_batch(
+def test_a_greedy_response_is_the_same_alone_and_beside_others_whenever_they_come_and_go(
     model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     engine = load(model_folder(family))
-    monkeypatch.setattr(engine, "_tokenizer", ShownIds())
-    monkeypatch.setattr(engine, "_ends", frozenset())
+    show_each_token(engine, monkeypatch)
     prompts = [prompt_of(engine, question, images) for question, images in QUESTIONS]
     assert len({prompt.num_tokens for prompt in prompts}) == len(prompts)
     greedy = Sampling(max_new_tokens=8)
     alone = [text_of(engine.respond("base", prompt, greedy)) for prompt in prompts]
     assert len(set(alone)) >= (1 if family == "paligemma" else 3)  # whose tiny model repeats one token
     assert together(engine, prompts, greedy) == alone
+    # Whoever joins while others run, and stays when they leave, gets the same.
+    lengths = [3, 8, 3, 6]
+    joined = one_after_another_joins(engine, prompts, lengths)
+    assert joined.found == [".".join(text.split(".")[:n]) + "." for text, n in zip(alone, lengths, strict=True)]
+    assert joined.events.index(("piece", 2)) < joined.events.index(("end", 1))
     if load_processor(str(model_folder(family))).chat_template:  # PaliGemma's has none, and gets rayalign's
         assert by_transformers(model_folder(family), *QUESTIONS[0], max_new_tokens=8) == alone[0]
 
@@ -155,7 +206,7 @@ def test_base_and_adapters_respond_side_by_side_each_like_its_merged_model(
     assert three.names == ("base", "dpo.v1", "dora")
 
 
-def test_what_is_drawn_follows_from_the_seed_and_not_from_the_batch(three: Engine) -> None:
+def test_what_is_drawn_follows_from_the_seed_and_not_from_what_else_runs(three: Engine) -> None:
     prompt, other = (prompt_of(three, question, images) for question, images in QUESTIONS[:2])
 
     def sampled(seed: int) -> Sampling:
@@ -213,19 +264,51 @@ def test_who_stops_listening_ends_the_response(three: Engine) -> None:
     pieces = three.respond("base", prompt, Sampling(max_new_tokens=400))
     next(pieces)
     pieces.close()
-    deadline = time.monotonic() + 30
-    while three.num_open and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert three.num_open == 0
+    assert nothing_runs(three)
 
 
-def test_a_batch_that_fails_is_told_and_the_next_one_runs(three: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = prompt_of(three, *QUESTIONS[0])
+@pytest.mark.parametrize("name", ["base", "dora"])
+def test_a_short_response_does_not_wait_for_the_end_of_a_long_one(
+    three: Engine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    show_each_token(three, monkeypatch)
+    talk = Talk(three, [prompt_of(three, question, images) for question, images in QUESTIONS[:2]])
+    talk.ask(0, Sampling(max_new_tokens=200), then=lambda: talk.ask(1, Sampling(max_new_tokens=3), name))
+    talk.responses()
+    assert talk.events.index(("end", 1)) < talk.events.index(("end", 0))
+    # The long one goes on beside it: no response takes all of the turns.
+    begin, end = talk.events.index(("piece", 1)), talk.events.index(("end", 1))
+    assert ("piece", 0) in talk.events[begin:end]
+
+
+def test_no_more_responses_run_than_there_may(three: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    show_each_token(three, monkeypatch)
+    monkeypatch.setattr(three, "_max_batch_size", 2)
+    talk = Talk(three, [prompt_of(three, question, images) for question, images in (*QUESTIONS[:2], QUESTIONS[2])])
+    for i, (length, name) in enumerate(((60, "base"), (5, "dora"), (3, "base"))):
+        talk.ask(i, Sampling(max_new_tokens=length), name)
+    talk.responses()
+    assert talk.events.index(("end", 1)) < talk.events.index(("piece", 2))
+    assert talk.events.index(("end", 2)) < talk.events.index(("end", 0))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["rayalign.serving.engine.prefill", "rayalign.policy.sequences._padded", "rayalign.policy.sequences.Sequences.step"],
+)
+def test_those_who_run_when_the_model_fails_are_told_and_the_next_ones_run(
+    three: Engine, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    prompts = [prompt_of(three, question, images) for question, images in QUESTIONS[:2]]
+    words = "failed: RuntimeError: shape '[7]' is invalid for input of size 1"
     with monkeypatch.context() as patch:
-        patch.setattr(three._base, "generate", lambda **_: torch.zeros(1).view(7))
-        with pytest.raises(GenerationFailed, match=r"^RuntimeError: shape '\[7\]' is invalid"):
-            list(three.respond("base", prompt, Sampling(max_new_tokens=2)))
-    assert list(three.respond("base", prompt, Sampling(max_new_tokens=2)))[-1].finish_reason == "length"
+        patch.setattr(broken, lambda *_: torch.zeros(1).view(7))
+        found = together(three, prompts, Sampling(max_new_tokens=200))
+        assert [text[-len(words) :] for text in found] == [words] * 2
+        with pytest.raises(GenerationFailed) if "_padded" not in broken else contextlib.nullcontext():
+            list(three.respond("base", prompts[0], Sampling(max_new_tokens=2)))
+    assert list(three.respond("base", prompts[0], Sampling(max_new_tokens=2)))[-1].finish_reason == "length"
+    assert nothing_runs(three)
 
 
 @pytest.mark.parametrize(

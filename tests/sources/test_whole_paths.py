@@ -25,6 +25,7 @@ def test_relative_paths_lead_to_the_same_places_from_any_working_folder(
             cache_dir="cache",
         ),
         model=ModelConfig(model="llava", adapter="sft"),
+        run=RunConfig(eval_benchmarks=("pope:coco", "no-folder")),
     )
     whole = with_whole_paths(config)
     here = str(tmp_path)
@@ -33,6 +34,7 @@ def test_relative_paths_lead_to_the_same_places_from_any_working_folder(
     assert (whole.data.image_root, whole.data.cache_dir) == (f"{here}/pictures", f"{here}/cache")
     assert (whole.model.model, whole.model.adapter) == (f"{here}/llava", f"{here}/sft")
     assert whole.run.output_dir == f"{here}/output/dpo"
+    assert whole.run.eval_benchmarks == (f"pope:{here}/coco", "no-folder")  # which is refused elsewhere
     monkeypatch.chdir("/")
     assert with_whole_paths(whole) == whole
 
