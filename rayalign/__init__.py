@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from rayalign.evaluation.evaluate import Evaluation
     from rayalign.evaluation.pool import PoolResult
     from rayalign.policy.scoring import LoadedPolicy
-    from rayalign.rounds.iterate import Round
+    from rayalign.rounds.results import Round
     from rayalign.training.driver import Result
 
 __version__ = "0.1.0"

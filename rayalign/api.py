@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rayalign.evaluation.evaluate import Evaluation
     from rayalign.evaluation.pool import PoolResult
     from rayalign.policy.scoring import LoadedPolicy
-    from rayalign.rounds.iterate import Round
+    from rayalign.rounds.results import Round
     from rayalign.training.driver import Result
 
 File: TypeAlias = str | os.PathLike[str]
