@@ -38,7 +38,7 @@ _MODULES = {
     ),
     "Evaluation": "rayalign.evaluation.evaluate",
     "PoolResult": "rayalign.evaluation.pool",
-    "Round": "rayalign.rounds.iterate",
+    "Round": "rayalign.rounds.results",
     "LoadedPolicy": "rayalign.policy.scoring",
     "Result": "rayalign.training.driver",
 }
