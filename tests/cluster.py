@@ -97,7 +97,7 @@ def running_cluster(folder: Path, *, num_cpus: int, env: dict[str, str] | None =
     finally:
         head.send_signal(signal.SIGTERM)
         try:
-            head.wait(timeout=10)
+            head.wait(timeout=2)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
