@@ -24,6 +24,7 @@ from rayalign.ops.value_head import load_value_head
 from rayalign.policy.fused_norms import fuse_norms
 from rayalign.policy.policy import Policy
 from rayalign.policy.prepare import model_options, prepare_model
+from rayalign.policy.quantised import keep_as_they_are
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.policy.weights import load_weights
 
@@ -73,6 +74,7 @@ def load_policy(
             base = family.auto_class.from_config(config, **options)
         else:
             base = _load_base(source.base, family, options, place, needs_output_head=needs.head != "value")
+        keep_as_they_are(base)
         torch.manual_seed(seed)
         prepared = prepare_model(base, source, model=model, tuner=tuner, family=family, needs=needs, dtype=dtype)
     if device.type == "cuda" and not without_weights:
