@@ -111,7 +111,7 @@ class DryRun:
         with torch.set_grad_enabled(item.trains):
             states = self._states(skeleton.base, shape.rows, tokens, prompt=tokens - responses)
             if states.requires_grad:
-                states.register_hook(below_head)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                states.register_hook(below_head)
             if self.blueprint.needs.head == "value":
                 last = states[torch.zeros(2 * shape.rows, dtype=torch.long)]
                 scores: Tensor = nn.functional.linear(last.float(), torch.empty(1, states.shape[1], requires_grad=True))
