@@ -21,7 +21,7 @@ from measuring import in_turn, machine_facts, parser_of, ratios, seconds_of, set
 from sides import Rayalign, draw_adapter
 from step import CASES, DEFAULT_CASES
 
-from rayalign.reference.precompute import score
+from rayalign.reference.scoring import score
 
 
 def run_case(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

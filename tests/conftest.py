@@ -55,36 +55,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 @pytest.fixture
 def prepare_pairs(tmp_path: Path) -> "Callable[[Sequence[EncodedPair]], PreparedData]":
     """`prepare_pairs(pairs)`: a prepared data set on disk whose row numbers are the pairs' places."""
-    import pyarrow as pa
-
-    from rayalign.data.index import INDEX_SCHEMA, write_index
-    from rayalign.data.shards import shard_name, write_shard
-    from rayalign.data.store import PreparedData
-    from rayalign.storage import Store
+    from tests.prepared_pairs import prepared
 
     numbers = itertools.count()
-
-    def make(pairs: "Sequence[EncodedPair]") -> "PreparedData":
-        store = Store(str(tmp_path / f"prepared_{next(numbers)}"))
-        places = write_shard(store / "one" / shard_name(0), pairs)
-        lines = [
-            {
-                "id": pair.id,
-                "dataset": 0,
-                "file": 0,
-                "source_row": row,
-                "shard": 0,
-                **places[row]._asdict(),
-                "prompt_tokens": len(pair.prompt_ids),
-                "chosen_tokens": len(pair.chosen_ids),
-                "rejected_tokens": len(pair.rejected_ids),
-            }
-            for row, pair in enumerate(pairs)
-        ]
-        index = write_index(store / "one", [pa.Table.from_pylist(lines, schema=INDEX_SCHEMA)])
-        return PreparedData.finish(store, attempt="one", index=index, dropped=[])
-
-    return make
+    return lambda pairs: prepared(pairs, tmp_path / f"prepared_{next(numbers)}")
 
 
 @pytest.fixture

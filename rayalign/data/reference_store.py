@@ -121,6 +121,14 @@ def forget_damage(folder: Store, shards: Sequence[int]) -> None:
     forget(folder, map(shard_name, shards))
 
 
+def drop_damaged(folder: Store) -> None:
+    """Deletes the shards that runs found damaged, and the notes about them: they are missing then."""
+    names = names_noted(folder)
+    for name in names:
+        (folder / name).delete()
+    forget(folder, names)
+
+
 class ReferenceReader:
     """Fetches rows by their number; keeps the most recently used shards open."""
 

@@ -118,6 +118,11 @@ class Skeleton:
         weight: torch.Tensor = self.base.get_output_embeddings().weight
         return weight
 
+    def linears(self) -> list[nn.Parameter]:
+        """The weights of the language model's linear layers, without adapters."""
+        modules: dict[str, Any] = dict(self.base.named_modules())
+        return [modules[name].weight for name in self.parts.linears(self.base, "llm") if ".lora_" not in name]
+
 
 def _sizes(base: Any, parts: Parts) -> dict[str, int]:
     """Parameters by part; an output head that shares the embeddings' weight counts there."""

@@ -5,6 +5,8 @@ A few layers are run, and the figures carried on to the model's depth: layers ar
 some models alternate two kinds of attention.
 """
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,10 +41,12 @@ class RowShape:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes above what is there before the forward: `kept` for the backward when the last forward is done, and `peak`."""
+    """Bytes above what is there before the forward: `kept` for the backward when the last forward is done, and `peak`, or
+    `peak_below_head`, as soon as the output head's backward is done."""
 
     kept: int
     peak: int
+    peak_below_head: int
 
 
 class DryRun:
@@ -64,8 +68,8 @@ class DryRun:
     def activations(self, shape: RowShape) -> Activations:
         """What the step's passes over a micro-batch hold; the weights' gradients are there before."""
         if shape not in self._known:
-            kept, peak = self._carried_on([self._activations(self._skeletons[layers], shape) for layers in self._depths])
-            self._known[shape] = Activations(round(kept), round(peak))
+            found = self._carried_on([self._activations(self._skeletons[layers], shape) for layers in self._depths])
+            self._known[shape] = Activations(*map(round, found))
         return self._known[shape]
 
     def flops(self, item: Pass, tokens: int) -> float:
@@ -80,12 +84,14 @@ class DryRun:
     def _activations(self, skeleton: Skeleton, shape: RowShape) -> tuple[float, ...]:
         _, step = passes_of(self.blueprint.needs, reference_known=self.blueprint.reference_known)
         with self._mode, Meter(tensors_of(skeleton.model)) as meter:
-            losses = [loss for item in step if (loss := self._run(skeleton, item, shape)) is not None]
+            at_head: list[int] = []
+            below_head = functools.partial(_note_peak, meter, at_head)
+            losses = [loss for item in step if (loss := self._run(skeleton, item, shape, below_head)) is not None]
             kept = meter.live
             total = torch.stack(losses).sum()
             losses.clear()
             total.backward()
-        return kept, meter.peak
+        return kept, max(meter.peak, *at_head), meter.peak
 
     def _flops(self, skeleton: Skeleton, item: Pass, tokens: int) -> float:
         with self._mode, Meter([]) as meter, torch.set_grad_enabled(item.trains):
@@ -94,8 +100,9 @@ class DryRun:
                 states.sum().backward()
         return float(meter.flops)
 
-    def _run(self, skeleton: Skeleton, item: Pass, shape: RowShape) -> Tensor | None:
-        """One pass: a scalar to go backward from, or None where nothing is trained."""
+    def _run(self, skeleton: Skeleton, item: Pass, shape: RowShape, below_head: Callable[[Tensor], None]) -> Tensor | None:
+        """One pass: a scalar to go backward from, or None where nothing is trained. `below_head` is called in the backward with
+        the gradient of the last states."""
         tokens, responses = shape.tokens, shape.responses
         if item.companion and not item.companion.shares_images and not shape.with_images:
             return None
@@ -103,6 +110,8 @@ class DryRun:
             tokens, responses = shape.prompt_and_chosen, shape.chosen
         with torch.set_grad_enabled(item.trains):
             states = self._states(skeleton.base, shape.rows, tokens, prompt=tokens - responses)
+            if states.requires_grad:
+                states.register_hook(below_head)
             if self.blueprint.needs.head == "value":
                 last = states[torch.zeros(2 * shape.rows, dtype=torch.long)]
                 scores: Tensor = nn.functional.linear(last.float(), torch.empty(1, states.shape[1], requires_grad=True))
@@ -166,7 +175,18 @@ class DryRuns:
         _, step = passes_of(self.blueprint.needs, reference_known=self.blueprint.reference_known)
         passes = sum(item.trains for item in step)
         earlier = (kept - recomputing.kept) * (passes - 1) // passes
-        return Activations(kept, max(kept + plain.peak - plain.kept, earlier + recomputing.peak))
+        return Activations(
+            kept,
+            max(kept + plain.peak - plain.kept, earlier + recomputing.peak),
+            max(kept + plain.peak_below_head - plain.kept, earlier + recomputing.peak_below_head),
+        )
+
+
+def _note_peak(meter: Meter, peaks: list[int], gradient: Tensor) -> None:
+    """Notes a meter's peak so far, the first time, and lets it look for the one from here on."""
+    if not peaks:
+        peaks.append(meter.peak)
+        meter.peak = meter.live
 
 
 def _make_fake(model: nn.Module) -> None:

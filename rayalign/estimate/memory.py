@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -130,9 +129,7 @@ def _moments(tensors: list[torch.nn.Parameter]) -> int:
 
 def _quantised(skeleton: Skeleton, frozen: int, *, double: bool) -> tuple[int, int]:
     """Bytes of the frozen weights with the language model's linears in 4 bits, and of the largest of these when it is used."""
-    modules: dict[str, Any] = dict(skeleton.base.named_modules())
-    names = skeleton.parts.linears(skeleton.base, "llm")
-    weights = [modules[name].weight for name in names]
+    weights = skeleton.linears()
     packed = sum(math.ceil(weight.numel() * QUANTISED_BITS[double] / 8) for weight in weights)
     return frozen - _bytes(weights) + packed, max(weight.numel() * weight.element_size() for weight in weights)
 

@@ -45,7 +45,12 @@ class WorkerMemory:
         if not cluster.shards_models:
             return memory
         copied = self.blueprint.dtype if holds_copy(self.blueprint) else None
-        return share_of(memory, self.skeleton, num_workers=sharded_over or cluster.num_shards, copied=copied)
+        num_workers = sharded_over or cluster.num_shards
+        quantised = set(self.skeleton.linears()) if self.blueprint.tuner.quant_bits is not None else frozenset()
+        below_head = activations.peak - activations.peak_below_head
+        return share_of(
+            memory, self.skeleton, num_workers=num_workers, below_head=below_head, copied=copied, quantised=quantised
+        )
 
     def num_recomputed(self, batch: MicroBatch, gpu_bytes: int) -> int:
         """The layers that run again: what --gradient_checkpointing says; by `auto` as few as fit a GPU, all where none do."""

@@ -26,6 +26,7 @@ from rayalign.policy.fused_norms import fuse_norms
 from rayalign.policy.kept_base import KeptBase
 from rayalign.policy.policy import Policy
 from rayalign.policy.prepare import model_options, prepare_model
+from rayalign.policy.quantised import keep_as_they_are
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.policy.weights import load_weights
 
@@ -82,6 +83,7 @@ def load_policy(
             base = kept.get((source.base, str(options), str(place), needs_output_head), load)
         else:
             base = load()
+        keep_as_they_are(base)
         torch.manual_seed(seed)
         prepared = prepare_model(base, source, model=model, tuner=tuner, family=family, needs=needs, dtype=dtype)
     if device.type == "cuda" and not without_weights:

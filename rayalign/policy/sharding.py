@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from rayalign.policy.fused_norms import fuse_named, fused_names
 from rayalign.policy.policy import Policy
+from rayalign.policy.quantised import lay_bare
 
 
 class _Root(nn.Module):
@@ -58,6 +59,7 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, scat
     if policy.start is not None:
         shard_policy(policy.start, mesh, device=device, scattered=scattered)
     base = policy.base
+    lay_bare(base, device)
     shares = _take_shares(policy.model, base, mesh, device) if scattered else {}
     sharded_ones = set(sharded_weights(policy.model, base))
     whole = {p for p in policy.model.parameters() if p not in sharded_ones}

@@ -1,15 +1,15 @@
 """Ray Data before the training: the reference's log-probabilities of the records that a run needs, by a pool of actors.
 
 The actors get the resources of the train workers and free them before training starts: no second model is in memory beside the
-one that is trained. The log-probabilities are stored with the encoded records (`data.reference_store`), for every epoch and for
-every run that needs the same ones.
+one that is trained. A model that is sharded over the train workers may have no room on one of them: these compute the
+log-probabilities themselves, before they train (`training.reference_pass`). Either way they are stored with the encoded records
+(`data.reference_store`), for every epoch and for every run that needs the same ones.
 """
 
 import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,24 +19,15 @@ import torch
 
 from rayalign.cluster import configure_ray_data, place_ray_data, quiet_logging, report, reports_of
 from rayalign.config.config import Config
-from rayalign.data.batch import PairBatch
 from rayalign.data.prepare import RunData
-from rayalign.data.reference_store import (
-    ReferenceLogps,
-    folder_name,
-    forget_damage,
-    missing_shards,
-    shard_name,
-    shard_rows,
-    write_reference_shard,
-)
-from rayalign.data.sampler import StepSampler, cut_micro_batches, partners_in
-from rayalign.data.store import EncodedPair, PreparedData, Rows, from_batch
-from rayalign.data.stream import ahead, batch_maker, evaluated_rows, held_out_rows, sampler_of
-from rayalign.models.registry import FAMILIES, packs_rows
+from rayalign.data.reference_store import drop_damaged, folder_name, forget_damage, missing_shards, shard_rows
+from rayalign.data.sampler import StepSampler, partners_in
+from rayalign.data.store import PreparedData, Rows
+from rayalign.data.stream import evaluated_rows, held_out_rows, sampler_of
+from rayalign.models.registry import FAMILIES
 from rayalign.progress import Progress, per_second
 from rayalign.reference.key import ReferenceKey, check_reference, reference_key
-from rayalign.storage import Store
+from rayalign.reference.scoring import Found, Shards, reference_logps, rows_of_shard
 
 if TYPE_CHECKING:
     from rayalign.policy.policy import Policy
@@ -51,7 +42,8 @@ def with_reference(config: Config, data: RunData, *, several_runs: bool = False)
     """The data with the reference's log-probabilities beside it, found or computed now, where --precompute_ref_log_probs wants
     them; without the flag it depends on whether they are needed or will be used again.
 
-    Raises ValueError where the model cannot be loaded, and where an unfinished run began with another one.
+    Of a sharded model, what is missing is left to the train workers. Raises ValueError where the model cannot be loaded, and
+    where an unfinished run began with another one.
     """
     sampler = sampler_of(config, data)
     if not is_wanted(config, sampler, several_runs=several_runs):
@@ -116,8 +108,13 @@ def _scored(config: Config, data: RunData, records: PreparedData, rows: Rows, ke
     if not missing:
         logger.info("Reference: log-probs of %d records, computed before, from %s", len(rows), folder.location)
         return scored
+    if config.cluster.shards_models:
+        # The train workers do it, which have the model between them (`training.reference_pass`).
+        drop_damaged(folder)
+        logger.info("Reference: the train workers compute %d of its shards before they train", len(missing))
+        return scored
     started = time.monotonic()
-    total = sum(len(_rows_of_shard(shard, folder, records.num_rows)) for shard in missing)
+    total = sum(len(rows_of_shard(shard, folder, records.num_rows)) for shard in missing)
     found = len(np.setdiff1d(rows // shard_rows(folder), missing))
     before = f"; {found} shards of them were computed before" if found else ""
     logger.info("Reference: computing log-probs of %d records%s", total, before)
@@ -157,15 +154,8 @@ class ShardScorer:
     def __init__(self, config: Config, data: RunData, records: PreparedData, folder: str) -> None:
         quiet_logging()
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-        needs = config.algorithm.needs
-        self._needs = dataclasses.replace(needs, companion=needs.stable_companion)
-        self._config = config
-        self._source, self._spec = data.source, data.spec
-        self._records = dataclasses.replace(records, reference=None)
-        self._folder = records.folder / folder
-        self._reader = self._records.reader()
-        self._token_counts = records.token_counts()
-        self._make_batch = batch_maker(data.spec, self._needs.companion)
+        self._config, self._source, self._spec = config, data.source, data.spec
+        self._shards = Shards(config, data, records, folder)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard = batch["item"][0].as_py()
@@ -173,23 +163,10 @@ class ShardScorer:
 
     def write(self, shard: int) -> int:
         """Scores and writes a shard; returns its number of rows."""
-        rows = _rows_of_shard(shard, self._folder, self._records.num_rows)
-        optimizer = self._config.optimizer
-        cut = cut_micro_batches(
-            rows,
-            self._token_counts,
-            batch_size=optimizer.batch_size,
-            max_tokens=optimizer.max_tokens_per_batch,
-            packs_rows=packs_rows(self._spec.family, self._config.model.attn_implementation),
-            rank=0,
-            num_workers=1,
-        )
-        found: dict[int, tuple[str, ReferenceLogps]] = {}
-        for some, (pairs, batch) in zip(cut, ahead(self._batches(cut), depth=2), strict=True):
-            found |= zip(some.tolist(), zip(batch.ids, score(self._policy, pairs, batch), strict=True), strict=True)
-        ids, logps = zip(*(found[row] for row in rows.tolist()), strict=True)
-        write_reference_shard(self._folder / shard_name(shard), ids, logps)
-        return len(rows)
+        found: Found = {}
+        for piece in self._shards.pieces(shard):
+            found |= piece.found(reference_logps(self._policy, piece.batch))
+        return self._shards.write(shard, found)
 
     @functools.cached_property
     def _policy(self) -> "Policy":
@@ -203,43 +180,9 @@ class ShardScorer:
             model=dataclasses.replace(config.model, gradient_checkpointing=False),
             tuner=config.tuner,
             device=_device_of(config),
-            needs=self._needs,
+            needs=self._shards.needs,
             spread_over_gpus=config.cluster.spreads_models,
         )
         if policy.family.model_type not in FAMILIES:
             check_forward(policy, self._spec)
         return policy
-
-    def _batches(self, cut: Sequence[Rows]) -> Iterator[tuple[list[EncodedPair], PairBatch]]:
-        pin = _device_of(self._config).type == "cuda"
-        for rows in cut:
-            pairs = from_batch(self._reader.read(rows))
-            batch = self._make_batch(pairs, ())
-            yield pairs, batch.pin_memory() if pin else batch
-
-
-def score(policy: "Policy", pairs: Sequence[EncodedPair], batch: PairBatch) -> list[ReferenceLogps]:
-    """The log-probabilities of some pairs' responses, and of the chosen ones in the batch's companion, under a policy's
-    reference before its first step."""
-    chosen_rejected = iter(_token_logps(policy, batch, [len(ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]))
-    of_companion: list[list[float]] = [[] for _ in pairs]
-    if batch.companion is not None:
-        rows = batch.companion.rows.tolist()
-        of_rows = _token_logps(policy, batch.companion.batch, [len(pairs[row].chosen_ids) for row in rows])
-        for row, logps in zip(rows, of_rows, strict=True):
-            of_companion[row] = logps
-    return [ReferenceLogps(next(chosen_rejected), next(chosen_rejected), of_pair) for of_pair in of_companion]
-
-
-def _token_logps(policy: "Policy", batch: PairBatch, lengths: list[int]) -> list[list[float]]:
-    """The log-probabilities of the batch's targets, cut into responses of these lengths."""
-    batch = dataclasses.replace(batch, companion=None).to(policy.device)
-    with torch.no_grad(), policy.reference_weights():
-        logps = policy.token_logps(batch, policy.image_features(batch))
-    cut: list[Any] = [response.tolist() for response in logps.float().cpu().split(lengths)]
-    return cut
-
-
-def _rows_of_shard(shard: int, folder: Store, num_rows: int) -> Rows:
-    size = shard_rows(folder)
-    return np.arange(shard * size, min((shard + 1) * size, num_rows))

@@ -32,6 +32,7 @@ WAITS = {
     ("rayalign.training.worker", "_write_model"): "the writing of the model",
     ("rayalign.training.checkpoint", "fetch_newest"): "the newest checkpoint, to go on from",
     ("rayalign.policy.loading", "load_policy"): "the loading of the model",
+    ("rayalign.training.reference_pass", "_compute"): "a forward pass of the reference",
     ("rayalign.training.answers", "ask"): "the model's own answers to held-out prompts",
     ("rayalign.training.loop", "evaluate"): "a forward pass of an evaluation",
     ("rayalign.training.loop", "evaluate_shuffled"): "a forward pass of an evaluation",

@@ -46,6 +46,7 @@ from rayalign.training.held_out import HeldOut
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.profiling import StepProfiler, profiled_steps
 from rayalign.training.ready import ready_policy
+from rayalign.training.reference_pass import compute_reference, missing_reference
 from rayalign.training.run_log import RunLog, teller
 from rayalign.training.run_report import keep_scores
 from rayalign.training.run_times import Stopwatch, note_workers, workers_before
@@ -113,13 +114,21 @@ class _Worker:
         self.shard = (self.rank % shards, shards) if config.cluster.shards_models else ALL_SHARDS
         checkpoint = fetch_newest(self.folder / "checkpoints", temporary, shard=self.shard)
         self.start_step = checkpoint.step if checkpoint else 0
-        # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
-        self.tables = group.tables(data.training, self.sampler, start_step=self.start_step)
+        tables = functools.partial(group.tables, data.training, self.sampler, start_step=self.start_step)
+        missing = missing_reference(config, data, self.sampler) if config.cluster.shards_models else ()
+        if not missing:
+            # Ray Data starts while the model is loaded. Batches wait: loading changes torch's default type, in all threads.
+            self.tables = tables()
         self._say("Loading %s", data.source.base)
         with self.watch.stage("model_loading"):
             policy, fillers = ready_policy(
                 config, data, device=self.device, rank=self.rank, say=self._say, kept=group.kept_base
             )
+        if missing:
+            with self.watch.stage("reference"):
+                workers = {"rank": self.rank, "num_workers": self.num_workers}
+                compute_reference(policy, config, data, missing, **workers, say=self._say, tick=self.watchdog.tick)
+            self.tables = tables()
         num_steps = self.sampler.num_steps
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=num_steps, rank=self.rank, fillers=fillers)
         self.best = load_best(checkpoint) if checkpoint else NONE_YET

@@ -170,7 +170,6 @@ def test_equal_configs_have_one_hash_and_can_be_keys():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"tuner": TunerConfig(quant_bits=4)}, "--quant_bits 4 with --strategy fsdp: weights of 4 bits are not sharded here."),
         (
             {"tuner": TunerConfig(freeze_llm=True, freeze_vit=False)},
             "--freeze_llm true with --strategy fsdp: it is the language model that is sharded, and here it would not be "

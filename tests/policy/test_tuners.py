@@ -23,6 +23,7 @@ from rayalign.data.batch import PairBatch
 from rayalign.data.store import EncodedPair
 from rayalign.images.fetch import open_image
 from rayalign.models.source import ModelSource
+from rayalign.policy.generation import as_trained
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
 from rayalign.policy.tuner_checks import check_optimizer, check_tuner
@@ -664,6 +665,12 @@ def test_a_stack_stands_on_linear_layers_only(folder: Path, tmp_path: Path) -> N
 
 # QLoRA
 
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason='bitsandbytes is not installed (pip install "rayalign[qlora]")'
+)
+# Its import compiles with torch.jit, which torch has deprecated.
+compiles_on_import = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
 QLORA: Any = {"quant_bits": 4, "lora_target_modules": ALL}
 
 
@@ -693,11 +700,25 @@ def test_quantisation_without_a_gpu_is_refused_where_the_package_needs_one(monke
     check_tuner(tuner, source, on_gpu=True)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason='bitsandbytes is not installed (pip install "rayalign[qlora]")'
-)
-# Its import compiles with torch.jit, which torch has deprecated.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@needs_bitsandbytes
+@compiles_on_import
+def test_qlora_has_the_same_gradients_after_a_forward_without_any(folder: Path, batch: PairBatch) -> None:
+    policy = wake_adapters(make_policy(folder, tuner=TunerConfig(**QLORA)))
+
+    def gradients() -> tuple[Tensor, ...]:
+        totals = policy.logps(batch, policy.image_features(batch)).chosen.total
+        return torch.autograd.grad(totals.sum(), list(policy.trainable.values()))
+
+    before = gradients()
+    with as_trained(policy):
+        policy.logps(batch, policy.image_features(batch))
+    after = gradients()
+    for one, other in zip(after, before, strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_bitsandbytes
+@compiles_on_import
 @pytest.mark.parametrize(
     ("dtype", "variant"),
     [("bfloat16", {}), ("float16", {"bnb_4bit_quant_type": "fp4"}), ("float32", {"use_dora": True, **EVERYTHING})],

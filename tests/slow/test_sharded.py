@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,6 @@ CASES = {
         group_size=2 if number % 5 > 2 else None,
     )
     for number, (family, tuner, algorithm) in enumerate(itertools.product(FAMILIES, (LORA, FULL), ALGORITHMS))
-    if not (algorithm.needs.dropout and tuner is LORA)  # every worker draws numbers of its own
 }
 
 
@@ -130,15 +130,38 @@ def test_any_number_of_workers_goes_on_from_shards(
         assert all(torch.equal(worker[name], value) for name, value in saved[0].items())
 
 
-TEXT = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "vocab_size": 4000,
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
+MANY_WORDS = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 12000, **HEADS}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "many words": ("llava", MANY_WORDS),
+    # Embeddings and output head are one.
+    "many words, tied": ("gemma3", {**MANY_WORDS, "layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "wide layers": (
+        "qwen2_vl",
+        {
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 3,
+            "vocab_size": 1000,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+    "many layers": (
+        "idefics3",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 16,
+            "vocab_size": 2000,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+        },
+    ),
 }
+"""Families and their language models' shapes."""
+
 PLANNED = {
     f"{tuner.sft_type}, {checkpointing}": Case(SimPO(), tuner=tuner, dtype=torch.float32, checkpointing=checkpointing)
     for tuner in (LORA, FULL)
@@ -151,36 +174,49 @@ def long_pair(folder: Path) -> EncodedPair:
 
 
 def bytes_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
-    """Of each case the bytes of weights and gradients that a worker holds, and the most that a step takes beside them."""
+    """Of each shape and case the bytes of weights and gradients that a worker holds, and the most that a step takes beside
+    them."""
     results = {}
-    for name, case in PLANNED.items():
-        trainer = trainer_of(case, folders["large"], sharded=True, rank=rank)
-        pair = long_pair(folders["large"])
-        batch, counts = make_batch(folders["large"], [pair], needs=case.algorithm.needs), counts_of([pair] * 2)
+    for (shape, folder), (name, case) in itertools.product(folders.items(), PLANNED.items()):
+        trainer = trainer_of(case, folder, sharded=True, rank=rank)
+        pair = long_pair(folder)
+        batch, counts = make_batch(folder, [pair], needs=case.algorithm.needs), counts_of([pair] * 2)
         trainer.gradients([batch], counts)  # from here on gradients are there
         held = [whole_or_own(tensor) for tensor in tensors_of(trainer.policy.model)]
         with LiveBytes(held) as live:
             trainer.gradients([batch], counts)
-        results[name] = torch.tensor([sum(tensor.numel() * tensor.element_size() for tensor in held), live.peak])
+        size = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        results[f"{shape}: {name}"] = torch.tensor([size, live.peak])
     return results
 
 
-def test_a_plan_knows_the_memory_of_a_sharded_step(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "large", "llava", text=TEXT)
-    (tmp_path / "workers").mkdir()
-    workers = together(bytes_of, 2, {"large": folder}, tmp_path / "workers")
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("shapes")
+    return {shape: save_tiny_model(place / shape, family, text=text) for shape, (family, text) in SHAPES.items()}
+
+
+@pytest.fixture(scope="module")
+def measured(shaped: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    return together(bytes_of, 2, shaped, tmp_path_factory.mktemp("measured"))
+
+
+@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_plan_knows_the_memory_of_a_sharded_step(
+    shaped: Mapping[str, Path], measured: list[dict[str, Tensor]], shape: str, name: str
+) -> None:
+    folder, case = shaped[shape], PLANNED[name]
     pair = long_pair(folder)
-    shape = PairShape(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
-    for name, case in PLANNED.items():
-        model = ModelConfig(dtype="float32", gradient_checkpointing=case.checkpointing)
-        config = Config(case.algorithm, model=model, tuner=case.tuner, cluster=ClusterConfig(strategy="fsdp", num_workers=2))
-        spec = EncoderSpec(str(folder), "both")
-        blueprint = Blueprint(spec.model_config, ModelSource(str(folder)), model, case.tuner, case.algorithm.needs)
-        worker = WorkerMemory(config, blueprint, has_images=False)
-        memory = worker.of(MicroBatch(1, shape, shape), worker.most_recomputed)
-        planned = memory.tensors - memory.moments
-        for found in workers:
-            assert planned == pytest.approx(int(found[name].sum()), rel=0.1), name
+    longest = PairShape(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+    model = ModelConfig(dtype="float32", gradient_checkpointing=case.checkpointing)
+    config = Config(case.algorithm, model=model, tuner=case.tuner, cluster=ClusterConfig(strategy="fsdp", num_workers=2))
+    spec = EncoderSpec(str(folder), "both")
+    blueprint = Blueprint(spec.model_config, ModelSource(str(folder)), model, case.tuner, case.algorithm.needs)
+    worker = WorkerMemory(config, blueprint, has_images=False)
+    memory = worker.of(MicroBatch(1, longest, longest), worker.most_recomputed)
+    for found in measured:
+        assert memory.tensors - memory.moments == pytest.approx(int(found[f"{shape}: {name}"].sum()), rel=0.1)
 
 
 WORDS = (
@@ -197,7 +233,8 @@ def test_runs_on_ray_end_alike_whatever_the_strategy(tmp_path: Path, tuner: str)
     given = ("pipelines/dpo.py", "--model", model, "--dataset", data, "--sft_type", tuner, *WORDS)
     with running_cluster(tmp_path / "ray", num_cpus=4) as cluster:
         for strategy in ("ddp", "fsdp"):
-            cluster.run(*given, "--strategy", strategy, "--output_dir", tmp_path / strategy)
+            places = ("--output_dir", tmp_path / strategy, "--cache_dir", tmp_path / f"cache of {strategy}")
+            cluster.run(*given, "--strategy", strategy, *places)
     weights = {
         name: {
             key: value

@@ -1,6 +1,7 @@
 import dataclasses
+import importlib.util
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,16 @@ HELD = {
     name: Case(DPO(), tuner=tuner, dtype=torch.float32)
     for name, tuner in {"held, adapters": LORA, "held, all weights": FULL}.items()
 }
+if importlib.util.find_spec("bitsandbytes") is not None:
+    whole_scales = {"bnb_4bit_use_double_quant": False, "bnb_4bit_quant_type": "fp4"}
+    four_bits: list[TunerConfig] = [dataclasses.replace(LORA, quant_bits=4, **each) for each in ({}, whole_scales)]
+    CASES["dpo, adapters over 4 bits"] = Case(DPO(), tuner=four_bits[0], dtype=torch.float32)
+    CASES["dpo, adapters over 4 bits, whole scales"] = Case(
+        DPO(), "qwen2_vl", tuner=four_bits[1], dtype=torch.float32, checkpointing=False
+    )
+    HELD["held, adapters over 4 bits, whole scales"] = Case(DPO(), tuner=four_bits[1], dtype=torch.float32)
+# bitsandbytes' import compiles with torch.jit, which torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 MOST = {torch.float64: 1e-12, torch.float32: 1e-5}
 """The largest relative difference of sums that are made in another order."""
 
@@ -94,12 +105,13 @@ def refused_of(rank: int, broken: Path) -> dict[str, Tensor]:
 
 
 def held_of(rank: int, folder: Path) -> dict[str, Tensor]:
-    """Bytes of frozen and of trainable weights that a worker holds, by case."""
+    """Bytes of frozen weights, with the scales of those of 4 bits, and of trainable weights that a worker holds, by case."""
     results = {}
     for name, case in HELD.items():
         policy = trainer_of(case, folder, sharded=True, rank=rank).policy
         for trainable in (False, True):
             own = [whole_or_own(p) for p in policy.model.parameters() if p.requires_grad == trainable]
+            own += [state.absmax for m in policy.base.modules() if not trainable and (state := getattr(m, "quant_state", None))]
             results[f"{name} {trainable}"] = torch.tensor(sum(p.numel() * p.element_size() for p in own))
     return results
 
@@ -149,18 +161,24 @@ def test_a_plan_knows_what_each_worker_holds(folders: Mapping[str, Path], worker
     case, spec = HELD[name], EncoderSpec(str(folders["llava"]), "both")
     source = ModelSource(str(folders["llava"]))
     skeleton = Blueprint(spec.model_config, source, ModelConfig(dtype="float32"), case.tuner, case.algorithm.needs).build()
+    quantised = skeleton.linears() if case.tuner.quant_bits is not None else []
+
+    def size(parameters: Iterable[Tensor]) -> int:
+        return sum(p.numel() // 2 if any(p is other for other in quantised) else 4 * p.numel() for p in parameters)
+
     parameters = list(skeleton.model.parameters())
-    frozen, trainable = (sum(4 * p.numel() for p in parameters if p.requires_grad == trained) for trained in (False, True))
+    frozen, trainable = (size(p for p in parameters if p.requires_grad == trained) for trained in (False, True))
+    frozen += sum(4 * (p.numel() // 64) for p in quantised)  # scales
     whole = Memory(frozen, trainable, trainable, 2 * trainable, kept=0, working=0, images=0)
-    share = share_of(whole, skeleton, num_workers=2)
+    share = share_of(whole, skeleton, num_workers=2, below_head=0, quantised=set(quantised))
     for worker in workers:
         assert share.weights == pytest.approx(int(worker[f"{name} False"]), abs=2)
         assert share.trainable == pytest.approx(int(worker[f"{name} True"]), abs=2)
     assert (share.gradients, share.moments) == (share.trainable, pytest.approx(2 * share.trainable, abs=2))
     layers = skeleton.base.get_decoder().layers
-    in_layer = sum(4 * p.numel() for n, p in layers[0].named_parameters() if ".lora_" not in n)
-    outside = 4 * sum(p.numel() for p in (*skeleton.base.get_decoder().norm.parameters(), skeleton.head))
-    embeddings = 4 * skeleton.base.get_input_embeddings().weight.numel()
+    in_layer = size(p for n, p in layers[0].named_parameters() if ".lora_" not in n)
+    outside = size([*skeleton.base.get_decoder().norm.parameters(), skeleton.head])
+    embeddings = size([skeleton.base.get_input_embeddings().weight])
     gradients = in_layer + outside if case.tuner is FULL else 0
     assert share.working == 2 * in_layer + outside + embeddings + gradients
 
