@@ -138,10 +138,12 @@ NOISE = re.compile(
     "has constructor arguments in the object store and max_restarts > 0"  # https://github.com/ray-project/ray/issues/53727
     "|Failed to load CPU gemm_4bit_forward"
     "|^USDT:|External init callback must run in same thread"
+    "|No available node types can fulfill placement group requests"
 )
 """Lines that are not shown. Ray says the first of actors of its own (PreemptionWatcher), whose restart nobody needs;
-bitsandbytes the second when it is imported, before it can be asked not to; torch's profiler the others when it begins and ends.
-Can go when they say so no more."""
+bitsandbytes the second when it is imported, before it can be asked not to; torch's profiler the next two when it begins and
+ends; Ray's autoscaler the last, each second, of a sweep's trials that wait where it may bring no more nodes (`nodes` tells what
+a run waits for). Can go when they say so no more."""
 
 START_TIMEOUT = re.compile(
     r"^.*Error in control loop iteration: The worker group startup timed out.*\n"

@@ -265,6 +265,7 @@ def test_lines_of_rays_processes_are_printed_tidily(
     noise = [
         "[E] Actor 'PreemptionWatcher' has constructor arguments in the object store and max_restarts > 0. If",
         "USDT:2026",
+        "No available node types can fulfill placement group requests (detail=7:PACK|PENDING): {'CPU': 1.0}*1. Add suitable",
     ]
     cluster.print_worker_lines({**worker, "lines": [*ours, *noise]})
     cluster.print_worker_lines({**worker, "actor_name": "PlacementGroupCleaner", "lines": ["ConnectionError: several"]})

@@ -31,22 +31,23 @@ def curves_section(trials: Sequence[DrawnTrial], metric: str) -> str:
     x = axis_over([step for step, _ in places], count=6, outward=False)
     wider = Axis(x.low, x.high + NAME_ROOM * (x.high - x.low), x.ticks, x.step)
     frame = Frame(wider, axis_over([value for _, value in places], count=4, outward=True))
-    named = drawn[:NAMED]
+    named = [(trial, points) for trial, points in drawn if trial.state != "failed"][:NAMED]
+    others = [(trial, points) for trial, points in drawn if not any(trial is other for other, _ in named)]
     parts = [axes(frame, "step", "", marks=(0.0,))]
     stroke = faint_where_crowded("thin", len(drawn))
-    for trial, points in reversed(drawn[NAMED:]):
+    for trial, points in reversed(others):
         parts.append(_curve(frame, trial, points, f"{stroke} {_colour(trial)}"))
     for trial, points in reversed(named):
         parts.append(_curve(frame, trial, points, "marked blue" if trial is trials[0] else "thin blue"))
-    ends = [points[-1] for _, points in named]
-    for (trial, _), (step, _), height in zip(named, ends, _apart([frame.top(value) for _, value in ends]), strict=True):
+    ends = [(frame.left(step), frame.top(value)) for step, value in (points[-1] for _, points in named)]
+    for (trial, _), (left, _), height in zip(named, ends, _apart(ends), strict=True):
         number = escape(trial.short_name.removeprefix("Trial "))
-        parts.append(f'<text class="tick halo" x="{frame.left(step) + 3:.1f}" y="{height + 2.2:.1f}">{number}</text>')
+        parts.append(f'<text class="tick halo" x="{left + 3:.1f}" y="{height + 2.2:.1f}">{number}</text>')
     keys = [(trial.name, "line marked blue" if trial is trials[0] else "line thin blue", 0) for trial, _ in named]
     words = {"grey": "others that finished", "orange": "others, stopped or failed"}
-    used = {_colour(trial) for trial, _ in drawn[NAMED:]}
+    used = {_colour(trial) for trial, _ in others}
     keys += [(words[colour], f"line thin {colour}", 0) for colour in words if colour in used]
-    lead = f"{metric} of each trial at each evaluation; the best {len(named)} have their numbers." if len(drawn) > NAMED else ""
+    lead = f"{metric} of each trial at each evaluation; the best {len(named)} have their numbers." if others else ""
     return section("Evaluations", lead, f'<div class="charts single">{figure(metric, keys, parts)}</div>')
 
 
@@ -70,10 +71,11 @@ def _colour(trial: DrawnTrial) -> str:
     return COLOURS["finished" if trial.state == "finished" else "stopped"]
 
 
-def _apart(heights: Sequence[float]) -> list[float]:
-    """The heights moved down where they would be nearer to each other than NAME_HEIGHT."""
-    moved = dict.fromkeys(range(len(heights)), 0.0)
-    last = float("-inf")
-    for index in sorted(moved, key=lambda index: heights[index]):
-        moved[index] = last = max(heights[index], last + NAME_HEIGHT)
-    return list(moved.values())
+def _apart(ends: Sequence[Point]) -> list[float]:
+    """The heights of curves' ends, moved down where those of the same step would be nearer to each other than NAME_HEIGHT."""
+    moved = [height for _, height in ends]
+    last: dict[float, float] = {}
+    for index in sorted(range(len(ends)), key=lambda index: ends[index][1]):
+        left, height = ends[index]
+        moved[index] = last[left] = max(height, last.get(left, -NAME_HEIGHT) + NAME_HEIGHT)
+    return moved

@@ -34,6 +34,14 @@ def test_all_trials_have_a_curve_and_the_best_five_have_names_that_do_not_cover_
     assert "the best 5 have their numbers" in drawn
 
 
+def test_a_failed_trial_is_none_of_the_best_and_names_of_other_steps_stay_where_they_are():
+    drawn = curves_section([trial(1, 0.5, 0.6), trial(2, 0.6, state="stopped"), trial(3, 0.5, 0.55, state="failed")], "eval_m")
+    (first, second) = names_of(drawn)
+    assert (first[1], second[1]) == ("1", "2")
+    assert first[0] == second[0]
+    assert "others, stopped or failed" in drawn
+
+
 def test_few_trials_are_all_named_and_none_is_drawn_faintly():
     drawn = curves_section([trial(2, 0.5, 0.6), trial(1, 0.5, 0.4, state="stopped")], "eval_m")
     assert [name for _, name in names_of(drawn)] == ["2", "1"]

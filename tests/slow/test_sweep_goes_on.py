@@ -80,21 +80,21 @@ def test_a_killed_sweep_keeps_what_is_finished_and_goes_on_with_the_others_from_
     finished, others = trials_of(folder, finished=True), trials_of(folder, finished=False)
     assert len(finished) in (2, 3), log.read_text()[-3000:]
     kept = {trial: content_of(trial) for trial in finished}
-    under_way = {trial: saved_step(trial) for trial in others if saved_step(trial)}
+    under_way = [trial for trial in others if saved_step(trial)]
     assert under_way
 
-    cluster_of_four_cpus.run(*command, 4)
+    output = cluster_of_four_cpus.run(*command, 4)
+    assert output.count(": Goes on (") >= len(under_way)
     assert len(trials_of(folder, finished=True)) == 4
     assert {trial: content_of(trial) for trial in finished} == kept
     assert [starts(trial) for trial in finished] == [1] * len(finished)
-    for trial, step in under_way.items():
+    for trial in under_way:
         assert starts(trial) == 2
         # Each step has one line: those up to the checkpoint are of the first start.
         assert steps_of(trial) == list(range(1, 31))
-        assert step <= 30
 
     # A trial that went on is, to the bit, one that was never disturbed.
-    trial = next(iter(under_way))
+    trial = under_way[0]
     flags = {**yaml.safe_load((trial / "config.yaml").read_text()), "output_dir": str(tmp_path / "alone"), "eval_answers": 0}
     (tmp_path / "alone.yaml").write_text(yaml.safe_dump(flags))
     cluster_of_four_cpus.run("pipelines/dpo.py", "--config", tmp_path / "alone.yaml")
