@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare sweep test slow soak gpu unit-tests parity-tests check docs pictures hooks bench configs dist lock
+.PHONY: help setup quickstart compare sweep tour test slow soak gpu unit-tests parity-tests check docs pictures hooks bench configs dist lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -34,6 +34,9 @@ compare: setup ## run every algorithm on the quickstart's task, three seeds (und
 
 sweep: setup ## search beta and gamma of SimPO on the quickstart's task with Ray Tune (some minutes)
 	$(BIN)/python examples/quickstart/sweep.py
+
+tour: setup ## all verbs on the quickstart's task: SFT, DPO, evaluate, export, serve, two rounds of iterate (some minutes)
+	$(BIN)/python examples/quickstart/tour.py
 
 test: export HF_HUB_OFFLINE := 1
 test: setup ## all tests: unit, parity, integration, faults, a smoke of the benchmarks
