@@ -20,14 +20,14 @@ from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation import generate, score
-from rayalign.evaluation.pool import is_finished, open_output, read_results
+from rayalign.evaluation.pool import ROWS, is_finished, open_output, read_results
 from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
 from rayalign.images.fetch import fetch_images
 from rayalign.joining import ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.rounds.pairs import CUT, by_prompt, choose_pairs, pair_row, write_pairs
-from rayalign.rounds.results import PAGE, PAIRS, RESPONSES, ROUNDS, ROWS, SCORES, TRAIN, Round, write_results
+from rayalign.rounds.results import PAGE, PAIRS, RESPONSES, ROUNDS, SCORES, TRAIN, Round, write_results
 from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store
 from rayalign.training import driver
@@ -101,7 +101,7 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
     place = folder / f"round_{number}"
     start: dict[str, Any] = {name: getattr(config.model, name) for name in ("model", "model_type", "adapter")}
     policy = {"model": models[-1], "model_type": None, "adapter": None} if models else start
-    name = " with ".join(policy[flag] for flag in ("model", "model_type", "adapter") if policy[flag])
+    name = " with ".join(str(part) for part in policy.values() if part)
     logger.info("Round %d of %d: %s responds", number, own.num_rounds, name)
     seed = config.optimizer.seed + 1000 * number
     if not is_finished(place / RESPONSES):
