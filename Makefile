@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart compare sweep test slow soak gpu unit-tests parity-tests check types docs pictures hooks bench configs dist lock
+.PHONY: help setup quickstart compare sweep tour test slow soak gpu unit-tests parity-tests check types docs pictures hooks bench configs dist lock
 
 # $(call stage,NAME,COMMAND): runs a command and prints the time it took.
 define stage
@@ -36,6 +36,9 @@ compare: setup ## run every algorithm on the quickstart's task, three seeds (und
 
 sweep: setup ## search beta and gamma of SimPO on the quickstart's task with Ray Tune (some minutes)
 	$(BIN)/python examples/quickstart/sweep.py
+
+tour: setup ## all verbs on the quickstart's task: SFT, DPO, evaluate, export, serve, two rounds of iterate (some minutes)
+	$(BIN)/python examples/quickstart/tour.py
 
 test: export HF_HUB_OFFLINE := 1
 test: setup ## all tests: unit, parity, integration, faults, a smoke of the benchmarks

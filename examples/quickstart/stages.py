@@ -68,12 +68,17 @@ class Task(NamedTuple):
     text_only: float
 
 
+SECONDS: dict[str, float] = {}
+"""What each stage took that this process has done."""
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     started = time.monotonic()
     print(f"== {name}", flush=True)
     yield
-    print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
+    SECONDS[name] = time.monotonic() - started
+    print(f"== {name}: {SECONDS[name]:.0f} s", flush=True)
 
 
 @contextmanager
@@ -83,17 +88,23 @@ def cluster() -> Iterator[None]:
     torch.set_num_threads(1)
     context = ray.init(num_cpus=3, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
-    yield
-    ray.shutdown()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def command(name: str, *words: object) -> list[str]:
+    """The command line of one of pipelines/*.py, to be run from `ROOT`; it is printed, too."""
+    line = [sys.executable, f"pipelines/{name}.py", *map(str, words)]
+    print("python", *line[1:], flush=True)
+    return line
 
 
 def pipeline(name: str, *words: object) -> float:
-    """Runs one of pipelines/*.py as on a command line, with two workers if no other number is given; returns the seconds that
-    it took."""
-    command = [sys.executable, f"pipelines/{name}.py", *map(str, (*TWO_WORKERS, *WHOLE, *RARELY, *words))]
-    print("python", *command[1:], flush=True)
+    """Runs a training, with two workers if no other number is given; returns the seconds that it took."""
     started = time.monotonic()
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command(name, *TWO_WORKERS, *WHOLE, *RARELY, *words), cwd=ROOT, check=True)
     return time.monotonic() - started
 
 

@@ -161,6 +161,8 @@ def open_output(output: Store, settings: Mapping[str, Any], *, overwrite: bool) 
     Raises ValueError where they differ, and where the folder holds something else; `overwrite` deletes what a pool wrote.
     """
     now = json.loads(json.dumps(settings))
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output_dir {output.location} is a file: pass a folder, which may be new.")
     if overwrite:
         for name in (SUMMARY, ROWS, DROPPED, SETTINGS):
             (output / name).delete()

@@ -76,7 +76,10 @@ def scorers_of(own: ScoreConfig, model: ModelConfig) -> tuple[Scorer, ...]:
             uses_model |= not what
             if not (named.model or named.model_type or named.adapter):
                 raise ValueError(f"--scorer {kind}: no model given. Write {kind}=FOLDER, or pass --model.")
-            scorers.append(model_scorer(kind, named, beta=own.beta, reference=own.reference))
+            try:
+                scorers.append(model_scorer(kind, named, beta=own.beta, reference=own.reference))
+            except ValueError as error:
+                raise ValueError(str(error).replace(f"--model {what}:", f"--scorer {word}:")) from None
         else:
             raise ValueError(f"--scorer {word}: must be one of {', '.join(SCORERS)}.")
     unused = {

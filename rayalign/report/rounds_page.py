@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from rayalign.report.charts import Sample, Series, format_number, histogram, line_chart
+from rayalign.report.charts import Colour, Sample, Series, format_number, histogram, line_chart
 from rayalign.report.conversations import Conversation, card, response, text_block
 from rayalign.report.evaluation_page import Cell, interval_chart
 from rayalign.report.markup import flags_section, header, section, table, tiles
@@ -162,7 +162,10 @@ def _pairs(rounds: Sequence[DrawnRound]) -> str:
 
 def _card(pair: ShownPair) -> str:
     shown = pair.conversation
-    sides = (("chosen", "blue", shown.chosen, pair.chosen), ("rejected", "orange", shown.rejected, pair.rejected))
+    sides: tuple[tuple[str, Colour, str, tuple[int, float]], ...] = (
+        ("chosen", "blue", shown.chosen, pair.chosen),
+        ("rejected", "orange", shown.rejected, pair.rejected),
+    )
     responses = [
         response(name, colour, text_block(text), note=f" · score {format_number(score)} · response {sample + 1}")
         for name, colour, text, (sample, score) in sides

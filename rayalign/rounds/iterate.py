@@ -20,14 +20,14 @@ from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation import generate, score
-from rayalign.evaluation.pool import is_finished, open_output, read_results
+from rayalign.evaluation.pool import ROWS, is_finished, open_output, read_results
 from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
 from rayalign.images.fetch import fetch_images
 from rayalign.joining import ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.rounds.pairs import CUT, by_prompt, choose_pairs, pair_row, write_pairs
-from rayalign.rounds.results import PAGE, PAIRS, RESPONSES, ROUNDS, ROWS, SCORES, TRAIN, Round, write_results
+from rayalign.rounds.results import PAGE, PAIRS, RESPONSES, ROUNDS, SCORES, TRAIN, Round, write_results
 from rayalign.sources.files import resolve_dataset
 from rayalign.sources.whole_paths import with_whole_paths
 from rayalign.storage import Store
@@ -53,6 +53,7 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
     Raises ValueError for what the user can fix, a round without pairs among it.
     """
     config.check_inputs()
+    _require_rounds(config)
     require_lasting_folders(config)
     if not config.run.output_dir:
         config = config.replace({"output_dir": "output/iterate"})
@@ -60,15 +61,15 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
     source = require_model(config.model, REGISTERED_MODELS)
     scorers = score.scorers_of(_score_flags(own), ModelConfig())  # what is wrong with them is told before any work
     folder = Store.at(str(config.run.output_dir))
-    if config.run.overwrite:
-        for inner in folder.list():
-            if inner.name in (ROUNDS, PAGE) or (inner.name.startswith("round_") and inner.is_dir()):
-                inner.delete()
     flags = {**config.to_dict(), **dataclasses.asdict(own), "rlhf_type": config.algorithm.name}
     settings = {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
     settings |= {"model files": files_of_model(source), "prompt files": files_of_data(sources_of(config))}
     settings |= {"scorers": [dict(scorer.settings) for scorer in scorers]}
     open_output(folder, settings, overwrite=config.run.overwrite)
+    if config.run.overwrite:
+        for inner in folder.list():
+            if inner.name in (ROUNDS, PAGE) or (inner.name.startswith("round_") and inner.is_dir()):
+                inner.delete()
     rounds: list[Round] = []
     with ray_as_found():
         start_ray(config)
@@ -79,13 +80,29 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
     return rounds
 
 
+def _require_rounds(config: Config) -> None:
+    """Raises ValueError for what only the first round's training would find, and for flags that rounds make nothing of."""
+    if config.run.dry_run:
+        raise ValueError(
+            "--dry_run: rounds have no plan of their own. `rayalign dpo --dry_run true` with the flags of the training tells "
+            "what each takes."
+        )
+    if config.algorithm.name == "rm":
+        raise ValueError(
+            "--rlhf_type rm: a reward model writes no responses, with which the next round would begin. Pass an algorithm that "
+            "trains a policy, such as dpo, and the reward model as --scorer reward_model=FOLDER."
+        )
+    for argument in config.data.val_dataset:
+        resolve_dataset(argument)
+
+
 def _round(config: Config, own: IterateConfig, folder: Store, number: int, models: Sequence[str]) -> Round:
     """A round; `models` are those of the rounds before it."""
     began = time.monotonic()
     place = folder / f"round_{number}"
     start: dict[str, Any] = {name: getattr(config.model, name) for name in ("model", "model_type", "adapter")}
     policy = {"model": models[-1], "model_type": None, "adapter": None} if models else start
-    name = " with ".join(policy[flag] for flag in ("model", "model_type", "adapter") if policy[flag])
+    name = " with ".join(str(part) for part in policy.values() if part)
     logger.info("Round %d of %d: %s responds", number, own.num_rounds, name)
     seed = config.optimizer.seed + 1000 * number
     if not is_finished(place / RESPONSES):
@@ -94,6 +111,8 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
         _score(config, own, place)
     pairs = _pairs(config, own, place, number, policy=name, seed=seed)
     logger.info("Round %d: %d pairs of %d responses, whose mean score is %.4g", number, *(pairs[n] for n in _TOLD))
+    if not pairs["responses"]:
+        raise ValueError(f"--dataset {' '.join(config.data.dataset)}: there is no prompt in it.")
     if not pairs["pairs"]:
         raise ValueError(
             f"Round {number}: no two responses to a prompt differ in their scores by more than --pair_margin "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rayalign.algorithms import DPO
+from rayalign.algorithms import DPO, RM
 from rayalign.config.config import Config
 from rayalign.config.inference_verbs import IterateConfig
 from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
@@ -48,6 +48,35 @@ def test_wrong_flags_and_another_command_in_the_folder_are_refused_before_any_wo
     (tmp_path / "out" / "settings.json").write_text('{"n": 8}')
     with pytest.raises(ValueError, match="made with other settings"):
         iterate.run(config, IterateConfig(scorer=("python=math:sqrt",)))
+
+
+def test_what_the_first_rounds_training_would_refuse_is_refused_before_any_work(tmp_path: Path, model_folder) -> None:  # type: ignore[no-untyped-def]  # as the fixture says
+    (tmp_path / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken.py").write_text("def score(:\n")
+    config = Config(
+        DPO(),
+        DataConfig(dataset=(str(tmp_path / "prompts.jsonl"),)),
+        ModelConfig(model=str(model_folder("llava"))),
+        run=RunConfig(output_dir=str(tmp_path / "out")),
+    )
+    own = IterateConfig(scorer=("python=math:sqrt",))
+    refused: list[tuple[Config, IterateConfig, str]] = [
+        (dataclasses.replace(config, algorithm=RM()), own, "--rlhf_type rm: a reward model writes no responses"),
+        (config.replace({"dry_run": True}), own, "--dry_run: rounds have no plan of their own"),
+        (config.replace({"val_dataset": ["gone.jsonl"]}), own, "Dataset 'gone.jsonl': there is no file or folder"),
+        (config.replace({"output_dir": str(tmp_path / "file")}), own, "is a file: pass a folder"),
+        (config, IterateConfig(scorer=("reward_model=/gone",)), "--scorer reward_model=/gone: there is no such folder"),
+        (
+            config,
+            IterateConfig(scorer=(f"python={tmp_path / 'broken.py'}:f",)),
+            "--scorer python .*: fails when it is imported",
+        ),
+    ]
+    for wrong, rounds, words in refused:
+        with pytest.raises(ValueError, match=words):
+            iterate.run(wrong, rounds)
+    assert not (tmp_path / "out").exists()
 
 
 class Started(Exception):

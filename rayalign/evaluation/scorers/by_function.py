@@ -63,6 +63,10 @@ def function_scorer(argument: str) -> FunctionScorer:
     if not (sign and place and name.isidentifier()):
         raise ValueError(f"--scorer python={argument}: expected MODULE:FUNCTION or FILE.py:FUNCTION.")
     scorer = FunctionScorer(find_plugin(place, flag="--scorer python"), name)
-    if not callable(getattr(scorer.module.module, name, None)):
+    try:
+        module = scorer.module.module
+    except ValueError as error:
+        raise ValueError(str(error).replace("--plugin", "--scorer python")) from error.__cause__
+    if not callable(getattr(module, name, None)):
         raise ValueError(f"--scorer python={argument}: the module has no function {name}.")
     return scorer
