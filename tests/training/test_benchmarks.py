@@ -111,6 +111,13 @@ def test_the_best_checkpoint_by_a_benchmark_is_marked_and_kept(tmp_path: Path, p
     assert steps_in(folder) == [30, 20]
 
 
+def test_a_checkpoint_without_the_deciding_figure_is_no_candidate(tmp_path: Path, pope: Path) -> None:
+    run = config_for(tmp_path, pope).run
+    figures = {10: {"eval_mmstar/accuracy": 0.9}, 20: {"eval_pope/accuracy": 0.5}, 30: {}}
+    assert best_of(figures, run) == Best("eval_pope/accuracy", 20, 0.5)
+    assert best_of({10: figures[10]}, run) == Best()
+
+
 def test_a_checkpoint_that_waits_for_its_judgement_is_never_deleted(tmp_path: Path, pope: Path) -> None:
     folder = with_checkpoints(tmp_path, 10, 20, 30)
     results = BenchmarkResults(config_for(tmp_path, pope))
