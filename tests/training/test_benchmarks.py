@@ -88,15 +88,19 @@ def judge_all(config: Config, judge: Judge) -> BenchmarkResults:
 
 
 def test_each_checkpoint_is_judged_once_and_its_figures_are_told_at_its_own_step(tmp_path: Path, pope: Path) -> None:
-    folder, config, judge = with_checkpoints(tmp_path, 10, 20), config_for(tmp_path, pope), Judge()
+    folder, judge = with_checkpoints(tmp_path, 10, 20), Judge()
+    config = config_for(tmp_path, pope, report_to="tensorboard")
     results = judge_all(config, judge)
     assert judge.asked == [10, 20]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"eval/pope/accuracy") == 2
     expected = [{"step": step, "eval_pope/accuracy": value, "eval_pope/f1": 0.25} for step, value in FIGURES.items()]
     assert results.lines() == expected
     assert read_metrics(folder / "metrics.jsonl") == expected
     judge_all(config, judge)
     assert judge.asked == [10, 20]
     assert read_metrics(folder / "metrics.jsonl") == expected
+    assert list((tmp_path / "tensorboard").iterdir()) == [events]
 
 
 def test_the_best_checkpoint_by_a_benchmark_is_marked_and_kept(tmp_path: Path, pope: Path) -> None:
