@@ -57,8 +57,8 @@ class Case:
 
 CASES = {
     "tiny": Case(TINY, prompts=4, n=2, new_tokens=6),
-    "short": Case(SHORT, prompts=16, n=4, new_tokens=64),
-    "medium": Case(MEDIUM, prompts=16, n=4, new_tokens=64),
+    "short": Case(SHORT, prompts=8, n=4, new_tokens=64),
+    "medium": Case(MEDIUM, prompts=8, n=4, new_tokens=64),
 }
 KINDS: tuple[Kind, ...] = ("likelihood", "reward_model")
 
@@ -228,7 +228,7 @@ def main() -> None:
     for name in arguments.case:
         with tempfile.TemporaryDirectory() as temporary:
             cases.append(run_case(name, Path(temporary), rounds=arguments.rounds))
-    write_json(arguments.output, {"machine": facts, "cases": cases})
+        write_json(arguments.output, {"machine": facts, "cases": cases})
     lines = [(case, line) for case in cases for line in case["works"]]
     columns = {
         "case": lambda line: line[0]["case"],

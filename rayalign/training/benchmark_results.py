@@ -61,9 +61,10 @@ class BenchmarkResults:
 
 
 def best_of(results: Mapping[int, Mapping[str, float]], run: RunConfig) -> Best:
-    """The best checkpoint by its benchmarks, whatever the order in which they were judged."""
+    """The best checkpoint by its benchmarks, whatever the order in which they were judged; one that could answer no question of
+    the benchmark that decides is no candidate."""
     best = Best()
     for step, metrics in sorted(results.items()):
-        if metrics:
+        if not {run.metric_for_best_model, f"eval_{run.metric_for_best_model}"}.isdisjoint(metrics):
             best = best.after(step, metrics, run)
     return best

@@ -111,7 +111,7 @@ def judged_beside(config: Config, judge: Judge, *, check: Callable[[], None] = l
     try:
         yield results
         jury.is_trained.set()
-        waiting = results.waiting()
+        waiting = BenchmarkResults(config).waiting()  # not the thread's own
         if waiting:
             logger.info("Benchmarks: waiting for checkpoints that are still to be judged (%d)", len(waiting))
         while thread.is_alive():
@@ -119,6 +119,7 @@ def judged_beside(config: Config, judge: Judge, *, check: Callable[[], None] = l
             check()
     finally:
         jury.is_over.set()
+        jury.is_trained.set()
         thread.join(LOOK_SECONDS)  # Ray must not be closed under its hands
     if jury.failure is not None:
         raise jury.failure
@@ -132,7 +133,7 @@ class _Jury:
         self.is_trained, self.is_over = threading.Event(), threading.Event()
         self.failure: Exception | None = None
         self._config, self._results, self._judge = config, results, judge
-        self._tries: Counter[int] = Counter()
+        self._tries: Counter[str] = Counter()
 
     def run(self) -> None:
         try:
@@ -150,7 +151,7 @@ class _Jury:
     def _judge_one(self, checkpoint: Checkpoint) -> None:
         if self.is_over.is_set():
             return
-        self._tries[checkpoint.step] += 1
+        self._tries[checkpoint.store.name] += 1
         try:
             metrics = {EVALUATED + name: value for name, value in self._judge(checkpoint, self.is_over.is_set).items()}
         except Exception as error:  # noqa: BLE001  # whatever it is, the training is worth more than what is said of it
@@ -158,19 +159,17 @@ class _Jury:
                 return
             problem = _in_words(error)
             logger.warning("Warning: the benchmarks of the checkpoint of step %d failed: %s", checkpoint.step, problem)
-            if self._tries[checkpoint.step] >= MOST_TRIES:
+            if self._tries[checkpoint.store.name] >= MOST_TRIES:
                 self._results.write(checkpoint, {}, problem=problem)
             return
         self._note_best(checkpoint, metrics)  # first: once it is judged, only the note keeps it
         self._results.write(checkpoint, metrics)
         for name in parse_benchmarks(self._config.run.eval_benchmarks):
-            own = [
-                (key.removeprefix(EVALUATED), value) for key, value in metrics.items() if key.startswith(f"{EVALUATED}{name}/")
-            ]
-            logger.info(
-                "Benchmark at step %d  %s", checkpoint.step, "  ".join(f"{key} {value:.4g}" for key, value in own[:SHOWN])
-            )
-            if not own:
+            start = f"{EVALUATED}{name}/"
+            shown = [f"{name}/{key.removeprefix(start)} {metrics[key]:.4g}" for key in metrics if key.startswith(start)]
+            if shown:
+                logger.info("Benchmark at step %d  %s", checkpoint.step, "  ".join(shown[:SHOWN]))
+            else:
                 logger.warning("Warning: %s: no question could be answered by the checkpoint of step %d", name, checkpoint.step)
 
     def _note_best(self, checkpoint: Checkpoint, metrics: Mapping[str, float]) -> None:

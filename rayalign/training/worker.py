@@ -159,7 +159,7 @@ class _Worker:
             rank=self.rank,
             is_sharded=is_sharded,
             copies=group.num_local_workers if is_sharded else 1,
-            waits=self.benchmarks.waits,
+            waits=BenchmarkResults(config).waits,  # asked in the writer's thread
         )
 
     def _has_room(self) -> bool:

@@ -175,3 +175,12 @@ def test_folders_of_earlier_versions_and_of_runs_are_refused(tmp_path: Path):
     (tmp_path / "run" / "config.yaml").write_text("beta: 1\n")
     with pytest.raises(ValueError, match="holds a run"):
         check_sweep_folder(Store.at(f"{tmp_path}/run"), base(tmp_path / "run"), SWEEP)
+
+
+def test_a_sweep_has_no_benchmarks_beside_its_trials(tmp_path: Path):
+    with pytest.raises(ValueError) as caught:
+        tune.run(base(tmp_path, eval_benchmarks=("pope:data/pope",)), TuneConfig(search=("beta=grid:1,2",)))
+    assert str(caught.value) == (
+        "--eval_benchmarks: trials are ranked by their held-out records, and no benchmark is evaluated beside them. Leave it "
+        "out, and evaluate the best model with the verb evaluate."
+    )

@@ -88,15 +88,19 @@ def judge_all(config: Config, judge: Judge) -> BenchmarkResults:
 
 
 def test_each_checkpoint_is_judged_once_and_its_figures_are_told_at_its_own_step(tmp_path: Path, pope: Path) -> None:
-    folder, config, judge = with_checkpoints(tmp_path, 10, 20), config_for(tmp_path, pope), Judge()
+    folder, judge = with_checkpoints(tmp_path, 10, 20), Judge()
+    config = config_for(tmp_path, pope, report_to="tensorboard")
     results = judge_all(config, judge)
     assert judge.asked == [10, 20]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"eval/pope/accuracy") == 2
     expected = [{"step": step, "eval_pope/accuracy": value, "eval_pope/f1": 0.25} for step, value in FIGURES.items()]
     assert results.lines() == expected
     assert read_metrics(folder / "metrics.jsonl") == expected
     judge_all(config, judge)
     assert judge.asked == [10, 20]
     assert read_metrics(folder / "metrics.jsonl") == expected
+    assert list((tmp_path / "tensorboard").iterdir()) == [events]
 
 
 def test_the_best_checkpoint_by_a_benchmark_is_marked_and_kept(tmp_path: Path, pope: Path) -> None:
@@ -109,6 +113,13 @@ def test_the_best_checkpoint_by_a_benchmark_is_marked_and_kept(tmp_path: Path, p
     assert best_of(results.read(), config.run) == Best("eval_pope/accuracy", 20, 0.75, None, since=1)
     prune_checkpoints(folder / "checkpoints", keep=1, best=best, waits=results.waits)
     assert steps_in(folder) == [30, 20]
+
+
+def test_a_checkpoint_without_the_deciding_figure_is_no_candidate(tmp_path: Path, pope: Path) -> None:
+    run = config_for(tmp_path, pope).run
+    figures = {10: {"eval_mmstar/accuracy": 0.9}, 20: {"eval_pope/accuracy": 0.5}, 30: {}}
+    assert best_of(figures, run) == Best("eval_pope/accuracy", 20, 0.5)
+    assert best_of({10: figures[10]}, run) == Best()
 
 
 def test_a_checkpoint_that_waits_for_its_judgement_is_never_deleted(tmp_path: Path, pope: Path) -> None:
