@@ -123,7 +123,7 @@ def test_a_server_that_is_interrupted_refuses_new_requests_and_lets_those_under_
     server: Server, number: signal.Signals, code: int
 ) -> None:
     with server.client() as client:
-        stream = client.chat.completions.create(model="base", messages=TURNS, temperature=0, max_tokens=600, stream=True)
+        stream = client.chat.completions.create(model="base", messages=TURNS, temperature=0, max_tokens=300, stream=True)
         next(stream)
         server.process.send_signal(number)
         server.wait_for("Ending: new requests are refused")
