@@ -19,6 +19,15 @@ from rayalign.config.config import Config
 logger = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+
+SERVE_NAMESPACE = "serve"
+"""Of all actors of Ray Serve. Can go together with REPLICA_NAME.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/serve/_private/constants.py"""
+
+REPLICA_NAME = "SERVE_REPLICA::{}#"
+"""How the names of an application's replicas begin. Can go when Ray Serve can be told not to wait for requests.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/serve/_private/common.py (`ReplicaID.to_full_id_str`)"""
+
 ANSWER_SECONDS = 20
 """How long the head that RAY_ADDRESS names may take to answer."""
 
@@ -118,6 +127,14 @@ def _own_sigterm_handler() -> Iterator[None]:
     finally:
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+def end_replicas(application: str) -> None:
+    """Ends the replicas of an application of Ray Serve at once, with the requests that they have."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == SERVE_NAMESPACE and actor["name"].startswith(REPLICA_NAME.format(application)):
+            with contextlib.suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(actor["name"], namespace=SERVE_NAMESPACE))
 
 
 @contextlib.contextmanager

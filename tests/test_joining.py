@@ -15,6 +15,16 @@ from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on .Field. is deprecated")  # Ray's, as it is imported
+def test_ray_serves_replicas_still_have_the_names_that_end_replicas_looks_for() -> None:
+    from ray.serve._private.common import DeploymentID, ReplicaID
+    from ray.serve._private.constants import SERVE_NAMESPACE
+
+    replica = ReplicaID("x7", DeploymentID("model", "rayalign"))
+    assert replica.to_full_id_str().startswith(joining.REPLICA_NAME.format("rayalign"))
+    assert joining.SERVE_NAMESPACE == SERVE_NAMESPACE
+
+
 @pytest.fixture
 def addressed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """`addressed(address)`: what a run says that finds this RAY_ADDRESS, which nobody answers."""

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import re
 import secrets
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import Any
 import ray
 
 from rayalign.algorithms import SFT
-from rayalign.cluster import quiet_logging
+from rayalign.cluster import owns_cluster, quiet_logging
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig, ModelConfig, ServeConfig
-from rayalign.joining import ray_as_found, start_ray
+from rayalign.joining import end_replicas, ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model
 from rayalign.serving.vllm_config import is_loopback, serve_arguments, write_serve_file
@@ -28,6 +29,9 @@ from rayalign.storage import Store
 logger = logging.getLogger(__name__)
 
 APPLICATION = "rayalign"
+
+ENDING_SECONDS = 15
+"""How long requests that are under way may go on when the server is to end. A second Ctrl-C cuts it short."""
 
 QUEUED = 64
 """Requests that a replica takes beyond --max_concurrency, to answer them with 429; past them, Ray Serve itself answers 503."""
@@ -128,6 +132,8 @@ def _application(config: ServeConfig, source: ModelSource, adapters: dict[str, M
         name="model",
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": gpus},
         max_ongoing_requests=config.max_concurrency + QUEUED,
+        graceful_shutdown_timeout_s=ENDING_SECONDS,
+        graceful_shutdown_wait_loop_s=0.2,
         **replicas_of(config),
     )
     return deployment.bind()
@@ -155,6 +161,8 @@ def _serve(application: Any, config: ServeConfig) -> None:
             "Ray Serve runs on this cluster already, and its address and port can't be changed: `serve shutdown` ends it and "
             "all that it serves. Or use another cluster (RAY_ADDRESS=local: one on this machine alone)."
         )
+    if owns_cluster():
+        require_free_port(config.host, config.port)
     try:
         serve.start(
             proxy_location="HeadOnly",
@@ -168,9 +176,35 @@ def _serve(application: Any, config: ServeConfig) -> None:
             raise ValueError(why_it_failed(str(error))) from None
         names = ", ".join([config.name, *config.adapters])
         logger.info("Serving %s at http://%s:%d/v1 (Ctrl-C ends it)", names, config.host, config.port)
-        threading.Event().wait()
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            logger.info(
+                "Ending: new requests are refused, and those under way have %d seconds (Ctrl-C again ends them at once)",
+                ENDING_SECONDS,
+            )
+            serve.delete(APPLICATION)
+            raise
+    except KeyboardInterrupt as stop:
+        end_replicas(APPLICATION)  # those that are left: while they load, or after a second Ctrl-C
+        raise type(stop)("The server has ended.") from None
     finally:
         serve.shutdown()
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises ValueError where a server can't listen on an address of this machine, since another one does or it has no such
+    address."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: what has ended is not in the way
+            listener.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"--host {host} --port {port}: can't be listened on ({(error.strerror or str(error)).lower()}). Give another one, "
+            "or end what listens there."
+        ) from None
 
 
 def why_it_failed(message: str) -> str:

@@ -1,12 +1,13 @@
 """What `serve` decides before Ray is started: the token, what is served, how many replicas."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayalign.config.sections import ServeConfig
-from rayalign.serving.serve import _token_of, replicas_of, run, why_it_failed
+from rayalign.serving.serve import _token_of, replicas_of, require_free_port, run, why_it_failed
 from rayalign.serving.vllm_config import is_loopback
 
 
@@ -58,6 +59,18 @@ def test_what_is_not_there_is_told_before_ray_is_started(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^--engine vllm: vLLM is not installed here\."):
         run(ServeConfig(model=str(tmp_path), engine="vllm"))
+
+
+def test_a_port_that_another_server_has_is_refused() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        other.listen()
+        with pytest.raises(ValueError) as caught:
+            require_free_port("127.0.0.1", port)
+    words = "can't be listened on (address already in use). Give another one, or end what listens there."
+    assert str(caught.value) == f"--host 127.0.0.1 --port {port}: {words}"
+    require_free_port("127.0.0.1", port)
 
 
 def test_of_a_replica_that_does_not_start_the_reason_is_told() -> None:

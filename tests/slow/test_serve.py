@@ -1,6 +1,7 @@
 """A server on the cluster, as its user starts it: OpenAI's client, replicas, one of which is killed while it responds."""
 
 import base64
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,9 +9,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import psutil
 import pytest
@@ -20,7 +23,11 @@ from tests.tiny_models import noise_image
 
 REPLICA = "ray::ServeReplica:rayalign:model"
 SECONDS = 120
+TOKEN = "0123456789abcdef"
 PICTURE = "data:image/png;base64," + base64.b64encode(noise_image(40, 30)).decode()
+TURNS: Any = [
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "Which?"}]}
+]
 
 
 def replicas(cluster: Cluster) -> list[psutil.Process]:
@@ -35,51 +42,69 @@ def replicas(cluster: Cluster) -> list[psutil.Process]:
     return found
 
 
-@pytest.fixture(scope="module")
-def server(cluster_of_four_cpus: Cluster, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of a server with two replicas; it asks for a token."""
-    folder = tmp_path_factory.mktemp("serve")
-    (folder / "token").write_text("0123456789abcdef")
+@dataclass
+class Server:
+    """A server with two replicas, which asks for a token; `clients` talk to it."""
+
+    url: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def client(self, token: str = TOKEN, *, max_retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=token, max_retries=max_retries)
+
+    def wait_for(self, words: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while words not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+
+def _ask_on(client: openai.OpenAI) -> None:
+    while True:
+        client.models.list()
+
+
+@pytest.fixture
+def server(cluster_of_four_cpus: Cluster, model: Path, tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "token").write_text(TOKEN)
     (port,) = free_ports(1)
-    log = folder / "log"
     process = cluster_of_four_cpus.start(
         *("pipelines/serve.py", "--model", model, "--served_model_name", "base", "--engine", "transformers"),
-        *("--min_replicas", 2, "--cpus_per_replica", 0.5, "--port", port, "--token_file", folder / "token"),
-        log=log,
+        *("--min_replicas", 2, "--cpus_per_replica", 0.5, "--port", port, "--token_file", tmp_path / "token"),
+        *("--max_length", 20_000, "--max_new_tokens", 10_000),
+        log=tmp_path / "log",
     )
+    server = Server(f"http://127.0.0.1:{port}/v1", process, tmp_path / "log")
     try:
-        deadline = time.monotonic() + SECONDS
-        while "Serving base" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
+        server.wait_for("Serving base")
+        yield server
     finally:
-        process.send_signal(signal.SIGINT)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
-    assert process.returncode == 130, log.read_text()
+    assert process.returncode in (130, 143), server.log.read_text()
     assert replicas(cluster_of_four_cpus) == []
-    assert "Traceback" not in log.read_text(), log.read_text()
+    assert server.log.read_text().endswith("The server has ended.\n")
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()
 
 
-def test_a_replica_that_is_killed_costs_no_client_its_response(server: str, cluster_of_four_cpus: Cluster) -> None:
-    turns: Any = [
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "Which?"}]}
-    ]
-    client = openai.OpenAI(base_url=server, api_key="0123456789abcdef", max_retries=8)
+def test_a_replica_that_is_killed_costs_no_client_its_response(server: Server, cluster_of_four_cpus: Cluster) -> None:
+    client = server.client(max_retries=8)
 
     def ask(_: int, max_tokens: int = 200) -> str | None:
-        response = client.chat.completions.create(model="base", messages=turns, temperature=0, max_tokens=max_tokens)
+        response = client.chat.completions.create(model="base", messages=TURNS, temperature=0, max_tokens=max_tokens)
         return response.choices[0].message.content
 
-    with openai.OpenAI(base_url=server, api_key="wrong", max_retries=0) as stranger, pytest.raises(openai.AuthenticationError):
+    with server.client("wrong") as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
     expected = ask(0)
-    stream = client.chat.completions.create(model="base", messages=turns, temperature=0, max_tokens=200, stream=True)
+    stream = client.chat.completions.create(model="base", messages=TURNS, temperature=0, max_tokens=200, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == expected
     before = replicas(cluster_of_four_cpus)
     assert len(before) == 2
@@ -91,3 +116,30 @@ def test_a_replica_that_is_killed_costs_no_client_its_response(server: str, clus
     assert not before[0].is_running()
     assert ask(0) == expected
     client.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_server_that_is_interrupted_refuses_new_requests_and_lets_those_under_way_end(
+    server: Server, number: signal.Signals, code: int
+) -> None:
+    with server.client() as client:
+        stream = client.chat.completions.create(model="base", messages=TURNS, temperature=0, max_tokens=300, stream=True)
+        next(stream)
+        server.process.send_signal(number)
+        server.wait_for("Ending: new requests are refused")
+        with pytest.raises(openai.NotFoundError):
+            _ask_on(client)
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+    assert server.process.wait(60) == code
+
+
+def test_a_second_interruption_ends_a_server_at_once(server: Server) -> None:
+    with server.client() as client:
+        stream = client.chat.completions.create(model="base", messages=TURNS, temperature=0, max_tokens=10_000, stream=True)
+        next(stream)
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("Ending: new requests are refused")
+        server.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(openai.APIError, httpx2.HTTPError):
+            assert all(chunk.choices[0].finish_reason is None for chunk in stream)
+    assert server.process.wait(60) == 130
