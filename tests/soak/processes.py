@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -54,8 +54,11 @@ class Nodes:
         self._nodes.append(node.pid)
 
     def kill_node(self, number: int) -> None:
-        """Ends a node with all that runs there; another comes in its place."""
-        kill_all([self._nodes.pop(number % len(self._nodes))])
+        """Ends a node with all that runs there, one with train workers if there are some; another comes in its place."""
+        busy = [node for node in self._nodes if self.pids("train worker", [node])] or self._nodes
+        node = busy[number % len(busy)]
+        self._nodes.remove(node)
+        kill_all([node])
         self.add_node()
 
     def kill(self) -> None:
@@ -64,10 +67,10 @@ class Nodes:
         self._open.close()
         self._open = contextlib.ExitStack()
 
-    def pids(self, what: str) -> list[int]:
-        """The processes of one of NAMES, in the order of their numbers."""
+    def pids(self, what: str, nodes: Sequence[int] = ()) -> list[int]:
+        """The processes of one of NAMES, on some nodes or on all, in the order of their numbers."""
         found = []
-        for process in _tree([*self._nodes, self.head.pid]):
+        for process in _tree(nodes or [*self._nodes, self.head.pid]):
             with contextlib.suppress(psutil.Error):
                 if " ".join(process.cmdline()).startswith(NAMES[what]):
                     found.append(process.pid)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from rayalign.storage import Store
 from rayalign.training.checkpoint import whole_checkpoints
+from rayalign.training.lease import LEASE
 
 OF_TIME = ("pairs_per_second", "tokens_per_second", "data_wait_fraction", "time", "seconds")
 """Metrics that time decides."""
@@ -84,8 +85,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def file_names(run: Path) -> set[str]:
-    """Of all files, but checkpoints and events by their kind only, as their names tell of the start that wrote them. What a
-    kill leaves of a write has a name of its own and is never read."""
-    files = (path for path in run.rglob("*") if path.is_file() and path.suffix != ".partial")
+    """Of all files, but checkpoints and events by their kind only, as their names tell of the start that wrote them; without
+    what a kill may leave and nobody takes for more: the lease of a run that was over, and parts of files under names of their
+    own."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.suffix != ".partial" and path.name != LEASE)
     names = {str(path.relative_to(run)) for path in files}
     return {name.split("/")[0] if name.startswith(("checkpoints/", "tensorboard/")) else name for name in names}
