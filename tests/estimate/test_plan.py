@@ -15,7 +15,7 @@ from rayalign.algorithms import ALGORITHMS
 from rayalign.config import command_line
 from rayalign.config.config import Config
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, PlanConfig, RunConfig, TunerConfig
-from rayalign.estimate import advice, lengths
+from rayalign.estimate import advice
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.catalogue import shipped_configs
 from rayalign.estimate.lengths import ImageLook, estimated, estimated_tokens, measured
@@ -239,13 +239,12 @@ def test_more_records_are_asked_for_than_there_are(tmp_path: Path):
 
 
 def test_lengths_of_encoded_records_are_exact_and_the_longest_is_always_looked_at(
-    prepare_pairs: "Callable[[Sequence[EncodedPair]], PreparedData]", monkeypatch: pytest.MonkeyPatch
+    prepare_pairs: "Callable[[Sequence[EncodedPair]], PreparedData]",
 ):
     from rayalign.data.store import EncodedPair
 
-    monkeypatch.setattr(lengths, "LOOKED_AT", 2)
     rows = [EncodedPair(str(i), [7] * i + [1], [1] * 3, [1] * (9 if i == 2 else 2), [], []) for i in range(5)]
-    found = measured(prepare_pairs(rows), 1, image_token_id=7, look=None)
+    found = measured(prepare_pairs(rows), 1, image_token_id=7, look=None, looked_at=2)
     assert [(p.prompt, p.chosen, p.rejected, p.image_tokens) for p in found.pairs] == [(1, 3, 2, 0), (3, 3, 9, 2), (5, 3, 2, 4)]
     assert (found.total, found.held_out) == (5, 1)
     assert found.origin == "encoded with the model's own processor; 3 of them looked at, among these the longest"
