@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=stages.ROOT / "output" / "tour")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and the server would not end
     folder, started = options.output_dir.resolve(), time.monotonic()
     outcomes: dict[str, str] = {}
     with stages.cluster():
