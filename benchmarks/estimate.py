@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config.config import Config
-from rayalign.config.sections import ModelConfig, OptimizerConfig, PlanConfig, TunerConfig
+from rayalign.config.plan import PlanConfig
+from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.estimate import Estimate
 from rayalign.estimate.lengths import ImageLook

@@ -102,7 +102,7 @@ def run_application(model: str, port: int) -> None:
     """The server's own process, without Ray."""
     import uvicorn
 
-    from rayalign.config.sections import ServeConfig
+    from rayalign.config.serving import ServeConfig
     from rayalign.models.source import ModelSource
     from rayalign.serving.replica import load_app
 

@@ -75,7 +75,7 @@ def plan(algorithm: str, *, config: File | Sequence[File] = (), **flags: FlagVal
 
     Raises ValueError, with the sentences of the command line, for flags, models and data that can't be used.
     """
-    from rayalign.config.sections import PlanConfig
+    from rayalign.config.plan import PlanConfig
 
     run, machine = _build(algorithm, config, flags, PlanConfig)
     assert isinstance(machine, PlanConfig)
@@ -159,7 +159,7 @@ def export(
     that must not be overwritten.
     """
     from rayalign.config.flags import section_from_mapping
-    from rayalign.config.sections import ExportConfig
+    from rayalign.config.serving import ExportConfig
 
     places = {"model": model, "output_dir": output_dir, "checkpoint": checkpoint, "run_dir": run_dir}
     named = {

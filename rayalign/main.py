@@ -25,7 +25,7 @@ from rayalign.config.flags import did_you_mean
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, ScoreConfig
 from rayalign.config.methods import advice_for_method
-from rayalign.config.sections import ChatConfig, ExportConfig, ServeConfig
+from rayalign.config.serving import ChatConfig, ExportConfig, ServeConfig
 from rayalign.log_lines import configure_logging
 from rayalign.sweeps.search_checks import check_search
 

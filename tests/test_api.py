@@ -14,7 +14,7 @@ from rayalign.api import Plan
 from rayalign.config import command_line
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig
-from rayalign.config.sections import PlanConfig
+from rayalign.config.plan import PlanConfig
 from rayalign.estimate.plan import plan_run
 from rayalign.evaluation.evaluate import Evaluation
 from rayalign.evaluation.pool import PoolResult

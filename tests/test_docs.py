@@ -21,7 +21,9 @@ from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.flags import flags_of
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
-from rayalign.config.sections import ChatConfig, ExportConfig, PlanConfig, ServeConfig, TuneConfig
+from rayalign.config.plan import PlanConfig
+from rayalign.config.serving import ChatConfig, ExportConfig, ServeConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.sweeps.search_checks import check_search
 
 ROOT = Path(__file__).parents[1]

@@ -16,9 +16,10 @@ from rayalign.config.flags import AnySection, Flag, Section, did_you_mean, flags
 from rayalign.config.inference_verbs import IterateConfig
 from rayalign.config.methods import advice_for_method
 from rayalign.config.parser import Parser, add_config_flag, add_section, add_steering_flags, new_parser, started_as
+from rayalign.config.plan import PlanConfig
 from rayalign.config.plugins import PLUGIN, Plugin, load_plugins
-from rayalign.config.sections import PlanConfig, TuneConfig
 from rayalign.config.translate import translate_values, translate_words
+from rayalign.config.tune import TuneConfig
 from rayalign.config.yaml_files import Extra, plugins_in, read_files, to_yaml
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import yaml
 from rayalign.config.config import Config, section_types
 from rayalign.config.flags import flags_of
 from rayalign.config.inference_verbs import IterateConfig
+from rayalign.config.plan import PlanConfig
 from rayalign.config.plugins import PLUGIN
-from rayalign.config.sections import PlanConfig, TuneConfig
 from rayalign.config.translate import translate_values
+from rayalign.config.tune import TuneConfig
 
 Extra = TuneConfig | PlanConfig | IterateConfig
 """The flags that some verbs have besides those of a run."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rayalign.config.config import Config
-from rayalign.config.sections import PlanConfig
+from rayalign.config.plan import PlanConfig
 from rayalign.data.sampler import num_held_out, steps_of_run
 from rayalign.estimate.memory import OVERHEAD_BYTES, Memory, MicroBatch
 from rayalign.estimate.shapes import DataShapes

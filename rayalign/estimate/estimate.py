@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rayalign.config.config import Config
-from rayalign.config.sections import PlanConfig
+from rayalign.config.plan import PlanConfig
 from rayalign.estimate import advice
 from rayalign.estimate.advice import Schedule, Time
 from rayalign.estimate.architecture import Blueprint, Skeleton

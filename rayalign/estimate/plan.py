@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
 from rayalign.config.config import Config
-from rayalign.config.sections import PlanConfig
+from rayalign.config.plan import PlanConfig
 from rayalign.data.prepare import prepare_run
 from rayalign.downloads import model_folder
 from rayalign.estimate.advice import held_out_of, schedule_of

@@ -11,7 +11,8 @@ from typing import TextIO
 
 import torch
 
-from rayalign.config.sections import ChatConfig, ModelConfig
+from rayalign.config.sections import ModelConfig
+from rayalign.config.serving import ChatConfig
 from rayalign.formats.records import IMAGE_MARK, Message, RecordError
 from rayalign.images.fetch import MAX_IMAGE_BYTES, decoded_size
 from rayalign.models.registry import REGISTERED_MODELS

@@ -20,7 +20,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from rayalign.config.sections import ExportConfig, ModelConfig
+from rayalign.config.sections import ModelConfig
+from rayalign.config.serving import ExportConfig
 from rayalign.models.compat import headless_class
 from rayalign.models.registry import REGISTERED_MODELS, find_family
 from rayalign.models.source import ModelSource, require_model

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from rayalign.config.sections import ModelConfig, ServeConfig
+from rayalign.config.sections import ModelConfig
+from rayalign.config.serving import ServeConfig
 from rayalign.models.source import ModelSource
 from rayalign.serving.app import build_app
 from rayalign.serving.chat_api import Limits

@@ -19,7 +19,8 @@ import ray
 from rayalign.algorithms import SFT
 from rayalign.cluster import owns_cluster, quiet_logging
 from rayalign.config.config import Config
-from rayalign.config.sections import ClusterConfig, ModelConfig, ServeConfig
+from rayalign.config.sections import ClusterConfig, ModelConfig
+from rayalign.config.serving import ServeConfig
 from rayalign.joining import end_replicas, ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from rayalign.config.sections import ServeConfig
+from rayalign.config.serving import ServeConfig
 from rayalign.downloads import model_folder
 from rayalign.models.parts import PART_NAMES, find_parts
 from rayalign.models.registry import find_family, load_config

@@ -7,7 +7,7 @@ import ray
 
 from rayalign.cluster import owns_cluster
 from rayalign.config.config import Config
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.nodes import room_for_workers
 
 LOOK_SECONDS = 2.0

@@ -14,7 +14,7 @@ from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search import Searcher
 
 from rayalign.config.flags import flags_of
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import LISTED, SearchSpace, class_of
 from rayalign.sweeps.searcher import QueueSearcher

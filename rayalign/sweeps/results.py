@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from rayalign.config.flags import did_you_mean
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.report.drawn_trial import DrawnTrial
 from rayalign.report.sweep_page import DrawnSweep, render_sweep
 from rayalign.storage import Store

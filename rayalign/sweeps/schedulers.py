@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.sweeps.search_space import SearchSpace
 from rayalign.sweeps.trials import Outcome
 

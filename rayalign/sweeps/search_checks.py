@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from rayalign.config.config import Config
 from rayalign.config.flags import did_you_mean, flags_of
-from rayalign.config.sections import ClusterConfig, RunConfig, TuneConfig
+from rayalign.config.sections import ClusterConfig, RunConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.sweeps.search_space import (
     ALGORITHM,
     LISTED,

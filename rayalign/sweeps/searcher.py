@@ -10,7 +10,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from rayalign.config.flags import did_you_mean
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.progress import duration
 from rayalign.storage import Store
 from rayalign.sweeps.results import aligned, figure

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayalign.config.config import Config
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import ALGORITHM
 from rayalign.sweeps.trials import TRIALS

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayalign.config.config import Config
-from rayalign.config.sections import ModelConfig, TuneConfig
+from rayalign.config.sections import ModelConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.config.yaml_files import to_yaml
 from rayalign.data.prepare import cache_of, prepare_run
 from rayalign.data.stream import sampler_of

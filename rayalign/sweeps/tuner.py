@@ -7,7 +7,7 @@ import ray.tune
 from ray.tune.progress_reporter import TrialProgressCallback
 
 from rayalign.cluster import HEAD_NODE
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
 from rayalign.sweeps.concurrency import Concurrency
 from rayalign.sweeps.in_place import resources_of, why_apart

@@ -13,7 +13,8 @@ import torch
 from rayalign.algorithms import ALGORITHMS, Algorithm
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.plugins import PLUGIN, load_plugins
-from rayalign.config.sections import ExportConfig, TunerConfig
+from rayalign.config.sections import TunerConfig
+from rayalign.config.serving import ExportConfig
 from rayalign.config.yaml_files import parse_flags
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.models.registry import REGISTERED_MODELS

@@ -7,7 +7,7 @@ from rayalign.config import command_line
 from rayalign.config.aliases import ALIASES, ELSEWHERE, SAME_NAME, Alias, aliases_table
 from rayalign.config.config import Config, section_types
 from rayalign.config.flags import flags_of
-from rayalign.config.sections import ExportConfig
+from rayalign.config.serving import ExportConfig
 from rayalign.config.translate import translate_values, translate_words
 
 OURS = {flag.name for algorithm in ALGORITHMS.values() for section in section_types(algorithm) for flag in flags_of(section)}

@@ -12,7 +12,8 @@ from rayalign.algorithms import DPO, Needs
 from rayalign.config import command_line
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import check_bounds, flag, flags_of
-from rayalign.config.sections import ModelConfig, OptimizerConfig, TuneConfig
+from rayalign.config.sections import ModelConfig, OptimizerConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.config.yaml_files import to_yaml
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.sweeps.search_checks import check_search

@@ -8,7 +8,8 @@ import pytest
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import check_bounds, did_you_mean, flag, flags_of, nearest
-from rayalign.config.sections import ClusterConfig, ModelConfig, OptimizerConfig, TuneConfig, TunerConfig
+from rayalign.config.sections import ClusterConfig, ModelConfig, OptimizerConfig, TunerConfig
+from rayalign.config.tune import TuneConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config.config import Config
-from rayalign.config.sections import ClusterConfig, ModelConfig, OptimizerConfig, PlanConfig, TunerConfig
+from rayalign.config.plan import PlanConfig
+from rayalign.config.sections import ClusterConfig, ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import EncodedPair
 from rayalign.estimate.architecture import Blueprint

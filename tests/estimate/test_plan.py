@@ -14,7 +14,8 @@ from rayalign import main
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config import command_line
 from rayalign.config.config import Config
-from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, PlanConfig, RunConfig, TunerConfig
+from rayalign.config.plan import PlanConfig
+from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TunerConfig
 from rayalign.estimate import advice
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.catalogue import shipped_configs

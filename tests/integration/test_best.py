@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rayalign.config.sections import ExportConfig
+from rayalign.config.serving import ExportConfig
 from rayalign.training import checkpoint_export
 from tests.cluster import Cluster
 

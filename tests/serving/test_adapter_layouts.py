@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
 from rayalign.config.inference import InferenceConfig
-from rayalign.config.sections import ExportConfig, TunerConfig
+from rayalign.config.sections import TunerConfig
+from rayalign.config.serving import ExportConfig
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.rows import Sources
 from rayalign.evaluation.loaded_model import load_model

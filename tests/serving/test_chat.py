@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rayalign.config.sections import ChatConfig
+from rayalign.config.serving import ChatConfig
 from rayalign.formats.records import IMAGE_MARK, Message
 from rayalign.models.source import ModelSource
 from rayalign.serving import chat

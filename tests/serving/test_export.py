@@ -19,7 +19,8 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextPreTrain
 
 from rayalign.algorithms import RM
 from rayalign.config import command_line
-from rayalign.config.sections import ExportConfig, TunerConfig
+from rayalign.config.sections import TunerConfig
+from rayalign.config.serving import ExportConfig
 from rayalign.images.fetch import open_image
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy

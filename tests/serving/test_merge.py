@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from rayalign.config.sections import ExportConfig, TunerConfig
+from rayalign.config.sections import TunerConfig
+from rayalign.config.serving import ExportConfig
 from rayalign.models.processors import load_processor
 from rayalign.models.source import ModelSource
 from rayalign.policy.policy import Policy

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rayalign.config.sections import ServeConfig
+from rayalign.config.serving import ServeConfig
 from rayalign.serving.serve import _token_of, replicas_of, require_free_port, run, why_it_failed
 from rayalign.serving.vllm_config import is_loopback
 

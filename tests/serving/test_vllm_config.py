@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from rayalign.config.sections import ServeConfig, TunerConfig
+from rayalign.config.sections import TunerConfig
+from rayalign.config.serving import ServeConfig
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
 from rayalign.serving.vllm_config import require_for_vllm, serve_arguments, write_serve_file

@@ -8,7 +8,8 @@ import ray
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
-from rayalign.config.sections import ClusterConfig, TuneConfig
+from rayalign.config.sections import ClusterConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.sweeps import concurrency
 from rayalign.sweeps.concurrency import LOOK_SECONDS, MOST_WAITING, Concurrency, trials_that_fit
 from tests.watching import Clock

@@ -7,7 +7,8 @@ import pytest
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
-from rayalign.config.sections import ClusterConfig, ModelConfig, TuneConfig
+from rayalign.config.sections import ClusterConfig, ModelConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.sweeps.in_place import resources_of, why_apart
 from rayalign.sweeps.search_checks import check_search
 from rayalign.sweeps.search_space import SearchSpace

@@ -9,7 +9,8 @@ import pytest
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
-from rayalign.config.sections import RunConfig, TuneConfig
+from rayalign.config.sections import RunConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
 from rayalign.sweeps.handover import pack, take_over
 from rayalign.sweeps.population import check_population, explore

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.sweeps.proposals import propose
 from rayalign.sweeps.search_checks import check_search
 from rayalign.sweeps.search_space import SearchSpace, Setting

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.sweeps.schedulers import ray_scheduler
 from rayalign.sweeps.trials import Outcome, State, Trial
 

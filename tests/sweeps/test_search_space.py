@@ -6,7 +6,8 @@ import pytest
 from rayalign.algorithms import DPO, SFT, Needs, SimPO
 from rayalign.config.config import Config
 from rayalign.config.flags import check_bounds, flag
-from rayalign.config.sections import DataConfig, OptimizerConfig, TuneConfig, TunerConfig
+from rayalign.config.sections import DataConfig, OptimizerConfig, TunerConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.sweeps.search_checks import check_search
 from rayalign.sweeps.search_space import SearchRange, SearchSpace, parse_search
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ray.tune.search import Searcher
 
-from rayalign.config.sections import TuneConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
 from rayalign.sweeps.searcher import TABLE_SECONDS, QueueSearcher, SweepLines
 from rayalign.sweeps.trials import Outcome, Queue, Trial, read_outcome, trials_of

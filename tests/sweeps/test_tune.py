@@ -10,7 +10,8 @@ import pytest
 from rayalign.algorithms import ALGORITHMS, DPO
 from rayalign.config import command_line
 from rayalign.config.config import Config
-from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TuneConfig
+from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
 from rayalign.sweeps import tune
 from rayalign.sweeps.schedulers import asha_share, plan_in_words, scheduler_of

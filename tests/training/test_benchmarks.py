@@ -12,7 +12,7 @@ import pytest
 from rayalign.algorithms import DPO, RM, Algorithm
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.inference import InferenceConfig
-from rayalign.config.sections import ExportConfig
+from rayalign.config.serving import ExportConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation.exams import answers_in, figures_of, figures_to_come, read_exam
 from rayalign.evaluation.loaded_model import load_model

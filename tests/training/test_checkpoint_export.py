@@ -15,7 +15,7 @@ import torch
 import rayalign
 from rayalign.algorithms import DPO, RM, SFT, Algorithm
 from rayalign.config.config import Config, config_from_mapping
-from rayalign.config.sections import ExportConfig
+from rayalign.config.serving import ExportConfig
 from rayalign.data.encode import EncoderSpec
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import resolve_model
