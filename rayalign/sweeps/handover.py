@@ -13,7 +13,7 @@ from typing import Any
 from rayalign.config.config import Config
 from rayalign.storage import Store
 from rayalign.sweeps.trials import HANDED_NOTE, read_handed
-from rayalign.training.checkpoint import checkpoint_name
+from rayalign.training.checkpoint_folder import checkpoint_name
 from rayalign.training.run_folder import write_config
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from rayalign.config.config import Config
 from rayalign.config.sections import RunConfig
 from rayalign.storage import Store
 from rayalign.training.best import Best
-from rayalign.training.checkpoint import Checkpoint, whole_checkpoints
+from rayalign.training.checkpoint_folder import Checkpoint, whole_checkpoints
 
 RESULTS = "benchmarks"
 """The folder of a run's folder with a file for each checkpoint that was judged."""

@@ -32,7 +32,7 @@ from rayalign.formats.records import RecordError
 from rayalign.storage import Store
 from rayalign.training.benchmark_results import BenchmarkResults, best_of
 from rayalign.training.best import is_of_benchmark, metric_name, write_note
-from rayalign.training.checkpoint import Checkpoint
+from rayalign.training.checkpoint_folder import Checkpoint
 from rayalign.training.metrics import MetricsLog
 from rayalign.training.sinks import key_of, reporting_of
 
@@ -237,8 +237,8 @@ def judge_checkpoint(config: Config, checkpoint: Store) -> dict[str, float]:
     from rayalign.evaluation.pair_scores import PairScorer, Scoring
     from rayalign.models.registry import REGISTERED_MODELS
     from rayalign.models.source import require_model
-    from rayalign.training.checkpoint import fetch_weights
     from rayalign.training.checkpoint_export import trained_policy
+    from rayalign.training.checkpoint_folder import fetch_weights
 
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")

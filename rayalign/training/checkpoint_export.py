@@ -24,7 +24,8 @@ from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
-from rayalign.training.checkpoint import Checkpoint, fetch_weights, load_weights, whole_checkpoints
+from rayalign.training.checkpoint import load_weights
+from rayalign.training.checkpoint_folder import Checkpoint, fetch_weights, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 

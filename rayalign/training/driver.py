@@ -35,7 +35,7 @@ from rayalign.storage import Store
 from rayalign.training.benchmark_results import best_of
 from rayalign.training.benchmarks import check_benchmarks, judge_on_cluster, judged_beside
 from rayalign.training.best import best_checkpoint, is_of_benchmark
-from rayalign.training.checkpoint import newest_complete, prune_checkpoints
+from rayalign.training.checkpoint_folder import newest_complete, prune_checkpoints
 from rayalign.training.endings import beside_signals, run_reached, told_endings, with_restarts
 from rayalign.training.entry import JOB, REPORTS_EVALUATIONS, train_loop
 from rayalign.training.lease import Lease, held

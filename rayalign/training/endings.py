@@ -18,7 +18,7 @@ from rayalign.config.endings import TRACEBACK_VARIABLE, RunFailed, Terminated
 from rayalign.nodes import NodesLost
 from rayalign.retries import LASTING_WORDS
 from rayalign.storage import Store
-from rayalign.training.checkpoint import newest_complete
+from rayalign.training.checkpoint_folder import newest_complete
 from rayalign.training.metrics import read_metrics
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from rayalign.storage import Store
 from rayalign.training.answers import ANSWERS
 from rayalign.training.benchmark_results import RESULTS
 from rayalign.training.best import NOTE
-from rayalign.training.checkpoint import has_checkpoint
+from rayalign.training.checkpoint_folder import has_checkpoint
 from rayalign.training.metrics import read_metrics
 from rayalign.training.origin import ORIGIN_NOTE
 from rayalign.training.profiling import PROFILE

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint, write_note
-from rayalign.training.checkpoint import Checkpoint, Snapshot, checkpoint_name, prune_checkpoints, write_checkpoint
+from rayalign.training.checkpoint import Snapshot, write_checkpoint
+from rayalign.training.checkpoint_folder import Checkpoint, checkpoint_name, prune_checkpoints
 from rayalign.training.distributed import gather, group_beside
 
 logger = logging.getLogger(__name__)

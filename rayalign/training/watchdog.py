@@ -30,7 +30,7 @@ WAITS = {
     ("rayalign.training.changes", "are_near"): "the other workers",
     ("rayalign.training.worker", "_save"): "a checkpoint, which is copied or written",
     ("rayalign.training.worker", "_write_model"): "the writing of the model",
-    ("rayalign.training.checkpoint", "fetch_newest"): "the newest checkpoint, to go on from",
+    ("rayalign.training.checkpoint_folder", "fetch_newest"): "the newest checkpoint, to go on from",
     ("rayalign.policy.loading", "load_policy"): "the loading of the model",
     ("rayalign.training.reference_pass", "_compute"): "a forward pass of the reference",
     ("rayalign.training.answers", "ask"): "the model's own answers to held-out prompts",

@@ -26,19 +26,8 @@ from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.benchmark_results import BenchmarkResults
 from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, is_of_benchmark, write_note
 from rayalign.training.changes import Changes
-from rayalign.training.checkpoint import (
-    ALL_SHARDS,
-    NONE_YET,
-    FetchedCheckpoint,
-    Snapshot,
-    delete_others,
-    fetch,
-    fetch_newest,
-    load_best,
-    load_checkpoint,
-    trains_shards,
-    whole_at,
-)
+from rayalign.training.checkpoint import NONE_YET, Snapshot, load_best, load_checkpoint, trains_shards
+from rayalign.training.checkpoint_folder import ALL_SHARDS, FetchedCheckpoint, delete_others, fetch, fetch_newest, whole_at
 from rayalign.training.distributed import gather
 from rayalign.training.gauges import Gauges
 from rayalign.training.group import Group

@@ -25,7 +25,8 @@ from rayalign.estimate.shapes import PairShape
 from rayalign.estimate.worker_memory import WorkerMemory
 from rayalign.models.source import ModelSource
 from rayalign.storage import Store
-from rayalign.training.checkpoint import Snapshot, checkpoint_name, fetch_newest, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import Snapshot, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint_folder import checkpoint_name, fetch_newest
 from tests.cluster import running_cluster
 from tests.sharded_steps import (
     FULL,

@@ -11,7 +11,7 @@ import yaml
 
 from rayalign.storage import Store
 from rayalign.sweeps.hparams import SUFFIX
-from rayalign.training.checkpoint import newest_complete
+from rayalign.training.checkpoint_folder import newest_complete
 from tests.cluster import Cluster
 
 MOST_SECONDS = 180

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from rayalign.storage import Store
-from rayalign.training.checkpoint import whole_checkpoints
+from rayalign.training.checkpoint_folder import whole_checkpoints
 from rayalign.training.lease import LEASE
 
 OF_TIME = ("pairs_per_second", "tokens_per_second", "data_wait_fraction", "time", "seconds")

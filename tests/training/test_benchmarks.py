@@ -23,7 +23,13 @@ from rayalign.training import benchmarks, checkpoint_export
 from rayalign.training.benchmark_results import RESULTS, BenchmarkResults, best_of
 from rayalign.training.benchmarks import MOST_TRIES, check_benchmarks, judge_checkpoint, judged_beside
 from rayalign.training.best import Best, best_checkpoint, is_of_benchmark
-from rayalign.training.checkpoint import Checkpoint, FetchedCheckpoint, delete_others, prune_checkpoints, whole_checkpoints
+from rayalign.training.checkpoint_folder import (
+    Checkpoint,
+    FetchedCheckpoint,
+    delete_others,
+    prune_checkpoints,
+    whole_checkpoints,
+)
 from rayalign.training.metrics import read_metrics
 from tests.evaluation.benchmarks.twins import put_pictures, write_lines
 from tests.training.test_checkpoint_export import write_run

@@ -23,7 +23,7 @@ from rayalign.models.source import ModelSource
 from rayalign.storage import Store
 from rayalign.training import benchmarks
 from rayalign.training.benchmarks import judged_beside
-from rayalign.training.checkpoint import Checkpoint
+from rayalign.training.checkpoint_folder import Checkpoint
 from rayalign.training.group import Group
 from rayalign.training.metrics import read_metrics
 from rayalign.training.worker import train_worker

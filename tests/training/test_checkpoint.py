@@ -17,20 +17,17 @@ from rayalign.data.batch import PairBatch
 from rayalign.data.sampler import StepCounts
 from rayalign.storage import Store
 from rayalign.training.best import Best
-from rayalign.training.checkpoint import (
+from rayalign.training.checkpoint import Snapshot, load_best, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint_folder import (
     FetchedCheckpoint,
-    Snapshot,
     checkpoint_name,
     delete_others,
     fetch_newest,
     has_checkpoint,
-    load_best,
-    load_checkpoint,
     prune_checkpoints,
     whole_at,
-    write_checkpoint,
 )
-from rayalign.training.checkpoint import fetch as fetch_one
+from rayalign.training.checkpoint_folder import fetch as fetch_one
 from rayalign.training.loop import Trainer
 from tests.tiny_models import REFERRED, encode_pair, make_batch, make_policy
 
@@ -192,7 +189,7 @@ def test_an_incomplete_checkpoint_is_passed_over_with_the_reason(
         file.write_bytes(file.read_bytes()[:100])
     else:
         file.unlink()
-    with caplog.at_level(logging.WARNING, logger="rayalign.training.checkpoint"):
+    with caplog.at_level(logging.WARNING, logger="rayalign.training.checkpoint_folder"):
         assert newest_of(checkpoints).step == 3
     assert caplog.messages == [f"Passing over checkpoint {store.location}: {problem.format(size=size)}."]
 
@@ -219,7 +216,7 @@ def test_a_damaged_manifest_is_passed_over_with_the_reason(
 ) -> None:
     store = newest_of(checkpoints).store
     (store / "manifest.json").write_bytes(manifest)
-    with caplog.at_level(logging.WARNING, logger="rayalign.training.checkpoint"):
+    with caplog.at_level(logging.WARNING, logger="rayalign.training.checkpoint_folder"):
         assert newest_of(checkpoints).step == 3
     assert caplog.messages == [f"Passing over checkpoint {store.location}: its manifest {problem}."]
 
@@ -230,7 +227,7 @@ def test_after_a_flipped_bit_the_checkpoint_before_is_taken_and_only_then_are_ot
 ) -> None:
     damaged = checkpoints / checkpoint_name(20, "a")
     flip_a_bit(damaged / name)
-    with caplog.at_level(logging.WARNING, logger="rayalign.training.checkpoint"):
+    with caplog.at_level(logging.WARNING, logger="rayalign.training.checkpoint_folder"):
         newest = newest_of(checkpoints)
     assert caplog.messages == [f"Passing over checkpoint {damaged.location}: {name} does not have the hash it was saved with."]
     assert newest.step == 3

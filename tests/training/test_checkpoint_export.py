@@ -23,8 +23,9 @@ from rayalign.policy.loading import load_policy
 from rayalign.policy.saving import save_policy
 from rayalign.storage import Store
 from rayalign.training.best import Best, write_note
-from rayalign.training.checkpoint import Snapshot, checkpoint_name, write_checkpoint
+from rayalign.training.checkpoint import Snapshot, write_checkpoint
 from rayalign.training.checkpoint_export import HOW_TO_NAME, run
+from rayalign.training.checkpoint_folder import checkpoint_name
 from rayalign.training.optimizer import make_optimizer
 from rayalign.training.run_folder import open_run
 

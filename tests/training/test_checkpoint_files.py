@@ -16,18 +16,10 @@ from rayalign.config.sections import TunerConfig
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import gather_weights, save_policy
 from rayalign.storage import Store
-from rayalign.training.checkpoint import (
-    ALL_SHARDS,
-    FetchedCheckpoint,
-    Snapshot,
-    checkpoint_name,
-    fetch_newest,
-    load_checkpoint,
-    load_weights,
-    write_checkpoint,
-)
-from rayalign.training.checkpoint import fetch_weights as fetch_weights_of
+from rayalign.training.checkpoint import Snapshot, load_checkpoint, load_weights, write_checkpoint
 from rayalign.training.checkpoint_files import DTYPES, num_shards, rows_of, shard_file, write_tensors
+from rayalign.training.checkpoint_folder import ALL_SHARDS, FetchedCheckpoint, checkpoint_name, fetch_newest
+from rayalign.training.checkpoint_folder import fetch_weights as fetch_weights_of
 from rayalign.training.distributed import gather
 from rayalign.training.loop import Trainer
 from tests.sharded_steps import Case, batches_of, pairs_of, together, trainer_of, whole

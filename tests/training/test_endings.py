@@ -25,7 +25,7 @@ from rayalign.config.sections import RunConfig
 from rayalign.nodes import NodesLost
 from rayalign.storage import Store
 from rayalign.training import endings
-from rayalign.training.checkpoint import Checkpoint
+from rayalign.training.checkpoint_folder import Checkpoint
 from rayalign.training.endings import hide_known_tracebacks, run_reached, told_endings, with_restarts
 
 NOTHING = "before the first step; the same command starts from step 0, with the records that are encoded."

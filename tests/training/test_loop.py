@@ -23,7 +23,8 @@ from rayalign.policy.policy import Policy
 from rayalign.storage import Store
 from rayalign.training import distributed
 from rayalign.training.best import GOES_ON, Verdict
-from rayalign.training.checkpoint import FetchedCheckpoint, Snapshot, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import Snapshot, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint_folder import FetchedCheckpoint
 from rayalign.training.distributed import start_alike, sum_over_workers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import MetricSums

@@ -16,7 +16,8 @@ from rayalign.data.sampler import StepCounts
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
 from rayalign.storage import Store
-from rayalign.training.checkpoint import FetchedCheckpoint, Snapshot, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import Snapshot, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint_folder import FetchedCheckpoint
 from rayalign.training.loop import Trainer
 from rayalign.training.optimizer import learning_rate, make_optimizer
 from tests.tiny_models import counts_of, encode_pair, make_batch, make_policy

@@ -10,7 +10,8 @@ from torch import Tensor
 from rayalign.storage import Store
 from rayalign.training import saving
 from rayalign.training.best import Best, best_checkpoint
-from rayalign.training.checkpoint import Snapshot, whole_checkpoints
+from rayalign.training.checkpoint import Snapshot
+from rayalign.training.checkpoint_folder import whole_checkpoints
 from rayalign.training.saving import CheckpointWriter, free_memory
 
 GIB = 2**30
