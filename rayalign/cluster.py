@@ -1,18 +1,15 @@
-"""Ray's processes: what they log, errors that cross them, and undocumented names. `joining` joins or starts the cluster that
-they run on, `nodes` looks at its machines.
+"""Ray's processes: settings, errors that cross them, and undocumented names. `joining` joins or starts the cluster that they
+run on, `nodes` looks at its machines, `ray_lines` at what is printed.
 
-Names of Ray that its documentation does not promise are here and in `joining`, with their place in Ray's source (read in
-version 2.60.0) and when they can go. tests/test_cluster.py compares each with the installed Ray.
+Names of Ray that its documentation does not promise are here, in `joining` and in `ray_lines`, with their place in Ray's source
+(read in version 2.60.0) and when they can go. tests/test_cluster.py compares each with the installed Ray.
 """
 
 import contextlib
-import itertools
 import logging
 import os
-import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -27,7 +24,6 @@ import ray.train
 import ray.util.state
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from rayalign.log_lines import OWN_LINE, configure_logging
 from rayalign.retries import StorageFailed
 
 logger = logging.getLogger(__name__)
@@ -104,55 +100,9 @@ https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal
 HEALTH_ERROR = "health_check_failure"
 """The same, where a worker no longer answers. Can go when WORKERS_ERROR can."""
 
-TRACEBACK_LOGGER = "ray.train.v2._internal.util"
-"""Logs the traceback of what a train worker's function raised. Can go when Ray Train leaves that to the driver, which gets it.
-https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/util.py"""
-
-PROGRESS_LOGGER = "ray.data._internal.progress"
-"""Warns in each process that progress bars are switched off, once they are. Can go when it no longer does.
-https://github.com/ray-project/ray/tree/ray-2.60.0/python/ray/data/_internal/progress"""
-
-ANALYSIS_LOGGER = "ray.tune.analysis.experiment_analysis"
-"""Warns at the end of a sweep that the files of TUNE_LOGGERS_VARIABLE are not there. Can go when it doesn't look for them.
-https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/tune/analysis/experiment_analysis.py"""
-
-TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
-"""Warns at each start of a cluster that it asks for a token, which is what we want. Can go when that is no warning.
-https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/authentication/authentication_token_setup.py"""
-
 COLOR_VARIABLE = "RAY_COLOR_PREFIX"
 """0 prints the names of Ray's processes without escape codes, which Ray writes into files, too. Can go when it doesn't.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py (`print_worker_logs`)"""
-
-LOG_HANDLER = "ray_print_logs"
-"""What prints the lines of Ray's processes in the process that started or joined the cluster, by Ray's `print_to_stdstream` and
-`print_worker_logs`.
-Can go when Ray documents a way to choose what is printed, and how.
-https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/worker.py (`connect`)"""
-
-SILENT_ACTORS = ("PlacementGroupCleaner",)
-"""Actors of Ray whose lines are not shown. PlacementGroupCleaner fails where a machine has several clusters, with a long
-traceback; `free_lost_workers` does its work. Can go together with that."""
-
-NOISE = re.compile(
-    "has constructor arguments in the object store and max_restarts > 0"  # https://github.com/ray-project/ray/issues/53727
-    "|Failed to load CPU gemm_4bit_forward"
-    "|^USDT:|External init callback must run in same thread"
-    "|No available node types can fulfill placement group requests"
-)
-"""Lines that are not shown. Ray says the first of actors of its own (PreemptionWatcher), whose restart nobody needs;
-bitsandbytes the second when it is imported, before it can be asked not to; torch's profiler the next two when it begins and
-ends; Ray's autoscaler the last, each second, of a sweep's trials that wait where it may bring no more nodes (`nodes` tells what
-a run waits for). Can go when they say so no more."""
-
-START_TIMEOUT = re.compile(
-    r"^.*Error in control loop iteration: The worker group startup timed out.*\n"
-    r"Traceback .*\n(?:  .*\n)*\S*WorkerGroupStartupTimeoutError: .*(?:\n|\Z)",
-    re.MULTILINE,
-)
-"""What Ray Train's controller logs each time that it asks anew for room (TRAIN_START_VARIABLE); `nodes` says what is missing.
-Can go when that is no error.
-https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/execution/controller/controller.py"""
 
 USER_ERRORS = (ValueError, FloatingPointError)
 """What a user can fix: flags, data, a model's files; a loss that is no longer finite."""
@@ -340,45 +290,3 @@ def configure_ray_data() -> None:
 def place_ray_data(labels: Mapping[str, str]) -> None:
     """The nodes of all tasks and actors of the data sets that this process builds next, by their labels; empty: any node."""
     ray.data.DataContext.get_current().execution_options.label_selector = dict(labels) or None
-
-
-def quiet_logging() -> None:
-    """In a process of Ray or of the command: rayalign's own lines, and of Ray and other libraries only what goes wrong."""
-    configure_logging()
-    quiet_ray()
-    from transformers.utils import logging as transformers_logging  # here: Ray Train's controller has no use for it
-
-    transformers_logging.disable_progress_bar()
-    # peft uses transformers' old name of this; the line can go when a peft release uses the new one.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-
-
-def quiet_ray() -> None:
-    """Lets Ray's libraries log warnings only, in this process."""
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in (PROGRESS_LOGGER, TOKEN_LOGGER, ANALYSIS_LOGGER):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def tidy_worker_logs() -> None:
-    """From now on this process, which has joined a cluster, prints what Ray's processes log in a tidy form: rayalign's own
-    lines as they are, others behind the name of their process, and not at all what SILENT_ACTORS and NOISE name."""
-    dispatcher = ray._private.ray_logging.global_worker_stdstream_dispatcher
-    if any(name == LOG_HANDLER for name, _ in dispatcher.handlers):
-        dispatcher.remove_handler(LOG_HANDLER)
-        dispatcher.add_handler(LOG_HANDLER, print_worker_lines)
-
-
-def print_worker_lines(logged: dict[str, Any]) -> None:
-    """Prints lines of one process of the cluster, as Ray hands them over."""
-    if logged.get("actor_name") in SILENT_ACTORS:
-        return
-    text = START_TIMEOUT.sub("", "".join(f"{line}\n" for line in logged["lines"]))
-    lines = (line for line in text.split("\n")[:-1] if not NOISE.search(line))
-    for is_own, some in itertools.groupby(lines, key=lambda line: OWN_LINE.match(line) is not None):
-        batch = {**logged, "lines": list(some)}
-        if is_own:  # all of them: Ray would take lines of several processes that differ in numbers for the same one
-            ray._private.worker.print_worker_logs(batch, sys.stderr if logged["is_err"] else sys.stdout, ignore_prefix=True)
-        else:
-            ray._private.worker.print_to_stdstream(batch, ignore_prefix=False)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import ray
 import ray._private.utils
 
-from rayalign.cluster import quiet_ray, set_ray_variables, tidy_worker_logs
+from rayalign.cluster import set_ray_variables
 from rayalign.config.config import Config
+from rayalign.ray_lines import quiet_ray, tidy_worker_logs
 
 logger = logging.getLogger(__name__)
 

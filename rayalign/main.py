@@ -109,7 +109,7 @@ def _plan(words: Sequence[str], prog: str, summary: str) -> None:
     with user_errors():
         config.check_inputs()
 
-        from rayalign.cluster import quiet_logging
+        from rayalign.ray_lines import quiet_logging
 
         quiet_logging()
 

@@ -2,9 +2,7 @@
 
 import importlib
 import inspect
-import logging
 import pickle
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,8 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
-from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError, WorkerGroupStartupTimeoutError
 
-from rayalign import cluster, joining
+from rayalign import cluster, joining, ray_lines
 from rayalign.retries import StorageFailed
 
 
@@ -34,10 +31,10 @@ from rayalign.retries import StorageFailed
             "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
             "HEAD_NODE_RESOURCE_LABEL",
         ),
-        (cluster.PROGRESS_LOGGER, "ray.data._internal.progress", "__name__"),
-        (cluster.TRACEBACK_LOGGER, "ray.train.v2._internal.util", "__name__"),
-        (cluster.ANALYSIS_LOGGER, "ray.tune.analysis.experiment_analysis", "__name__"),
-        (cluster.TOKEN_LOGGER, "ray._private.authentication.authentication_token_setup", "__name__"),
+        (ray_lines.PROGRESS_LOGGER, "ray.data._internal.progress", "__name__"),
+        (ray_lines.TRACEBACK_LOGGER, "ray.train.v2._internal.util", "__name__"),
+        (ray_lines.ANALYSIS_LOGGER, "ray.tune.analysis.experiment_analysis", "__name__"),
+        (ray_lines.TOKEN_LOGGER, "ray._private.authentication.authentication_token_setup", "__name__"),
     ],
 )
 def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: str, theirs: str) -> None:
@@ -70,8 +67,8 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
         ),
         ("logger.error", "ray.train.v2._internal.util", '{}(f"Error in training function:'),
         (cluster.COLOR_VARIABLE, "ray._private.worker", 'if os.getenv("{}") == "0":'),
-        (cluster.LOG_HANDLER, "ray._private.worker", 'dispatcher.add_handler(\n                "{}",'),
-        (cluster.SILENT_ACTORS[0], "ray.train.v2._internal.execution.controller.placement_group_cleaner", "class {}:"),
+        (ray_lines.LOG_HANDLER, "ray._private.worker", 'dispatcher.add_handler(\n                "{}",'),
+        (ray_lines.SILENT_ACTORS[0], "ray.train.v2._internal.execution.controller.placement_group_cleaner", "class {}:"),
         (
             cluster.COORDINATOR,
             "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
@@ -254,53 +251,3 @@ def test_results_in_a_folder_that_ray_unpacked_are_refused_without_a_job_too(
     for lost in (None, "runs", "./runs", f"{unpacked}/runs"):
         with pytest.raises(ValueError, match="Ray made for this job and deletes"):
             cluster.require_lasting_folder(lost)
-
-
-def test_lines_of_rays_processes_are_printed_tidily(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(cluster.COLOR_VARIABLE, "0")
-    worker = {"is_err": True, "pid": 7, "ip": "here", "localhost": "here", "actor_name": "RayTrainWorker", "task_name": None}
-    ours = ["12:00:01 Step 1/4  loss 0.5", "Where it is:", "12:00:02 Step 2/4  loss 0.25"]
-    noise = [
-        "[E] Actor 'PreemptionWatcher' has constructor arguments in the object store and max_restarts > 0. If",
-        "USDT:2026",
-        "No available node types can fulfill placement group requests (detail=7:PACK|PENDING): {'CPU': 1.0}*1. Add suitable",
-    ]
-    cluster.print_worker_lines({**worker, "lines": [*ours, *noise]})
-    cluster.print_worker_lines({**worker, "actor_name": "PlacementGroupCleaner", "lines": ["ConnectionError: several"]})
-    assert capsys.readouterr().err.splitlines() == [ours[0], f"(RayTrainWorker pid=7) {ours[1]}", ours[2]]
-    # Ray takes lines that differ in numbers only for one line of several processes, which it counts.
-    for pid, line in enumerate(alike := [f"12:00:0{k} Trial {k}: Begins (beta={k})" for k in range(3)]):
-        cluster.print_worker_lines({**worker, "pid": pid, "lines": [line]})
-    assert capsys.readouterr().err.splitlines() == alike
-
-
-def test_asking_anew_for_room_for_the_workers_is_not_printed_as_an_error(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(cluster.COLOR_VARIABLE, "0")
-    controller = {
-        "is_err": True,
-        "pid": 7,
-        "ip": "here",
-        "localhost": "here",
-        "actor_name": "TrainController",
-        "task_name": None,
-    }
-    printed = []
-    for error in (WorkerGroupStartupTimeoutError(2), InsufficientClusterResourcesError("2 GPUs")):
-        record = logging.makeLogRecord({"msg": f"Error in control loop iteration: {error}", "exc_info": raised(error)})
-        printed += ["before", *logging.Formatter("[date] %(message)s").format(record).splitlines(), "after"]
-    cluster.print_worker_lines({**controller, "lines": printed})
-    first, second, third, error_line, *_ = (line.partition(") ")[2] for line in capsys.readouterr().err.splitlines())
-    assert (first, second, third) == ("before", "after", "before")
-    assert error_line == "[date] Error in control loop iteration: 2 GPUs"
-
-
-def raised(error: Exception) -> Any:
-    """An error with the place in which it is raised, as loggers take it."""
-    try:
-        raise error
-    except type(error):
-        return sys.exc_info()

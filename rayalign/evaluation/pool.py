@@ -30,21 +30,13 @@ import pyarrow.parquet as pq
 import ray.data
 from ray import cloudpickle
 
-from rayalign.cluster import (
-    RAY_ERRORS,
-    cause_in_words,
-    configure_ray_data,
-    place_ray_data,
-    quiet_logging,
-    report,
-    reports_of,
-    user_error_in,
-)
+from rayalign.cluster import RAY_ERRORS, cause_in_words, configure_ray_data, place_ray_data, report, reports_of, user_error_in
 from rayalign.config.endings import RunFailed
 from rayalign.config.sections import ClusterConfig
 from rayalign.evaluation.groups import Group, Row
 from rayalign.formats.records import RecordError
 from rayalign.progress import Progress, per_second
+from rayalign.ray_lines import quiet_logging
 from rayalign.retries import StorageFailed
 from rayalign.storage import Store
 

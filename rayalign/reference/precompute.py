@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from rayalign.cluster import configure_ray_data, place_ray_data, quiet_logging, report, reports_of
+from rayalign.cluster import configure_ray_data, place_ray_data, report, reports_of
 from rayalign.config.config import Config
 from rayalign.data.prepare import RunData
 from rayalign.data.reference_store import drop_damaged, folder_name, forget_damage, missing_shards, shard_rows
@@ -26,6 +26,7 @@ from rayalign.data.store import PreparedData, Rows
 from rayalign.data.stream import evaluated_rows, held_out_rows, sampler_of
 from rayalign.models.registry import FAMILIES
 from rayalign.progress import Progress, per_second
+from rayalign.ray_lines import quiet_logging
 from rayalign.reference.key import ReferenceKey, check_reference, reference_key
 from rayalign.reference.scoring import Found, Shards, reference_logps, rows_of_shard
 

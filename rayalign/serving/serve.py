@@ -17,13 +17,14 @@ from typing import Any
 import ray
 
 from rayalign.algorithms import SFT
-from rayalign.cluster import owns_cluster, quiet_logging
+from rayalign.cluster import owns_cluster
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig, ModelConfig
 from rayalign.config.serving import ServeConfig
 from rayalign.joining import end_replicas, ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model
+from rayalign.ray_lines import quiet_logging
 from rayalign.serving.vllm_config import is_loopback, serve_arguments, write_serve_file
 from rayalign.storage import Store
 

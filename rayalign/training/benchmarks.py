@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
-from rayalign.cluster import RAY_ERRORS, cause_in_words, quiet_logging, user_error_in
+from rayalign.cluster import RAY_ERRORS, cause_in_words, user_error_in
 from rayalign.config.config import Config
 from rayalign.data.rows import Sources
 from rayalign.evaluation.benchmarks.shelf import parse_benchmarks
@@ -29,6 +29,7 @@ from rayalign.evaluation.groups import GROUP_ROWS
 from rayalign.evaluation.pool import ID, POSITION, Work, results_of
 from rayalign.evaluation.score_columns import SCHEMA
 from rayalign.formats.records import RecordError
+from rayalign.ray_lines import quiet_logging
 from rayalign.storage import Store
 from rayalign.training.benchmark_results import BenchmarkResults, best_of
 from rayalign.training.best import is_of_benchmark, metric_name, write_note

@@ -17,8 +17,8 @@ REPORTS_EVALUATIONS = "reports_evaluations"
 
 def train_loop(settings: dict[str, Any]) -> Any:
     """Runs in each worker; returns its `WorkerResult`, or what stopped it."""
-    from rayalign.cluster import quiet_logging
     from rayalign.log_lines import configure_logging, speak_as
+    from rayalign.ray_lines import quiet_logging
     from rayalign.training.endings import hide_known_tracebacks
     from rayalign.training.group import OfRayTrain
     from rayalign.training.worker import train_worker

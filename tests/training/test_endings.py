@@ -18,11 +18,11 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from safetensors import SafetensorError
 
 from rayalign.algorithms import DPO
-from rayalign.cluster import TRACEBACK_LOGGER
 from rayalign.config.config import Config
 from rayalign.config.endings import RunFailed, Terminated
 from rayalign.config.sections import RunConfig
 from rayalign.nodes import NodesLost
+from rayalign.ray_lines import TRACEBACK_LOGGER
 from rayalign.storage import Store
 from rayalign.training import endings
 from rayalign.training.checkpoint_folder import Checkpoint
