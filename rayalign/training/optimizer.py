@@ -55,6 +55,8 @@ def _peaks(policy: Policy, parameters: Mapping[str, nn.Parameter], config: Optim
     """The highest learning rate of each trainable weight, by name."""
     rates: dict[Part, float | None] = {"vit": config.vit_lr, "aligner": config.aligner_lr}
     own = {part: rate for part, rate in rates.items() if rate is not None}
+    if not own:
+        return dict.fromkeys(parameters, config.learning_rate)
     part_of = policy.parts_of(parameters)
     for part, rate in own.items():
         if part not in part_of.values():
