@@ -16,7 +16,7 @@ from rayalign.sweeps.search_space import (
     parse_search,
     searchable,
 )
-from rayalign.sweeps.trials import EVALUATED
+from rayalign.training.metric_names import EVALUATED
 
 REWARDS = "eval_rewards/"
 

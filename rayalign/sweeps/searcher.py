@@ -15,7 +15,8 @@ from rayalign.progress import duration
 from rayalign.storage import Store
 from rayalign.sweeps.results import aligned, figure
 from rayalign.sweeps.search_space import ALGORITHM
-from rayalign.sweeps.trials import EVALUATED, FAILED_NOTE, STOPPED_NOTE, TRIAL_NOTE, TRIALS, Outcome, Queue, Trial, short
+from rayalign.sweeps.trials import FAILED_NOTE, STOPPED_NOTE, TRIAL_NOTE, TRIALS, Outcome, Queue, Trial, short
+from rayalign.training.metric_names import EVALUATED
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import Setting
+from rayalign.training.metric_names import EVALUATED
 from rayalign.training.metrics import read_metrics
 
 TRIALS = "trials"
@@ -19,8 +20,6 @@ LONGEST_NAME = 100
 HANDED_NOTE = "handed_over.json"
 """In the folder of a population's trial, a list: at which `step` it got the weights of which trial (`from`), and the `flags`
 with which it went on."""
-
-EVALUATED = "eval_"
 
 COSTS = ("eval_drift", "eval_nll_loss")
 """What a preference costs, where --cost_metric names nothing: the way from the reference, or the log-probs of good ones."""

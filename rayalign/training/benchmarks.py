@@ -34,15 +34,13 @@ from rayalign.storage import Store
 from rayalign.training.benchmark_results import BenchmarkResults, best_of
 from rayalign.training.best import is_of_benchmark, metric_name, write_note
 from rayalign.training.checkpoint_folder import Checkpoint
+from rayalign.training.metric_names import EVALUATED
 from rayalign.training.metrics import MetricsLog
 from rayalign.training.sinks import key_of, reporting_of
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--eval_benchmarks"
-EVALUATED = "eval_"
-"""In front of the metrics' names, as of those of the held-out records."""
-
 LOOK_SECONDS = 5.0
 """Between two looks for new checkpoints."""
 

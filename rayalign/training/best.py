@@ -12,6 +12,7 @@ from typing import Any
 from rayalign.config.flags import did_you_mean
 from rayalign.config.sections import RunConfig
 from rayalign.storage import Store
+from rayalign.training.metric_names import EVALUATED
 
 NOTE = "best.json"
 
@@ -97,7 +98,7 @@ def metric_name(asked: str | None, metrics: Mapping[str, float]) -> str | None:
     for name in (f"eval_{asked}", asked):
         if name in metrics:
             return name
-    held_out = sorted(name for name in metrics if name.startswith("eval_"))
+    held_out = sorted(name for name in metrics if name.startswith(EVALUATED))
     raise ValueError(
         f"--metric_for_best_model {asked}: an evaluation has no such metric.{did_you_mean(asked, held_out)} It has "
         f"{', '.join(held_out)}."
@@ -107,7 +108,7 @@ def metric_name(asked: str | None, metrics: Mapping[str, float]) -> str | None:
 def is_of_benchmark(run: RunConfig) -> bool:
     """Whether --metric_for_best_model is a metric of one of --eval_benchmarks, so that not the workers find the best checkpoint
     but who judges it beside the training."""
-    named = (run.metric_for_best_model or "").removeprefix("eval_").partition("/")[0]
+    named = (run.metric_for_best_model or "").removeprefix(EVALUATED).partition("/")[0]
     return named in {argument.partition(":")[0].replace("-", "_").lower() for argument in run.eval_benchmarks}
 
 

@@ -1,5 +1,8 @@
 """Names of what `evaluation` measures, for those who only read it."""
 
+EVALUATED = "eval_"
+"""In front of the names of an evaluation's metrics, on held-out records and on benchmarks."""
+
 BY_SUM, BY_TOKEN, BY_REWARD_MODEL = "accuracy/likelihood", "accuracy/per_token", "accuracy/reward_model"
 IMPLICIT_REWARD = "rewards/accuracies"
 SHUFFLED = "/shuffled"

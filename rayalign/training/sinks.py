@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayalign.storage import Store
+from rayalign.training.metric_names import EVALUATED
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def key_of(line: Line) -> LineKey:
 
 def sink_name(metric: str) -> str:
     """A metric's name in sinks, as transformers' Trainer and so TRL write it: `train/loss`, `eval/rewards/margins`."""
-    return f"eval/{metric.removeprefix('eval_')}" if metric.startswith("eval_") else f"train/{metric}"
+    return f"eval/{metric.removeprefix(EVALUATED)}" if metric.startswith(EVALUATED) else f"train/{metric}"
 
 
 class TensorBoard:

@@ -38,6 +38,7 @@ class Alone(Group):
 
     rank, num_workers, num_local_workers = 0, 1, 1
     device = torch.device("cpu")
+    kept_base = None
 
     def __init__(self, *, killed_at: int | None = None, after: threading.Event | None = None) -> None:
         self._killed_at, self._after = killed_at, after
