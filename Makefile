@@ -57,14 +57,14 @@ soak: setup ## a hundred kills of runs' processes, full and read-only disks, and
 
 # These keep to one core each, and run side by side; so that both take about as long, the second has some of the unit tests
 # and the smoke of the benchmarks.
-BESIDE_PARITY := tests/models/test_families.py tests/policy/test_tuners.py
+BESIDE_PARITY := tests/models/test_families.py tests/policy/test_tuners.py tests/training
 NOT_UNIT := parity integration faults slow soak gpu real hostile
 unit-tests:
 	$(call stage,unit,$(BIN)/pytest -q tests $(addprefix --ignore=,$(BESIDE_PARITY) $(addprefix tests/,$(NOT_UNIT))))
 
 parity-tests:
 	$(call stage,parity,$(BIN)/pytest -q tests/parity)
-	$(call stage,families and tuners,$(BIN)/pytest -q $(BESIDE_PARITY))
+	$(call stage,families and training,$(BIN)/pytest -q $(BESIDE_PARITY))
 	$(call stage,benchmark smoke,$(BIN)/pytest -q benchmarks)
 
 check: setup ## format, lint, types and import rules of the whole tree, and the documentation
