@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from rayalign.policy.fused_norms import fuse_named, fused_names
 from rayalign.policy.policy import Policy
@@ -117,7 +118,8 @@ def _fill(root: nn.Module, model: nn.Module, shares: Mapping[str, Tensor], devic
             if name not in shares:
                 dist.broadcast(tensor.data, src=0)
             elif dist.get_rank() > 0:
-                tensor.to_local().copy_(shares[name])  # type: ignore[attr-defined]  # a DTensor
+                assert isinstance(tensor, DTensor)
+                tensor.to_local().copy_(shares[name])
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -510,7 +510,7 @@ def test_a_changed_record_template_or_pixel_budget_moves_the_encoded_data_and_th
 
 def test_the_transformers_version_changes_the_key(weights: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of(weights).folder_name
-    monkeypatch.setattr("transformers.__version__", "0.0")
+    monkeypatch.setattr("rayalign.reference.key.transformers.__version__", "0.0")
     assert key_of(weights).folder_name != before
 
 
