@@ -114,7 +114,7 @@ def storm(run: Run, kills: Sequence[Kill]) -> list[dict[str, Any]]:
     run.start()
     done: list[dict[str, Any]] = []
     in_training = False
-    for kill, following in zip(kills, [*kills[1:], None], strict=True):
+    for kill, following in zip(kills, [*kills, None][1:], strict=True):
         mark, times = MOMENTS[kill.moment], kill.times
         while not run.wait_for(lambda text, mark=mark, times=times: text.count(mark) >= times):  # type: ignore[misc]
             if not run.start_after_end():
