@@ -16,6 +16,7 @@ from rayalign.config.inference_verbs import ScoreConfig
 from rayalign.config.sections import ModelConfig, OptimizerConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation.score import candidates_of, make_scoring, names_of, scorers_of
+from rayalign.evaluation.scorers.by_model import rows_of_two
 from rayalign.formats.records import RecordError
 from rayalign.policy.saving import save_policy
 from rayalign.policy.scoring import load_for_scoring
@@ -88,6 +89,35 @@ def test_an_implicit_reward_is_beta_times_the_gain_over_what_the_run_started_fro
     assert lines[0]["score"] == pytest.approx(-gain, rel=1e-4)
     with pytest.raises(ValueError, match=r"nothing tells what .* was trained from\. Pass --reference"):
         scorers_of(ScoreConfig(scorer=(f"implicit_reward={base}",)), ModelConfig())
+
+
+def test_responses_to_one_prompt_share_its_row_two_by_two_and_score_as_alone(
+    model_folder: Callable[..., Path], tmp_path: Path, pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayalign.evaluation.scorers import by_model
+
+    asked = {"query": "Which digit?", "images": ["a.png"]}
+    texts = ("It is two.", "a cat", "It is three, or so.", "no", "It is two.")
+    rows = [{**asked, "response": text} for text in texts] + [{"query": "Which digit?", "response": "a cat"}]
+    (tmp_path / "b.png").write_bytes(noise_image(30, 40, seed=1))
+    rows.append({**asked, "images": ["b.png"], "response": "a cat"})
+    save_policy(wake_adapters(make_policy(model_folder("llava"), needs=Needs(head="value"))), tmp_path / "rm")
+    made: list[int] = []
+
+    def counted(pairs: Mapping[int, Any]) -> Any:
+        found = rows_of_two(pairs)
+        made.append(len(found))
+        return found
+
+    monkeypatch.setattr(by_model, "rows_of_two", counted)
+    for scorer in (f"likelihood={model_folder('llava')}", f"per_token={model_folder('llava')}", f"reward_model={tmp_path}/rm"):
+        own = ScoreConfig(scorer=(scorer,))
+        together = [line["score"] for (line,) in lines_of(own, pictures, rows)]
+        alone = [line["score"] for row in rows for ((line,),) in [lines_of(own, pictures, [row])]]
+        assert together == pytest.approx(alone, rel=1e-5)
+        assert len(set(together)) == len(rows) - 1  # one response stands there twice
+        assert made == [5, *(1 for _ in rows)]
+        made.clear()
 
 
 @pytest.mark.parametrize("safe", [True, False])

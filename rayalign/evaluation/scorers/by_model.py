@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from rayalign.config.config import Config
@@ -67,24 +68,43 @@ class ModelScorer:
                 pairs[i] = model.encode(candidate.record, candidate.folder)
             except RecordError as error:
                 scores[i] = error
-        order = sorted(pairs, key=lambda i: pairs[i].num_tokens)
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            values = self._values(model, model.batch([pairs[i] for i in some]))
-            scores |= {i: Score(value) for i, value in zip(some, values.double().cpu().tolist(), strict=True)}
+        rows = sorted(rows_of_two(pairs), key=lambda row: row[0].num_tokens)
+        for start in range(0, len(rows), batch_size):
+            some = rows[start : start + batch_size]
+            sides = self._values(model, model.batch([row for row, _ in some]))
+            values = torch.stack(sides, dim=1).double().cpu().tolist()
+            for (_, numbers), both in zip(some, values, strict=True):
+                scores |= {i: Score(value) for i, value in zip(numbers, both, strict=False)}
         return [scores[i] for i in range(len(candidates))]
 
-    def _values(self, model: LoadedModel, batch: PairBatch) -> Tensor:
+    def _values(self, model: LoadedModel, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Of both responses of each row, [B] each."""
         match self.kind:
             case "reward_model":
-                return model.values(batch)[0]
+                return model.values(batch)
             case "likelihood":
-                return model.logps(batch).chosen.total
+                logps = model.logps(batch)
+                return logps.chosen.total, logps.rejected.total
             case "per_token":
-                return model.logps(batch).chosen.average
+                logps = model.logps(batch)
+                return logps.chosen.average, logps.rejected.average
             case "implicit_reward":
-                gain = model.logps(batch).chosen.total.cpu() - model.reference_logps(batch).chosen.total.cpu()
-                return self.beta * gain
+                logps, start = model.logps(batch), model.reference_logps(batch)
+                chosen = logps.chosen.total.cpu() - start.chosen.total.cpu()
+                return self.beta * chosen, self.beta * (logps.rejected.total.cpu() - start.rejected.total.cpu())
+
+
+def rows_of_two(pairs: Mapping[int, EncodedPair]) -> list[tuple[EncodedPair, Sequence[int]]]:
+    """Pairs of one response each as rows of two where two have the same prompt and images, which are then read once for both;
+    each row with the numbers of its responses."""
+    by_prompt: dict[Any, list[int]] = {}
+    for i, pair in pairs.items():
+        by_prompt.setdefault((*pair.image_hashes, *pair.prompt_ids), []).append(i)
+    twos = [numbers[k : k + 2] for numbers in by_prompt.values() for k in range(0, len(numbers), 2)]
+    return [
+        (dataclasses.replace(pairs[two[0]], rejected_ids=pairs[two[1]].chosen_ids) if two[1:] else pairs[two[0]], two)
+        for two in twos
+    ]
 
 
 def model_scorer(kind: Kind, model: ModelConfig, *, beta: float | None, reference: str | None) -> ModelScorer:
