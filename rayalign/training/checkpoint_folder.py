@@ -101,18 +101,11 @@ def whole_at(folder: Store, step: int) -> Checkpoint | None:
     )
 
 
-def delete_others(
-    folder: Store,
-    keep: FetchedCheckpoint,
-    *,
-    best: Store | None = None,
-    waits: Callable[[Checkpoint], bool] = lambda checkpoint: False,
-) -> None:
-    """Deletes every checkpoint but the one that a run goes on from, the best one and those before it that somebody `waits` for,
-    once every worker has read the first."""
+def delete_newer(folder: Store, keep: FetchedCheckpoint, *, best: Store | None = None) -> None:
+    """Deletes what a run that goes on from a checkpoint will write anew: every one of its step or a later one, but itself and
+    the best one, once every worker has read it."""
     for checkpoint in _newest_first(folder):
-        is_kept = checkpoint.store in (keep.store, best) or (checkpoint.step < keep.step and waits(checkpoint))
-        if not is_kept:
+        if checkpoint.step >= keep.step and checkpoint.store not in (keep.store, best):
             checkpoint.store.delete()
 
 

@@ -27,7 +27,7 @@ from rayalign.training.benchmark_results import BenchmarkResults
 from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, is_of_benchmark, write_note
 from rayalign.training.changes import Changes
 from rayalign.training.checkpoint import NONE_YET, Snapshot, load_best, load_checkpoint, trains_shards
-from rayalign.training.checkpoint_folder import ALL_SHARDS, FetchedCheckpoint, delete_others, fetch, fetch_newest, whole_at
+from rayalign.training.checkpoint_folder import ALL_SHARDS, FetchedCheckpoint, delete_newer, fetch, fetch_newest, whole_at
 from rayalign.training.distributed import gather
 from rayalign.training.gauges import Gauges
 from rayalign.training.group import Group
@@ -158,8 +158,8 @@ class _Worker:
         return room_for_workers(self.config) > self.num_workers
 
     def _settle_checkpoints(self, loaded: FetchedCheckpoint | None) -> None:
-        """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes others
-        than it and the one that was loaded. (Every worker has its own copy of that.)"""
+        """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes those
+        that it will write anew. (Every worker has its own copy of the one that was loaded.)"""
         checkpoints = self.folder / "checkpoints"
         if is_of_benchmark(self.config.run):
             best = best_checkpoint(self.folder)
@@ -172,7 +172,7 @@ class _Worker:
             else:
                 write_note(self.folder, self.best, found.store.name)
         if loaded is not None:
-            delete_others(checkpoints, loaded, best=best, waits=self.benchmarks.waits)
+            delete_newer(checkpoints, loaded, best=best)
 
     def _require_held_out(self) -> None:
         """Raises ValueError where flags look at evaluations, of which there will be none."""

@@ -26,7 +26,7 @@ from rayalign.training.best import Best, best_checkpoint, is_of_benchmark
 from rayalign.training.checkpoint_folder import (
     Checkpoint,
     FetchedCheckpoint,
-    delete_others,
+    delete_newer,
     prune_checkpoints,
     whole_checkpoints,
 )
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_waits_for_its_judgement_is_never_deleted(tmp_path: Pa
     results.write(second, {"eval_pope/accuracy": 0.5})
     prune_checkpoints(folder / "checkpoints", keep=1, waits=results.waits)
     assert steps_in(folder) == [30, 10]
-    delete_others(folder / "checkpoints", FetchedCheckpoint(third.store, 30, tmp_path), waits=results.waits)
+    delete_newer(folder / "checkpoints", FetchedCheckpoint(third.store, 30, tmp_path))
     assert steps_in(folder) == [30, 10]
     results.write(first, {}, problem="no room")
     prune_checkpoints(folder / "checkpoints", keep=1, waits=results.waits)

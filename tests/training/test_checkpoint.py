@@ -21,7 +21,7 @@ from rayalign.training.checkpoint import Snapshot, load_best, load_checkpoint, w
 from rayalign.training.checkpoint_folder import (
     FetchedCheckpoint,
     checkpoint_name,
-    delete_others,
+    delete_newer,
     fetch_newest,
     has_checkpoint,
     prune_checkpoints,
@@ -222,7 +222,7 @@ def test_a_damaged_manifest_is_passed_over_with_the_reason(
 
 
 @pytest.mark.parametrize("name", FILES[1:])
-def test_after_a_flipped_bit_the_checkpoint_before_is_taken_and_only_then_are_others_deleted(
+def test_after_a_flipped_bit_the_checkpoint_before_is_taken_and_only_then_are_newer_ones_deleted(
     folder: Path, trained: Trainer, checkpoints: Store, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     damaged = checkpoints / checkpoint_name(20, "a")
@@ -235,7 +235,7 @@ def test_after_a_flipped_bit_the_checkpoint_before_is_taken_and_only_then_are_ot
     other = trainer_of(folder, seed=2)
     load_checkpoint(newest, other.policy, other.optimizer)
     assert equal(weights_of(other), weights_of(trained))
-    delete_others(checkpoints, newest)
+    delete_newer(checkpoints, newest)
     assert names_in(checkpoints) == ["step_00000003_a"]
 
 
@@ -325,6 +325,14 @@ def test_pruning_keeps_the_newest_whole_ones_and_no_incomplete_one(checkpoints: 
     assert [store.name for store in checkpoints.list()] == ["notes", "step_00000007_b", "step_00000020_a"]
 
 
+def test_going_on_from_a_checkpoint_keeps_those_before_it(checkpoints: Store, tmp_path: Path) -> None:
+    whole = checkpoints / checkpoint_name(3, "a")
+    for step in (7, 30):
+        shutil.copytree(whole.location, (checkpoints / checkpoint_name(step, "b")).location)
+    delete_newer(checkpoints, FetchedCheckpoint(checkpoints / checkpoint_name(20, "a"), 20, tmp_path))
+    assert names_in(checkpoints) == ["step_00000003_a", "step_00000007_b", "step_00000020_a"]
+
+
 def test_pruning_keeps_the_best_one_beside_the_newest(checkpoints: Store) -> None:
     whole = checkpoints / checkpoint_name(3, "a")
     for step in (7, 30):
@@ -333,7 +341,8 @@ def test_pruning_keeps_the_best_one_beside_the_newest(checkpoints: Store) -> Non
     assert names_in(checkpoints) == ["step_00000003_a", "step_00000030_b"]
     newest = newest_of(checkpoints)
     assert newest.step == 30
-    delete_others(checkpoints, newest, best=whole)
+    shutil.copytree(whole.location, (checkpoints / checkpoint_name(30, "c")).location)
+    delete_newer(checkpoints, newest, best=whole)
     assert names_in(checkpoints) == ["step_00000003_a", "step_00000030_b"]
     prune_checkpoints(checkpoints, keep=1, best=newest.store)
     assert names_in(checkpoints) == ["step_00000030_b"]
