@@ -49,6 +49,7 @@ def compute_reference(
     Raises ValueError on all workers for records of the cache that one of them can't read.
     """
     progress = Progress(sum(len(shards) for _, shards in missing))
+    say("Reference: computing log-probs of %d shards", progress.total)
     for records, shards in missing:
         own = Shards(config, data, records, str(records.reference))
         fillers = Fillers(data.spec.layout, own.needs)
