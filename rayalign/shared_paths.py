@@ -82,6 +82,9 @@ def problem_of(found: Mapping[str, Sequence[SharedFile]], *, num_nodes: int) -> 
 
 TOKEN = ".rayalign_seen_by_all_"
 
+LEFT_SECONDS = 3600
+"""Older tokens were left by a command that was killed."""
+
 
 @contextlib.contextmanager
 def _token(given: str, folder: Path) -> Iterator[SharedFile]:
@@ -90,6 +93,7 @@ def _token(given: str, folder: Path) -> Iterator[SharedFile]:
     token = folder / f"{TOKEN}{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _delete_left(folder)
         token.write_bytes(b"here")
     except OSError as error:
         raise ValueError(f"{given}: can't be written to from this machine ({error.strerror}).") from None
@@ -100,6 +104,13 @@ def _token(given: str, folder: Path) -> Iterator[SharedFile]:
         for place in made:
             with contextlib.suppress(OSError):  # something else is in it by now
                 place.rmdir()
+
+
+def _delete_left(folder: Path) -> None:
+    for left in folder.glob(f"{TOKEN}*"):
+        with contextlib.suppress(FileNotFoundError):  # another command deletes it at the same time
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                left.unlink()
 
 
 def _unseen_by(nodes: Mapping[str, str], sought: Sequence[SharedFile], arrival_seconds: float) -> dict[str, list[SharedFile]]:

@@ -1,6 +1,8 @@
 """Paths that all nodes must see: the look of one node, and the sentence about what several found."""
 
+import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,16 @@ def test_the_look_leaves_the_folders_that_are_written_to_as_they_were(
     with pytest.raises(ValueError, match=r"10\.0\.0\.2 \(of 2 nodes\) does not see what this machine writes there"):
         check_shared_paths([], {"--output_dir a": str(tmp_path / "run"), "--cache_dir b": str(tmp_path / "new" / "cache")})
     assert sorted(path.name for path in tmp_path.iterdir()) == list(kept)
+
+
+def test_what_a_killed_command_left_in_a_folder_goes_with_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in ((f"{shared_paths.TOKEN}killed", 7200), (f"{shared_paths.TOKEN}looks", 60), ("rows.jsonl", 7200)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, times=(time.time() - seconds,) * 2)
+    nodes = [{"NodeID": name, "NodeManagerAddress": f"10.0.0.{name}", "Alive": True} for name in "12"]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(shared_paths, "_unseen_by", lambda nodes, sought, seconds: {})
+    check_shared_paths([], {"--output_dir": str(tmp_path)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{shared_paths.TOKEN}looks", "rows.jsonl"]
