@@ -18,7 +18,8 @@ MOMENTS = {
 
 ANYWHERE = ("driver", "node", "everything")
 VICTIMS = {
-    **dict.fromkeys(("preparation", "reference"), (*ANYWHERE, "data task")),
+    "preparation": (*ANYWHERE, "data task"),
+    "reference": (*ANYWHERE, "data task", "train worker"),  # of a sharded model the train workers compute it
     **dict.fromkeys(
         ("start", "training", "evaluation", "save", "export", "recovery"), (*ANYWHERE, "train worker", "controller")
     ),
