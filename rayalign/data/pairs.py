@@ -1,7 +1,7 @@
 """What an encoded pair is: its fields, as Python and as Arrow have them, and the token counts of many."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,3 +113,16 @@ def from_batch(batch: pa.RecordBatch | pa.Table) -> list[EncodedPair]:
         return [EncodedPair(**row) for row in rows]
     references = zip(*(batch[column].to_pylist() for column in REFERENCE_COLUMNS), strict=True)
     return [EncodedPair(**row, reference=ReferenceLogps(*logps)) for row, logps in zip(rows, references, strict=True)]
+
+
+def rows_of_two(pairs: Mapping[int, EncodedPair]) -> list[tuple[EncodedPair, Sequence[int]]]:
+    """Pairs of one response each as rows of two where two have the same prompt and images, which are then read once for both;
+    each row with the numbers of its responses."""
+    by_prompt: dict[Any, list[int]] = {}
+    for i, pair in pairs.items():
+        by_prompt.setdefault((*pair.image_hashes, *pair.prompt_ids), []).append(i)
+    twos = [numbers[k : k + 2] for numbers in by_prompt.values() for k in range(0, len(numbers), 2)]
+    return [
+        (dataclasses.replace(pairs[two[0]], rejected_ids=pairs[two[1]].chosen_ids) if two[1:] else pairs[two[0]], two)
+        for two in twos
+    ]

@@ -17,7 +17,7 @@ from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.data.batch import assemble
 from rayalign.data.encode import Encoder
 from rayalign.data.encoder_spec import EncoderSpec, image_processing
-from rayalign.data.store import EncodedPair
+from rayalign.data.pairs import EncodedPair, rows_of_two
 from rayalign.formats.records import Message, record_errors
 from rayalign.models.source import ModelSource
 from rayalign.ops.value_head import find_value_head
@@ -78,11 +78,15 @@ class Scorer:
             start = end
 
     def _scores(self, pairs: Sequence[EncodedPair]) -> list[float]:
-        spec = self._encoder.spec
-        batch = assemble(pairs, layout=spec.layout, process_images=image_processing(spec)).to(self._policy.device)
+        spec, rows = self._encoder.spec, rows_of_two(dict(enumerate(pairs)))
+        batch = assemble([row for row, _ in rows], layout=spec.layout, process_images=image_processing(spec))
+        batch = batch.to(self._policy.device)
         with torch.inference_mode():
-            scores, _ = self._policy.values(batch, self._policy.image_features(batch))
-        return [float(score) for score in scores]
+            sides = self._policy.values(batch, self._policy.image_features(batch))
+        scores: dict[int, float] = {}
+        for (_, numbers), both in zip(rows, torch.stack(sides, dim=1).tolist(), strict=True):
+            scores |= zip(numbers, both, strict=False)
+        return [scores[i] for i in range(len(pairs))]
 
 
 def is_reward_model(source: ModelSource) -> bool:

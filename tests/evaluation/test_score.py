@@ -14,9 +14,9 @@ from rayalign.algorithms import SFT, Needs
 from rayalign.config.config import Config
 from rayalign.config.inference_verbs import ScoreConfig
 from rayalign.config.sections import ModelConfig, OptimizerConfig
+from rayalign.data.pairs import rows_of_two
 from rayalign.data.rows import Sources
 from rayalign.evaluation.score import candidates_of, make_scoring, names_of, scorers_of
-from rayalign.evaluation.scorers.by_model import rows_of_two
 from rayalign.formats.records import RecordError
 from rayalign.policy.saving import save_policy
 from rayalign.policy.scoring import load_for_scoring

@@ -16,8 +16,8 @@ from torch import Tensor
 from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig
 from rayalign.data.batch import PairBatch
+from rayalign.data.pairs import EncodedPair, rows_of_two
 from rayalign.data.rows import Sources
-from rayalign.data.store import EncodedPair
 from rayalign.evaluation.loaded_model import LoadedModel, flags_of_run, load_model, load_with_reference, start_of_run
 from rayalign.evaluation.scorers.scorer import Candidate, Score, Scored, ScoreFunction
 from rayalign.evaluation.start import files_of_model
@@ -92,19 +92,6 @@ class ModelScorer:
                 logps, start = model.logps(batch), model.reference_logps(batch)
                 chosen = logps.chosen.total.cpu() - start.chosen.total.cpu()
                 return self.beta * chosen, self.beta * (logps.rejected.total.cpu() - start.rejected.total.cpu())
-
-
-def rows_of_two(pairs: Mapping[int, EncodedPair]) -> list[tuple[EncodedPair, Sequence[int]]]:
-    """Pairs of one response each as rows of two where two have the same prompt and images, which are then read once for both;
-    each row with the numbers of its responses."""
-    by_prompt: dict[Any, list[int]] = {}
-    for i, pair in pairs.items():
-        by_prompt.setdefault((*pair.image_hashes, *pair.prompt_ids), []).append(i)
-    twos = [numbers[k : k + 2] for numbers in by_prompt.values() for k in range(0, len(numbers), 2)]
-    return [
-        (dataclasses.replace(pairs[two[0]], rejected_ids=pairs[two[1]].chosen_ids) if two[1:] else pairs[two[0]], two)
-        for two in twos
-    ]
 
 
 def model_scorer(kind: Kind, model: ModelConfig, *, beta: float | None, reference: str | None) -> ModelScorer:
