@@ -168,6 +168,7 @@ def test_moments_of_8_bits_take_a_quarter(model_folder: Callable[..., Path]):
     small = estimate_of(folder, found.config.replace({"optim": "adamw_8bit"}), pairs_with(folder, 0))
     assert found.memory.moments == 2 * found.memory.trainable
     assert small.memory.moments / found.memory.moments == pytest.approx(0.25 * (1 + 4 / 256), rel=0.01)  # small tensors stay
+    assert ("moments (8 bits) " in plan_text(small), "moments (8 bits) " in plan_text(found)) == (True, False)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
