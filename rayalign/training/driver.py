@@ -110,6 +110,7 @@ def _run(config: Config, watch: Stopwatch, lease: Lease) -> Result:
     own_formats(config.plugins)
     with watch.stage("ray_start"):
         config = join_cluster(config)
+    give_back_share(Store.at(str(config.run.output_dir)) / "checkpoints" / SHARE)  # opening the folder may empty it
     folder = open_run(config)
     logger.info("Results will be in %s", folder.location)
     max_failures = config.cluster.max_failures
@@ -211,11 +212,15 @@ def _with_benchmarks(result: WorkerResult, figures: Mapping[int, Mapping[str, fl
     return dataclasses.replace(result, metrics=metrics, best=best)
 
 
-def replace_share(note: Store, share: str) -> None:
-    """Gives back what the start that wrote the note has asked Ray for, as it may have been killed with its controller, and
-    notes what this start will ask for."""
+def give_back_share(note: Store) -> None:
+    """Gives back what the start that wrote the note has asked Ray for, as it may have been killed with its controller."""
     with contextlib.suppress(FileNotFoundError):
         give_up_share(note.read_bytes().decode(errors="replace"))
+
+
+def replace_share(note: Store, share: str) -> None:
+    """The same, and notes what this start will ask for."""
+    give_back_share(note)
     note.write_bytes(share.encode())
 
 

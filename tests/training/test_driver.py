@@ -7,10 +7,11 @@ import pytest
 
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
-from rayalign.config.sections import ClusterConfig
+from rayalign.config.sections import ClusterConfig, RunConfig
 from rayalign.storage import Store
 from rayalign.training import driver
 from rayalign.training.driver import _torch_trainer
+from rayalign.training.run_times import Stopwatch
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,23 @@ def test_each_start_of_an_elastic_run_gives_back_what_the_one_before_had_asked_f
     for share in ("train-1", "train-2", "train-3"):
         driver.replace_share(Store.at(str(tmp_path)) / "share.txt", share)
     assert given_back == ["train-1", "train-2"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_start_that_empties_the_folder_gives_back_what_the_one_before_had_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    given_back: list[str] = []
+
+    def opened(config: Config) -> Store:
+        assert given_back == ["train-1"]
+        raise KeyboardInterrupt("far enough")
+
+    monkeypatch.setattr(driver, "give_up_share", given_back.append)
+    monkeypatch.setattr(driver, "join_cluster", lambda config: config)
+    monkeypatch.setattr(driver, "open_run", opened)
+    driver.replace_share(Store.at(str(tmp_path)) / "checkpoints" / "share.txt", "train-1")
+    config: Any = Config(DPO(), run=RunConfig(output_dir=str(tmp_path), overwrite=overwrite))
+    nothing: Any = None
+    with pytest.raises(KeyboardInterrupt, match="far enough"):
+        driver._run(config, Stopwatch(), nothing)
