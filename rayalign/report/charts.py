@@ -100,12 +100,15 @@ def round_step(span: float, count: int) -> float:
 
 
 def axis_over(values: Sequence[float], *, count: int, outward: bool) -> Axis:
-    """An axis over the drawable values; `outward` widens it to whole ticks, else it ends where the values end."""
+    """An axis over the drawable values; `outward` widens it to whole ticks, else it ends where the values end, and between
+    whole numbers, such as steps, no ticks stand."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-50):
         pad = abs(low) * 0.1 if abs(low) > 1e-50 else 1.0
         low, high = low - pad, high + pad
     step = round_step(high - low, count)
+    if not outward and all(float(value).is_integer() for value in values):
+        step = max(step, 1.0)
     first, last = low / step, high / step
     if outward:
         ticks = [i * step for i in range(math.floor(first + 1e-6), math.ceil(last - 1e-6) + 1)]

@@ -44,6 +44,11 @@ def test_an_inward_axis_ends_where_the_values_end() -> None:
     assert axis.ticks == (50, 100, 150, 200, 250, 300)
 
 
+def test_no_ticks_stand_between_whole_numbers() -> None:
+    assert axis_over([1, 2, 3], count=6, outward=False).ticks == (1, 2, 3)
+    assert axis_over([1, 2.5, 3], count=6, outward=False).ticks == (1, 1.5, 2, 2.5, 3)
+
+
 @pytest.mark.parametrize("value", [0.0, 5e-5, -3.0, 1e90, 1e-300])
 def test_an_axis_over_one_value_has_room_around_it(value: float) -> None:
     axis = axis_over([value], count=4, outward=True)
