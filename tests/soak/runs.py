@@ -19,18 +19,8 @@ sys.exit(main())
 STEPS = 120
 COMMON = (
     *("--batch_size", 2, "--dataset_test_ratio", 0.1, "--learning_rate", 1e-3, "--max_steps", STEPS, "--logging_steps", 1),
-    *(
-        "--save_steps",
-        4,
-        "--eval_steps",
-        6,
-        "--precompute_ref_log_probs",
-        "true",
-        "--max_failures",
-        10,
-        "--save_total_limit",
-        3,
-    ),
+    *("--save_steps", 4, "--eval_steps", 6, "--save_total_limit", 3, "--max_failures", 10),
+    *("--precompute_ref_log_probs", "true"),
 )
 ONE_WORKER = ("--num_workers", 1, "--gradient_accumulation_steps", 4)
 TWO_WORKERS = ("--num_workers", 2, "--gradient_accumulation_steps", 2)
@@ -63,6 +53,7 @@ VARIANTS = {
     "fsdp": Variant(SHARDED),
     "fsdp full": Variant((*SHARDED, *FULL)),
     "elastic": Variant(turns=(ONE_OR_TWO,), is_exact=False),
+    "elastic fsdp": Variant(SHARDED, (ONE_OR_TWO,), is_exact=False),
     "resharded": Variant((*SHARDED, *FULL), (TWO_WORKERS, ONE_WORKER), is_exact=False),
 }
 
