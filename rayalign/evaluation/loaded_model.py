@@ -156,6 +156,8 @@ def _load(config: Config, source: ModelSource) -> Policy:
     )
     for parameter in policy.trainable.values():
         parameter.requires_grad_(False)
+    if here.adapter is None:
+        policy.leave_out_adapters()
     return policy
 
 

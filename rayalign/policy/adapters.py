@@ -114,6 +114,11 @@ class AdapterSwitch:
         finally:
             self._activate(self._policy)
 
+    def leave_out(self) -> None:
+        """From now on the model is the reference."""
+        self._policy = self._reference
+        self._activate(self._policy)
+
     def _activate(self, adapters: list[str]) -> None:
         for layer in self.layers:
             set_active_adapters(layer, adapters)

@@ -205,6 +205,10 @@ class Policy:
         """Within it, the model is the reference policy."""
         return self._adapters.reference()
 
+    def leave_out_adapters(self) -> None:
+        """From now on the model is the reference policy, at the cost of a model without adapters."""
+        self._adapters.leave_out()
+
     def _embedded(self, input_ids: Tensor, images: Sequence[Tensor]) -> dict[str, Any]:
         """The decoder's inputs: the tokens' embeddings [B, S, H] with each image's features where the image stands."""
         embed = self.base.get_input_embeddings()
