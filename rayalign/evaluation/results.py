@@ -201,9 +201,9 @@ def in_words(metric: Metric | None) -> str:
     """A metric as the table and the page show it."""
     if metric is None:
         return "-"
-    if isinstance(metric, Estimate):
+    if isinstance(metric, Estimate) and metric.records > 1:  # one record tells of no spread
         return f"{_number(metric.value)} [{_number(metric.low)}, {_number(metric.high)}]"
-    return _number(metric)
+    return _number(metric.value if isinstance(metric, Estimate) else metric)
 
 
 def _number(value: float) -> str:

@@ -15,13 +15,14 @@ from rayalign.evaluation.results import (
     DatasetResult,
     ModelResult,
     as_json,
+    in_words,
     questions_table,
     records_table,
     table_text,
     write_results,
 )
 from rayalign.evaluation.results_page import page_of
-from rayalign.evaluation.statistics import Estimate
+from rayalign.evaluation.statistics import Estimate, estimate
 from rayalign.report.evaluation_page import render_evaluation
 from rayalign.storage import Store
 from tests.evaluation.test_preferences import COLUMNS, IDS, table
@@ -119,3 +120,8 @@ def test_a_model_without_one_usable_score_is_refused() -> None:
     with pytest.raises(ValueError) as caught:
         DatasetResult.of(pairs, {}, seed=0)
     assert str(caught.value) == "No record of 4 has a score that is a number. Is the model damaged?"
+
+
+def test_one_record_is_shown_without_an_interval() -> None:
+    assert in_words(estimate([0.25], seed=0)) == "0.250"
+    assert in_words(estimate([0.25, 0.25], seed=0)) == "0.250 [0.250, 0.250]"
