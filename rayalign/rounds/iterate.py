@@ -111,8 +111,6 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
         _score(config, own, place)
     pairs = _pairs(config, own, place, number, policy=name, seed=seed)
     logger.info("Round %d: %d pairs of %d responses, whose mean score is %.4g", number, *(pairs[n] for n in _TOLD))
-    if not pairs["responses"]:
-        raise ValueError(f"--dataset {' '.join(config.data.dataset)}: there is no prompt in it.")
     if not pairs["pairs"]:
         raise ValueError(
             f"Round {number}: no two responses to a prompt differ in their scores by more than --pair_margin "

@@ -96,6 +96,41 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
         open_output(output, {"seed": 2}, overwrite=False)
 
 
+def test_only_the_settings_that_differ_are_told(tmp_path: Path) -> None:
+    output = Store(str(tmp_path / "out"))
+    before = {"scorers": [{"kind": "python", "text": "1f"}, {"kind": "judge"}], "files": {"/a/b.json": "5 bytes"}, "seed": 1}
+    open_output(output, before, overwrite=False)
+    with pytest.raises(ValueError, match="other settings") as caught:
+        open_output(
+            output, {**before, "scorers": [{"kind": "python", "text": "2a"}, {"kind": "judge"}], "files": {}}, overwrite=False
+        )
+    assert str(caught.value).splitlines()[1:-1] == ["  files /a/b.json: 5 bytes -> None", "  scorers 0 text: 1f -> 2a"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_verb_wrote_into_a_folder_is_never_replaced(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "summary.json").write_text('{"algorithm": "dpo"}')
+    (tmp_path / "dropped.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"holds the summary\.json of something else, such as a training run"):
+        open_output(Store(str(tmp_path)), {"seed": 1}, overwrite=overwrite)
+    assert (tmp_path / "summary.json").read_text() == '{"algorithm": "dpo"}'
+
+
+def test_a_reason_with_half_a_character_is_told_all_the_same(tmp_path: Path) -> None:
+    def work(rows: Sequence[Any]) -> list[pool.Result]:
+        return [RecordError("unknown format", "the row has the columns \ud800x", field="\ud800x") for _ in rows]
+
+    (outcome,) = do_group(groups_of_rows(ROWS[:1])[0], work, Store(str(tmp_path)), SCHEMA)
+    assert pa.Table.from_pylist([outcome], schema=pool.OUTCOME_SCHEMA)["field"].to_pylist() == ["?x"]
+
+
+def test_data_without_a_record_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    sources = Sources((resolve_dataset(str(tmp_path / "empty.jsonl")),), None, False)
+    with pytest.raises(ValueError, match=r"^--dataset .*empty\.jsonl: there is no record in it\.$"):
+        groups_of_datasets(sources, seed=0)
+
+
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
     """Runs pools in this process; the groups that were done."""
