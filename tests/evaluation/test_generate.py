@@ -73,6 +73,35 @@ def test_the_columns_of_a_prompt_are_a_record_again_with_whole_paths_and_what_el
     assert prompt_columns(inside, row_of({}), NOWHERE)["images"] == [{"bytes": b"\x89PNG", "path": None}]
 
 
+TURN = {"role": "user", "content": "Which?"}
+ANSWER = {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"query": "Which?", "response": ""},
+        {"query": "Which?", "response": 5, "label": "maybe", "margin": "wide"},
+        {"query": "Which?", "response": "One.", "rejected_response": "One."},
+        {"query": "Which?", "response": "Two <image>.", "rejected_response": "</s>"},
+        {"query": "Which?", "response": "One.", "rejected_response": "Two.", "rejected_images": ["b.png"]},
+        {"messages": [TURN, ANSWER], "rejected_messages": [ANSWER]},
+        {"conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": ""}]},
+        {"conversations": [{"from": "human", "value": "Which?"}], "chosen": {"from": "gpt", "value": ""}, "rejected": 3},
+        {"prompt": "Which?", "chosen": "One.", "rejected": "One."},
+        {"prompt": [TURN], "chosen": [ANSWER], "rejected": [ANSWER]},
+        {"chosen": [TURN, ANSWER], "rejected": [TURN, ANSWER]},
+        {"prompt": [TURN], "completion": [ANSWER], "label": True},
+        {"prompt": "Which?", "completion": ""},
+        {"question": "Which?", "chosen": "", "rejected": ""},
+    ],
+)
+def test_what_is_wrong_with_a_rows_own_responses_costs_no_prompt(raw: Mapping[str, Any]) -> None:
+    record = prompt_of(row_of({**raw, "images": ["a.png"]}), NOWHERE, text_only=False)
+    assert (record.chosen, record.rejected, record.label, record.images) == (PLACEHOLDER, None, None, ("a.png",))
+    assert [(message.role, message.content) for message in record.messages] == [("user", "<image>Which?")]
+
+
 def test_a_row_that_holds_no_prompt_is_refused_in_words() -> None:
     with pytest.raises(RecordError, match="known formats"):
         prompt_of(row_of({"text": "Which?"}), NOWHERE, text_only=False)
