@@ -55,7 +55,8 @@ class Judge:
 
 def text_of(answer: Mapping[str, Any]) -> str:
     """What the judge says in an answer."""
-    return str(answer["choices"][0]["message"]["content"] or "")
+    said = str(answer["choices"][0]["message"]["content"] or "")
+    return said.encode(errors="replace").decode()  # JSON can spell half a character, which no file takes
 
 
 def judge_all(judge: Judge, prompts: Mapping[str, str], kept: Store) -> dict[str, str]:
