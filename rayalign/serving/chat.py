@@ -37,7 +37,15 @@ def run(config: ChatConfig, *, lines: TextIO | None = None, out: TextIO | None =
     images = [read_image(path) for path in config.image]
     sources = {"--model": config.model, **({"--compare": config.compare} if config.compare else {})}
     found = [(name, _source_of(flag, name)) for flag, name in sources.items()]  # all of them, before any weights are loaded
-    chats = [_Chat(name, _load(config, name, source), config) for name, source in found]
+    engines = [(name, _load(config, name, source)) for name, source in found]
+    try:
+        _talk([_Chat(name, engine, config) for name, engine in engines], images, config, lines, out)
+    finally:
+        for _, engine in engines:
+            engine.close()
+
+
+def _talk(chats: list["_Chat"], images: list[bytes], config: ChatConfig, lines: TextIO, out: TextIO) -> None:
     out.write(HELP)
     for line in _asked(lines, out):
         command, _, rest = line.partition(" ")

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from rayalign.formats.cells import as_text
 from rayalign.formats.records import IMAGE_MARK, IMAGE_TAG, Message, PreferenceRecord, RecordError, build_record
 
 
 def require_plain(text: str) -> str:
-    """The text; raises RecordError where it holds what stands for an image in a record."""
+    """The text; raises RecordError where it is no valid Unicode, or holds what stands for an image in a record."""
+    as_text(text, column="messages")
     tag = IMAGE_TAG.search(text)
     if IMAGE_MARK in text or tag:
         held = tag.group()[:40] if tag else IMAGE_MARK

@@ -64,7 +64,9 @@ class Engine:
         self._running: dict[str | None, _Running] = {}
         self._num_running = 0
         self._changed = threading.Condition()
-        threading.Thread(target=self._work, name="responses", daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="responses", daemon=True)
+        self._thread.start()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,9 +112,17 @@ class Engine:
         finally:
             generation.cancel()
 
+    def close(self) -> None:
+        """Ends the engine's thread, and with it whatever is left of responses: a program that ends while the thread is inside
+        of torch's code would be aborted."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
     @torch.inference_mode()
     def _work(self) -> None:
-        while True:
+        while not self._closed:
             generation = self._next()
             if generation is not None and not generation.done:
                 self._begin(generation)
@@ -124,7 +134,7 @@ class Engine:
         """Who has waited longest, where there is room beside those that run; where none runs, as soon as somebody comes."""
         with self._changed:
             if not self._running:
-                self._changed.wait_for(lambda: bool(self._waiting))
+                self._changed.wait_for(lambda: self._closed or bool(self._waiting))
             if not self._waiting or self._num_running >= self._max_batch_size:
                 return None
             self._num_running += 1

@@ -1,6 +1,7 @@
 """The chat in the terminal: each model's own conversation, its commands, and what can't be asked."""
 
 import io
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,14 @@ def test_what_is_no_model_or_no_picture_is_told_before_anything_is_loaded(
     with pytest.raises(ValueError) as caught:
         talk(model=folder, image=(str(text),))
     assert str(caught.value) == f"{text}: 5 bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image."
+
+
+def test_the_models_threads_end_with_the_talk(model_folder: Callable[..., Path]) -> None:
+    before = set(threading.enumerate())
+    talk("Which?", "/quit", model=str(model_folder("llava")))
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_line_that_is_no_text_is_told(model_folder: Callable[..., Path]) -> None:
+    found = talk("\udcff", model=str(model_folder("llava")))
+    assert found == "> messages: half a surrogate pair at character 0\n> \n"
