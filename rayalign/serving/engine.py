@@ -89,7 +89,10 @@ class Engine:
     def submit(
         self, name: str, prompt: Prompt, sampling: Sampling, on_piece: Callable[[Piece | GenerationFailed], None]
     ) -> Generation:
-        """Asks for a response of the model of that name; `on_piece` is called on the engine's own thread."""
+        """Asks for a response of the model of that name, which ends where prompt and response have the encoder's max_length
+        together; `on_piece` is called on the engine's own thread."""
+        room = max(1, self._encoder.spec.max_length - prompt.num_tokens)
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         text = ResponseText(self._tokenizer, sampling.stop)
         generation = Generation(self._adapters[name], prompt, sampling, text, on_piece)
         with self._changed:

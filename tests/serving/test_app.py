@@ -336,6 +336,7 @@ def test_a_sound_request_is_answered(plain: TestClient) -> None:
         (b"{", "The body is no JSON: "),
         (b"\xff", "The body is no JSON: "),
         (b"[" * 100_000, "The body is no JSON: "),
+        (b"[" * 900 + b"]" * 900, "The body is no JSON: "),
         (b"[]", "The body must be a JSON object."),
         (b"", "The body is no JSON: "),
     ],
