@@ -181,7 +181,7 @@ def record_error(error: RecordError) -> ApiError:
     """The answer to a conversation that can't be encoded."""
     if error.reason == "too long":
         return ApiError(f"The conversation is too long: {error.words}.", code="context_length_exceeded", param="messages")
-    return ApiError(f"{str(error)[:500]}.", param="messages")
+    return ApiError(f"{str(error)[:500]}.", param="responses" if error.field == "responses" else "messages")
 
 
 def unknown_model(name: str, names: Sequence[str]) -> ApiError:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from rayalign.formats.cells import as_text
 from rayalign.formats.records import IMAGE_MARK, IMAGE_TAG, Message, PreferenceRecord, RecordError, build_record
 
+COLUMNS = {"query": "messages", "chosen": "responses"}
+"""What errors call the parts of a request."""
+
 
 def require_plain(text: str) -> str:
     """The text; raises RecordError where it is no valid Unicode, or holds what stands for an image in a record."""
@@ -20,4 +23,6 @@ def require_plain(text: str) -> str:
 
 def record_of(messages: Sequence[Message], images: Sequence[bytes], response: str) -> PreferenceRecord:
     """The record of a conversation, whose `<image>` marks stand for the images, and a response. Raises RecordError."""
-    return build_record(id="request", messages=messages, images=images, chosen=response, columns={"query": "messages"})
+    return build_record(
+        id="request", messages=messages, images=images, chosen=as_text(response, column="responses"), columns=COLUMNS
+    )

@@ -47,6 +47,7 @@ class Scorer:
     def __init__(self, policy: Policy, encoder: Encoder, name: str, *, max_batch_size: int) -> None:
         self.name = name
         self._policy, self._encoder = policy, encoder
+        self._max_batch_size = max_batch_size
         self._encoding = threading.Lock()  # tokenizers are not made for several threads
         self._batcher = Batcher(self._run, max_batch_size=max_batch_size)
 
@@ -78,6 +79,12 @@ class Scorer:
             start = end
 
     def _scores(self, pairs: Sequence[EncodedPair]) -> list[float]:
+        """The scores of rows, of which no more run at a time than there may be requests: one request has up to 64."""
+        size = self._max_batch_size
+        batches = (pairs[start : start + size] for start in range(0, len(pairs), size))
+        return [score for batch in batches for score in self._scores_of_batch(batch)]
+
+    def _scores_of_batch(self, pairs: Sequence[EncodedPair]) -> list[float]:
         spec = self._encoder.spec
         batch = assemble(pairs, layout=spec.layout, process_images=image_processing(spec)).to(self._policy.device)
         with torch.inference_mode():
