@@ -52,7 +52,8 @@ ROWS, DROPPED, SETTINGS, SUMMARY = "rows", "dropped.jsonl", "settings.json", "su
 OUTCOME_SCHEMA = pa.schema(
     [(ID, pa.string()), (POSITION, pa.int64()), ("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
 )
-"""What an actor reports: a line for each row; `reason` is null where it gave results."""
+"""What an actor reports: a line for each row, whose `reason` is null where it gave results; or one without an id, whose
+`detail` says what ends the run. (Of an error that it raised Ray Data would lose the type and the text.)"""
 
 GROUP = "group"
 """The column in which a group travels to an actor."""
@@ -125,15 +126,17 @@ def run_pool(
     progress = Progress(total)
     try:
         for outcomes in _outcomes(left, make_work, output / ROWS, schema, cluster):
-            dropped += [line for line in outcomes.to_pylist() if line["reason"] is not None]
+            lines = outcomes.to_pylist()
+            for line in lines:
+                if line[ID] is None:
+                    raise RunFailed(_going_on(line["detail"], output))
+            dropped += [line for line in lines if line["reason"] is not None]
             if progress.add(outcomes.num_rows):
                 logger.info("%s", progress.line(what))
     except RAY_ERRORS as error:
         if user_error := user_error_in(error):
             raise user_error from None
-        raise RunFailed(
-            f"{cause_in_words(error)} What is done is kept in {output.location}; the same command goes on."
-        ) from error
+        raise RunFailed(_going_on(cause_in_words(error), output)) from error
     finally:
         lines = sorted(dropped, key=lambda line: line.pop(POSITION))
         (output / DROPPED).write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -147,6 +150,10 @@ def run_pool(
         logger.info("%d %s in %.1f s (%s) into %s", total, what, seconds, per_second(total / seconds), output.location)
     (output / SUMMARY).write_json({"rows": num_rows, "dropped": len(dropped), "seconds": round(seconds, 1)})
     return PoolResult(output, num_rows, len(dropped))
+
+
+def _going_on(what: str, output: Store) -> str:
+    return f"{what.rstrip('.')}. What is done is kept in {output.location}; the same command goes on."
 
 
 def open_output(output: Store, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -268,7 +275,14 @@ class PoolActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         group: Group = cloudpickle.loads(batch[GROUP][0].as_py())
-        return report(lambda: do_group(group, self._work, self._folder, self._schema), OUTCOME_SCHEMA)
+
+        def lines() -> list[dict[str, Any]]:
+            try:
+                return do_group(group, self._work, self._folder, self._schema)
+            except OSError as error:
+                return [{"reason": "run ended", "detail": printable(str(error), longest=LONGEST_DETAIL)}]
+
+        return report(lines, OUTCOME_SCHEMA)
 
     @functools.cached_property
     def _work(self) -> Work:

@@ -8,12 +8,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from rayalign.config.endings import RunFailed
 from rayalign.config.sections import ClusterConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation import pool
 from rayalign.evaluation.groups import Group, groups_of_datasets, groups_of_rows
 from rayalign.evaluation.pool import do_group, open_output, read_results, results_of
 from rayalign.formats.records import RecordError
+from rayalign.retries import StorageFailed
 from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store
 
@@ -129,6 +131,24 @@ def test_data_without_a_record_is_refused_in_words(tmp_path: Path) -> None:
     sources = Sources((resolve_dataset(str(tmp_path / "empty.jsonl")),), None, False)
     with pytest.raises(ValueError, match=r"^--dataset .*empty\.jsonl: there is no record in it\.$"):
         groups_of_datasets(sources, seed=0)
+
+
+@pytest.mark.parametrize("error", [StorageFailed("s3://b/f: the storage failed."), OSError(28, "No space left", "/disk/f")])
+def test_what_ends_a_run_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    def work(rows: Sequence[Any]) -> list[pool.Result]:
+        raise error
+
+    def outcomes(groups: Sequence[Group], make_work: Any, folder: Store, schema: Any, _: Any) -> Any:
+        actor = pool.PoolActor(make_work, folder, schema, 1)
+        table = actor(pa.table({"group": [pool.cloudpickle.dumps(groups[0])]}))
+        yield table.select(pool.OUTCOME_SCHEMA.names)
+
+    monkeypatch.setattr(pool, "_outcomes", outcomes)
+    own: dict[str, Any] = {"schema": pa.schema([("twice", pa.int64())]), "settings": {}, "cluster": ClusterConfig()}
+    with pytest.raises(RunFailed) as caught:
+        pool.run_pool(groups_of_rows(ROWS), lambda: work, Store(str(tmp_path)), **own)
+    words = str(error).rstrip(".")
+    assert str(caught.value) == f"{words}. What is done is kept in {tmp_path}; the same command goes on."
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ What it writes is kept word for word beside the score that is read out of it.
 import base64
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -78,6 +79,7 @@ class JudgeScorer:
         return {"kind": self.kind, "url": self.url, "model": self.model, "prompt": self.instruction, "pattern": self.pattern}
 
     def load(self, config: Config, sources: Sources) -> ScoreFunction:
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells each attempt
         return functools.partial(self._score, urllib3.PoolManager(maxsize=config.optimizer.batch_size), config, sources)
 
     def _score(
