@@ -59,6 +59,7 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
         config = config.replace({"output_dir": "output/iterate"})
     config = with_whole_paths(config)
     source = require_model(config.model, REGISTERED_MODELS)
+    generate.require_writer(source, config)
     scorers = score.scorers_of(_score_flags(own), ModelConfig())  # what is wrong with them is told before any work
     folder = Store.at(str(config.run.output_dir))
     flags = {**config.to_dict(), **dataclasses.asdict(own), "rlhf_type": config.algorithm.name}

@@ -91,6 +91,10 @@ def test_an_implicit_reward_is_beta_times_the_gain_over_what_the_run_started_fro
     own = ScoreConfig(scorer=(f"implicit_reward={base}",), reference=str(dpo_run), beta=1.0)  # the other way round
     (lines,) = lines_of(own, pictures, ROWS[:1])
     assert lines[0]["score"] == pytest.approx(-gain, rel=1e-4)
+    with pytest.raises(ValueError, match=r"^--reference .*: is the policy itself, whose rewards would all be 0\."):
+        scorers_of(ScoreConfig(scorer=(f"implicit_reward={dpo_run}",), reference=str(dpo_run)), ModelConfig())
+    with pytest.raises(ValueError, match=r"^--reference /gone: there is no such folder"):
+        scorers_of(ScoreConfig(scorer=(f"implicit_reward={dpo_run}",), reference="/gone"), ModelConfig())
     with pytest.raises(ValueError, match=r"nothing tells what .* was trained from\. Pass --reference"):
         scorers_of(ScoreConfig(scorer=(f"implicit_reward={base}",)), ModelConfig())
 
@@ -114,7 +118,7 @@ def test_reward_models_score_by_their_value_head_in_either_file(
         ("reward_model", model_folder("llava"), "has no value head"),
     ):
         with pytest.raises(ValueError, match=words):
-            make_scoring(HERE, NOWHERE, scorers_of(ScoreConfig(scorer=(f"{kind}={model}",)), ModelConfig()), "mean")
+            scorers_of(ScoreConfig(scorer=(f"{kind}={model}",)), ModelConfig())  # before any worker loads one
 
 
 def test_a_function_scores_by_what_the_prompts_row_held(tmp_path: Path) -> None:

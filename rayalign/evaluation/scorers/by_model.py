@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from rayalign.evaluation.start import files_of_model
 from rayalign.formats.records import RecordError
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model
+from rayalign.ops.value_head import find_value_head
 
 Kind = Literal["reward_model", "implicit_reward", "likelihood", "per_token"]
 KINDS: tuple[Kind, ...] = ("reward_model", "implicit_reward", "likelihood", "per_token")
@@ -54,9 +56,7 @@ class ModelScorer:
             model = load_with_reference(config, sources, self.reference, responses="chosen")
         else:
             model = load_model(config, sources, responses="chosen")
-        if model.is_reward_model != (self.kind == "reward_model"):
-            has = "has a value head, and so no likelihoods" if model.is_reward_model else "has no value head"
-            raise ValueError(f"--scorer {self.kind}: the model {self.source.adapter or self.source.base} {has}.")
+        _require_kind(self.kind, self.source, is_reward_model=model.is_reward_model)
         return functools.partial(self._score, model, config.optimizer.batch_size)
 
     def _score(self, model: LoadedModel, batch_size: int, candidates: Sequence[Candidate]) -> list[Scored]:
@@ -87,15 +87,33 @@ class ModelScorer:
                 return self.beta * gain
 
 
+def _require_kind(kind: Kind, source: ModelSource, *, is_reward_model: bool) -> None:
+    if is_reward_model != (kind == "reward_model"):
+        has = "has a value head, and so no likelihoods" if is_reward_model else "has no value head"
+        raise ValueError(f"--scorer {kind}: the model {source.adapter or source.base} {has}.")
+
+
 def model_scorer(kind: Kind, model: ModelConfig, *, beta: float | None, reference: str | None) -> ModelScorer:
     """The scorer of some kind by a model. `beta` and `reference` of implicit rewards are by default those of the run that made
-    the policy. Raises ValueError for a model that is not there, and where there is no telling its reference."""
+    the policy. Raises ValueError for a model that is not there or is of another kind, and where there is no telling its
+    reference, or it is the policy itself."""
     source = require_model(model, REGISTERED_MODELS)
+    place = Path(source.adapter or source.base)
+    if place.is_dir():  # of others the actors find out
+        _require_kind(kind, source, is_reward_model=find_value_head(place) is not None)
     if kind != "implicit_reward":
         return ModelScorer(kind, model, source)
     start = start_of_run(source, model)
     if reference is not None:
         start = dataclasses.replace(model, model=reference, model_type=None, adapter=None)
+        try:
+            is_itself = require_model(start, REGISTERED_MODELS) == source
+        except ValueError as error:
+            raise ValueError(str(error).replace("--model ", "--reference ", 1)) from None
+        if is_itself:
+            raise ValueError(
+                f"--reference {reference}: is the policy itself, whose rewards would all be 0. Give another model."
+            )
     if start is None:
         raise ValueError(
             f"--scorer implicit_reward: nothing tells what {source.base} was trained from. Pass --reference with that model."
