@@ -115,7 +115,7 @@ def run_pool(
     overwritten, and where not one row gave results; RunFailed where the cluster failed.
     """
     started = time.monotonic()
-    open_output(output, settings, overwrite=overwrite)
+    open_output(output, settings, overwrite=overwrite or not _files(output))  # without a row nothing is lost
     done = _done(output)
     left = [group for group in (group.without(done) for group in groups) if group.num_rows]
     total = sum(group.num_rows for group in left)
@@ -193,7 +193,7 @@ def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         inner = [(number, *values) for number, values in enumerate(zip(before, now, strict=True))]
     else:
-        yield f"{name}: {printable(str(before))} -> {printable(str(now))}"
+        yield f"{name}: {printable(str(before), longest=300)} -> {printable(str(now), longest=300)}"
         return
     for key, one, other in inner:
         if one != other:

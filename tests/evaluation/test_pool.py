@@ -183,6 +183,17 @@ def test_the_same_command_goes_on_with_what_is_left(tmp_path: Path, without_ray:
     assert sorted(n for table in read_results(output) for n in table["twice"].to_pylist()) == [0, 2, 4, *range(8, 19, 2)]
 
 
+def test_a_folder_without_a_row_takes_other_settings(tmp_path: Path, without_ray: list[Group]) -> None:
+    own: dict[str, Any] = {"schema": pa.schema([("twice", pa.int64())]), "cluster": ClusterConfig()}
+    output = Store(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="Not one of 1 rows could be used"):
+        pool.run_pool(groups_of_rows(ROWS[3:4]), lambda: twice, output, settings={"image_root": None}, **own)
+    done = pool.run_pool(groups_of_rows(ROWS[4:5]), lambda: twice, output, settings={"image_root": "/data"}, **own)
+    assert (done.num_rows, done.num_dropped) == (1, 0)
+    with pytest.raises(ValueError, match="made with other settings:\n  image_root: /data -> None"):
+        pool.run_pool(groups_of_rows(ROWS[4:5]), lambda: twice, output, settings={"image_root": None}, **own)
+
+
 def test_a_run_of_which_nothing_comes_says_why(tmp_path: Path, without_ray: list[Group]) -> None:
     with pytest.raises(ValueError, match=r"Not one of 1 rows could be used\. The first: RuntimeError: three can't be done"):
         pool.run_pool(
