@@ -30,7 +30,7 @@ from tests.evaluation.test_preferences import COLUMNS, IDS, table
 FLAGS = {"model": "<b>a</b>", "dataset": ("pairs.jsonl",)}
 
 
-def result(role: str, *, first: int = 0, text: str | None = "Yes") -> ModelResult:
+def result(role: str, *, first: int = 0, text: str = "Yes") -> ModelResult:
     """A model on the records from `first` on, one of which has no score, and on a benchmark of one question and a row left
     out."""
     columns = {name: values[first:] for name, values in COLUMNS.items()}
@@ -49,7 +49,7 @@ def result(role: str, *, first: int = 0, text: str | None = "Yes") -> ModelResul
     return ModelResult(role, f"<{role}>", "base", DatasetResult.of(pairs, {"broken JSON": 2}, seed=0), {"pope": benchmark})
 
 
-RESULTS = (result("model"), result("compare", first=1, text=None))
+RESULTS = (result("model"), result("compare", first=1, text="No"))
 
 
 def test_all_metrics_counts_and_comparisons_are_in_the_json() -> None:
@@ -78,7 +78,7 @@ def test_every_scored_record_and_every_question_has_a_row() -> None:
     assert told == [
         ("model", "q<1>", "log-probs", "Yes", "Yes"),
         ("model", "gone", "unanswered", None, None),
-        ("compare", "q<1>", "log-probs", None, "Yes"),
+        ("compare", "q<1>", "log-probs", "No", "Yes"),
         ("compare", "gone", "unanswered", None, None),
     ]
 
