@@ -61,7 +61,7 @@ def user_errors() -> Iterator[None]:
     except OSError as error:
         if os.environ.get(TRACEBACK_VARIABLE) or error.errno not in STORAGE_TROUBLE:
             raise
-        what, helps = STORAGE_TROUBLE[error.errno]
+        what, helps = (words.replace("another --output_dir", "another place") for words in STORAGE_TROUBLE[error.errno])
         _end(f"error: {what} ({str(error).rstrip('.')}). {helps}", 1)
     except KeyboardInterrupt as stop:
         _end(str(stop) or "interrupted", exit_code_of(stop))

@@ -28,8 +28,8 @@ def signals_as_before(monkeypatch: pytest.MonkeyPatch):
         (
             PermissionError(13, "Permission denied", "/x"),
             1,
-            "error: access to a file is refused ([Errno 13] Permission denied: '/x'). Give this user the right to it, or choose "
-            "another --output_dir.\n",
+            "error: access to a file is refused ([Errno 13] Permission denied: '/x'). Give this user the right to it, or "
+            "choose another place.\n",
         ),
         (KeyboardInterrupt("interrupted at step 3."), 130, "interrupted at step 3.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
