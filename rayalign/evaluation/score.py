@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -173,6 +174,8 @@ def _line(
     for score in scores:
         if isinstance(score, RecordError):
             return score
+        if not math.isfinite(score.value):
+            return RecordError("no score", f"the score is {score.value}")
         values.append(score.value)
     said = [score.said for score in scores if not isinstance(score, RecordError) and score.said is not None]
     together = min(values) if ensemble == "min" else sum(values) / len(values)

@@ -20,7 +20,7 @@ from rayalign.models.source import ModelSource, require_model
 from rayalign.serving.conversation import require_plain
 from rayalign.serving.engine import Engine
 from rayalign.serving.loading import load_engine
-from rayalign.serving.response import Sampling
+from rayalign.serving.response import GenerationFailed, Sampling
 from rayalign.serving.scorer import is_reward_model
 
 HELP = "/image FILE puts a picture to the next question, /new begins anew, /quit ends.\n"
@@ -86,10 +86,14 @@ class _Chat:
             out.write(f"{error}\n")
             return
         text = ""
-        for piece in self.engine.respond(self.name, prompt, self._sampling):
-            text += piece.text
-            out.write(piece.text)
-            out.flush()
+        try:
+            for piece in self.engine.respond(self.name, prompt, self._sampling):
+                text += piece.text
+                out.write(piece.text)
+                out.flush()
+        except GenerationFailed as error:
+            out.write(f"The model failed: {error}\n")
+            return
         out.write("\n")
         if text:  # templates write no empty turn
             self._messages, self._images = (*messages, Message(role="assistant", content=text)), pictures

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +20,9 @@ from rayalign.config.inference_verbs import ScoreConfig
 from rayalign.config.sections import ModelConfig, OptimizerConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation.pool import results_of
-from rayalign.evaluation.score import candidates_of, make_scoring, names_of, score_schema, scorers_of
+from rayalign.evaluation.score import candidates_of, make_scoring, names_of, score_rows, score_schema, scorers_of
 from rayalign.evaluation.scorers import by_judge
+from rayalign.evaluation.scorers.scorer import Score
 from rayalign.formats.records import RecordError
 from rayalign.policy.saving import save_policy
 from rayalign.policy.scoring import load_for_scoring
@@ -133,6 +135,13 @@ def test_a_function_scores_by_what_the_prompts_row_held(tmp_path: Path) -> None:
     assert (second[0]["score"], third[0]["score"]) == (1.0, 0.0)
     with pytest.raises(ValueError, match="has no function wrong"):
         scorers_of(ScoreConfig(scorer=(f"python={file}:wrong",)), ModelConfig())
+
+
+def test_a_score_that_is_no_number_is_no_score(tmp_path: Path) -> None:
+    rows = [{"id": f"r{i}", "folder": str(tmp_path), "row": ROWS[1 + i]} for i in range(2)]
+    first, second = score_rows([lambda some: [Score(math.nan), Score(1.0)]], ["likelihood"], NOWHERE, "mean", rows)
+    assert (first.reason, str(first)) == ("no score", "the score is nan")
+    assert second[0]["score"] == 1.0
 
 
 FAILING = """

@@ -7,7 +7,6 @@ import base64
 import functools
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -99,10 +98,9 @@ class JudgeScorer:
             return error
         *_, found = None, *re.finditer(self.pattern, said)
         try:
-            score = float(found.group(1)) if found else math.nan
+            return Score(float(found.group(1)), said) if found else RecordError("no score", f"the judge wrote: {said}")
         except (TypeError, ValueError):
             return RecordError("no score", f"--judge_pattern finds no number in: {said}")
-        return Score(score, said) if math.isfinite(score) else RecordError("no score", f"the judge wrote: {said}")
 
     def content(self, sources: Sources, candidate: Candidate) -> list[dict[str, Any]]:
         """The parts of the message that the judge is sent; raises RecordError for images that can't be read."""
