@@ -18,7 +18,7 @@ from rayalign.config.sections import ModelConfig
 from rayalign.data.batch import PairBatch
 from rayalign.data.rows import Sources
 from rayalign.data.store import EncodedPair
-from rayalign.evaluation.loaded_model import LoadedModel, flags_of_run, load_model, load_with_reference, start_of_run
+from rayalign.evaluation.loaded_model import LoadedModel, flags_around, load_model, load_with_reference, start_of_run
 from rayalign.evaluation.scorers.scorer import Candidate, Score, Scored, ScoreFunction
 from rayalign.evaluation.start import files_of_model
 from rayalign.formats.records import RecordError
@@ -118,5 +118,12 @@ def model_scorer(kind: Kind, model: ModelConfig, *, beta: float | None, referenc
         raise ValueError(
             f"--scorer implicit_reward: nothing tells what {source.base} was trained from. Pass --reference with that model."
         )
-    of_run = flags_of_run(source).get("beta")
+    if reference is None:
+        try:
+            require_model(start, REGISTERED_MODELS)
+        except ValueError as error:
+            raise ValueError(
+                f"The reference, from which the policy's run started: {error} --reference names another."
+            ) from None
+    of_run = flags_around(source).get("beta")
     return ModelScorer(kind, model, source, start, beta if beta is not None else float(of_run or DEFAULT_BETA))
