@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import warnings
 
 TIME = "%H:%M:%S"
 
@@ -42,6 +43,15 @@ def configure_logging(*, of_ray_train: bool = False) -> None:
         own.handlers, own.propagate = [handler], False
     # It recommends a kernel for CPUs each time it is imported, which peft does.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def quiet_transformers() -> None:
+    """Keeps bars and warnings of transformers and peft that say nothing to the user off the terminal, in this process."""
+    from transformers.utils import logging as transformers_logging  # here: Ray Train's controller has no use for it
+
+    transformers_logging.disable_progress_bar()
+    # peft uses transformers' old name of this; the line can go when a peft release uses the new one.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def speak_as(speaker: str) -> None:

@@ -26,7 +26,7 @@ from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, ScoreConfig
 from rayalign.config.methods import advice_for_method
 from rayalign.config.serving import ChatConfig, ExportConfig, ServeConfig
-from rayalign.log_lines import configure_logging
+from rayalign.log_lines import configure_logging, quiet_transformers
 from rayalign.sweeps.search_checks import check_search
 
 OWN_FLAGS = ("help", "version")
@@ -128,6 +128,7 @@ def _export(words: Sequence[str], prog: str, summary: str) -> None:
             from rayalign.serving import hub
 
             hub.check_push(config.push_to_hub)
+        quiet_transformers()
         if config.checkpoint or config.run_dir:
             from rayalign.training import checkpoint_export
 
@@ -157,6 +158,7 @@ def _chat(words: Sequence[str], prog: str, summary: str) -> None:
     with user_errors():
         from rayalign.serving import chat
 
+        quiet_transformers()
         chat.run(config)
 
 

@@ -7,13 +7,12 @@ import itertools
 import logging
 import re
 import sys
-import warnings
 from typing import Any
 
 import ray._private.ray_logging
 import ray._private.worker
 
-from rayalign.log_lines import OWN_LINE, configure_logging
+from rayalign.log_lines import OWN_LINE, configure_logging, quiet_transformers
 
 TRACEBACK_LOGGER = "ray.train.v2._internal.util"
 """Logs the traceback of what a train worker's function raised. Can go when Ray Train leaves that to the driver, which gets it.
@@ -66,11 +65,7 @@ def quiet_logging() -> None:
     """In a process of Ray or of the command: rayalign's own lines, and of Ray and other libraries only what goes wrong."""
     configure_logging()
     quiet_ray()
-    from transformers.utils import logging as transformers_logging  # here: Ray Train's controller has no use for it
-
-    transformers_logging.disable_progress_bar()
-    # peft uses transformers' old name of this; the line can go when a peft release uses the new one.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    quiet_transformers()
 
 
 def quiet_ray() -> None:

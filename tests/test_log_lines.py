@@ -2,11 +2,12 @@ import contextlib
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
 
-from rayalign.log_lines import OWN_LINE, configure_logging, speak_as
+from rayalign.log_lines import OWN_LINE, configure_logging, quiet_transformers, speak_as
 
 
 @contextlib.contextmanager
@@ -64,3 +65,15 @@ def test_one_of_several_that_do_alike_says_only_what_goes_wrong_behind_its_name(
             logging.getLogger("rayalign.training").info("step")
             logging.getLogger("rayalign.training").warning("odd")
         assert said(capsys) == ["Trial 1: Warning: odd", "Trial 2: Warning: odd"]
+
+
+def test_bars_of_transformers_and_a_warning_that_peft_provokes_are_not_shown() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():  # else they are errors here
+        quiet_transformers()
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+    assert not transformers_logging.is_progress_bar_enabled()
+    if was_enabled:
+        transformers_logging.enable_progress_bar()

@@ -10,6 +10,7 @@
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -18,6 +19,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from rayalign.retries import StorageFailed
+
+STORAGE_TROUBLE = {
+    errno.ENOSPC: ("a disk is full", "Free some space."),
+    errno.EDQUOT: ("the quota of a disk is used up", "Free some space, or raise the quota."),
+    errno.EFBIG: ("a file became larger than this process may write", "Raise the limit (ulimit -f)."),
+    errno.EROFS: ("a file system is read-only", "Make it writable, or choose another --output_dir."),
+    errno.EACCES: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
+    errno.EPERM: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+        ("there can't be such a file or folder", "Choose another --output_dir."),
+    ),
+    errno.EIO: ("a disk fails", "Choose another --output_dir, and copy there what is kept."),
+}
+"""What storage will answer again however often it is asked, by the system's number: what it is, and what helps."""
 
 TRACEBACK_VARIABLE = "RAYALIGN_TRACEBACK"
 """1 shows the traceback of an end that is otherwise a sentence."""
@@ -42,6 +58,11 @@ def user_errors() -> Iterator[None]:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         _end(f"error: {error}", 1 if isinstance(error, RunFailed | StorageFailed) else 2)
+    except OSError as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or error.errno not in STORAGE_TROUBLE:
+            raise
+        what, helps = (words.replace("another --output_dir", "another place") for words in STORAGE_TROUBLE[error.errno])
+        _end(f"error: {what} ({str(error).rstrip('.')}). {helps}", 1)
     except KeyboardInterrupt as stop:
         _end(str(stop) or "interrupted", exit_code_of(stop))
 

@@ -10,10 +10,10 @@ from rayalign.config.flags import check_bounds, flag
 class EvaluateConfig:
     """Evaluation"""
 
-    ref_model: str | None = flag(
-        None,
-        "Model or adapter that implicit rewards and drift are measured from; none: no reference. Default: what the model's run "
-        "started from, else an adapter's base model.",
+    ref_model: str = flag(
+        "auto",
+        "Model or adapter that implicit rewards and drift are measured from. auto: what the model's run started from, else an "
+        "adapter's base model; none: no reference.",
     )
     beta: float = flag(0.1, "Implicit rewards are beta (log p - log p of the reference).", above=0)
     sample_kl: bool = flag(

@@ -60,7 +60,8 @@ class ScoreConfig:
         None, "File with the judge's instruction, in which {query} and {response} are filled in. Default: one of our own."
     )
     judge_pattern: str = flag(
-        r"Score:\s*(-?\d+(?:\.\d+)?)", "Regular expression whose first group is the score in what a judge writes."
+        r"Score:\s*(-?\d+(?:\.\d+)?)",
+        "Regular expression whose first group is the score in what a judge writes, where it last matches.",
     )
 
     def __post_init__(self) -> None:

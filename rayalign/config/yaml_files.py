@@ -3,7 +3,7 @@
 import dataclasses
 import textwrap
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,8 +15,14 @@ from rayalign.config.plugins import PLUGIN
 from rayalign.config.translate import translate_values
 from rayalign.config.tune import TuneConfig
 
+if TYPE_CHECKING:
+    from rayalign.storage import Store
+
 Extra = TuneConfig | PlanConfig | IterateConfig
 """The flags that some verbs have besides those of a run."""
+
+RUN_CONFIG = "config.yaml"
+"""The file in a run's folder that holds its flags."""
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError)
 """What PyYAML raises for a text that is no YAML, or whose values are not of the type that their form or tag says."""
@@ -86,6 +92,21 @@ def parse_flags(content: bytes) -> dict[str, Any]:
     if twice:
         raise ValueError(f"{', '.join(twice)} is given more than once.")
     return {str(key): value for key, value in values.items()}
+
+
+def flags_of_run(folder: "Store") -> dict[str, Any]:
+    """The flags of the run whose folder it is, as its config.yaml has them; empty where it is no run's. Raises ValueError for a
+    file of this name that can't be read."""
+    file = folder / RUN_CONFIG
+    try:
+        flags = parse_flags(file.read_bytes())
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise ValueError(
+            f"{file.location}: {error} It stands where a run has its flags: mend it, or put the model into another folder."
+        ) from None
+    return flags if "rlhf_type" in flags else {}
 
 
 def _yaml_value(value: Any) -> str:

@@ -42,7 +42,7 @@ from rayalign.storage import Store
 logger = logging.getLogger(__name__)
 
 SCORES, JUDGEMENTS, PAGE, DATA = "scores", "judgements", "evaluation.html", "dataset"
-NO_REFERENCE = "none"
+NO_REFERENCE, START_OF_RUN = "none", "auto"
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,12 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
     exams = [_read_exam(name, place, config, evaluation) for name, place in parse_benchmarks(evaluation.benchmarks).items()]
     if not (config.data.dataset or exams):
         raise ValueError("Nothing to evaluate on: pass --dataset with preference data, --benchmarks, or both.")
+    if evaluation.max_questions is not None and not exams:
+        raise ValueError("--max_questions: there are no --benchmarks, whose questions it draws. Leave it out.")
     judge = _judge_of(evaluation, exams)
     data_sources = sources_of(config) if config.data.dataset else None
     contenders = _contenders(config, evaluation)
+    _require_reference(contenders, config, evaluation)
     found: dict[str, dict[str, Scored]] = {}
     with on_cluster(config, model=contenders[0].source) as placed:
         suites = [_suite_of_exam(exam, config) for exam in exams]
@@ -156,7 +159,7 @@ def _contender(role: str, config: Config, evaluation: EvaluateConfig) -> Contend
         try:
             reference_source = require_model(reference, REGISTERED_MODELS)
         except ValueError as error:
-            if evaluation.ref_model is None:
+            if evaluation.ref_model == START_OF_RUN:
                 raise ValueError(
                     f"The reference, from which the model's run started: {error} --ref_model names another."
                 ) from None
@@ -167,13 +170,23 @@ def _contender(role: str, config: Config, evaluation: EvaluateConfig) -> Contend
     return Contender(role, source.adapter or source.base, config, source, reference, reference_source)
 
 
-def _reference(source: ModelSource, model: ModelConfig, named: str | None) -> ModelConfig | None:
-    """What --ref_model means for a model; without it, what its run started from."""
+def _require_reference(contenders: Sequence[Contender], config: Config, evaluation: EvaluateConfig) -> None:
+    """Raises ValueError where flags ask for what only a reference gives, and no model has one that differs from it."""
+    has_one = any(contender.reference is not None for contender in contenders)
+    if evaluation.ref_model not in (START_OF_RUN, NO_REFERENCE) and not has_one:
+        raise ValueError(f"--ref_model {evaluation.ref_model}: is the model that is evaluated. Give another one, or none.")
+    if evaluation.sample_kl and not (has_one and config.data.dataset):
+        missing = "a reference: pass --ref_model" if config.data.dataset else "prompts: pass --dataset"
+        raise ValueError(f"--sample_kl true: there is no divergence without {missing}, or leave the flag out.")
+
+
+def _reference(source: ModelSource, model: ModelConfig, named: str) -> ModelConfig | None:
+    """What --ref_model means for a model."""
     if named == NO_REFERENCE:
         return None
-    if named is not None:
-        return dataclasses.replace(model, model=named, model_type=None, adapter=None)
-    return start_of_run(source, model)
+    if named == START_OF_RUN:
+        return start_of_run(source, model)
+    return dataclasses.replace(model, model=named, model_type=None, adapter=None)
 
 
 def _read_exam(name: str, place: str, config: Config, evaluation: EvaluateConfig) -> Exam:
@@ -193,9 +206,11 @@ def _read_exam(name: str, place: str, config: Config, evaluation: EvaluateConfig
 
 
 def _judge_of(evaluation: EvaluateConfig, exams: Sequence[Exam]) -> Judge | None:
-    if evaluation.judge_url and evaluation.judge_model:
-        return Judge(evaluation.judge_url, evaluation.judge_model)
     needing = [exam.name for exam in exams if exam.benchmark.judge_prompt is not None]
+    if evaluation.judge_url and evaluation.judge_model:
+        if not needing:
+            raise ValueError("--judge_url: no benchmark of --benchmarks has answers that a judge rates. Leave it out.")
+        return Judge(evaluation.judge_url, evaluation.judge_model)
     if needing:
         raise ValueError(f"--benchmarks {needing[0]}: its answers are rated by a judge. Pass --judge_url and --judge_model.")
     return None
@@ -252,6 +267,8 @@ def _result(
 ) -> ModelResult:
     """The results of one model. Raises ValueError where no record has a score."""
     reference = contender.reference_source
+    if all(one.is_reward_model for one in scored.values()):
+        reference = None  # it has no log-probs to compare
     dataset = None
     if DATA in scored:
         of_data = scored[DATA]

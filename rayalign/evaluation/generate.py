@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,8 @@ from rayalign.evaluation.pool import PoolResult, Result, Work, run_pool
 from rayalign.evaluation.prompts import PROMPT_FIELDS, prompt_columns, prompt_of
 from rayalign.evaluation.start import config_of, files_of_data, files_of_model, model_of, on_cluster, sources_of
 from rayalign.formats.records import RecordError
+from rayalign.models.source import ModelSource
+from rayalign.ops.value_head import find_value_head
 from rayalign.policy.generation import Response, Sampling, sample_responses
 from rayalign.storage import Store
 
@@ -42,6 +45,7 @@ def run(flags: InferenceConfig, own: GenerateConfig) -> PoolResult:
     """
     config = config_of(flags)
     source, sources = model_of(config), sources_of(config)
+    require_writer(source, config)
     sampling = Sampling(own.n, own.temperature, own.top_p, own.max_new_tokens, own.seed)
     settings = {
         "verb": "generate",
@@ -72,11 +76,23 @@ def run(flags: InferenceConfig, own: GenerateConfig) -> PoolResult:
         )
 
 
+def require_writer(source: ModelSource, config: Config) -> None:
+    """Raises ValueError for a reward model in a folder of this machine; of others the actors find out."""
+    place = Path(source.adapter or source.base)
+    if place.is_dir() and find_value_head(place) is not None:
+        raise _writes_nothing(config)
+
+
+def _writes_nothing(config: Config) -> ValueError:
+    named = config.model.adapter or config.model.model or config.model.model_type
+    return ValueError(f"--model {named}: is a reward model, which scores responses and writes none.")
+
+
 def make_generator(config: Config, sources: Sources, sampling: Sampling) -> Work:
     """What an actor does with records: it responds to their prompts. Raises ValueError for a model that can't respond."""
     model = load_model(config, sources, responses="chosen")
     if model.is_reward_model:
-        raise ValueError(f"--model {config.model.model}: is a reward model, which scores responses and writes none.")
+        raise _writes_nothing(config)
     return functools.partial(respond, model, sampling, config.optimizer.batch_size)
 
 

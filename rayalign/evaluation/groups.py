@@ -107,7 +107,8 @@ def groups_of_rows(rows: Iterable[Row], *, key: str = "id", size: int = GROUP_RO
 
 def groups_of_datasets(sources: Sources, *, seed: int, size: int = GROUP_ROWS) -> list[Group]:
     """The groups of the records of data sets, NAME#N draws made with the seed; `FileRows` says what each is read as. The keys
-    are the records' ids in training: the file's name and the row's number in it. Ray must run."""
+    are the records' ids in training: the file's name and the row's number in it. Ray must run. Raises ValueError where there is
+    no record."""
     groups: list[Group] = []
     position = 0
     for task in cut_into_tasks(sources, seed):
@@ -120,4 +121,6 @@ def groups_of_datasets(sources: Sources, *, seed: int, size: int = GROUP_ROWS) -
                 positions = tuple(range(position, position + len(numbers)))
                 groups.append(Group(tuple(f"{label}:{n}" for n in numbers), positions, numbers, FileRows(file, span, label)))
                 position += len(numbers)
+    if not groups:
+        raise ValueError(f"--dataset {' '.join(d.argument for d in sources.datasets)}: there is no record in it.")
     return groups

@@ -1,5 +1,6 @@
 """A judge behind an OpenAI-compatible URL: a prompt goes in, its text comes out. What it said is kept, and not asked again."""
 
+import functools
 import json
 import logging
 import os
@@ -55,29 +56,44 @@ class Judge:
 
 def text_of(answer: Mapping[str, Any]) -> str:
     """What the judge says in an answer."""
-    return str(answer["choices"][0]["message"]["content"] or "")
+    said = str(answer["choices"][0]["message"]["content"] or "")
+    return said.encode(errors="replace").decode()  # JSON can spell half a character, which no file takes
 
 
 def judge_all(judge: Judge, prompts: Mapping[str, str], kept: Store) -> dict[str, str]:
     """What the judge says to each prompt, by its id. Whole answers are kept in a file of JSON lines, {"id", "judge", "prompt",
     "answer"}; what is in it already is not asked again. Raises ValueError where the judge fails; what it said is kept."""
-    lines = [
-        line for line in read_judgements(kept) if line["judge"] == judge.model and prompts.get(line["id"]) == line["prompt"]
-    ]
+    lines: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []  # of another judge, or on another answer: they cost as much, and may be asked for again
+    for line in read_judgements(kept):
+        is_asked = line["judge"] == judge.model and prompts.get(line["id"]) == line["prompt"]
+        (lines if is_asked else others).append(line)
     left = [name for name in prompts if name not in {line["id"] for line in lines}]
     progress = Progress(len(left))
     with ThreadPoolExecutor(THREADS) as threads:
         for start in range(0, len(left), THREADS):
             some = left[start : start + THREADS]
-            answers = threads.map(lambda name: judge.ask(prompts[name]), some)
-            try:
-                for name, answer in zip(some, answers, strict=True):
+            answers = dict(
+                zip(some, threads.map(functools.partial(_answer, judge), map(prompts.__getitem__, some)), strict=True)
+            )
+            for name, answer in answers.items():
+                if isinstance(answer, dict):
                     lines.append({"id": name, "judge": judge.model, "prompt": prompts[name], "answer": answer})
-            finally:
-                kept.write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode())
+            kept.write_bytes("".join(json.dumps(line) + "\n" for line in [*others, *lines]).encode())
+            for answer in answers.values():
+                if isinstance(answer, ValueError):
+                    raise answer
             if progress.add(len(some)):
                 logger.info("Judge: %s", progress.line("answers"))
     return {line["id"]: text_of(line["answer"]) for line in lines}
+
+
+def _answer(judge: Judge, prompt: str) -> dict[str, Any] | ValueError:
+    """An answer or why there is none, so that those of other prompts are kept."""
+    try:
+        return judge.ask(prompt)
+    except ValueError as error:
+        return error
 
 
 def read_judgements(kept: Store) -> Iterator[dict[str, Any]]:

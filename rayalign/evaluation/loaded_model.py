@@ -16,14 +16,15 @@ from torch import Tensor
 from rayalign.algorithms import Needs
 from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig, TunerConfig
-from rayalign.config.yaml_files import parse_flags
+from rayalign.config.yaml_files import flags_of_run
 from rayalign.data.batch import PairBatch, assemble
 from rayalign.data.encode import Encoder
 from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.rows import Sources, encode_record, record_of
 from rayalign.data.store import EncodedPair
 from rayalign.formats.records import PreferenceRecord, Responses
-from rayalign.models.registry import FAMILIES, REGISTERED_MODELS
+from rayalign.models.processors import load_processor, tokenizer_of
+from rayalign.models.registry import FAMILIES, REGISTERED_MODELS, load_config
 from rayalign.models.source import ModelSource, require_model
 from rayalign.ops.logprobs import PairLogps
 from rayalign.ops.value_head import find_value_head
@@ -31,9 +32,6 @@ from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy
 from rayalign.policy.policy import Policy
 from rayalign.storage import Store
-
-CONFIG = "config.yaml"
-"""The file beside a run's model/ that holds the run's flags."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def load_with_reference(
 ) -> LoadedModel:
     """The same with a reference: the model with its adapter off where that is what `reference` names, else a second model.
 
-    Raises ValueError where they have different base models, whose tokens would not be the same.
+    Raises ValueError where their tokens are not the same.
     """
     model = load_model(config, sources, responses=responses)
     start = require_model(reference, REGISTERED_MODELS)
@@ -117,25 +115,25 @@ def load_with_reference(
         if model.source.adapter is None:
             raise ValueError(f"The model {start.base} is its own reference, so that each reward is 0. Give another reference.")
         return model
+    tokens = tokenizer_of(load_processor(start.base, trust_remote_code=config.model.trust_remote_code)).get_vocab()
+    if load_config(start.base).model_type != model.policy.family.model_type or tokens != model.encoder.tokenizer.get_vocab():
+        raise ValueError(
+            f"The reference {start.adapter or start.base} is of another type than the model, or has other tokens, so that its "
+            "log-probs are not of the same responses. Give one that was made from the same base model."
+        )
     of_reference = dataclasses.replace(config, model=dataclasses.replace(reference, gradient_checkpointing=False))
     return dataclasses.replace(model, reference=_load(of_reference, start))
 
 
-def flags_of_run(source: ModelSource) -> dict[str, Any]:
-    """The flags of the run that made a model, in whose folder it is; empty where it is in none."""
-    place = source.adapter or source.base
-    file = Store.at(place).parent / CONFIG
-    try:
-        flags = parse_flags(file.read_bytes())
-    except OSError:
-        return {}
-    return flags if "rlhf_type" in flags else {}
+def flags_around(source: ModelSource) -> dict[str, Any]:
+    """The flags of the run that made a model, in whose folder it is; empty where it is in none. Raises ValueError."""
+    return flags_of_run(Store.at(source.adapter or source.base).parent)
 
 
 def start_of_run(source: ModelSource, like: ModelConfig) -> ModelConfig | None:
     """The model that the run started from which made this one, which was the run's reference; None where that is not known.
     Of `like` are all other settings."""
-    flags = flags_of_run(source)
+    flags = flags_around(source)
     named: dict[str, Any] = {name: flags.get(name) for name in ("model", "model_type", "adapter")}
     if any(named.values()):
         return dataclasses.replace(like, **named)

@@ -17,6 +17,7 @@ rows are the same ones each time, whatever the number of actors, so that its bat
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -33,6 +34,7 @@ from ray import cloudpickle
 from rayalign.cluster import RAY_ERRORS, cause_in_words, configure_ray_data, place_ray_data, report, reports_of, user_error_in
 from rayalign.config.endings import RunFailed
 from rayalign.config.sections import ClusterConfig
+from rayalign.data.remarks import printable
 from rayalign.evaluation.groups import Group, Row
 from rayalign.formats.records import RecordError
 from rayalign.progress import Progress, per_second
@@ -50,7 +52,8 @@ ROWS, DROPPED, SETTINGS, SUMMARY = "rows", "dropped.jsonl", "settings.json", "su
 OUTCOME_SCHEMA = pa.schema(
     [(ID, pa.string()), (POSITION, pa.int64()), ("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
 )
-"""What an actor reports: a line for each row; `reason` is null where it gave results."""
+"""What an actor reports: a line for each row, whose `reason` is null where it gave results; or one without an id, whose
+`detail` says what ends the run. (Of an error that it raised Ray Data would lose the type and the text.)"""
 
 GROUP = "group"
 """The column in which a group travels to an actor."""
@@ -112,7 +115,7 @@ def run_pool(
     overwritten, and where not one row gave results; RunFailed where the cluster failed.
     """
     started = time.monotonic()
-    open_output(output, settings, overwrite=overwrite)
+    open_output(output, settings, overwrite=overwrite or not _files(output))  # without a row nothing is lost
     done = _done(output)
     left = [group for group in (group.without(done) for group in groups) if group.num_rows]
     total = sum(group.num_rows for group in left)
@@ -123,15 +126,17 @@ def run_pool(
     progress = Progress(total)
     try:
         for outcomes in _outcomes(left, make_work, output / ROWS, schema, cluster):
-            dropped += [line for line in outcomes.to_pylist() if line["reason"] is not None]
+            lines = outcomes.to_pylist()
+            for line in lines:
+                if line[ID] is None:
+                    raise RunFailed(_going_on(line["detail"], output))
+            dropped += [line for line in lines if line["reason"] is not None]
             if progress.add(outcomes.num_rows):
                 logger.info("%s", progress.line(what))
     except RAY_ERRORS as error:
         if user_error := user_error_in(error):
             raise user_error from None
-        raise RunFailed(
-            f"{cause_in_words(error)} What is done is kept in {output.location}; the same command goes on."
-        ) from error
+        raise RunFailed(_going_on(cause_in_words(error), output)) from error
     finally:
         lines = sorted(dropped, key=lambda line: line.pop(POSITION))
         (output / DROPPED).write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -147,29 +152,52 @@ def run_pool(
     return PoolResult(output, num_rows, len(dropped))
 
 
+def _going_on(what: str, output: Store) -> str:
+    return f"{what.rstrip('.')}. What is done is kept in {output.location}; the same command goes on."
+
+
 def open_output(output: Store, settings: Mapping[str, Any], *, overwrite: bool) -> None:
     """Notes the settings in the folder, or compares them with those of what is in it.
 
-    Raises ValueError where they differ, and where the folder holds something else; `overwrite` deletes what a pool wrote.
+    Raises ValueError where they differ, and where the folder holds something else, such as a training run; `overwrite` deletes
+    what a pool wrote.
     """
     now = json.loads(json.dumps(settings))
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output.location} is a file: pass a folder, which may be new.")
+    note = output / SETTINGS
+    others = [name for name in (SUMMARY, DROPPED) if (output / name).exists() and not note.exists()]
+    if others:
+        raise ValueError(
+            f"--output_dir {output.location} holds the {others[0]} of something else, such as a training run, which would be "
+            "lost. Choose another folder."
+        )
     if overwrite:
         for name in (SUMMARY, ROWS, DROPPED, SETTINGS):
             (output / name).delete()
-    note = output / SETTINGS
     if not note.exists():
-        found = [store.name for store in output.list() if not store.name.startswith(".")]
-        if ROWS in found:
+        if (output / ROWS).exists():
             raise ValueError(f"--output_dir {output.location} holds rows of which nothing tells where they come from. {REMEDY}")
         note.write_json(now)
         return
     before = note.read_json_object()
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    if changed:
-        lines = "".join(f"\n  {name}: {before.get(name)} -> {now.get(name)}" for name in changed[:SHOWN])
+    if before != now:
+        lines = "".join(f"\n  {line}" for line in itertools.islice(_changes(before, now), SHOWN))
         raise ValueError(f"--output_dir {output.location} holds results that were made with other settings:{lines}\n{REMEDY}")
+
+
+def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs in two settings, each in a line: not a whole list of files where one of them has changed."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        inner = [(key, before.get(key), now.get(key)) for key in sorted({*before, *now})]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        inner = [(number, *values) for number, values in enumerate(zip(before, now, strict=True))]
+    else:
+        yield f"{name}: {printable(str(before), longest=300)} -> {printable(str(now), longest=300)}"
+        return
+    for key, one, other in inner:
+        if one != other:
+            yield from _changes(one, other, f"{name} {key}".strip())
 
 
 REMEDY = "Pass --overwrite true to delete them, or another --output_dir."
@@ -247,7 +275,14 @@ class PoolActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         group: Group = cloudpickle.loads(batch[GROUP][0].as_py())
-        return report(lambda: do_group(group, self._work, self._folder, self._schema), OUTCOME_SCHEMA)
+
+        def lines() -> list[dict[str, Any]]:
+            try:
+                return do_group(group, self._work, self._folder, self._schema)
+            except OSError as error:
+                return [{"reason": "run ended", "detail": printable(str(error), longest=LONGEST_DETAIL)}]
+
+        return report(lines, OUTCOME_SCHEMA)
 
     @functools.cached_property
     def _work(self) -> Work:
@@ -267,7 +302,8 @@ def do_group(group: Group, work: Work, folder: Store, schema: pa.Schema) -> list
         named = {ID: key, POSITION: position}
         outcomes.append(dict(named))
         if isinstance(result, RecordError):
-            outcomes[-1] |= {"reason": result.reason, "field": result.field, "detail": str(result)[:LONGEST_DETAIL]}
+            detail = printable(str(result), longest=LONGEST_DETAIL)
+            outcomes[-1] |= {"reason": result.reason, "field": printable(result.field), "detail": detail}
         else:
             lines += [named | dict(line) for line in result]
     if lines:

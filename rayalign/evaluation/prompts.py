@@ -5,13 +5,13 @@ The columns are those of the native record format, so that the results are a dat
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from rayalign.data.rows import Sources
-from rayalign.formats.cells import plain
+from rayalign.formats.cells import ROLES, plain
 from rayalign.formats.columns import renamed, require_pictures_read, unread_columns
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import PreferenceRecord, record_errors
@@ -31,28 +31,49 @@ PROMPT_FIELDS = [
 """A prompt: its turns with `<image>` marks, its images, whose paths are absolute, and as JSON what else its row held."""
 
 
+OF_RESPONSES = ("rejected", "rejected_response", "rejected_messages", "rejected_images", "rejected_image", "label", "margin")
+"""Columns that say something of a row's responses, and nothing of its prompt."""
+
+
 def with_response(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row that holds a prompt alone with a response, as its format has it; any other as it is."""
-    filled = {name: value for name, value in row.items() if value is not None}
+    """A row with PLACEHOLDER as its only response, where its format has one: its own ones don't count, whatever they are."""
+    filled = {name: value for name, value in row.items() if value is not None and name not in OF_RESPONSES}
     if "chosen" in filled:
-        return row
+        if isinstance(filled["chosen"], str) and not {"prompt", "question", "conversations"} & filled.keys():
+            return row  # two texts that hold their prompt: where it ends, only both together tell
+        return {**filled, "chosen": _answered(filled, "chosen") if "conversations" not in filled else PLACEHOLDER}
     match filled:
         case {"messages": messages}:
-            turns = plain(messages, column="messages")
-            is_open = isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user"
-            return {**row, "messages": [*turns, {"role": "assistant", "content": PLACEHOLDER}]} if is_open else row
+            return {**filled, "messages": _answered(filled, "messages")} if _turns(messages) else row
         case {"conversations": turns}:
-            turns = plain(turns, column="conversations")
-            is_open = isinstance(turns, list) and turns and isinstance(turns[-1], dict)
-            speaker = turns[-1].get("from", turns[-1].get("role")) if is_open else None
-            return {**row, "chosen": PLACEHOLDER} if speaker in ("human", "user") else row
+            prompt = _turns(turns)
+            return {**filled, "conversations": prompt[:-1] if _ends_with_response(prompt) else turns, "chosen": PLACEHOLDER}
+        case {"prompt": _, "completion": _}:
+            return {**filled, "completion": _answered(filled, "completion")}
         case {"query": _}:
-            return row if "response" in filled else {**row, "response": PLACEHOLDER}
-        case {"prompt": _}:
-            return row if "completion" in filled else {**row, "chosen": PLACEHOLDER}
-        case {"question": _}:
-            return {**row, "chosen": PLACEHOLDER}
+            return {**filled, "response": PLACEHOLDER}
+        case {"prompt": _} | {"question": _}:
+            return {**filled, "chosen": PLACEHOLDER}
     return row
+
+
+def _answered(row: Mapping[str, Any], column: str) -> Any:
+    """PLACEHOLDER as a cell's response: of messages the last one, behind those that belong to the prompt."""
+    turns = _turns(row[column])
+    if not turns:
+        return PLACEHOLDER
+    prompt = turns[:-1] if _ends_with_response(turns) else turns
+    return [*prompt, {"role": "assistant", "content": PLACEHOLDER}]
+
+
+def _turns(value: Any) -> list[Any]:
+    """A cell's messages; empty where it holds something else."""
+    turns = plain(value, column="messages")
+    return turns if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) else []
+
+
+def _ends_with_response(turns: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(turns) and ROLES.get(turns[-1].get("role", turns[-1].get("from"))) == "assistant"
 
 
 def prompt_of(row: Mapping[str, Any], sources: Sources, *, text_only: bool) -> PreferenceRecord:
@@ -93,9 +114,10 @@ def _image(ref: str | bytes, start: str) -> dict[str, Any]:
 
 def _extra(row: Mapping[str, Any], sources: Sources) -> str | None:
     """What the record's format does not read of a row, as far as JSON holds it: such as an answer that a scorer knows."""
-    if isinstance(row.get("extra"), str):
+    if isinstance(row.get("extra"), str) and _is_object(row["extra"]):
         return str(row["extra"])
-    raw = with_response(renamed(row, sources.columns))
+    raw = renamed(row, sources.columns)
+    raw = {**raw, **with_response(raw)}
     names = [name for name in unread_columns(raw) if name not in ("id", "position")]
     kept = {}
     for name in names:
@@ -104,3 +126,10 @@ def _extra(row: Mapping[str, Any], sources: Sources) -> str | None:
         except (TypeError, ValueError):
             continue
     return json.dumps(kept) if kept else None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -37,11 +37,19 @@ class Answers:
 
 
 def draw(items: Sequence[Item], count: int | None, *, seed: int) -> tuple[Item, ...]:
-    """At most so many of the questions, drawn with a seed, in their order."""
+    """At most so many of the questions, drawn with a seed, in their order: whole units, of which the first may be larger."""
     if count is None or count >= len(items):
         return tuple(items)
-    chosen = np.random.default_rng([seed, 0xBE9C]).choice(len(items), count, replace=False)
-    return tuple(items[number] for number in sorted(chosen.tolist()))
+    units: dict[str, list[int]] = {}
+    for number, item in enumerate(items):
+        units.setdefault(item.unit or item.id, []).append(number)
+    places = list(units.values())
+    order = np.random.default_rng([seed, 0xBE9C]).choice(len(places), min(count, len(places)), replace=False)
+    chosen: list[int] = []
+    for own in (places[place] for place in order.tolist()):
+        if not chosen or len(chosen) + len(own) <= count:
+            chosen += own
+    return tuple(items[number] for number in sorted(chosen))
 
 
 def rows_of(items: Sequence[Item], benchmark: Benchmark, images: Store) -> list[dict[str, Any]]:
@@ -126,9 +134,9 @@ def metrics_of(benchmark: Benchmark, contents: Contents, answers: Answers) -> di
     return found
 
 
-def rights(answers: Answers) -> dict[str, dict[str, float]]:
+def rights(benchmark: Benchmark, answers: Answers) -> dict[str, dict[str, float]]:
     """By the way of an answer, and by question: 1 where it is right, else 0; one half for a tie."""
-    found = {way: {one.item.id: float(one.text == one.item.answer) for one in said} for way, said in answers.choices.items()}
+    found = {way: {one.item.id: float(benchmark.is_right(one)) for one in said} for way, said in answers.choices.items()}
     for scorer, preferred in answers.preferred.items():
         found[scorer] = {one.item.id: (math.copysign(1, one.margin) + 1) / 2 if one.margin else 0.5 for one in preferred}
     return found

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayalign.evaluation.benchmarks.benchmark import LeftOut, Metrics
+from rayalign.evaluation.benchmarks.shelf import BENCHMARKS
 from rayalign.evaluation.preferences import (
     SCORERS,
     Comparison,
@@ -139,7 +140,7 @@ def benchmark_comparisons(results: Sequence[ModelResult]) -> dict[str, dict[str,
     first, second = results
     found: dict[str, dict[str, Discordant]] = {}
     for name in first.benchmarks:
-        one, other = rights(first.benchmarks[name].answers), rights(second.benchmarks[name].answers)
+        one, other = (rights(BENCHMARKS[name], model.benchmarks[name].answers) for model in (first, second))
         for way in (way for way in one if way in other):
             both = sorted(one[way].keys() & other[way].keys())
             if both:
@@ -201,9 +202,9 @@ def in_words(metric: Metric | None) -> str:
     """A metric as the table and the page show it."""
     if metric is None:
         return "-"
-    if isinstance(metric, Estimate):
+    if isinstance(metric, Estimate) and metric.records > 1:  # one record tells of no spread
         return f"{_number(metric.value)} [{_number(metric.low)}, {_number(metric.high)}]"
-    return _number(metric)
+    return _number(metric.value if isinstance(metric, Estimate) else metric)
 
 
 def _number(value: float) -> str:

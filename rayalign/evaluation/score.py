@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -151,14 +152,19 @@ def candidates_of(row: Mapping[str, Any], sources: Sources) -> Iterable[Candidat
         raw = renamed(row["row"], sources.columns)
         record = parse_row(raw, id=row["id"])
         columns = prompt_columns(record, row, sources)
-        columns |= {"prompt_id": str(raw.get("prompt_id") or raw.get("id") or row["id"]), "sample": int(raw.get("sample") or 0)}
-        columns["is_ended"] = bool(raw.get("is_ended", True))
+        columns |= {"prompt_id": str(raw.get("prompt_id") or raw.get("id") or row["id"]), "sample": _sample(raw.get("sample"))}
+        columns["is_ended"] = raw.get("is_ended") is not False
     sides = {"chosen": record.chosen, "rejected": record.rejected} if record.rejected is not None else {None: record.chosen}
     plain = record.model_copy(update={"rejected": None, "label": None})
     return [
         Candidate(plain.model_copy(update={"chosen": text}), row["folder"], {**columns, "side": side, "response": text})
         for side, text in sides.items()
     ]
+
+
+def _sample(value: Any) -> int:
+    """A response's number as `generate` writes it; a column of the user's own that has its name holds anything."""
+    return value if type(value) is int and 0 <= value < 2**31 else 0
 
 
 def _line(
@@ -168,6 +174,8 @@ def _line(
     for score in scores:
         if isinstance(score, RecordError):
             return score
+        if not math.isfinite(score.value):
+            return RecordError("no score", f"the score is {score.value}")
         values.append(score.value)
     said = [score.said for score in scores if not isinstance(score, RecordError) and score.said is not None]
     together = min(values) if ensemble == "min" else sum(values) / len(values)

@@ -88,12 +88,14 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int) -> Diff
     """Two models' values of the same records, compared by the paired bootstrap: records are drawn with both their values.
 
     The p-value is twice the share of draws, the observed one counted among them, in which the difference is not on the side
-    of 0 on which it was observed (Koehn 2004, https://aclanthology.org/W04-3250, two-sided)."""
+    of 0 on which it was observed (Koehn 2004, https://aclanthology.org/W04-3250, two-sided). Of few records all on one side
+    every draw is on that side, too: it is never less than chance gives them one side, 2 of 2^records times."""
     differences = _values(first) - _values(second)
     draws = _drawn_means(differences, seed=seed)
     low, high = _interval(draws)
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-    return Difference(float(differences.mean()), low, high, len(differences), min(1.0, 2 * (beyond + 1) / (len(draws) + 1)))
+    p_value = max(2 * (beyond + 1) / (len(draws) + 1), 2.0 ** (1 - len(differences)))
+    return Difference(float(differences.mean()), low, high, len(differences), min(1.0, p_value))
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> Discordant:

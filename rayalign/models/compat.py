@@ -5,10 +5,11 @@ one of them changes its meaning. Those that a policy relies on are in `rayalign.
 driver reads configs only, and parts of transformers take seconds to load.
 """
 
+import contextlib
 import functools
 import json
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,18 @@ def config_settings(model: str) -> Mapping[str, Any]:
 
     settings, _ = PreTrainedConfig.get_config_dict(model)
     return settings
+
+
+@contextlib.contextmanager
+def told_files(model: str) -> Iterator[None]:
+    """Raises ValueError where transformers says of a model's files that they are not there, or no JSON: it raises OSErrors
+    without a number for these."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"The model {model} can't be read: {' '.join(str(error).split())}") from None
 
 
 def is_vision_language(model_type: str) -> bool:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedTokenizerBase
 
 from rayalign.downloads import model_folder
 from rayalign.formats.records import RecordError
-from rayalign.models.compat import has_video_part, image_options, processor_class, without_video_part
+from rayalign.models.compat import has_video_part, image_options, processor_class, told_files, without_video_part
 from rayalign.models.family import Family, ImageInputs
 
 MAX_RESIZED_PIXELS = 2**24
@@ -22,12 +22,13 @@ MAX_RESIZED_PIXELS = 2**24
 
 def load_processor(model: str, *, folder: str | None = None, trust_remote_code: bool = False) -> Any:
     """The processor of a folder, URL or hub id without its video part, whose settings it saves again. Its files may lie in
-    another `folder` than the model's."""
+    another `folder` than the model's. Raises ValueError where they are not there, or are damaged."""
     model = model_folder(model, weights=False)
-    own_class = processor_class(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
-    if own_class is not None and has_video_part(own_class):
-        return without_video_part(own_class).from_pretrained(folder or model)
-    return AutoProcessor.from_pretrained(folder or model, trust_remote_code=trust_remote_code)
+    with told_files(folder or model):
+        own_class = processor_class(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
+        if own_class is not None and has_video_part(own_class):
+            return without_video_part(own_class).from_pretrained(folder or model)
+        return AutoProcessor.from_pretrained(folder or model, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_of(processor: Any) -> Any:

@@ -17,7 +17,7 @@ from rayalign.models import (
     paligemma,
     qwen_vl,
 )
-from rayalign.models.compat import config_settings, is_language_model, is_vision_language
+from rayalign.models.compat import config_settings, is_language_model, is_vision_language, told_files
 from rayalign.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -81,10 +81,11 @@ def find_family(model_type: str) -> Family:
 
 
 def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a folder, URL or hub id. Raises ValueError for a model type that can't be trained, before any
-    code that comes with the model is asked for."""
+    """The transformers config of a folder, URL or hub id. Raises ValueError for one that can't be read, and for a model type
+    that can't be trained, before any code that comes with the model is asked for."""
     from transformers import AutoConfig
 
     model = model_folder(model, weights=False)
-    find_family(str(config_settings(model).get("model_type")))
-    return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    with told_files(model):
+        find_family(str(config_settings(model).get("model_type")))
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)

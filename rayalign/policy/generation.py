@@ -113,9 +113,13 @@ def _prefill(policy: Policy, spec: EncoderSpec, prompt: EncodedPair) -> Prefille
 
 
 def prefill(policy: Policy, batch: PairBatch) -> Prefilled:
-    """Reads the one prompt of a batch."""
+    """Reads the one prompt of a batch. Raises FloatingPointError where what should follow it are no numbers."""
     cache = DynamicCache()  # without windows: where they lie is told by the mask, for prompts of any length side by side
     logits = policy.logits_behind_prompt(batch, policy.image_features(batch), cache)
+    if logits.isnan().any():
+        raise FloatingPointError(
+            "what the model makes of a prompt are no numbers: its weights are damaged, or too large for its type (--dtype)"
+        )
     return Prefilled(cache, logits, batch.position_ids.amax().expand(*batch.position_ids.shape[:-1], 1))
 
 

@@ -59,6 +59,7 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
         config = config.replace({"output_dir": "output/iterate"})
     config = with_whole_paths(config)
     source = require_model(config.model, REGISTERED_MODELS)
+    generate.require_writer(source, config)
     scorers = score.scorers_of(_score_flags(own), ModelConfig())  # what is wrong with them is told before any work
     folder = Store.at(str(config.run.output_dir))
     flags = {**config.to_dict(), **dataclasses.asdict(own), "rlhf_type": config.algorithm.name}
@@ -111,8 +112,6 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
         _score(config, own, place)
     pairs = _pairs(config, own, place, number, policy=name, seed=seed)
     logger.info("Round %d: %d pairs of %d responses, whose mean score is %.4g", number, *(pairs[n] for n in _TOLD))
-    if not pairs["responses"]:
-        raise ValueError(f"--dataset {' '.join(config.data.dataset)}: there is no prompt in it.")
     if not pairs["pairs"]:
         raise ValueError(
             f"Round {number}: no two responses to a prompt differ in their scores by more than --pair_margin "

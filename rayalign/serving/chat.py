@@ -20,7 +20,7 @@ from rayalign.models.source import ModelSource, require_model
 from rayalign.serving.conversation import require_plain
 from rayalign.serving.engine import Engine
 from rayalign.serving.loading import load_engine
-from rayalign.serving.response import Sampling
+from rayalign.serving.response import GenerationFailed, Sampling
 from rayalign.serving.scorer import is_reward_model
 
 HELP = "/image FILE puts a picture to the next question, /new begins anew, /quit ends.\n"
@@ -37,7 +37,15 @@ def run(config: ChatConfig, *, lines: TextIO | None = None, out: TextIO | None =
     images = [read_image(path) for path in config.image]
     sources = {"--model": config.model, **({"--compare": config.compare} if config.compare else {})}
     found = [(name, _source_of(flag, name)) for flag, name in sources.items()]  # all of them, before any weights are loaded
-    chats = [_Chat(name, _load(config, name, source), config) for name, source in found]
+    engines = [(name, _load(config, name, source)) for name, source in found]
+    try:
+        _talk([_Chat(name, engine, config) for name, engine in engines], images, config, lines, out)
+    finally:
+        for _, engine in engines:
+            engine.close()
+
+
+def _talk(chats: list["_Chat"], images: list[bytes], config: ChatConfig, lines: TextIO, out: TextIO) -> None:
     out.write(HELP)
     for line in _asked(lines, out):
         command, _, rest = line.partition(" ")
@@ -78,10 +86,14 @@ class _Chat:
             out.write(f"{error}\n")
             return
         text = ""
-        for piece in self.engine.respond(self.name, prompt, self._sampling):
-            text += piece.text
-            out.write(piece.text)
-            out.flush()
+        try:
+            for piece in self.engine.respond(self.name, prompt, self._sampling):
+                text += piece.text
+                out.write(piece.text)
+                out.flush()
+        except GenerationFailed as error:
+            out.write(f"The model failed: {error}\n")
+            return
         out.write("\n")
         if text:  # templates write no empty turn
             self._messages, self._images = (*messages, Message(role="assistant", content=text)), pictures

@@ -134,12 +134,12 @@ Request = TypeVar("Request", ChatRequest, ScoreRequest)
 def parse(kind: type[Request], body: bytes) -> Request:
     """Reads a request's body. Raises ApiError that says which parameter is wrong, and why."""
     try:
-        values = json.loads(body)
+        values = _without_nulls(json.loads(body))
     except (ValueError, RecursionError) as error:
         raise ApiError(f"The body is no JSON: {str(error)[:200]}") from None
     if not isinstance(values, dict):
         raise ApiError("The body must be a JSON object.")
-    given = {name: value for name, value in _without_nulls(values).items() if name not in WITHOUT_EFFECT}
+    given = {name: value for name, value in values.items() if name not in WITHOUT_EFFECT}
     for name, neutral in NEUTRAL.items():
         if name in given and given.pop(name) not in neutral:
             raise ApiError(f"{name} is not supported by this server: leave it out.", code="unsupported_parameter", param=name)
@@ -181,7 +181,7 @@ def record_error(error: RecordError) -> ApiError:
     """The answer to a conversation that can't be encoded."""
     if error.reason == "too long":
         return ApiError(f"The conversation is too long: {error.words}.", code="context_length_exceeded", param="messages")
-    return ApiError(f"{str(error)[:500]}.", param="messages")
+    return ApiError(f"{str(error)[:500]}.", param="responses" if error.field == "responses" else "messages")
 
 
 def unknown_model(name: str, names: Sequence[str]) -> ApiError:

@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 
+from rayalign.formats.cells import as_text
 from rayalign.formats.records import IMAGE_MARK, IMAGE_TAG, Message, PreferenceRecord, RecordError, build_record
+
+COLUMNS = {"query": "messages", "chosen": "responses"}
+"""What errors call the parts of a request."""
 
 
 def require_plain(text: str) -> str:
-    """The text; raises RecordError where it holds what stands for an image in a record."""
+    """The text; raises RecordError where it is no valid Unicode, or holds what stands for an image in a record."""
+    as_text(text, column="messages")
     tag = IMAGE_TAG.search(text)
     if IMAGE_MARK in text or tag:
         held = tag.group()[:40] if tag else IMAGE_MARK
@@ -18,4 +23,6 @@ def require_plain(text: str) -> str:
 
 def record_of(messages: Sequence[Message], images: Sequence[bytes], response: str) -> PreferenceRecord:
     """The record of a conversation, whose `<image>` marks stand for the images, and a response. Raises RecordError."""
-    return build_record(id="request", messages=messages, images=images, chosen=response, columns={"query": "messages"})
+    return build_record(
+        id="request", messages=messages, images=images, chosen=as_text(response, column="responses"), columns=COLUMNS
+    )

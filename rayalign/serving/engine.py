@@ -64,7 +64,9 @@ class Engine:
         self._running: dict[str | None, _Running] = {}
         self._num_running = 0
         self._changed = threading.Condition()
-        threading.Thread(target=self._work, name="responses", daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="responses", daemon=True)
+        self._thread.start()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,7 +89,10 @@ class Engine:
     def submit(
         self, name: str, prompt: Prompt, sampling: Sampling, on_piece: Callable[[Piece | GenerationFailed], None]
     ) -> Generation:
-        """Asks for a response of the model of that name; `on_piece` is called on the engine's own thread."""
+        """Asks for a response of the model of that name, which ends where prompt and response have the encoder's max_length
+        together; `on_piece` is called on the engine's own thread."""
+        room = max(1, self._encoder.spec.max_length - prompt.num_tokens)
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         text = ResponseText(self._tokenizer, sampling.stop)
         generation = Generation(self._adapters[name], prompt, sampling, text, on_piece)
         with self._changed:
@@ -110,9 +115,17 @@ class Engine:
         finally:
             generation.cancel()
 
+    def close(self) -> None:
+        """Ends the engine's thread, and with it whatever is left of responses: a program that ends while the thread is inside
+        of torch's code would be aborted."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
     @torch.inference_mode()
     def _work(self) -> None:
-        while True:
+        while not self._closed:
             generation = self._next()
             if generation is not None and not generation.done:
                 self._begin(generation)
@@ -124,7 +137,7 @@ class Engine:
         """Who has waited longest, where there is room beside those that run; where none runs, as soon as somebody comes."""
         with self._changed:
             if not self._running:
-                self._changed.wait_for(lambda: bool(self._waiting))
+                self._changed.wait_for(lambda: self._closed or bool(self._waiting))
             if not self._waiting or self._num_running >= self._max_batch_size:
                 return None
             self._num_running += 1

@@ -1,6 +1,7 @@
 """An engine from a model's files, and from those of the adapters beside it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.downloads import model_folder
 from rayalign.models.registry import FAMILIES, find_family, load_config
 from rayalign.models.source import ModelSource
+from rayalign.ops.value_head import find_value_head
 from rayalign.policy.adapter_files import read_adapter
 from rayalign.policy.compat import without_peft_warnings
 from rayalign.policy.forward_check import check_forward
@@ -57,7 +59,11 @@ def load_engine(
 def _with_adapters(base: Any, folders: Mapping[str, str]) -> Any:
     """The model with adapters beside each other, by peft's names. All of them are read before the first one is put on, which
     gives the model's layers other names."""
-    found = {name: read_adapter(base, model_folder(folder, weights=True)) for name, folder in folders.items()}
+    here = {name: model_folder(folder, weights=True) for name, folder in folders.items()}
+    for name, folder in here.items():
+        if find_value_head(Path(folder)) is not None:
+            raise ValueError(f"{folders[name]}: is a reward model, which writes no responses.")
+    found = {name: read_adapter(base, folder) for name, folder in here.items()}
     model = base
     with without_peft_warnings():
         for number, (name, adapter) in enumerate(found.items()):

@@ -10,7 +10,7 @@ from rayalign import __version__
 from rayalign.algorithms import ALGORITHMS
 from rayalign.config.flags import flags_of
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, TunerConfig
-from rayalign.config.yaml_files import parse_flags
+from rayalign.config.yaml_files import flags_of_run
 from rayalign.storage import Store
 
 MARK = "exported by rayalign"
@@ -28,7 +28,7 @@ def write_card(folder: Path, *, name: str, base: str, model: Store) -> None:
     """
     run = model.parent
     summary = (run / "summary.json").read_json_object() if (run / "summary.json").exists() else {}
-    flags = parse_flags((run / "config.yaml").read_bytes()) if (run / "config.yaml").exists() else {}
+    flags = flags_of_run(run)
     algorithm = str(summary.get("algorithm", ""))
     base = Path(base).name if Path(base).is_dir() else base
     front = {"library_name": "transformers", "base_model": base, "tags": ["rayalign", *([algorithm] if algorithm else [])]}
@@ -63,9 +63,14 @@ def _changed(flags: Mapping[str, Any], algorithm: str) -> dict[str, Any]:
         *([ALGORITHMS[algorithm]] if algorithm in ALGORITHMS else []),
     )
     known = {flag.name: flag for section in sections for flag in flags_of(section)}
-    changed = {
-        name: value for name, value in flags.items() if name in known and known[name].convert(value) != known[name].default
-    }
+
+    def is_default(name: str, value: Any) -> bool:
+        try:
+            return bool(known[name].convert(value) == known[name].default)
+        except ValueError:  # of a run of another version
+            return False
+
+    changed = {name: value for name, value in flags.items() if name in known and not is_default(name, value)}
     return {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in changed.items()}
 
 

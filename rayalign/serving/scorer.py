@@ -47,6 +47,7 @@ class Scorer:
     def __init__(self, policy: Policy, encoder: Encoder, name: str, *, max_batch_size: int) -> None:
         self.name = name
         self._policy, self._encoder = policy, encoder
+        self._max_batch_size = max_batch_size
         self._encoding = threading.Lock()  # tokenizers are not made for several threads
         self._batcher = Batcher(self._run, max_batch_size=max_batch_size)
 
@@ -78,15 +79,21 @@ class Scorer:
             start = end
 
     def _scores(self, pairs: Sequence[EncodedPair]) -> list[float]:
-        spec, rows = self._encoder.spec, rows_of_two(dict(enumerate(pairs)))
-        batch = assemble([row for row, _ in rows], layout=spec.layout, process_images=image_processing(spec))
-        batch = batch.to(self._policy.device)
-        with torch.inference_mode():
-            sides = self._policy.values(batch, self._policy.image_features(batch))
+        """The scores of responses, of which no more rows run at a time than there may be requests: one request has up to 64."""
+        rows = rows_of_two(dict(enumerate(pairs)))
         scores: dict[int, float] = {}
-        for (_, numbers), both in zip(rows, torch.stack(sides, dim=1).tolist(), strict=True):
-            scores |= zip(numbers, both, strict=False)
+        for start in range(0, len(rows), self._max_batch_size):
+            some = rows[start : start + self._max_batch_size]
+            sides = self._values([row for row, _ in some])
+            for (_, numbers), both in zip(some, torch.stack(sides, dim=1).tolist(), strict=True):
+                scores |= zip(numbers, both, strict=False)
         return [scores[i] for i in range(len(pairs))]
+
+    def _values(self, rows: Sequence[EncodedPair]) -> tuple[torch.Tensor, torch.Tensor]:
+        spec = self._encoder.spec
+        batch = assemble(rows, layout=spec.layout, process_images=image_processing(spec)).to(self._policy.device)
+        with torch.inference_mode():
+            return self._policy.values(batch, self._policy.image_features(batch))
 
 
 def is_reward_model(source: ModelSource) -> bool:

@@ -25,6 +25,7 @@ from rayalign.joining import end_replicas, ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model
 from rayalign.ray_lines import quiet_logging
+from rayalign.serving.scorer import is_reward_model
 from rayalign.serving.vllm_config import is_loopback, serve_arguments, write_serve_file
 from rayalign.storage import Store
 
@@ -73,8 +74,8 @@ def require_serve() -> None:
 
 
 def resolve_served(config: ServeConfig) -> tuple[ModelSource, dict[str, ModelSource]]:
-    """Where the model's weights come from, and those of each adapter, by name. Raises ValueError for what is not there, and for
-    an adapter of another model."""
+    """Where the model's weights come from, and those of each adapter, by name. Raises ValueError for what is not there, for an
+    adapter of another model, and for reward models on this machine where they can't be served."""
     source = require_model(ModelConfig(model=config.model), REGISTERED_MODELS)
     adapters = {}
     for name, folder in config.adapters.items():
@@ -82,6 +83,12 @@ def resolve_served(config: ServeConfig) -> tuple[ModelSource, dict[str, ModelSou
             adapters[name] = require_model(ModelConfig(model=source.base, adapter=folder), REGISTERED_MODELS)
         except ValueError as error:
             raise ValueError(f"--adapter {name}={folder}: {str(error).removeprefix(f'--adapter {folder}: ')}") from None
+        if is_reward_model(adapters[name]):
+            raise ValueError(
+                f"--adapter {name}={folder}: is a reward model, which writes no responses. Serve it by itself (--model)."
+            )
+    if adapters and is_reward_model(source):
+        raise ValueError(f"--adapter {' '.join(adapters)}: {config.model} is a reward model, which is served by itself.")
     return source, adapters
 
 

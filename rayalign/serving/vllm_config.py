@@ -62,6 +62,7 @@ def write_serve_file(config: ServeConfig, source: ModelSource, adapters: Mapping
         "args": serve_arguments(config, source, adapters),
     }
     file = {"http_options": {"host": config.host, "port": config.port}, "applications": [application]}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(file, sort_keys=False), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from rayalign.cluster import RAY_ERRORS, cause_in_words, causes_of, user_error_in
 from rayalign.config.config import Config
-from rayalign.config.endings import TRACEBACK_VARIABLE, RunFailed, Terminated
+from rayalign.config.endings import STORAGE_TROUBLE, TRACEBACK_VARIABLE, RunFailed, Terminated
 from rayalign.nodes import NodesLost
 from rayalign.ray_lines import TRACEBACK_LOGGER
 from rayalign.retries import LASTING_WORDS
@@ -25,21 +25,6 @@ from rayalign.training.metrics import read_metrics
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-STORAGE_TROUBLE = {
-    errno.ENOSPC: ("a disk is full", "Free some space."),
-    errno.EDQUOT: ("the quota of a disk is used up", "Free some space, or raise the quota."),
-    errno.EFBIG: ("a file became larger than this process may write", "Raise the limit (ulimit -f)."),
-    errno.EROFS: ("a file system is read-only", "Make it writable, or choose another --output_dir."),
-    errno.EACCES: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
-    errno.EPERM: ("access to a file is refused", "Give this user the right to it, or choose another --output_dir."),
-    **dict.fromkeys(
-        (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
-        ("there can't be such a file or folder", "Choose another --output_dir."),
-    ),
-    errno.EIO: ("a disk fails", "Choose another --output_dir, and copy there what is kept."),
-}
-"""What storage will answer again however often it is asked, by the system's number: what it is, and what helps."""
 
 OF_RAY = (0, signal.SIGTERM)
 """Exit codes with which Ray's own handlers of signals leave the program (in Ray Train's `fit`, and as `ray.init` sets one)."""

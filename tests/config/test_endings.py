@@ -25,6 +25,12 @@ def signals_as_before(monkeypatch: pytest.MonkeyPatch):
         (FloatingPointError("The loss is nan at step 3."), 2, "error: The loss is nan at step 3.\n"),
         (RunFailed("the run was ended."), 1, "error: the run was ended.\n"),
         (StorageFailed("s3://bucket/file: the storage failed."), 1, "error: s3://bucket/file: the storage failed.\n"),
+        (
+            PermissionError(13, "Permission denied", "/x"),
+            1,
+            "error: access to a file is refused ([Errno 13] Permission denied: '/x'). Give this user the right to it, or "
+            "choose another place.\n",
+        ),
         (KeyboardInterrupt("interrupted at step 3."), 130, "interrupted at step 3.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (Terminated("interrupted at step 3."), 143, "interrupted at step 3.\n"),
@@ -40,8 +46,9 @@ def test_every_end_has_its_code_and_a_sentence(
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback() -> None:
-    with pytest.raises(KeyError), user_errors():
-        raise KeyError("ours")
+    for error in (KeyError("ours"), FileNotFoundError(2, "No such file", "ours")):
+        with pytest.raises(type(error)), user_errors():
+            raise error
 
 
 @pytest.mark.parametrize("error", [ValueError("flags"), RunFailed("cluster")])

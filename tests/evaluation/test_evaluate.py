@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from rayalign.config.command_line import parse_sections
 from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
-from rayalign.evaluation.evaluate import run
+from rayalign.config.sections import ModelConfig
+from rayalign.evaluation.evaluate import _reference, run
+from rayalign.models.source import ModelSource
 from tests.evaluation.benchmarks.twins import put_pictures, write_lines
 
 
@@ -56,4 +59,32 @@ def test_a_second_model_and_a_reference_are_refused_by_their_own_flags(
     said = refusal(flags, EvaluateConfig(ref_model=gone))
     assert (
         said == f"--ref_model {gone}: there is no such folder (looked for {gone}). It names the reference; none: no reference."
+    )
+
+
+def test_every_reference_can_be_named_on_the_command_line() -> None:
+    for words, expected in (([], "auto"), (["--ref_model", "none"], "none"), (["--ref_model", "runs/sft"], "runs/sft")):
+        sections = (InferenceConfig, EvaluateConfig)
+        _, evaluation = parse_sections(sections, words, prog="rayalign evaluate", description="", example="")
+        assert evaluation.ref_model == expected
+
+
+def test_a_run_is_compared_with_its_start_unless_another_reference_or_none_is_named(tmp_path: Path) -> None:
+    source, like = ModelSource(str(tmp_path / "base"), str(tmp_path / "adapter")), ModelConfig(model=str(tmp_path / "adapter"))
+    start, none, other = (_reference(source, like, named) for named in ("auto", "none", "other"))
+    assert (start and start.model, none, other and other.model) == (source.base, None, "other")
+
+
+def test_flags_that_nothing_would_use_are_refused(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    data, base = tmp_path / "pairs.jsonl", str(model_folder("llava"))
+    data.write_text('{"query": "a", "response": "b", "rejected_response": "c"}\n')
+    flags = InferenceConfig(model=base, dataset=(str(data),), output_dir=str(tmp_path / "out"))
+    judged = EvaluateConfig(judge_url="http://localhost/v1", judge_model="judge")
+    assert refusal(flags, judged).startswith("--judge_url: no benchmark of --benchmarks has answers that a judge rates.")
+    assert refusal(flags, EvaluateConfig(max_questions=3)).startswith("--max_questions: there are no --benchmarks,")
+    assert refusal(flags, EvaluateConfig(ref_model=base)) == (
+        f"--ref_model {base}: is the model that is evaluated. Give another one, or none."
+    )
+    assert refusal(flags, EvaluateConfig(sample_kl=True)) == (
+        "--sample_kl true: there is no divergence without a reference: pass --ref_model, or leave the flag out."
     )

@@ -8,21 +8,23 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rayalign.algorithms import SFT
+from rayalign.algorithms import SFT, Needs
 from rayalign.config.config import Config
+from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig
 from rayalign.data.rows import Sources
-from rayalign.evaluation.generate import RESPONSE_SCHEMA, make_generator
+from rayalign.evaluation.generate import RESPONSE_SCHEMA, make_generator, run
 from rayalign.evaluation.groups import groups_of_datasets
 from rayalign.evaluation.pool import do_group, read_results
 from rayalign.evaluation.prompts import PLACEHOLDER, prompt_columns, prompt_of
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError
 from rayalign.policy.generation import Sampling
+from rayalign.policy.saving import save_policy
 from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store
-from tests.tiny_models import noise_image
+from tests.tiny_models import make_policy, noise_image
 
 NOWHERE = Sources((), None, False)
 PAIR = {"query": "<image>Which?", "response": "One.", "rejected_response": "Two.", "images": ["a.png"]}
@@ -73,6 +75,35 @@ def test_the_columns_of_a_prompt_are_a_record_again_with_whole_paths_and_what_el
     assert prompt_columns(inside, row_of({}), NOWHERE)["images"] == [{"bytes": b"\x89PNG", "path": None}]
 
 
+TURN = {"role": "user", "content": "Which?"}
+ANSWER = {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"query": "Which?", "response": ""},
+        {"query": "Which?", "response": 5, "label": "maybe", "margin": "wide"},
+        {"query": "Which?", "response": "One.", "rejected_response": "One."},
+        {"query": "Which?", "response": "Two <image>.", "rejected_response": "</s>"},
+        {"query": "Which?", "response": "One.", "rejected_response": "Two.", "rejected_images": ["b.png"]},
+        {"messages": [TURN, ANSWER], "rejected_messages": [ANSWER]},
+        {"conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": ""}]},
+        {"conversations": [{"from": "human", "value": "Which?"}], "chosen": {"from": "gpt", "value": ""}, "rejected": 3},
+        {"prompt": "Which?", "chosen": "One.", "rejected": "One."},
+        {"prompt": [TURN], "chosen": [ANSWER], "rejected": [ANSWER]},
+        {"chosen": [TURN, ANSWER], "rejected": [TURN, ANSWER]},
+        {"prompt": [TURN], "completion": [ANSWER], "label": True},
+        {"prompt": "Which?", "completion": ""},
+        {"question": "Which?", "chosen": "", "rejected": ""},
+    ],
+)
+def test_what_is_wrong_with_a_rows_own_responses_costs_no_prompt(raw: Mapping[str, Any]) -> None:
+    record = prompt_of(row_of({**raw, "images": ["a.png"]}), NOWHERE, text_only=False)
+    assert (record.chosen, record.rejected, record.label, record.images) == (PLACEHOLDER, None, None, ("a.png",))
+    assert [(message.role, message.content) for message in record.messages] == [("user", "<image>Which?")]
+
+
 def test_a_row_that_holds_no_prompt_is_refused_in_words() -> None:
     with pytest.raises(RecordError, match="known formats"):
         prompt_of(row_of({"text": "Which?"}), NOWHERE, text_only=False)
@@ -116,3 +147,12 @@ def test_responses_do_not_depend_on_groups_and_batches(generated: Callable[..., 
     assert [(line["id"], line["sample"]) for line in lines] == [(f"prompts.jsonl:{i}", k) for i in (0, 1, 2, 4) for k in (0, 1)]
     assert len({line["response"] for line in lines}) > 4
     assert generated(2, 1) == lines
+
+
+def test_a_reward_model_is_refused_before_any_worker_loads_it(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "rm"
+    save_policy(make_policy(model_folder("llava"), needs=Needs(head="value")), folder)
+    (tmp_path / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    flags = InferenceConfig(model=str(folder), dataset=(str(tmp_path / "prompts.jsonl"),), output_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"^--model .*/rm: is a reward model, which scores responses and writes none\.$"):
+        run(flags, GenerateConfig())

@@ -34,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
         said = body["messages"][0]["content"].split()[-1].upper()
         answer = self.server.body or json.dumps({"id": "x", "choices": [{"message": {"content": said}}]}).encode()
-        self.send_response(self.server.status)
+        self.send_response(501 if said == "REFUSED" else self.server.status)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
@@ -81,6 +81,16 @@ def test_a_judge_that_fails_is_told_and_what_it_said_is_kept(server: Server, tmp
         judge_all(judge, {"a": "rate a", "b": "rate b"}, kept)
     assert str(caught.value) == f"--judge_url {server.url}: the judge answers 401: no such key"
     assert [line["id"] for line in read_judgements(kept)] == ["a"]
+
+
+def test_what_was_paid_for_is_kept_whatever_else_fails_or_is_asked(server: Server, tmp_path: Path) -> None:
+    kept = Store(str(tmp_path / "kept.jsonl"))
+    judge_all(Judge(server.url, "other"), {"a": "rate x"}, kept)
+    with pytest.raises(ValueError, match="the judge answers 501"):
+        judge_all(Judge(server.url, "gpt"), {"a": "be refused", "b": "rate b", "c": "rate c"}, kept)
+    assert [(line["judge"], line["id"]) for line in read_judgements(kept)] == [("other", "a"), ("gpt", "b"), ("gpt", "c")]
+    assert judge_all(Judge(server.url, "other"), {"a": "rate x"}, kept) == {"a": "X"}
+    assert len(server.asked) == 4
 
 
 def test_a_server_that_is_no_judge_is_told(server: Server, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.rows import Sources
+from rayalign.evaluation.loaded_model import flags_around
 from rayalign.evaluation.pair_scores import PairScorer, Scoring, make_work, without_common_end
 from rayalign.evaluation.score_columns import View
 from rayalign.formats.records import RecordError
+from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
 from tests.tiny_models import encode_pair, make_policy, noise_image, wake_adapters
 
@@ -157,3 +159,20 @@ def test_the_divergence_is_of_responses_that_the_model_itself_gives(
     assert len(set(values)) > 12
     assert sum(values) > 0  # a divergence is, and on the chosen responses log p need not be the higher one
     assert "kl" not in lines_of(scorer(folder, samples_kl=True), ROWS[:1])[0]
+
+
+def test_a_reference_of_another_family_is_refused(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is of another type than the model, or has other tokens"):
+        scorer(trained(model_folder("llava"), tmp_path / "run"), reference=model_folder("qwen2_vl"))
+
+
+def test_the_flags_around_a_model_are_its_runs_or_none(tmp_path: Path) -> None:
+    source, file = ModelSource(str(tmp_path / "model")), tmp_path / "config.yaml"
+    assert flags_around(source) == {}
+    file.write_text("lr: 1\n")  # another tool's
+    assert flags_around(source) == {}
+    file.write_text("rlhf_type: dpo\nbeta: 0.3\n")
+    assert flags_around(source) == {"rlhf_type": "dpo", "beta": 0.3}
+    file.write_text("- a\n")
+    with pytest.raises(ValueError, match=f"^{file}: must hold lines of `flag: value`. It stands where a run has its flags"):
+        flags_around(source)

@@ -8,12 +8,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from rayalign.config.endings import RunFailed
 from rayalign.config.sections import ClusterConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation import pool
 from rayalign.evaluation.groups import Group, groups_of_datasets, groups_of_rows
 from rayalign.evaluation.pool import do_group, open_output, read_results, results_of
 from rayalign.formats.records import RecordError
+from rayalign.retries import StorageFailed
 from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store
 
@@ -96,6 +98,59 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
         open_output(output, {"seed": 2}, overwrite=False)
 
 
+def test_only_the_settings_that_differ_are_told(tmp_path: Path) -> None:
+    output = Store(str(tmp_path / "out"))
+    before = {"scorers": [{"kind": "python", "text": "1f"}, {"kind": "judge"}], "files": {"/a/b.json": "5 bytes"}, "seed": 1}
+    open_output(output, before, overwrite=False)
+    with pytest.raises(ValueError, match="other settings") as caught:
+        open_output(
+            output, {**before, "scorers": [{"kind": "python", "text": "2a"}, {"kind": "judge"}], "files": {}}, overwrite=False
+        )
+    assert str(caught.value).splitlines()[1:-1] == ["  files /a/b.json: 5 bytes -> None", "  scorers 0 text: 1f -> 2a"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_verb_wrote_into_a_folder_is_never_replaced(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "summary.json").write_text('{"algorithm": "dpo"}')
+    (tmp_path / "dropped.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"holds the summary\.json of something else, such as a training run"):
+        open_output(Store(str(tmp_path)), {"seed": 1}, overwrite=overwrite)
+    assert (tmp_path / "summary.json").read_text() == '{"algorithm": "dpo"}'
+
+
+def test_a_reason_with_half_a_character_is_told_all_the_same(tmp_path: Path) -> None:
+    def work(rows: Sequence[Any]) -> list[pool.Result]:
+        return [RecordError("unknown format", "the row has the columns \ud800x", field="\ud800x") for _ in rows]
+
+    (outcome,) = do_group(groups_of_rows(ROWS[:1])[0], work, Store(str(tmp_path)), SCHEMA)
+    assert pa.Table.from_pylist([outcome], schema=pool.OUTCOME_SCHEMA)["field"].to_pylist() == ["?x"]
+
+
+def test_data_without_a_record_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    sources = Sources((resolve_dataset(str(tmp_path / "empty.jsonl")),), None, False)
+    with pytest.raises(ValueError, match=r"^--dataset .*empty\.jsonl: there is no record in it\.$"):
+        groups_of_datasets(sources, seed=0)
+
+
+@pytest.mark.parametrize("error", [StorageFailed("s3://b/f: the storage failed."), OSError(28, "No space left", "/disk/f")])
+def test_what_ends_a_run_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    def work(rows: Sequence[Any]) -> list[pool.Result]:
+        raise error
+
+    def outcomes(groups: Sequence[Group], make_work: Any, folder: Store, schema: Any, _: Any) -> Any:
+        actor = pool.PoolActor(make_work, folder, schema, 1)
+        table = actor(pa.table({"group": [pool.cloudpickle.dumps(groups[0])]}))
+        yield table.select(pool.OUTCOME_SCHEMA.names)
+
+    monkeypatch.setattr(pool, "_outcomes", outcomes)
+    own: dict[str, Any] = {"schema": pa.schema([("twice", pa.int64())]), "settings": {}, "cluster": ClusterConfig()}
+    with pytest.raises(RunFailed) as caught:
+        pool.run_pool(groups_of_rows(ROWS), lambda: work, Store(str(tmp_path)), **own)
+    words = str(error).rstrip(".")
+    assert str(caught.value) == f"{words}. What is done is kept in {tmp_path}; the same command goes on."
+
+
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
     """Runs pools in this process; the groups that were done."""
@@ -126,6 +181,17 @@ def test_the_same_command_goes_on_with_what_is_left(tmp_path: Path, without_ray:
     assert pool.is_finished(output)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"] == 9
     assert sorted(n for table in read_results(output) for n in table["twice"].to_pylist()) == [0, 2, 4, *range(8, 19, 2)]
+
+
+def test_a_folder_without_a_row_takes_other_settings(tmp_path: Path, without_ray: list[Group]) -> None:
+    own: dict[str, Any] = {"schema": pa.schema([("twice", pa.int64())]), "cluster": ClusterConfig()}
+    output = Store(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="Not one of 1 rows could be used"):
+        pool.run_pool(groups_of_rows(ROWS[3:4]), lambda: twice, output, settings={"image_root": None}, **own)
+    done = pool.run_pool(groups_of_rows(ROWS[4:5]), lambda: twice, output, settings={"image_root": "/data"}, **own)
+    assert (done.num_rows, done.num_dropped) == (1, 0)
+    with pytest.raises(ValueError, match="made with other settings:\n  image_root: /data -> None"):
+        pool.run_pool(groups_of_rows(ROWS[4:5]), lambda: twice, output, settings={"image_root": None}, **own)
 
 
 def test_a_run_of_which_nothing_comes_says_why(tmp_path: Path, without_ray: list[Group]) -> None:

@@ -80,7 +80,7 @@ def test_the_likeliest_option_and_the_models_own_words_are_both_answers() -> Non
         "likelihood": {"margin": 2.0},
         "per_token": {"margin": 0.5},
     }
-    assert rights(answers) == {
+    assert rights(benchmark(), answers) == {
         "log-probs": {"yes": 0.0, "three": 1.0},
         "text": {"yes": 1.0, "three": 1.0},
         "likelihood": {"pair": 1.0},
@@ -105,6 +105,14 @@ def test_a_draw_of_questions_is_the_same_each_time_and_in_their_order() -> None:
     assert numbers == sorted(numbers)
     assert draw(items, None, seed=1) == tuple(items)
     assert draw(items, 200, seed=1) == tuple(items)
+
+
+def test_questions_that_a_metric_looks_at_together_are_drawn_together() -> None:
+    items = [Item(f"{number}/{part}", "?", unit=f"set {number}") for part in "abc" for number in range(20)]
+    drawn = draw(items, 10, seed=1)
+    assert len(drawn) == 9
+    assert all(sum(item.unit == other.unit for other in drawn) == 3 for item in drawn)
+    assert len(draw(items, 2, seed=1)) == 3  # at least one set
 
 
 def test_other_questions_have_another_fingerprint() -> None:

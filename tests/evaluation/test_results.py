@@ -15,13 +15,14 @@ from rayalign.evaluation.results import (
     DatasetResult,
     ModelResult,
     as_json,
+    in_words,
     questions_table,
     records_table,
     table_text,
     write_results,
 )
 from rayalign.evaluation.results_page import page_of
-from rayalign.evaluation.statistics import Estimate
+from rayalign.evaluation.statistics import Estimate, estimate
 from rayalign.report.evaluation_page import render_evaluation
 from rayalign.storage import Store
 from tests.evaluation.test_preferences import COLUMNS, IDS, table
@@ -29,7 +30,7 @@ from tests.evaluation.test_preferences import COLUMNS, IDS, table
 FLAGS = {"model": "<b>a</b>", "dataset": ("pairs.jsonl",)}
 
 
-def result(role: str, *, first: int = 0, text: str | None = "Yes") -> ModelResult:
+def result(role: str, *, first: int = 0, text: str = "Yes") -> ModelResult:
     """A model on the records from `first` on, one of which has no score, and on a benchmark of one question and a row left
     out."""
     columns = {name: values[first:] for name, values in COLUMNS.items()}
@@ -48,7 +49,7 @@ def result(role: str, *, first: int = 0, text: str | None = "Yes") -> ModelResul
     return ModelResult(role, f"<{role}>", "base", DatasetResult.of(pairs, {"broken JSON": 2}, seed=0), {"pope": benchmark})
 
 
-RESULTS = (result("model"), result("compare", first=1, text=None))
+RESULTS = (result("model"), result("compare", first=1, text="No"))
 
 
 def test_all_metrics_counts_and_comparisons_are_in_the_json() -> None:
@@ -77,7 +78,7 @@ def test_every_scored_record_and_every_question_has_a_row() -> None:
     assert told == [
         ("model", "q<1>", "log-probs", "Yes", "Yes"),
         ("model", "gone", "unanswered", None, None),
-        ("compare", "q<1>", "log-probs", None, "Yes"),
+        ("compare", "q<1>", "log-probs", "No", "Yes"),
         ("compare", "gone", "unanswered", None, None),
     ]
 
@@ -119,3 +120,8 @@ def test_a_model_without_one_usable_score_is_refused() -> None:
     with pytest.raises(ValueError) as caught:
         DatasetResult.of(pairs, {}, seed=0)
     assert str(caught.value) == "No record of 4 has a score that is a number. Is the model damaged?"
+
+
+def test_one_record_is_shown_without_an_interval() -> None:
+    assert in_words(estimate([0.25], seed=0)) == "0.250"
+    assert in_words(estimate([0.25, 0.25], seed=0)) == "0.250 [0.250, 0.250]"

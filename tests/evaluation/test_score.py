@@ -2,13 +2,17 @@
 
 import http.server
 import json
+import math
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
+from urllib3.util import Retry
 
 from rayalign.algorithms import SFT, Needs
 from rayalign.config.config import Config
@@ -16,7 +20,10 @@ from rayalign.config.inference_verbs import ScoreConfig
 from rayalign.config.sections import ModelConfig, OptimizerConfig
 from rayalign.data.pairs import rows_of_two
 from rayalign.data.rows import Sources
-from rayalign.evaluation.score import candidates_of, make_scoring, names_of, scorers_of
+from rayalign.evaluation.pool import results_of
+from rayalign.evaluation.score import candidates_of, make_scoring, names_of, score_rows, score_schema, scorers_of
+from rayalign.evaluation.scorers import by_judge
+from rayalign.evaluation.scorers.scorer import Score
 from rayalign.formats.records import RecordError
 from rayalign.policy.saving import save_policy
 from rayalign.policy.scoring import load_for_scoring
@@ -87,6 +94,10 @@ def test_an_implicit_reward_is_beta_times_the_gain_over_what_the_run_started_fro
     own = ScoreConfig(scorer=(f"implicit_reward={base}",), reference=str(dpo_run), beta=1.0)  # the other way round
     (lines,) = lines_of(own, pictures, ROWS[:1])
     assert lines[0]["score"] == pytest.approx(-gain, rel=1e-4)
+    with pytest.raises(ValueError, match=r"^--reference .*: is the policy itself, whose rewards would all be 0\."):
+        scorers_of(ScoreConfig(scorer=(f"implicit_reward={dpo_run}",), reference=str(dpo_run)), ModelConfig())
+    with pytest.raises(ValueError, match=r"^--reference /gone: there is no such folder"):
+        scorers_of(ScoreConfig(scorer=(f"implicit_reward={dpo_run}",), reference="/gone"), ModelConfig())
     with pytest.raises(ValueError, match=r"nothing tells what .* was trained from\. Pass --reference"):
         scorers_of(ScoreConfig(scorer=(f"implicit_reward={base}",)), ModelConfig())
 
@@ -139,7 +150,7 @@ def test_reward_models_score_by_their_value_head_in_either_file(
         ("reward_model", model_folder("llava"), "has no value head"),
     ):
         with pytest.raises(ValueError, match=words):
-            make_scoring(HERE, NOWHERE, scorers_of(ScoreConfig(scorer=(f"{kind}={model}",)), ModelConfig()), "mean")
+            scorers_of(ScoreConfig(scorer=(f"{kind}={model}",)), ModelConfig())  # before any worker loads one
 
 
 def test_a_function_scores_by_what_the_prompts_row_held(tmp_path: Path) -> None:
@@ -156,6 +167,66 @@ def test_a_function_scores_by_what_the_prompts_row_held(tmp_path: Path) -> None:
         scorers_of(ScoreConfig(scorer=(f"python={file}:wrong",)), ModelConfig())
 
 
+def test_a_score_that_is_no_number_is_no_score(tmp_path: Path) -> None:
+    rows = [{"id": f"r{i}", "folder": str(tmp_path), "row": ROWS[1 + i]} for i in range(2)]
+    first, second = score_rows([lambda some: [Score(math.nan), Score(1.0)]], ["likelihood"], NOWHERE, "mean", rows)
+    assert (first.reason, str(first)) == ("no score", "the score is nan")
+    assert second[0]["score"] == 1.0
+
+
+FAILING = """
+def fails(rows):
+    return [open('/nowhere/answers.json') for row in rows]
+
+def leaves(rows):
+    raise SystemExit('no key')
+
+def forgets(rows):
+    return [1.0]
+
+def writes(rows):
+    return ['3' for row in rows]
+
+def exceeds(rows):
+    return [10**400 for row in rows]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fails", "the scorer raised FileNotFoundError: .* \\(mine.py, line 3\\)"),
+        ("leaves", "the scorer raised SystemExit: no key \\(mine.py, line 6\\)"),
+        ("forgets", "the scorer returned 1 scores for 2 responses"),
+        ("writes", "the scorer returned 3"),
+        ("exceeds", "the scorer returned 1000"),
+    ],
+)
+def test_a_function_that_fails_is_told_as_such_and_ends_nothing(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "mine.py").write_text(FAILING)
+    work = make_scoring(
+        HERE, NOWHERE, scorers_of(ScoreConfig(scorer=(f"python={tmp_path / 'mine.py'}:{name}",)), ModelConfig()), "mean"
+    )
+    (result,) = results_of(work, [{"id": "r0", "folder": str(tmp_path), "row": ROWS[0]}])
+    assert isinstance(result, RecordError)
+    assert re.match(words, str(result))
+
+
+@pytest.mark.parametrize(
+    "column", [{"sample": "b"}, {"sample": 2**40}, {"is_ended": None}, {"extra": "a note"}, {"extra": "[1]"}]
+)
+def test_columns_of_the_users_own_with_our_names_cost_nothing(tmp_path: Path, column: dict[str, Any]) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def ones(rows):\n    return [len(row['extra']) for row in rows]\n")
+    row = {"query": "Which digit?", "response": "It is two.", "right": 2} | column
+    (lines,) = lines_of(ScoreConfig(scorer=(f"python={file}:ones",)), str(tmp_path), [row])
+    assert (lines[0]["sample"], lines[0]["is_ended"]) == (0, True)
+    assert json.loads(lines[0]["extra"])["right"] == 2
+    assert pa.Table.from_pylist(
+        [lines[0]], schema=score_schema(scorers_of(ScoreConfig(scorer=(f"python={file}:ones",)), ModelConfig()))
+    )
+
+
 @pytest.fixture
 def judge() -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
     """The URL of a server that judges by the response's length, and the requests that it gets."""
@@ -166,9 +237,9 @@ def judge() -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append({**body, "key": self.headers.get("Authorization")})
             text = body["messages"][0]["content"][-1]["text"]
-            said = "I can't say." if "a cat" in text else "Fine.\nScore: 7.5"
+            said = "I can't say." if "a cat" in text else "Score: 9 would be for more. \ud800\nScore: 7.5"
             answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-            self.send_response(200)
+            self.send_response(400 if "too long" in text else 503 if "busy" in text else 200)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
@@ -192,7 +263,7 @@ def test_a_judge_is_shown_pictures_question_and_response_and_its_words_are_kept(
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     own = ScoreConfig(scorer=(f"judge={url}",), judge_model="big")
     first, second, third = lines_of(own, pictures, [dict(ROWS[0], rejected_response=None), ROWS[1], ROWS[2]])
-    assert (first[0]["score"], first[0]["judgements"]) == (7.5, ["Fine.\nScore: 7.5"])
+    assert (first[0]["score"], first[0]["judgements"]) == (7.5, ["Score: 9 would be for more. ?\nScore: 7.5"])
     assert isinstance(second, RecordError)
     assert str(second) == "the judge wrote: I can't say."
     assert third[0]["score"] == 7.5
@@ -202,16 +273,32 @@ def test_a_judge_is_shown_pictures_question_and_response_and_its_words_are_kept(
     assert "Question: Which digit?\n\nResponse: It is two." in shown["messages"][0]["content"][1]["text"]
 
 
-def test_a_judge_that_is_not_there_drops_rows_and_ends_nothing(pictures: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from urllib3.util import Retry
-
-    from rayalign.evaluation.scorers import by_judge
-
+def test_a_judge_that_answers_nothing_ends_the_run_and_one_that_fails_a_row_costs_that_row(
+    judge: tuple[str, list[Mapping[str, Any]]], pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(by_judge, "RETRIES", Retry(total=0))
-    own = ScoreConfig(scorer=("judge=http://127.0.0.1:9/v1",), judge_model="big")
-    (result,) = lines_of(own, pictures, ROWS[2:])
-    assert isinstance(result, RecordError)
-    assert result.reason == "judge failed"
+    busy, long, good = ({**ROWS[2], "response": text} for text in ("busy", "too long", "It is two."))
+    own = ScoreConfig(scorer=(f"judge={judge[0]}",), judge_model="big")
+    first, second, third = lines_of(own, pictures, [busy, long, good])
+    assert [result.reason for result in (first, second)] == ["judge unreachable", "judge failed"]
+    assert third[0]["score"] == 7.5
+    assert lines_of(own, pictures, [long])[0].reason == "judge failed"
+    scorers = scorers_of(own, ModelConfig())
+    rows = [{"id": f"r{i}", "folder": pictures, "row": busy} for i in range(3)]
+    with pytest.raises(by_judge.JudgeUnreachable, match=r"^the judge http://127.0.0.1:\d+/v1 answered 503"):
+        results_of(make_scoring(HERE, NOWHERE, scorers, "mean"), rows)
+    nowhere = ScoreConfig(scorer=("judge=http://127.0.0.1:9/v1",), judge_model="big")
+    with pytest.raises(by_judge.JudgeUnreachable, match="can't be reached"):
+        lines_of(nowhere, pictures, ROWS[2:])
+
+
+def test_a_question_that_shows_the_instructions_marks_is_judged_as_it_stands(
+    judge: tuple[str, list[Mapping[str, Any]]], pictures: str
+) -> None:
+    row = {"query": "What does {response} mean?", "response": "A place for {query}."}
+    lines_of(ScoreConfig(scorer=(f"judge={judge[0]}",), judge_model="big"), pictures, [row])
+    text = judge[1][0]["messages"][0]["content"][-1]["text"]
+    assert "Question: What does {response} mean?\n\nResponse: A place for {query}.\n" in text
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,11 @@ def test_equal_models_do_not_differ() -> None:
     assert (found.value, found.p_value) == (0.0, 1.0)
 
 
+def test_few_records_prove_nothing() -> None:
+    assert paired_difference([3.0], [1.0], seed=0).p_value == 1.0
+    assert paired_difference([3.0, 4.0, 3.0], [1.0, 2.0, 2.0], seed=0).p_value == 0.25  # three tosses of one side: 2 / 8
+
+
 def test_length_bias_is_told_apart_from_accuracy() -> None:
     # Margins follow length exactly: right where chosen is longer (2 pairs), wrong where it is shorter (2); one of equal length.
     found = length_bias([2.0, 1.0, -1.0, -2.0, 0.0], [2, 1, -1, -2, 0], seed=0)

@@ -336,6 +336,7 @@ def test_a_sound_request_is_answered(plain: TestClient) -> None:
         (b"{", "The body is no JSON: "),
         (b"\xff", "The body is no JSON: "),
         (b"[" * 100_000, "The body is no JSON: "),
+        (b"[" * 900 + b"]" * 900, "The body is no JSON: "),
         (b"[]", "The body must be a JSON object."),
         (b"", "The body is no JSON: "),
     ],
@@ -495,7 +496,28 @@ def test_a_reward_model_scores_responses_as_in_training_and_writes_none(
     assert (misplaced.status_code, misplaced.json()["error"]["message"]) == (404, words)
     refused = client.post("/v1/score", json={**body, "responses": []})
     assert refused.json()["error"]["message"] == "responses: List should have at least 1 item after validation, not 0."
-    assert client.post("/v1/score", json={**body, "responses": ["a <image>"]}).status_code == 400
+    for text in ("a <image>", "", "\ud800"):
+        refused = client.post(
+            "/v1/score", content=json.dumps({**body, "responses": [text]}), headers={"Content-Type": "application/json"}
+        )
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "responses")
+
+
+def test_no_more_rows_of_two_responses_are_scored_at_a_time_than_requests_may_run(
+    reward_model: tuple[Scorer, Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, _ = reward_model
+    sizes: list[int] = []
+    of_batch = scorer._values
+    monkeypatch.setattr(scorer, "_values", lambda rows: sizes.append(len(rows)) or of_batch(rows))
+    app = build_app(scorer, LIMITS, token_digest=None, max_concurrency=8)
+    answers = ["a cat", "The digit is two.", "The digit is one."] * 7
+    body = {"model": "rm", "messages": [user_turn()], "responses": answers}
+    answer = TestClient(app, base_url="http://localhost").post("/v1/score", json=body).json()
+    scores = [entry["score"] for entry in answer["data"]]
+    assert len(scores) == 21
+    assert sizes == [8, 3]  # the fixture's max_batch_size, and what is left
+    assert scores[:3] == pytest.approx(scores[18:], abs=1e-5)
 
 
 def test_a_scorer_that_fails_says_so(reward_model: tuple[Scorer, Policy], monkeypatch: pytest.MonkeyPatch) -> None:

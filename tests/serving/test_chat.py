@@ -1,12 +1,16 @@
 """The chat in the terminal: each model's own conversation, its commands, and what can't be asked."""
 
 import io
+import math
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rayalign.config.serving import ChatConfig
 from rayalign.formats.records import IMAGE_MARK, Message
@@ -90,3 +94,39 @@ def test_what_is_no_model_or_no_picture_is_told_before_anything_is_loaded(
     with pytest.raises(ValueError) as caught:
         talk(model=folder, image=(str(text),))
     assert str(caught.value) == f"{text}: 5 bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image."
+
+
+def test_the_models_threads_end_with_the_talk(model_folder: Callable[..., Path]) -> None:
+    before = set(threading.enumerate())
+    talk("Which?", "/quit", model=str(model_folder("llava")))
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_line_that_is_no_text_is_told(model_folder: Callable[..., Path]) -> None:
+    found = talk("\udcff", model=str(model_folder("llava")))
+    assert found == "> messages: half a surrogate pair at character 0\n> \n"
+
+
+def test_a_model_that_fails_is_told_and_the_talk_goes_on(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder("llava"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    damaged = {name: torch.full_like(values, math.nan) for name, values in weights.items()}
+    save_file(damaged, folder / "model.safetensors", metadata={"format": "pt"})
+    found = talk("Which?", "/help", model=str(folder))
+    assert found == (
+        "> The model failed: FloatingPointError: what the model makes of a prompt are no numbers: its weights are damaged, or "
+        f"too large for its type (--dtype)\n> {chat.HELP}> \n"
+    )
+
+
+@pytest.mark.parametrize(("file", "words"), [("config.json", "is not a valid JSON"), ("processor_config.json", "processor")])
+def test_files_of_a_model_that_are_damaged_or_gone_are_named(
+    model_folder: Callable[..., Path], tmp_path: Path, file: str, words: str
+) -> None:
+    folder = shutil.copytree(model_folder("llava"), tmp_path / "model")
+    if file == "config.json":
+        (folder / file).write_text("{oops")
+    else:
+        (folder / file).unlink()
+    with pytest.raises(ValueError, match=f"^The model {folder} can't be read: .*{words}"):
+        talk("Which?", model=str(folder))

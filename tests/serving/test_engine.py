@@ -35,14 +35,14 @@ QUESTIONS: Sequence[tuple[str, tuple[bytes, ...]]] = (
 )
 
 
-def load(folder: Path, **adapters: Path) -> Engine:
+def load(folder: Path, *, max_length: int = 512, **adapters: Path) -> Engine:
     return load_engine(
         ModelSource(str(folder)),
         "base",
         {name: str(path) for name, path in adapters.items()},
         dtype=torch.float32,
         device=torch.device("cpu"),
-        max_length=512,
+        max_length=max_length,
         max_pixels=None,
         max_batch_size=8,
     )
@@ -241,6 +241,13 @@ def test_a_response_has_as_many_tokens_as_asked_for_and_says_why_it_ends(three: 
     pieces = list(three.respond("base", prompt, Sampling(max_new_tokens=8, stop=(stop,))))
     assert text_of(pieces) == whole[: whole.index(stop)].rstrip()
     assert (pieces[-1].finish_reason, pieces[-1].num_tokens < 8) == ("stop", True)
+
+
+def test_a_response_ends_where_it_and_its_prompt_have_the_greatest_length_together(model_folder: Callable[..., Path]) -> None:
+    length = prompt_of(load(model_folder("llava")), *QUESTIONS[0]).num_tokens + 5
+    engine = load(model_folder("llava"), max_length=length)
+    last = list(engine.respond("base", prompt_of(engine, *QUESTIONS[0]), Sampling(max_new_tokens=100, temperature=5.0)))[-1]
+    assert (last.num_tokens, last.finish_reason) == (5, "length")
 
 
 def test_the_end_token_ends_a_response_and_no_setting_of_the_model_changes_it(

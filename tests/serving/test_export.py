@@ -476,3 +476,12 @@ def test_the_pipeline_exports_without_ray(model_folder: Callable[..., Path], tmp
     assert done.returncode == 0, done.stderr
     assert done.stderr.endswith(f"The reward model in sequence-classification form is in {tmp_path}/out\n")
     assert names_in(tmp_path / "out") >= {"score.weight"}
+
+
+def test_flags_of_a_run_of_another_version_stand_in_the_card_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("rlhf_type: dpo\nlearning_rate: fast\nbatch_size: 1\n")
+    (tmp_path / "out").mkdir()
+    write_card(tmp_path / "out", name="out", base="base", model=Store.at(str(tmp_path / "model")))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| learning_rate | fast |" in card
+    assert "batch_size" not in card

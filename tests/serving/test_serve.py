@@ -1,14 +1,22 @@
 """What `serve` decides before Ray is started: the token, what is served, how many replicas."""
 
+import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rayalign.algorithms import Needs
 from rayalign.config.serving import ServeConfig
-from rayalign.serving.serve import _token_of, replicas_of, require_free_port, run, why_it_failed
+from rayalign.models.source import ModelSource
+from rayalign.policy.saving import save_policy
+from rayalign.serving.loading import load_engine
+from rayalign.serving.serve import _token_of, replicas_of, require_free_port, resolve_served, run, why_it_failed
 from rayalign.serving.vllm_config import is_loopback
+from tests.tiny_models import make_policy
 
 
 def test_only_this_machine_is_served_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,6 +67,21 @@ def test_what_is_not_there_is_told_before_ray_is_started(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^--engine vllm: vLLM is not installed here\."):
         run(ServeConfig(model=str(tmp_path), engine="vllm"))
+
+
+def test_a_reward_model_is_no_adapter_that_responds_and_has_none(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    base, rm, policy = str(model_folder("llava")), str(tmp_path / "rm"), str(tmp_path / "dpo")
+    save_policy(make_policy(Path(base), needs=Needs(head="value")), Path(rm))
+    save_policy(make_policy(Path(base)), Path(policy))
+    for flags, words in (
+        ({"model": base, "adapter": (f"rm={rm}",)}, f"--adapter rm={rm}: is a reward model, which writes no responses."),
+        ({"model": rm, "adapter": (f"dpo={policy}",)}, f"--adapter dpo: {rm} is a reward model, which is served by itself."),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+            resolve_served(ServeConfig(**flags))
+    settings: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "max_length": 64, "max_pixels": None}
+    with pytest.raises(ValueError, match="is a reward model, which writes no responses"):
+        load_engine(ModelSource(base), "base", {"rm": rm}, max_batch_size=1, **settings)
 
 
 def test_a_port_that_another_server_has_is_refused() -> None:

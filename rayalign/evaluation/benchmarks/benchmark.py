@@ -31,7 +31,7 @@ SEED = 42
 class Item:
     """A question. `responses`: the options, of which `answer` is the right one; or, without an answer, the better response and
     the worse one; or none. Images are paths under the benchmark's image folder, or bytes; `facts` are what metrics need of it
-    beside."""
+    beside. Questions of one `unit` are drawn together, since a metric looks at all of them at once; empty: it is its own."""
 
     id: str
     query: str
@@ -39,6 +39,7 @@ class Item:
     responses: tuple[str, ...] = ()
     answer: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = ""
 
     @property
     def kind(self) -> Kind:
@@ -83,13 +84,18 @@ class Preferred:
     margin: float
 
 
+def is_right(answer: Said) -> bool:
+    """Whether an answer is the right option."""
+    return answer.text == answer.item.answer
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A benchmark of the shelf. `files` says in words what its folder holds; each kind of its questions has its metrics.
 
     `of_choices` gets the options that a model chose, `of_pairs` a scorer's margins, `of_texts` the model's own texts and what
     `Contents.shared` is. Where `judge_prompt` makes a prompt of a text, `of_texts` gets what a judge says to that, in its
-    place. `max_new_tokens` bounds the model's texts.
+    place. `max_new_tokens` bounds the model's texts. `is_right` tells which options count as right ones.
     """
 
     title: str
@@ -101,6 +107,7 @@ class Benchmark:
     of_texts: Callable[[Sequence[Said], Any], Metrics] | None = None
     judge_prompt: Callable[[Said, Any], str] | None = None
     max_new_tokens: int = 16
+    is_right: Callable[[Said], bool] = is_right
 
 
 def find_file(place: Store, names: Sequence[str], *, needs: str) -> Store:

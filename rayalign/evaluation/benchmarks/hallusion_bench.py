@@ -53,6 +53,7 @@ def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
             "question": "_".join((category, subcategory, set_id, question)),
             "without_figure": category == "VS" and figure == "0",
         },
+        unit="_".join((category, subcategory, set_id)),
     )
 
 
@@ -82,4 +83,6 @@ def _all_right(answers: Sequence[Said], group: Callable[[Item], str]) -> list[bo
     return [all(inside) for inside in rights.values()]
 
 
-HALLUSION_BENCH = Benchmark("HallusionBench", "https://arxiv.org/abs/2310.14566", FILES, read, of_choices=metrics)
+HALLUSION_BENCH = Benchmark(
+    "HallusionBench", "https://arxiv.org/abs/2310.14566", FILES, read, of_choices=metrics, is_right=_is_right
+)

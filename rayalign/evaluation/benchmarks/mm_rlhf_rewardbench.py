@@ -46,6 +46,7 @@ def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
         images=(image,),
         responses=(word_of(row, "chosen"), word_of(row, "rejected")),
         facts={"question": own, "category": _category(str(image))},
+        unit=own,
     )
 
 

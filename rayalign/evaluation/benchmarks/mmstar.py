@@ -41,13 +41,15 @@ def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
     letters = tuple(dict.fromkeys(LETTER.findall(question.partition("Options:")[2] or question)))
     if answer not in letters:
         raise RecordError("unknown option", f"the answer {answer} is none of the options {', '.join(letters)}", field="answer")
+    own = word_of(row, "index", "id")
     item = Item(
-        id=word_of(row, "index", "id"),
+        id=own,
         query=f"{question}\n{INSTRUCTION}",
         images=(image_of(one_of(row, "image"), column="image"),),
         responses=letters,
         answer=answer,
         facts={"category": word_of(row, "category"), "blind": False},
+        unit=own,
     )
     yield item
     yield dataclasses.replace(item, id=f"{item.id}/blind", images=(), facts={**item.facts, "blind": True})

@@ -15,6 +15,7 @@ from rayalign.evaluation.benchmarks.benchmark import (
     Said,
     find_files,
     image_of,
+    is_right,
     is_yes,
     one_of,
     read_items,
@@ -64,7 +65,7 @@ def metrics(answers: Sequence[Said]) -> Metrics:
 
     As the benchmark has it, a text without a no or not is a yes.
     """
-    told = [dataclasses.replace(answer, text=answer.text or "Yes") for answer in answers]
+    told = [_told(answer) for answer in answers]
     found = yes_no_metrics(told, positive="Yes")
     categories = dict.fromkeys(answer.item.facts["category"] for answer in told)
     for category in categories if len(categories) > 1 else ():
@@ -73,4 +74,12 @@ def metrics(answers: Sequence[Said]) -> Metrics:
     return found
 
 
-POPE = Benchmark("POPE", "https://arxiv.org/abs/2305.10355", FILES, read, of_choices=metrics)
+def _told(answer: Said) -> Said:
+    return dataclasses.replace(answer, text=answer.text or "Yes")
+
+
+def _is_right(answer: Said) -> bool:
+    return is_right(_told(answer))
+
+
+POPE = Benchmark("POPE", "https://arxiv.org/abs/2305.10355", FILES, read, of_choices=metrics, is_right=_is_right)

@@ -4,8 +4,10 @@ import functools
 import hashlib
 import json
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rayalign.config.config import Config
@@ -45,16 +47,26 @@ def _score(function: Any, candidates: Sequence[Candidate]) -> list[Scored]:
         {"id": c.record.id, **c.columns, "extra": json.loads(c.columns["extra"]) if c.columns["extra"] else {}}
         for c in candidates
     ]
-    values = list(function(rows))
+    try:
+        values = list(function(rows))
+    except (Exception, SystemExit) as error:  # an OSError of its own is no failure of our storage
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        words = " ".join(str(error).split())
+        raise RecordError(
+            "scorer failed",
+            f"the scorer raised {type(error).__name__}: {words} ({Path(place.filename).name}, line {place.lineno})",
+        ) from error
     if len(values) != len(rows):
-        raise ValueError(f"the scorer returned {len(values)} scores for {len(rows)} responses")
+        raise RecordError("scorer failed", f"the scorer returned {len(values)} scores for {len(rows)} responses")
     return [_scored(value) for value in values]
 
 
 def _scored(value: Any) -> Scored:
-    if value is None or not math.isfinite(value):
-        return RecordError("no score", f"the scorer returned {value}")
-    return Score(float(value))
+    try:
+        number = math.nan if value is None or isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    return Score(number) if math.isfinite(number) else RecordError("no score", f"the scorer returned {value}")
 
 
 def function_scorer(argument: str) -> FunctionScorer:

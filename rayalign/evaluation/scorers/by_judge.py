@@ -6,6 +6,7 @@ What it writes is kept word for word beside the score that is read out of it.
 import base64
 import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -41,9 +42,23 @@ SECONDS = 120
 """For one judgement."""
 
 RETRIES = Retry(
-    total=5, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None, raise_on_status=False
+    total=5,
+    connect=2,
+    backoff_factor=1,
+    status_forcelist=(429, 500, 502, 503, 504),
+    allowed_methods=None,
+    raise_on_status=False,
 )
 MAX_JUDGEMENT_TOKENS = 1024
+
+OF_THE_REQUEST = (400, 413, 422)
+"""Statuses that say something of one request: a picture that the judge does not take, a text that is too long for it."""
+
+UNREACHABLE = "judge unreachable"
+
+
+class JudgeUnreachable(ConnectionError):
+    """A judge that answers none of many requests: no other row fares better."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +78,28 @@ class JudgeScorer:
         return {"kind": self.kind, "url": self.url, "model": self.model, "prompt": self.instruction, "pattern": self.pattern}
 
     def load(self, config: Config, sources: Sources) -> ScoreFunction:
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells each attempt
         return functools.partial(self._score, urllib3.PoolManager(maxsize=config.optimizer.batch_size), config, sources)
 
     def _score(
         self, http: urllib3.PoolManager, config: Config, sources: Sources, candidates: Sequence[Candidate]
     ) -> list[Scored]:
         with ThreadPoolExecutor(config.optimizer.batch_size) as threads:
-            return list(threads.map(functools.partial(self._judge, http, sources), candidates))
+            scores = list(threads.map(functools.partial(self._judge, http, sources), candidates))
+        gone = [score for score in scores if isinstance(score, RecordError) and score.reason == UNREACHABLE]
+        if gone and len(gone) == len(scores):
+            raise JudgeUnreachable(gone[0].words)
+        return scores
 
     def _judge(self, http: urllib3.PoolManager, sources: Sources, candidate: Candidate) -> Scored:
         try:
             said = self._ask(http, self.content(sources, candidate))
         except RecordError as error:
             return error
-        found = re.search(self.pattern, said)
+        *_, found = None, *re.finditer(self.pattern, said)
         try:
             return Score(float(found.group(1)), said) if found else RecordError("no score", f"the judge wrote: {said}")
-        except (ValueError, IndexError):
+        except (TypeError, ValueError):
             return RecordError("no score", f"--judge_pattern finds no number in: {said}")
 
     def content(self, sources: Sources, candidate: Candidate) -> list[dict[str, Any]]:
@@ -91,12 +111,14 @@ class JudgeScorer:
                 record.images, folder=Store(candidate.folder), image_root=root, allow_urls=sources.allow_image_urls
             )
         query = "\n".join(message.content for message in record.messages).replace(IMAGE_MARK, "").strip()
-        text = self.instruction.replace("{query}", query).replace("{response}", record.chosen)
+        filled = {"{query}": query, "{response}": record.chosen}  # at once: either may hold the other's mark
+        text = re.sub(r"\{query\}|\{response\}", lambda mark: filled[mark.group()], self.instruction)
         urls = [f"data:image/{_kind(image)};base64,{base64.b64encode(image).decode()}" for image in images]
         return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
 
     def _ask(self, http: urllib3.PoolManager, content: Sequence[Mapping[str, Any]]) -> str:
-        """What the judge writes; raises RecordError where it does not answer."""
+        """What the judge writes; raises RecordError where it does not answer, UNREACHABLE where that is not the request's
+        fault."""
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": list(content)}],
@@ -115,11 +137,13 @@ class JudgeScorer:
                 retries=RETRIES,
             )
         except urllib3.exceptions.HTTPError as error:
-            raise RecordError("judge failed", f"{self.url}: {error}") from None
+            raise RecordError(UNREACHABLE, f"the judge {self.url} can't be reached: {error}") from None
         if answer.status != 200:
-            raise RecordError("judge failed", f"{self.url} answered {answer.status}: {answer.data[:300]!r}")
+            reason = "judge failed" if answer.status in OF_THE_REQUEST else UNREACHABLE
+            raise RecordError(reason, f"the judge {self.url} answered {answer.status}: {answer.data[:300]!r}")
         try:
-            return str(json.loads(answer.data)["choices"][0]["message"]["content"])
+            said = json.loads(answer.data)["choices"][0]["message"]["content"] or ""
+            return str(said).encode(errors="replace").decode()  # JSON can spell half a character, which no file takes
         except (ValueError, LookupError, TypeError):
             raise RecordError("judge failed", f"{self.url} answered no chat completion: {answer.data[:300]!r}") from None
 

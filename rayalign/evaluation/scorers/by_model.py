@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,12 +19,13 @@ from rayalign.config.sections import ModelConfig
 from rayalign.data.batch import PairBatch
 from rayalign.data.pairs import EncodedPair, rows_of_two
 from rayalign.data.rows import Sources
-from rayalign.evaluation.loaded_model import LoadedModel, flags_of_run, load_model, load_with_reference, start_of_run
+from rayalign.evaluation.loaded_model import LoadedModel, flags_around, load_model, load_with_reference, start_of_run
 from rayalign.evaluation.scorers.scorer import Candidate, Score, Scored, ScoreFunction
 from rayalign.evaluation.start import files_of_model
 from rayalign.formats.records import RecordError
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model
+from rayalign.ops.value_head import find_value_head
 
 Kind = Literal["reward_model", "implicit_reward", "likelihood", "per_token"]
 KINDS: tuple[Kind, ...] = ("reward_model", "implicit_reward", "likelihood", "per_token")
@@ -55,9 +57,7 @@ class ModelScorer:
             model = load_with_reference(config, sources, self.reference, responses="chosen")
         else:
             model = load_model(config, sources, responses="chosen")
-        if model.is_reward_model != (self.kind == "reward_model"):
-            has = "has a value head, and so no likelihoods" if model.is_reward_model else "has no value head"
-            raise ValueError(f"--scorer {self.kind}: the model {self.source.adapter or self.source.base} {has}.")
+        _require_kind(self.kind, self.source, is_reward_model=model.is_reward_model)
         return functools.partial(self._score, model, config.optimizer.batch_size)
 
     def _score(self, model: LoadedModel, batch_size: int, candidates: Sequence[Candidate]) -> list[Scored]:
@@ -94,18 +94,43 @@ class ModelScorer:
                 return self.beta * chosen, self.beta * (logps.rejected.total.cpu() - start.rejected.total.cpu())
 
 
+def _require_kind(kind: Kind, source: ModelSource, *, is_reward_model: bool) -> None:
+    if is_reward_model != (kind == "reward_model"):
+        has = "has a value head, and so no likelihoods" if is_reward_model else "has no value head"
+        raise ValueError(f"--scorer {kind}: the model {source.adapter or source.base} {has}.")
+
+
 def model_scorer(kind: Kind, model: ModelConfig, *, beta: float | None, reference: str | None) -> ModelScorer:
     """The scorer of some kind by a model. `beta` and `reference` of implicit rewards are by default those of the run that made
-    the policy. Raises ValueError for a model that is not there, and where there is no telling its reference."""
+    the policy. Raises ValueError for a model that is not there or is of another kind, and where there is no telling its
+    reference, or it is the policy itself."""
     source = require_model(model, REGISTERED_MODELS)
+    place = Path(source.adapter or source.base)
+    if place.is_dir():  # of others the actors find out
+        _require_kind(kind, source, is_reward_model=find_value_head(place) is not None)
     if kind != "implicit_reward":
         return ModelScorer(kind, model, source)
     start = start_of_run(source, model)
     if reference is not None:
         start = dataclasses.replace(model, model=reference, model_type=None, adapter=None)
+        try:
+            is_itself = require_model(start, REGISTERED_MODELS) == source
+        except ValueError as error:
+            raise ValueError(str(error).replace("--model ", "--reference ", 1)) from None
+        if is_itself:
+            raise ValueError(
+                f"--reference {reference}: is the policy itself, whose rewards would all be 0. Give another model."
+            )
     if start is None:
         raise ValueError(
             f"--scorer implicit_reward: nothing tells what {source.base} was trained from. Pass --reference with that model."
         )
-    of_run = flags_of_run(source).get("beta")
+    if reference is None:
+        try:
+            require_model(start, REGISTERED_MODELS)
+        except ValueError as error:
+            raise ValueError(
+                f"The reference, from which the policy's run started: {error} --reference names another."
+            ) from None
+    of_run = flags_around(source).get("beta")
     return ModelScorer(kind, model, source, start, beta if beta is not None else float(of_run or DEFAULT_BETA))

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from rayalign.evaluation.benchmarks.benchmark import Item, image_folder
+from rayalign.evaluation.benchmarks.benchmark import Item, Said, image_folder
 from rayalign.evaluation.benchmarks.hallusion_bench import HALLUSION_BENCH
 from rayalign.evaluation.benchmarks.mmstar import MMSTAR
 from rayalign.evaluation.benchmarks.pope import POPE
+from rayalign.evaluation.questions import Answers, rights
 from rayalign.storage import Store
 from tests.evaluation.benchmarks.twins import items_of, picture, put_pictures, said, values, write_lines, write_parquet
 
@@ -179,3 +180,13 @@ def test_mmstars_image_column_may_be_plain_bytes_and_a_foreign_answer_is_left_ou
     contents = MMSTAR.read(Store(str(tmp_path)))
     assert [item.id for item in contents.items] == ["0", "0/blind"]
     assert contents.left_out[0].reason == "answer: the answer E is none of the options A, B"
+
+
+def test_two_models_are_compared_by_what_each_benchmark_counts_as_right(pope: Path) -> None:
+    by_id = {item.id: item for item in POPE.read(Store(str(pope))).items}
+    found = rights(
+        POPE, Answers(choices={"text": [Said(by_id["coco_pope_random/1"], None), Said(by_id["coco_pope_random/2"], None)]})
+    )
+    assert found == {"text": {"coco_pope_random/1": 1.0, "coco_pope_random/2": 0.0}}  # what is no no is a yes
+    blind = Item("a", "?", (), ("Yes", "No"), "No", {"without_figure": True})
+    assert rights(HALLUSION_BENCH, Answers(choices={"text": [Said(blind, None)]})) == {"text": {"a": 1.0}}
