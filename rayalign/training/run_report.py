@@ -59,9 +59,11 @@ class Background:
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception:  # of any kind, storage's included: the run is worth more than its page
+        except Exception as error:  # of any kind, storage's included: the run is worth more than its page
             if not self._has_failed:
-                logger.warning("The report could not be written; the run goes on without it", exc_info=True)
+                of_storage = isinstance(error, OSError)
+                words = f" ({error})" if of_storage else ""
+                logger.warning("The report could not be written%s; the run goes on without it", words, exc_info=not of_storage)
             self._has_failed = True
 
 

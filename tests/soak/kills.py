@@ -25,6 +25,9 @@ VICTIMS = {
     ),
 }
 
+BEFORE_TRAINING = ("preparation", "reference", "start")
+"""Moments that may be over by the time of the kill that they come after; a run that trains has missed them."""
+
 OF_TRAINING = ("training", "evaluation", "save")
 TIMES_IN_TRAINING = 8
 """Kills of one run while it trains."""

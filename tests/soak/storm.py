@@ -10,6 +10,7 @@ Runs are kept in `storm.jsonl` of the folder: the same command goes on where it 
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.soak.kills import MOMENTS, OF_TRAINING, Kill, kills_of
+from tests.soak.kills import BEFORE_TRAINING, MOMENTS, OF_TRAINING, Kill, kills_of
 from tests.soak.processes import Nodes
 from tests.soak.runs import VARIANTS, inputs_in
 from tests.soak.verdict import differences
@@ -115,10 +116,11 @@ def storm(run: Run, kills: Sequence[Kill]) -> list[dict[str, Any]]:
     done: list[dict[str, Any]] = []
     in_training = False
     for kill, following in zip(kills, [*kills, None][1:], strict=True):
-        mark, times = MOMENTS[kill.moment], kill.times
-        while not run.wait_for(lambda text, mark=mark, times=times: text.count(mark) >= times):  # type: ignore[misc]
+        while not run.wait_for(functools.partial(has_come_or_gone, kill)):
             if not run.start_after_end():
                 return done  # before this moment could come again
+        if not has_come(kill, run.new_text()):
+            continue
         time.sleep(kill.seconds)
         if run.process.poll() is not None:
             continue
@@ -135,6 +137,16 @@ def storm(run: Run, kills: Sequence[Kill]) -> list[dict[str, Any]]:
         if not run.start_after_end():
             break
     return done
+
+
+def has_come(kill: Kill, text: str) -> bool:
+    """Whether a log tells of the moment of a kill."""
+    return text.count(MOMENTS[kill.moment]) >= kill.times
+
+
+def has_come_or_gone(kill: Kill, text: str) -> bool:
+    """The same, or of later ones, so that the moment is over."""
+    return has_come(kill, text) or (kill.moment in BEFORE_TRAINING and MOMENTS["training"] in text)
 
 
 def trains_again(text: str) -> bool:
