@@ -89,6 +89,12 @@ def leave(folder: Path, free: int) -> None:
     raise SystemExit(f"{folder} could not be made smaller.")
 
 
+def make_read_only(folder: Path) -> None:
+    """By a mount upon the folder: one that has a file open for writing can't be made so itself."""
+    mount("--bind", folder, folder)
+    mount("-o", "remount,ro,bind", folder)
+
+
 def wait_for_checkpoints(run: Run, count: int) -> None:
     def are_there(text: str) -> bool:
         return len(list((run.folder / "run" / "checkpoints").glob("step_*/manifest.json"))) >= count
@@ -134,8 +140,7 @@ def read_only_folder(case: Case) -> list[str]:
     for name in ("run", "cache"):
         folder, run = case.place / name / name, case.run(name)
         folder.mkdir()
-        mount("--bind", folder, folder)
-        mount("-o", "remount,ro,bind", folder)
+        make_read_only(folder)
         run.start()
         found += [f"{name}: {finding}" for finding in case.fails(run, "ead-only file system")]
         found += [f"{name}: it began to train"] * ("train worker" in run.log.read_text())
@@ -146,9 +151,9 @@ def read_only_from_a_checkpoint_on(case: Case) -> list[str]:
     folder, run = disk(case.place / "run", ROOM), case.with_cache().run()
     run.start()
     wait_for_checkpoints(run, 3)
-    mount("-o", "remount,ro", folder)
+    make_read_only(folder)
     found = case.fails(run, *READ_ONLY, "is kept, the same command goes on from it.")
-    mount("-o", "remount,rw", folder)
+    subprocess.run(["umount", "--lazy", folder], check=True)
     return found + case.goes_on(run, from_checkpoint=True)
 
 
