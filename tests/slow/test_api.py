@@ -17,7 +17,7 @@ responses = rayalign.generate(
 root = records.rpartition("/")[0]
 scores = rayalign.score(scorer=scorer, dataset=responses.dataset, image_root=root, output_dir=f"{out}/scores")
 print(json.dumps({
-    "table": found.table.splitlines()[0],
+    "table": found.table.splitlines()[0].split(),
     "records": found.metrics["model"]["dataset"]["records"],
     "responses": sum(table.num_rows for table in responses.tables(["response"])),
     "prompts": [responses.num_rows, responses.num_dropped],
@@ -34,7 +34,7 @@ def test_a_model_is_evaluated_and_its_responses_scored_from_python(
     said = cluster_of_four_cpus.run("-c", SCRIPT, model, records, tmp_path, scorer)
     assert "metric [95 % interval]" not in said.splitlines()
     assert json.loads(said.splitlines()[-1]) == {
-        "table": "metric [95 % interval]  model",
+        "table": ["metric", "[95", "%", "interval]", "model"],
         "records": 50,
         "responses": 2 * 51,
         "prompts": [51, 1],
