@@ -228,11 +228,12 @@ TIMES = ("pairs_per_second", "tokens_per_second", "data_wait_fraction")
 
 
 @pytest.mark.parametrize("tuner", ["lora", "full"])
-def test_runs_on_ray_end_alike_whatever_the_strategy(tmp_path: Path, tuner: str) -> None:
+def test_runs_on_ray_end_alike_whatever_the_strategy(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tuner: str
+) -> None:
     model, data = save_tiny_model(tmp_path / "model", "llava"), write_rows(tmp_path / "data", 30, seed=1)
-    (tmp_path / "ray").mkdir()
     given = ("pipelines/dpo.py", "--model", model, "--dataset", data, "--sft_type", tuner, *WORDS)
-    with running_cluster(tmp_path / "ray", num_cpus=4) as cluster:
+    with running_cluster(tmp_path_factory.mktemp("ray"), num_cpus=4) as cluster:
         for strategy in ("ddp", "fsdp"):
             places = ("--output_dir", tmp_path / strategy, "--cache_dir", tmp_path / f"cache of {strategy}")
             cluster.run(*given, "--strategy", strategy, *places)
