@@ -1,4 +1,4 @@
-"""What an encoded pair is: its fields, as Python and as Arrow have them, and the token counts of many."""
+"""What an encoded pair is: its fields, as Python and as Arrow have them, token counts of many, and single ones two in a row."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
