@@ -4,25 +4,16 @@
     result = run_pool(groups, functools.partial(make_work, flags), Store.at("out"), schema=SCHEMA, settings=flags, cluster=...)
     for table in read_results(Store.at("out")): ...
 
-`make_work` is called once in each actor and returns the function that does the work on some rows. The folder that comes out:
-
-    rows/*.parquet   the results, a file for each group: `id` and `position` of the row, and the columns of the schema
-    dropped.jsonl    the rows that gave none, each with its reason
-    settings.json    what the results depend on: a start with other settings is refused
-    summary.json     counts; it is written last
-
-A file is there whole or not at all, and a row whose id is in one is done: the same command goes on after any end. A group's
-rows are the same ones each time, whatever the number of actors, so that its batches are, too.
+`make_work` is called once in each actor and returns the function that does the work on some rows. `pool_folder` has the folder
+that comes out. A group's rows are the same ones each time, whatever the number of actors, so that its batches are, too.
 """
 
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +27,17 @@ from rayalign.config.endings import RunFailed
 from rayalign.config.sections import ClusterConfig
 from rayalign.data.remarks import printable
 from rayalign.evaluation.groups import Group, Row
+from rayalign.evaluation.pool_folder import (
+    DROPPED,
+    ID,
+    POSITION,
+    ROWS,
+    SUMMARY,
+    done_rows,
+    open_output,
+    read_results,
+    result_files,
+)
 from rayalign.formats.records import RecordError
 from rayalign.progress import Progress, per_second
 from rayalign.ray_lines import quiet_logging
@@ -43,11 +45,6 @@ from rayalign.retries import StorageFailed
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
-
-ID, POSITION = "id", "position"
-"""Columns of all results: the row's key, and its place among all rows."""
-
-ROWS, DROPPED, SETTINGS, SUMMARY = "rows", "dropped.jsonl", "settings.json", "summary.json"
 
 OUTCOME_SCHEMA = pa.schema(
     [(ID, pa.string()), (POSITION, pa.int64()), ("reason", pa.string()), ("field", pa.string()), ("detail", pa.string())]
@@ -59,11 +56,8 @@ GROUP = "group"
 """The column in which a group travels to an actor."""
 
 LONGEST_DETAIL = 2000
-READERS = 16
-"""Files that are read at a time."""
-
 SHOWN = 5
-"""Reasons, or settings, that a message lists."""
+"""Reasons that a message lists."""
 
 Result = Sequence[Mapping[str, Any]] | RecordError
 """What becomes of a row: some lines of the results, or why there are none."""
@@ -115,8 +109,8 @@ def run_pool(
     overwritten, and where not one row gave results; RunFailed where the cluster failed.
     """
     started = time.monotonic()
-    open_output(output, settings, overwrite=overwrite or not _files(output))  # without a row nothing is lost
-    done = _done(output)
+    open_output(output, settings, overwrite=overwrite or not result_files(output))  # without a row nothing is lost
+    done = done_rows(output)
     left = [group for group in (group.without(done) for group in groups) if group.num_rows]
     total = sum(group.num_rows for group in left)
     if done:
@@ -154,82 +148,6 @@ def run_pool(
 
 def _going_on(what: str, output: Store) -> str:
     return f"{what.rstrip('.')}. What is done is kept in {output.location}; the same command goes on."
-
-
-def open_output(output: Store, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Notes the settings in the folder, or compares them with those of what is in it.
-
-    Raises ValueError where they differ, and where the folder holds something else, such as a training run; `overwrite` deletes
-    what a pool wrote.
-    """
-    now = json.loads(json.dumps(settings))
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output_dir {output.location} is a file: pass a folder, which may be new.")
-    note = output / SETTINGS
-    others = [name for name in (SUMMARY, DROPPED) if (output / name).exists() and not note.exists()]
-    if others:
-        raise ValueError(
-            f"--output_dir {output.location} holds the {others[0]} of something else, such as a training run, which would be "
-            "lost. Choose another folder."
-        )
-    if overwrite:
-        for name in (SUMMARY, ROWS, DROPPED, SETTINGS):
-            (output / name).delete()
-    if not note.exists():
-        if (output / ROWS).exists():
-            raise ValueError(f"--output_dir {output.location} holds rows of which nothing tells where they come from. {REMEDY}")
-        note.write_json(now)
-        return
-    before = note.read_json_object()
-    if before != now:
-        lines = "".join(f"\n  {line}" for line in itertools.islice(_changes(before, now), SHOWN))
-        raise ValueError(f"--output_dir {output.location} holds results that were made with other settings:{lines}\n{REMEDY}")
-
-
-def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """What differs in two settings, each in a line: not a whole list of files where one of them has changed."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        inner = [(key, before.get(key), now.get(key)) for key in sorted({*before, *now})]
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        inner = [(number, *values) for number, values in enumerate(zip(before, now, strict=True))]
-    else:
-        yield f"{name}: {printable(str(before), longest=300)} -> {printable(str(now), longest=300)}"
-        return
-    for key, one, other in inner:
-        if one != other:
-            yield from _changes(one, other, f"{name} {key}".strip())
-
-
-REMEDY = "Pass --overwrite true to delete them, or another --output_dir."
-
-
-def is_finished(output: Store) -> bool:
-    """Whether a pool came to its end in this folder."""
-    return (output / SUMMARY).exists()
-
-
-def read_results(output: Store, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The results of a pool, all `columns` or some of them, in a table for each file. Files are in the order of their first
-    rows; a row that was dropped by an earlier start is in a file of its own."""
-    files = _files(output)
-    with ThreadPoolExecutor(READERS) as threads:
-        for start in range(0, len(files), READERS):  # a file system's own reads wait for each other otherwise
-            yield from threads.map(functools.partial(_read, columns=columns), files[start : start + READERS])
-
-
-def _files(output: Store) -> list[Store]:
-    return [file for file in (output / ROWS).list() if file.name.endswith(".parquet") and not file.name.startswith(".")]
-
-
-def _read(file: Store, *, columns: Sequence[str] | None) -> pa.Table:
-    try:
-        return pq.read_table(pa.BufferReader(file.read_bytes()), columns=None if columns is None else list(columns))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file.location} is damaged ({error}). Delete it; the same command makes it anew.") from None
-
-
-def _done(output: Store) -> set[str]:
-    return {key for table in read_results(output, [ID]) for key in table[ID].to_pylist()}
 
 
 def _outcomes(

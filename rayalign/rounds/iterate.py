@@ -20,7 +20,7 @@ from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation import generate, score
-from rayalign.evaluation.pool import ROWS, is_finished, open_output, read_results
+from rayalign.evaluation.pool_folder import ROWS, is_finished, open_output, read_results
 from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
 from rayalign.images.fetch import fetch_images
 from rayalign.joining import ray_as_found, start_ray

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayalign.evaluation.pool import DROPPED, ROWS, read_results
+from rayalign.evaluation.pool_folder import DROPPED, ROWS, read_results
 from rayalign.evaluation.results import in_words
 from rayalign.evaluation.statistics import estimate, mcnemar
 from rayalign.report.conversations import Conversation

@@ -16,7 +16,8 @@ from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation.generate import RESPONSE_SCHEMA, make_generator, run
 from rayalign.evaluation.groups import groups_of_datasets
-from rayalign.evaluation.pool import do_group, read_results
+from rayalign.evaluation.pool import do_group
+from rayalign.evaluation.pool_folder import read_results
 from rayalign.evaluation.prompts import PLACEHOLDER, prompt_columns, prompt_of
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError

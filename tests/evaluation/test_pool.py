@@ -13,7 +13,8 @@ from rayalign.config.sections import ClusterConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation import pool
 from rayalign.evaluation.groups import Group, groups_of_datasets, groups_of_rows
-from rayalign.evaluation.pool import do_group, open_output, read_results, results_of
+from rayalign.evaluation.pool import do_group, results_of
+from rayalign.evaluation.pool_folder import is_finished, read_results
 from rayalign.formats.records import RecordError
 from rayalign.retries import StorageFailed
 from rayalign.sources.files import resolve_dataset
@@ -85,39 +86,6 @@ def test_records_of_data_sets_are_read_where_they_are_worked_on(tmp_path: Path) 
     assert rest["row"] == {"query": "4"}
 
 
-def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
-    output = Store(str(tmp_path / "out"))
-    open_output(output, {"seed": 1, "model": ["a"]}, overwrite=False)
-    open_output(output, {"model": ("a",), "seed": 1}, overwrite=False)
-    with pytest.raises(ValueError, match=r"made with other settings:\n  seed: 1 -> 2\nPass --overwrite true"):
-        open_output(output, {"seed": 2, "model": ["a"]}, overwrite=False)
-    open_output(output, {"seed": 2, "model": ["a"]}, overwrite=True)
-    (output / "settings.json").delete()
-    do_group(groups_of_rows(ROWS)[0], twice, output / "rows", SCHEMA)
-    with pytest.raises(ValueError, match="nothing tells where they come from"):
-        open_output(output, {"seed": 2}, overwrite=False)
-
-
-def test_only_the_settings_that_differ_are_told(tmp_path: Path) -> None:
-    output = Store(str(tmp_path / "out"))
-    before = {"scorers": [{"kind": "python", "text": "1f"}, {"kind": "judge"}], "files": {"/a/b.json": "5 bytes"}, "seed": 1}
-    open_output(output, before, overwrite=False)
-    with pytest.raises(ValueError, match="other settings") as caught:
-        open_output(
-            output, {**before, "scorers": [{"kind": "python", "text": "2a"}, {"kind": "judge"}], "files": {}}, overwrite=False
-        )
-    assert str(caught.value).splitlines()[1:-1] == ["  files /a/b.json: 5 bytes -> None", "  scorers 0 text: 1f -> 2a"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_what_another_verb_wrote_into_a_folder_is_never_replaced(tmp_path: Path, overwrite: bool) -> None:
-    (tmp_path / "summary.json").write_text('{"algorithm": "dpo"}')
-    (tmp_path / "dropped.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"holds the summary\.json of something else, such as a training run"):
-        open_output(Store(str(tmp_path)), {"seed": 1}, overwrite=overwrite)
-    assert (tmp_path / "summary.json").read_text() == '{"algorithm": "dpo"}'
-
-
 def test_a_reason_with_half_a_character_is_told_all_the_same(tmp_path: Path) -> None:
     def work(rows: Sequence[Any]) -> list[pool.Result]:
         return [RecordError("unknown format", "the row has the columns \ud800x", field="\ud800x") for _ in rows]
@@ -178,7 +146,7 @@ def test_the_same_command_goes_on_with_what_is_left(tmp_path: Path, without_ray:
     assert [group.keys for group in without_ray] == [("r3",), ("r4", "r5", "r6", "r7"), ("r8", "r9")]
     (dropped,) = (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()
     assert json.loads(dropped)["id"] == "r3"
-    assert pool.is_finished(output)
+    assert is_finished(output)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"] == 9
     assert sorted(n for table in read_results(output) for n in table["twice"].to_pylist()) == [0, 2, 4, *range(8, 19, 2)]
 
