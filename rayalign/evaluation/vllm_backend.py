@@ -55,7 +55,7 @@ def make_vllm_work(config: Config, sources: Sources, sampling: Sampling) -> Work
     engine = vllm.LLM(
         model=source.base,
         dtype=config.model.dtype_on("cuda"),
-        max_model_len=config.data.max_length + sampling.max_new_tokens,
+        max_model_len=config.data.max_length,  # at which it ends responses
         tensor_parallel_size=max(1, int(config.cluster.gpus_per_worker)),
         trust_remote_code=config.model.trust_remote_code,
         enable_prefix_caching=True,

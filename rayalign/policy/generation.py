@@ -98,12 +98,16 @@ def sample_responses(
     policy: Policy, spec: EncoderSpec, prompts: Sequence[EncodedPair], sampling: Sampling
 ) -> list[list[Response]]:
     """`sampling.n` responses to each prompt, all at once; each prompt is read once, by itself. What comes out for a prompt
-    depends on its `id` and the seed, and on the other prompts only as far as they change the rounding of a sum."""
+    depends on its `id` and the seed, and on the other prompts only as far as they change the rounding of a sum. A response
+    ends where it and its prompt have the encoder's max_length together, if not before."""
     ends = end_tokens(policy, spec)
     draws = np.concatenate([sampling.draws(prompt.id) for prompt in prompts])
     with as_trained(policy):
         read = [_prefill(policy, spec, prompt) for prompt in prompts]
-        responses = _continue(policy, read, sampling, draws=torch.as_tensor(draws, device=policy.device), ends=ends)
+        rooms = [max(1, spec.max_length - prompt.num_tokens) for prompt in read]
+        longest = [min(room, sampling.max_new_tokens) for room in rooms for _ in range(sampling.n)]
+        draws_there = torch.as_tensor(draws, device=policy.device)
+        responses = _continue(policy, read, sampling, draws=draws_there, longest=longest, ends=ends)
     return [responses[i : i + sampling.n] for i in range(0, len(responses), sampling.n)]
 
 
@@ -124,9 +128,16 @@ def prefill(policy: Policy, batch: PairBatch) -> Prefilled:
 
 
 def _continue(
-    policy: Policy, read: Sequence[Prefilled], sampling: Sampling, *, draws: Tensor, ends: frozenset[int]
+    policy: Policy,
+    read: Sequence[Prefilled],
+    sampling: Sampling,
+    *,
+    draws: Tensor,
+    longest: Sequence[int],
+    ends: frozenset[int],
 ) -> list[Response]:
-    """The responses to prompts, `sampling.n` of each one; `draws` [R, max_new_tokens] decide what is drawn."""
+    """The responses to prompts, `sampling.n` of each one, of at most `longest` [R] tokens; `draws` [R, max_new_tokens] decide
+    what is drawn."""
     cache, is_token = _side_by_side(read, sampling.n)
     logits = torch.stack([prompt.logits for prompt in read]).repeat_interleave(sampling.n, 0)
     shape = max((prompt.position_ids.shape for prompt in read), key=len)  # with three axes where a prompt has images with them
@@ -135,14 +146,14 @@ def _continue(
     ids: list[list[int]] = [[] for _ in range(len(logits))]
     ended = [False] * len(ids)
     rows = list(range(len(ids)))  # those that the tensors hold
-    for step in range(sampling.max_new_tokens):
+    for step in range(max(longest)):
         tokens = choose(logits, draws[rows, step], sampling)
         for row, token, is_end in zip(rows, tokens.tolist(), torch.isin(tokens, end_ids).tolist(), strict=True):
-            if not ended[row]:
+            if not ended[row] and len(ids[row]) < longest[row]:
                 ended[row] = is_end
                 ids[row] += [] if is_end else [token]
-        left = [place for place, row in enumerate(rows) if not ended[row]]
-        if not left or step + 1 == sampling.max_new_tokens:
+        left = [place for place, row in enumerate(rows) if not ended[row] and len(ids[row]) < longest[row]]
+        if not left:
             break
         if 2 * len(left) <= len(rows):  # half of the work would be for nothing
             rows, kept = [rows[place] for place in left], torch.tensor(left, device=tokens.device)

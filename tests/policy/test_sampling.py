@@ -69,6 +69,18 @@ def test_a_prompts_responses_are_the_same_whatever_runs_beside_it_and_however_ma
     assert ids_of(policy, folder, prompts, dataclasses.replace(DRAWN, seed=6)) != together
 
 
+def test_a_response_ends_where_it_and_its_prompt_have_the_longest_length(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder("llava")
+    policy, prompts = awake(folder), prompts_of(folder)
+    free = sample_responses(policy, EncoderSpec(str(folder), "chosen"), prompts, DRAWN)
+    longest = make_batch(folder, [dataclasses.replace(prompts[2], chosen_ids=[], rejected_ids=[])]).position_ids.shape[-1] + 4
+    cut = sample_responses(policy, EncoderSpec(str(folder), "chosen", max_length=longest), prompts, DRAWN)
+    assert [[r.ids for r in responses] for responses in cut[:2]] == [[r.ids for r in responses] for responses in free[:2]]
+    assert [r.ids for r in cut[2]] == [r.ids[:4] for r in free[2]]
+    assert [r.is_ended for r in cut[2]] == [r.is_ended and len(r.ids) < 4 for r in free[2]]
+    assert any(len(r.ids) > 4 for r in free[2])  # or nothing was cut
+
+
 def test_a_prompt_is_read_once_for_all_of_its_responses(
     model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
