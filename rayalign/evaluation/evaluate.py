@@ -27,13 +27,22 @@ from rayalign.evaluation.groups import Group, groups_of_datasets, groups_of_rows
 from rayalign.evaluation.judge import Judge, judge_all
 from rayalign.evaluation.loaded_model import start_of_run
 from rayalign.evaluation.pair_scores import Scoring, make_work
-from rayalign.evaluation.pool import DROPPED, read_results, run_pool
+from rayalign.evaluation.pool import run_pool
+from rayalign.evaluation.pool_folder import DROPPED, read_results
 from rayalign.evaluation.preferences import pairs_of
 from rayalign.evaluation.questions import Answers, fingerprint, metrics_of
 from rayalign.evaluation.results import METRICS, BenchmarkResult, DatasetResult, ModelResult, table_text, write_results
 from rayalign.evaluation.results_page import page_of
 from rayalign.evaluation.score_columns import SCHEMA, VIEWS, View
-from rayalign.evaluation.start import config_of, files_of_data, files_of_model, model_of, on_cluster, sources_of
+from rayalign.evaluation.start import (
+    config_of,
+    files_of_data,
+    files_of_model,
+    is_reward_model_here,
+    model_of,
+    on_cluster,
+    sources_of,
+)
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model
 from rayalign.report.evaluation_page import render_evaluation
@@ -153,7 +162,7 @@ def _contender(role: str, config: Config, evaluation: EvaluateConfig) -> Contend
         source = model_of(config)
     except ValueError as error:
         raise ValueError(str(error).replace("--model ", "--compare ", 1) if role == "compare" else str(error)) from None
-    reference = _reference(source, config.model, evaluation.ref_model)
+    reference = None if is_reward_model_here(source) else _reference(source, config.model, evaluation.ref_model)
     reference_source = None
     if reference is not None:
         try:
@@ -172,8 +181,14 @@ def _contender(role: str, config: Config, evaluation: EvaluateConfig) -> Contend
 
 def _require_reference(contenders: Sequence[Contender], config: Config, evaluation: EvaluateConfig) -> None:
     """Raises ValueError where flags ask for what only a reference gives, and no model has one that differs from it."""
+    is_named = evaluation.ref_model not in (START_OF_RUN, NO_REFERENCE)
+    if (is_named or evaluation.sample_kl) and all(is_reward_model_here(contender.source) for contender in contenders):
+        asked = f"--ref_model {evaluation.ref_model}" if is_named else "--sample_kl true"
+        raise ValueError(
+            f"{asked}: {contenders[0].name} is a reward model, whose scores need no reference. Leave the flag out."
+        )
     has_one = any(contender.reference is not None for contender in contenders)
-    if evaluation.ref_model not in (START_OF_RUN, NO_REFERENCE) and not has_one:
+    if is_named and not has_one:
         raise ValueError(f"--ref_model {evaluation.ref_model}: is the model that is evaluated. Give another one, or none.")
     if evaluation.sample_kl and not (has_one and config.data.dataset):
         missing = "a reference: pass --ref_model" if config.data.dataset else "prompts: pass --dataset"

@@ -3,7 +3,6 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,10 +15,17 @@ from rayalign.evaluation.groups import groups_of_datasets
 from rayalign.evaluation.loaded_model import LoadedModel, load_model
 from rayalign.evaluation.pool import PoolResult, Result, Work, run_pool
 from rayalign.evaluation.prompts import PROMPT_FIELDS, prompt_columns, prompt_of
-from rayalign.evaluation.start import config_of, files_of_data, files_of_model, model_of, on_cluster, sources_of
+from rayalign.evaluation.start import (
+    config_of,
+    files_of_data,
+    files_of_model,
+    is_reward_model_here,
+    model_of,
+    on_cluster,
+    sources_of,
+)
 from rayalign.formats.records import RecordError
 from rayalign.models.source import ModelSource
-from rayalign.ops.value_head import find_value_head
 from rayalign.policy.generation import Response, Sampling, sample_responses
 from rayalign.storage import Store
 
@@ -78,8 +84,7 @@ def run(flags: InferenceConfig, own: GenerateConfig) -> PoolResult:
 
 def require_writer(source: ModelSource, config: Config) -> None:
     """Raises ValueError for a reward model in a folder of this machine; of others the actors find out."""
-    place = Path(source.adapter or source.base)
-    if place.is_dir() and find_value_head(place) is not None:
+    if is_reward_model_here(source):
         raise _writes_nothing(config)
 
 

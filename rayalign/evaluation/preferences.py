@@ -88,13 +88,19 @@ class Pairs:
 
 
 def pairs_of(table: pa.Table, *, beta: float, is_reward_model: bool) -> Pairs:
-    """The pairs of a pool's results, by their column `id`."""
+    """The pairs of a pool's results, by their column `id`. Raises ValueError where there is a reference and none of its scores
+    is a number."""
     ids = table["id"].to_pylist()
     columns = {
         name: table[name].cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
         for name in table.column_names
         if pa.types.is_floating(table[name].type) or pa.types.is_integer(table[name].type)
     }
+    reference = columns["reference_chosen"]
+    if table["reference_chosen"].null_count < len(reference) and np.isnan(reference).all():
+        raise ValueError(
+            "The reference has given no record a score that is a number. Is it damaged? --ref_model names another."
+        )
     whole = Pairs(tuple(ids), columns, (), beta, is_reward_model)
     finite = np.all([np.isfinite(margins) for margins in whole.margins().values()], axis=0)
     kept = whole.take([own for own, good in zip(ids, finite, strict=True) if good])

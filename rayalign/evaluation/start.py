@@ -20,6 +20,7 @@ from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.size import reason_for_gpus
 from rayalign.models.source import ModelSource, require_model
 from rayalign.nodes import resolve_cluster, wait_for_workers
+from rayalign.ops.value_head import find_value_head
 from rayalign.reference.key import hashed_files, is_hashed
 from rayalign.shared_paths import check_shared_paths
 from rayalign.sources.files import resolve_dataset, whole_argument
@@ -107,6 +108,12 @@ def model_of(config: Config) -> ModelSource:
     if not (config.model.model or config.model.model_type or config.model.adapter):
         raise ValueError("No model given: pass --model FOLDER_OR_HUB_ID, or --model_type with a registered name.")
     return require_model(config.model, REGISTERED_MODELS)
+
+
+def is_reward_model_here(source: ModelSource) -> bool:
+    """Whether a model in a folder of this machine is a reward model; of others those find out that load them."""
+    place = Path(source.adapter or source.base)
+    return place.is_dir() and find_value_head(place) is not None
 
 
 def files_of_model(source: ModelSource) -> dict[str, Any]:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from rayalign.algorithms import Needs
 from rayalign.config.command_line import parse_sections
 from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation.evaluate import _reference, run
 from rayalign.models.source import ModelSource
+from rayalign.policy.saving import save_policy
 from tests.evaluation.benchmarks.twins import put_pictures, write_lines
+from tests.tiny_models import make_policy
 
 
 def refusal(flags: InferenceConfig, evaluation: EvaluateConfig = EvaluateConfig()) -> str:  # noqa: B008  # frozen
@@ -88,3 +91,16 @@ def test_flags_that_nothing_would_use_are_refused(model_folder: Callable[..., Pa
     assert refusal(flags, EvaluateConfig(sample_kl=True)) == (
         "--sample_kl true: there is no divergence without a reference: pass --ref_model, or leave the flag out."
     )
+
+
+def test_a_reward_model_takes_no_reference(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, data = tmp_path / "rm", tmp_path / "pairs.jsonl"
+    save_policy(make_policy(model_folder("llava"), needs=Needs(head="value")), folder)
+    data.write_text('{"query": "a", "response": "b", "rejected_response": "c"}\n')
+    flags = InferenceConfig(model=str(folder), dataset=(str(data),), output_dir=str(tmp_path / "out"))
+    for own, asked in (
+        (EvaluateConfig(ref_model="sft"), "--ref_model sft"),
+        (EvaluateConfig(sample_kl=True), "--sample_kl true"),
+    ):
+        said = f"{asked}: {folder} is a reward model, whose scores need no reference. Leave the flag out."
+        assert refusal(flags, own) == said

@@ -59,6 +59,16 @@ def test_each_scorer_has_its_accuracy_and_its_margin() -> None:
     assert found["kl"] == 2.0  # of two responses, 1 and 3
 
 
+def test_a_reference_without_one_usable_score_is_not_left_out_without_a_word() -> None:
+    damaged = table(COLUMNS | {"reference_chosen": [math.nan] * 4})
+    with pytest.raises(ValueError, match=r"The reference has given no record a score that is a number\. Is it damaged\?"):
+        pairs_of(damaged, beta=0.1, is_reward_model=False)
+    assert (
+        "implicit_reward"
+        not in pairs_of(table(COLUMNS | {"reference_chosen": [None] * 4}), beta=0.1, is_reward_model=False).scorers
+    )
+
+
 def test_wrong_pictures_are_compared_on_the_records_that_have_some() -> None:
     pairs = pairs_of(table(), beta=0.1, is_reward_model=False)
     found = preference_metrics(pairs, seed=0)

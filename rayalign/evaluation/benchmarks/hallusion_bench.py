@@ -1,8 +1,9 @@
 """HallusionBench: yes/no questions about figures and about the same figures changed, some without any (Guan et al. 2024,
 https://arxiv.org/abs/2310.14566)."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rayalign.evaluation.benchmarks.benchmark import (
@@ -33,7 +34,12 @@ def read(place: Store) -> Contents:
     json_file = place / "HallusionBench.json"
     files = [json_file] if json_file.exists() else find_files(place, (".json", ".parquet"), word="", needs=FILES)
     items, left_out = read_items(files, _parse)
-    return Contents(items, left_out, place, IMAGES)
+    sizes = {kind: Counter(item.facts[kind] for item in items) for kind in ("question", "figure")}
+    counted = tuple(
+        dataclasses.replace(item, facts={**item.facts, "sizes": {kind: sizes[kind][item.facts[kind]] for kind in sizes}})
+        for item in items
+    )
+    return Contents(counted, left_out, place, IMAGES)
 
 
 def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
@@ -59,14 +65,15 @@ def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
 
 def metrics(answers: Sequence[Said]) -> Metrics:
     """aAcc: of single questions, also by category; qAcc: of questions that are right about all their figures; fAcc: of figures
-    about which all questions are right. To a question without a figure, no clear answer is a right one."""
+    about which all questions are right; those with a question that has no answer are left out of both. To a question without a
+    figure, no clear answer is a right one."""
     found: Metrics = dict(
         accuracy_by([float(_is_right(a)) for a in answers], [a.item.facts["category"] for a in answers], name="aAcc")
     )
-    found["qAcc"] = estimate(_all_right(answers, lambda item: item.facts["question"]), seed=SEED)
     seen = [answer for answer in answers if not answer.item.facts["without_figure"]]
-    if seen:
-        found["fAcc"] = estimate(_all_right(seen, lambda item: item.facts["figure"]), seed=SEED)
+    for name, kind, counted in (("qAcc", "question", answers), ("fAcc", "figure", seen)):
+        if all_right := _all_right(counted, kind):
+            found[name] = estimate(all_right, seed=SEED)
     return found
 
 
@@ -76,11 +83,15 @@ def _is_right(answer: Said) -> bool:
     return answer.text == answer.item.answer
 
 
-def _all_right(answers: Sequence[Said], group: Callable[[Item], str]) -> list[bool]:
+def _all_right(answers: Sequence[Said], kind: str) -> list[bool]:
+    """Of each question or figure all of whose answers are there, whether all are right."""
     rights: dict[str, list[bool]] = defaultdict(list)
+    sizes: dict[str, int] = {}
     for answer in answers:
-        rights[group(answer.item)].append(_is_right(answer))
-    return [all(inside) for inside in rights.values()]
+        facts = answer.item.facts
+        rights[facts[kind]].append(_is_right(answer))
+        sizes[facts[kind]] = facts["sizes"][kind]
+    return [all(inside) for name, inside in rights.items() if len(inside) == sizes[name]]
 
 
 HALLUSION_BENCH = Benchmark(

@@ -149,6 +149,10 @@ def test_hallusion_benchs_three_accuracies_are_worked_out_by_hand(tmp_path: Path
     found = values(HALLUSION_BENCH.of_choices(said(contents, answers)))
     # Questions: VS 0 (wrong about figure 1), VS 1 (right), VD 0 (right about both). Figures: VS 1 (one wrong), VD 0, VD 1.
     assert found == pytest.approx({"aAcc": 4 / 5, "aAcc/VD": 1.0, "aAcc/VS": 2 / 3, "qAcc": 2 / 3, "fAcc": 2 / 3})
+    # A question about whose other figure nothing was said is neither right nor wrong.
+    del answers["VD_chart_0_1_0"]
+    found = values(HALLUSION_BENCH.of_choices(said(contents, answers)))
+    assert found == pytest.approx({"aAcc": 3 / 4, "aAcc/VD": 1.0, "aAcc/VS": 2 / 3, "qAcc": 1 / 2, "fAcc": 1 / 2})
 
 
 def test_mmstar_is_asked_with_and_without_its_picture(tmp_path: Path) -> None:
