@@ -13,7 +13,7 @@ class ExportConfig:
     model: str | None = flag(
         None,
         "The model/ folder of a run, local or s3:// gs://: its adapter is merged, a reward model's head becomes a score layer. "
-        "With --checkpoint: where the run's base model is now, if it has moved.",
+        "With --checkpoint: where the model or adapter is now that the run began with, if it has moved.",
     )
     checkpoint: str | None = flag(
         None,

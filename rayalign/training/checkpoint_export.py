@@ -18,7 +18,7 @@ from rayalign.config.serving import ExportConfig
 from rayalign.config.yaml_files import parse_flags
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.models.registry import REGISTERED_MODELS
-from rayalign.models.source import require_model
+from rayalign.models.source import require_model, resolve_model
 from rayalign.policy.loading import load_policy
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
@@ -26,6 +26,7 @@ from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
 from rayalign.training.checkpoint import load_weights
 from rayalign.training.checkpoint_folder import Checkpoint, fetch_weights, whole_checkpoints
+from rayalign.training.origin import began_with_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +101,17 @@ def config_of_run(folder: Store, model: str | None = None) -> Config:
         values = parse_flags(file.read_bytes())
         algorithm = _algorithm(str(values.pop("rlhf_type", None)), values.pop(PLUGIN, None) or (), folder)
         moved: Mapping[str, Any] = {"model": model, "model_type": None} if model else {}
-        return config_from_mapping(algorithm, {**values, **moved})
+        config = config_from_mapping(algorithm, {**values, **moved})
     except FileNotFoundError:
         raise ValueError(f"{file.location}: is not there, so the run's flags are unknown.") from None
     except ValueError as error:
         raise ValueError(f"{file.location}, the flags of the run: {error}") from None
+    if model and began_with_adapter(folder) and resolve_model(config.model, REGISTERED_MODELS).adapter is None:
+        raise ValueError(
+            f"--model {model}: the run began with an adapter, {values.get('adapter') or values.get('model')}, and this is "
+            "none. Give the folder where that adapter is now."
+        )
+    return config
 
 
 def _algorithm(name: str, plugins: Any, folder: Store) -> type[Algorithm]:

@@ -46,6 +46,12 @@ def check_origin(config: Config, data: "RunData") -> None:
     note.write_json(now)
 
 
+def began_with_adapter(folder: Store) -> bool:
+    """Whether the run in a folder began with an adapter; not where no note tells."""
+    note = folder / ORIGIN_NOTE
+    return bool(note.exists() and note.read_json_object().get("adapter"))
+
+
 def fingerprint(file: Path) -> str:
     """A file's size and a hash over parts of it, its beginning and end among them; a small file is read whole."""
     size = file.stat().st_size

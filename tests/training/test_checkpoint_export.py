@@ -27,6 +27,7 @@ from rayalign.training.checkpoint import Snapshot, write_checkpoint
 from rayalign.training.checkpoint_export import HOW_TO_NAME, run
 from rayalign.training.checkpoint_folder import checkpoint_name
 from rayalign.training.optimizer import make_optimizer
+from rayalign.training.origin import ORIGIN_NOTE
 from rayalign.training.run_folder import open_run
 
 STEPS = (10, 20)
@@ -119,6 +120,18 @@ def test_a_checkpoint_of_a_run_that_began_with_an_adapter_is_exported(tmp_path: 
     write_run(tmp_path / "run", folder / "model_20", stack_adapter=stacked)
     export(tmp_path / "run", tmp_path / "out", "best")
     assert contents(tmp_path / "out") == contents(tmp_path / "run" / "model_10")
+
+
+def test_the_base_model_alone_is_refused_where_the_run_began_with_an_adapter(tmp_path: Path, folder: Path, model: Path) -> None:
+    write_run(tmp_path / "run", folder / "model_20")
+    (tmp_path / "run" / ORIGIN_NOTE).write_text('{"adapter": {"adapter_model.safetensors": "100 bytes"}}')
+    flags = {"checkpoint": "last", "run_dir": str(tmp_path / "run"), "output_dir": str(tmp_path / "out")}
+    assert refusal(**flags, model=str(model)) == (
+        f"--model {model}: the run began with an adapter, {folder / 'model_20'}, and this is none. Give the folder where that "
+        "adapter is now."
+    )
+    export(tmp_path / "run", tmp_path / "out", model=str(folder / "model_20"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "run" / "model_20")
 
 
 @pytest.mark.parametrize(
