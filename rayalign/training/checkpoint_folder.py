@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayalign.config.sections import RunConfig
 from rayalign.storage import Store
+from rayalign.training.best import NOTE, Best, best_checkpoint, is_of_benchmark, write_note
 from rayalign.training.checkpoint_files import MOMENTS, WEIGHTS, num_shards, shard_file, tensor_files, whole_file
 from rayalign.training.distributed import gather
 
@@ -99,6 +101,24 @@ def whole_at(folder: Store, step: int) -> Checkpoint | None:
     return next(
         (found for found in _newest_first(folder) if found.step == step and _what_is_missing(found.store) is None), None
     )
+
+
+def settle_checkpoints(run_folder: Store, run: RunConfig, best: Best, loaded: FetchedCheckpoint | None) -> None:
+    """Marks the best checkpoint among those that earlier starts of a run left, as far as the run goes on from the `loaded` one,
+    whose `best` it is, and deletes those that it will write anew. Called when every worker has its own copy of that one."""
+    checkpoints = run_folder / "checkpoints"
+    if is_of_benchmark(run):
+        kept = best_checkpoint(run_folder)
+    else:
+        found = whole_at(checkpoints, best.step) if best.step is not None else None
+        kept = found.store if found is not None else None
+        if found is None:
+            # A later one was the best, which the run will come to again.
+            (run_folder / NOTE).delete()
+        else:
+            write_note(run_folder, best, found.store.name)
+    if loaded is not None:
+        delete_newer(checkpoints, loaded, best=kept)
 
 
 def delete_newer(folder: Store, keep: FetchedCheckpoint, *, best: Store | None = None) -> None:

@@ -24,10 +24,10 @@ from rayalign.policy.saving import gather_weights, save_policy
 from rayalign.storage import Store
 from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.benchmark_results import BenchmarkResults
-from rayalign.training.best import GOES_ON, NOTE, Verdict, best_checkpoint, is_of_benchmark, write_note
+from rayalign.training.best import GOES_ON, Verdict, best_checkpoint, is_of_benchmark
 from rayalign.training.changes import Changes
 from rayalign.training.checkpoint import NONE_YET, Snapshot, load_best, load_checkpoint, trains_shards
-from rayalign.training.checkpoint_folder import ALL_SHARDS, FetchedCheckpoint, delete_newer, fetch, fetch_newest, whole_at
+from rayalign.training.checkpoint_folder import ALL_SHARDS, fetch, fetch_newest, settle_checkpoints
 from rayalign.training.distributed import gather
 from rayalign.training.gauges import Gauges
 from rayalign.training.group import Group
@@ -125,7 +125,7 @@ class _Worker:
         if checkpoint:
             load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
         if self.rank == 0:
-            self._settle_checkpoints(checkpoint)
+            settle_checkpoints(self.folder, config.run, self.best, checkpoint)
         watched = self.watchdog.watched
         self.held_out = HeldOut(config, data, self.sampler, rank=self.rank, num_workers=self.num_workers, watched=watched)
         self._require_held_out()
@@ -156,23 +156,6 @@ class _Worker:
         if self.rank != 0 or self.num_workers == self.config.cluster.most_workers:
             return False
         return room_for_workers(self.config) > self.num_workers
-
-    def _settle_checkpoints(self, loaded: FetchedCheckpoint | None) -> None:
-        """Marks the best one among those that earlier starts of the run left, as far as the run goes on, and deletes those
-        that it will write anew. (Every worker has its own copy of the one that was loaded.)"""
-        checkpoints = self.folder / "checkpoints"
-        if is_of_benchmark(self.config.run):
-            best = best_checkpoint(self.folder)
-        else:
-            found = whole_at(checkpoints, self.best.step) if self.best.step is not None else None
-            best = found.store if found is not None else None
-            if found is None:
-                # A later one was the best, which the run will come to again.
-                (self.folder / NOTE).delete()
-            else:
-                write_note(self.folder, self.best, found.store.name)
-        if loaded is not None:
-            delete_newer(checkpoints, loaded, best=best)
 
     def _require_held_out(self) -> None:
         """Raises ValueError where flags look at evaluations, of which there will be none."""
