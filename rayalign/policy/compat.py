@@ -16,9 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from rayalign.ops.attention import SHARED_PREFIX, shared_prefix_attention
 from rayalign.ops.lora_linear import fused_or_none
@@ -155,6 +156,18 @@ def image_arguments(base: Any) -> set[str]:
     go when the outer methods name their arguments, or take and leave any.
     """
     return set(inspect.signature(base.model.get_image_features).parameters)
+
+
+def quantise_skeleton(model: Any, quantisation: BitsAndBytesConfig) -> None:
+    """Gives a model on the meta device the layers, and the marks, that transformers gives one that it loads in fewer bits.
+
+    https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/quantizers/base.py (`HfQuantizer`) and what
+    `from_pretrained` does with it in modeling_utils.py, 5.23.0. Can go when `from_config` takes a quantization_config.
+    """
+    quantiser: Any = AutoHfQuantizer.from_config(quantisation, pre_quantized=False)
+    quantiser.preprocess_model(model=model, device_map={"": "meta"})
+    model.hf_quantizer = quantiser
+    quantiser.postprocess_model(model)
 
 
 def keep_weight_names(model: Any, loaded: Any) -> None:

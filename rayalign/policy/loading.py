@@ -22,11 +22,12 @@ from rayalign.models.parts import find_parts
 from rayalign.models.registry import find_family, load_config
 from rayalign.models.source import ModelSource
 from rayalign.ops.value_head import load_value_head
+from rayalign.policy.compat import quantise_skeleton
 from rayalign.policy.fused_norms import fuse_norms
 from rayalign.policy.kept_base import KeptBase
 from rayalign.policy.policy import Policy
 from rayalign.policy.prepare import model_options, prepare_model
-from rayalign.policy.quantised import keep_as_they_are
+from rayalign.policy.quantised import keep_as_they_are, shape_as_quantised
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.policy.weights import load_weights
 
@@ -78,7 +79,11 @@ def load_policy(
     is_shared = tuner.sft_type == "lora" and tuner.quant_bits is None and not spread_over_gpus and not stay_on_cpu
     with torch.device("meta") if without_weights else nullcontext():
         if without_weights:
+            quantisation = options.pop("quantization_config", None)
             base = family.auto_class.from_config(config, **options)
+            if quantisation is not None:
+                quantise_skeleton(base, quantisation)
+                shape_as_quantised(base)
         elif kept is not None and is_shared:
             base = kept.get((source.base, str(options), str(place), needs_output_head), load)
         else:

@@ -60,7 +60,7 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, scat
     if policy.start is not None:
         shard_policy(policy.start, mesh, device=device, scattered=scattered)
     base = policy.base
-    lay_bare(base, device)
+    lay_bare(base, device, scattered=scattered)
     shares = _take_shares(policy.model, base, mesh, device) if scattered else {}
     sharded_ones = set(sharded_weights(policy.model, base))
     whole = {p for p in policy.model.parameters() if p not in sharded_ones}

@@ -72,10 +72,9 @@ def ready_policy(
 
 def changes_type(config: Config, data: RunData, device: torch.device) -> bool:
     """Whether the language model's weights are held in another type than their files have, by config.json. Weights of the same
-    type are memory-mapped: a worker takes its rows out of the files. Of others it would make a whole copy. (It does of those
-    of 4 bits, which are small.)"""
+    type are memory-mapped: a worker takes its rows out of the files. Of others it would make a whole copy."""
     if config.tuner.quant_bits is not None:
-        return False
+        return True
     is_trained = config.tuner.sft_type == "full"
     held: torch.dtype = torch.float32 if is_trained else getattr(torch, config.model.dtype_on(device.type))
     stored: torch.dtype | None = data.spec.model_config.dtype

@@ -3,6 +3,7 @@
 A test whose name says that a workaround is still needed fails when the workaround can go.
 """
 
+import importlib.util
 import inspect
 import json
 import warnings
@@ -17,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.masking_utils import sdpa_mask
 
 from rayalign.ops.attention import SHARED_PREFIX
@@ -164,6 +165,23 @@ def test_weights_are_saved_under_the_names_they_had_on_disk(model_folder: Callab
     made = SimpleNamespace()
     compat.keep_weight_names(made, loaded)
     assert made._weight_conversions is loaded._weight_conversions
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # in its import
+def test_a_skeleton_gets_the_layers_of_a_model_that_is_loaded_in_4_bits(model_folder: Callable[..., Path]) -> None:
+    in_4_bits = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head", "vision_tower"])
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        model_folder("llava"), quantization_config=in_4_bits, device_map={"": "cpu"}
+    )
+    with torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(loaded.config)
+        compat.quantise_skeleton(skeleton, in_4_bits)
+    kinds = [{name: type(module) for name, module in model.named_modules()} for model in (skeleton, loaded)]
+    assert kinds[0] == kinds[1]
+    assert len(set(kinds[0].values())) > 5
+    for mark in ("is_quantized", "is_loaded_in_4bit", "quantization_method"):
+        assert getattr(skeleton, mark) == getattr(loaded, mark)
 
 
 # torch

@@ -63,6 +63,9 @@ if importlib.util.find_spec("bitsandbytes") is not None:
     CASES["dpo, adapters over 4 bits, whole scales"] = Case(
         DPO(), "qwen2_vl", tuner=four_bits[1], dtype=torch.float32, checkpointing=False
     )
+    for name, tuner in {"4 bits": four_bits[0], "4 bits, DoRA": dataclasses.replace(four_bits[1], use_dora=True)}.items():
+        CASES[f"dpo, {name}, rank 0's weights"] = Case(DPO(), tuner=tuner, dtype=torch.float32, scattered=True)
+    HELD["held, adapters over 4 bits, rank 0's weights"] = Case(DPO(), tuner=four_bits[1], dtype=torch.float32, scattered=True)
     HELD["held, adapters over 4 bits, whole scales"] = Case(DPO(), tuner=four_bits[1], dtype=torch.float32)
 # bitsandbytes' import compiles with torch.jit, which torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
