@@ -80,9 +80,9 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: setup ## build the documentation into build/site; what is broken in it is an error
 	$(BIN)/mkdocs build --strict
 
-pictures: setup ## draw the documentation's pictures again (the report's: some minutes, and Chromium)
+pictures: setup ## draw the documentation's pictures again (those of pages: twenty minutes, and Chromium)
 	$(BIN)/python docs/drawings/draw.py
-	$(BIN)/python docs/drawings/report.py
+	$(BIN)/python docs/drawings/pages.py
 
 hooks: setup ## let git run what `make check` runs before each commit
 	$(BIN)/pre-commit install

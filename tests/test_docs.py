@@ -192,7 +192,7 @@ def test_the_drawings_are_of_todays_code(name: str) -> None:
 
 def test_the_pictures_are_small() -> None:
     sizes = {file.name: file.stat().st_size for file in (ROOT / "docs" / "pictures").iterdir()}
-    assert {"flow.svg", "row.svg", "layers.svg", "report.png"} <= sizes.keys()
+    assert {"flow.svg", "row.svg", "layers.svg", "report.png", "sweep.png", "evaluation.png", "rounds.png"} <= sizes.keys()
     assert max(sizes.values()) < 300_000
 
 
