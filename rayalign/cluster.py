@@ -156,6 +156,16 @@ def reports_of(tasks: ray.data.Dataset, schema: pa.Schema) -> Iterator[pa.Table]
         yield table.select(schema.names)
 
 
+def attempts_before() -> int:
+    """How often Ray began the task that this process is at before, in processes that ended, or on machines that were lost.
+
+    Can go when Ray's runtime context tells it.
+    https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_raylet.pyx (`get_current_task_attempt_number`)
+    """
+    worker: Any = ray._private.worker.global_worker
+    return int(worker.core_worker.get_current_task_attempt_number())
+
+
 def user_error_in(error: Exception) -> ValueError | FloatingPointError | None:
     """The first error that a user can fix among those behind one of RAY_ERRORS."""
     for cause in causes_of(error):

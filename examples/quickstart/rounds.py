@@ -20,7 +20,7 @@ PROMPTS = 1000
 RESPONSES = 4
 """To each prompt in a round. The one round draws as many as all rounds together: to thrice the prompts, or thrice as many to
 each, which make up to three pairs."""
-STEPS = 20
+STEPS = 12
 """Optimizer steps of a round, of 32 pairs each; the one round has as many as all rounds together."""
 RATE = 5e-4
 

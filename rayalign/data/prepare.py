@@ -21,10 +21,11 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
-from rayalign.cluster import configure_ray_data, place_ray_data, report, reports_of
+from rayalign.cluster import attempts_before, configure_ray_data, place_ray_data, report, reports_of
 from rayalign.config.config import Config
 from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
+from rayalign.data.attempts import Attempt
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.index import INDEX_SCHEMA, write_index
 from rayalign.data.remarks import RowsSeen, remarks, unread_pictures
@@ -292,7 +293,11 @@ def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: Encode
 
     def lines() -> list[dict[str, Any]]:
         fetched = _fetch(tasks)
-        return write_task(fetched[number], folder, itertools.count(number, len(fetched)), sources, spec)
+        attempt = Attempt(folder / f"attempt_{number}.json") if attempts_before() else None
+        written = write_task(fetched[number], folder, itertools.count(number, len(fetched)), sources, spec, attempt=attempt)
+        if attempt is not None:
+            attempt.end()
+        return written
 
     return report(lines, OUTCOME_SCHEMA)
 

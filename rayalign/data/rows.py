@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from rayalign.config.plugins import Plugin
+from rayalign.data.attempts import Attempt
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.index import INDEX_SCHEMA
 from rayalign.data.pairs import Rows
@@ -72,10 +73,16 @@ class Sources:
 
 
 def write_task(
-    task: PrepareTask, into: Store, numbers: Iterator[int], sources: Sources, spec: EncoderSpec
+    task: PrepareTask,
+    into: Store,
+    numbers: Iterator[int],
+    sources: Sources,
+    spec: EncoderSpec,
+    *,
+    attempt: Attempt | None = None,
 ) -> list[dict[str, Any]]:
     """Writes a task's pairs into shards of a folder, which get the given numbers; returns a line of OUTCOME_SCHEMA for each of
-    its rows."""
+    its rows. `attempt`: where a process ended over these rows before."""
     file = sources.datasets[task.dataset].files[task.file]
     label, folder = file_label(sources, task), Store(file.location).parent
     shards = ShardWriter(into, numbers)
@@ -84,6 +91,8 @@ def write_task(
     for row, content in rows_of_task(task, sources):
         outcome: dict[str, Any] = {"dataset": task.dataset, "file": task.file, "source_row": row}
         try:
+            if attempt is not None:
+                attempt.begin(str(row))
             if isinstance(content, RecordError):
                 raise content
             with record_errors():

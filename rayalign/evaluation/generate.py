@@ -13,7 +13,7 @@ from rayalign.config.inference_verbs import GenerateConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation.groups import groups_of_datasets
 from rayalign.evaluation.loaded_model import LoadedModel, load_model
-from rayalign.evaluation.pool import PoolResult, Result, Work, run_pool
+from rayalign.evaluation.pool import PoolResult, run_pool
 from rayalign.evaluation.prompts import PROMPT_FIELDS, prompt_columns, prompt_of
 from rayalign.evaluation.start import (
     config_of,
@@ -24,6 +24,7 @@ from rayalign.evaluation.start import (
     on_cluster,
     sources_of,
 )
+from rayalign.evaluation.work import Result, Work
 from rayalign.formats.records import RecordError
 from rayalign.models.source import ModelSource
 from rayalign.policy.generation import Response, Sampling, sample_responses

@@ -22,8 +22,8 @@ from rayalign.data.shuffled_pictures import Pictures, shuffle_pictures, with_pic
 from rayalign.data.store import EncodedPair
 from rayalign.evaluation.groups import Row
 from rayalign.evaluation.loaded_model import LoadedModel, load_model, load_with_reference
-from rayalign.evaluation.pool import Result
 from rayalign.evaluation.score_columns import ASKS, SCORES, SIDES, View
+from rayalign.evaluation.work import Result
 from rayalign.formats.records import RecordError, require
 from rayalign.images.damage import damage_image
 from rayalign.models.registry import REGISTERED_MODELS

@@ -25,9 +25,11 @@ from ray import cloudpickle
 from rayalign.cluster import RAY_ERRORS, cause_in_words, configure_ray_data, place_ray_data, report, reports_of, user_error_in
 from rayalign.config.endings import RunFailed
 from rayalign.config.sections import ClusterConfig
+from rayalign.data.attempts import Attempt
 from rayalign.data.remarks import printable
 from rayalign.evaluation.groups import Group, Row
 from rayalign.evaluation.pool_folder import (
+    ATTEMPTS,
     DROPPED,
     ID,
     POSITION,
@@ -38,10 +40,10 @@ from rayalign.evaluation.pool_folder import (
     read_results,
     result_files,
 )
+from rayalign.evaluation.work import WHOLE_ATTEMPTS, Result, Work, attempted
 from rayalign.formats.records import RecordError
 from rayalign.progress import Progress, per_second
 from rayalign.ray_lines import quiet_logging
-from rayalign.retries import StorageFailed
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -58,13 +60,6 @@ GROUP = "group"
 LONGEST_DETAIL = 2000
 SHOWN = 5
 """Reasons that a message lists."""
-
-Result = Sequence[Mapping[str, Any]] | RecordError
-"""What becomes of a row: some lines of the results, or why there are none."""
-
-Work = Callable[[Sequence[Row]], Sequence[Result]]
-"""The work on some rows of a group, in their order: one `Result` for each. Whatever it raises drops rows, after it was tried on
-fewer and fewer of them: only StorageFailed, other OSErrors, and what `ends_process` finds end the run."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +110,12 @@ def run_pool(
     total = sum(group.num_rows for group in left)
     if done:
         logger.info("%d %s are done already, %d are left", len(done), what, total)
-    (output / SUMMARY).delete()
+    for name in (SUMMARY, ATTEMPTS):
+        (output / name).delete()
     dropped: list[dict[str, Any]] = []
     progress = Progress(total)
     try:
-        for outcomes in _outcomes(left, make_work, output / ROWS, schema, cluster):
+        for outcomes in _outcomes(left, make_work, output, schema, cluster):
             lines = outcomes.to_pylist()
             for line in lines:
                 if line[ID] is None:
@@ -132,6 +128,7 @@ def run_pool(
             raise user_error from None
         raise RunFailed(_going_on(cause_in_words(error), output)) from error
     finally:
+        (output / ATTEMPTS).delete()
         lines = sorted(dropped, key=lambda line: line.pop(POSITION))
         (output / DROPPED).write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode())
     num_rows = len(done) + total - len(dropped)
@@ -151,7 +148,7 @@ def _going_on(what: str, output: Store) -> str:
 
 
 def _outcomes(
-    groups: Sequence[Group], make_work: Callable[[], Work], folder: Store, schema: pa.Schema, cluster: ClusterConfig
+    groups: Sequence[Group], make_work: Callable[[], Work], output: Store, schema: pa.Schema, cluster: ClusterConfig
 ) -> Iterator[pa.Table]:
     if not groups:
         return
@@ -163,7 +160,7 @@ def _outcomes(
         PoolActor,
         fn_constructor_kwargs={
             "make_work": make_work,
-            "folder": folder,
+            "output": output,
             "schema": schema,
             "threads": max(1, int(cluster.cpus_per_worker)),
         },
@@ -182,13 +179,13 @@ class PoolActor:
     """Runs in Ray Data's actors: does the work on one group after another, and writes each one's results as a file. The work is
     made with the first group, so that what keeps a model from loading can be reported."""
 
-    def __init__(self, make_work: Callable[[], Work], folder: Store, schema: pa.Schema, threads: int) -> None:
+    def __init__(self, make_work: Callable[[], Work], output: Store, schema: pa.Schema, threads: int) -> None:
         quiet_logging()
         import torch  # here: the driver has no use for it
 
         torch.set_num_threads(threads)
         self._make_work = make_work
-        self._folder = folder
+        self._output = output
         self._schema = pa.schema([(ID, pa.string()), (POSITION, pa.int64()), *schema])
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -196,7 +193,10 @@ class PoolActor:
 
         def lines() -> list[dict[str, Any]]:
             try:
-                return do_group(group, self._work, self._folder, self._schema)
+                attempt = Attempt(self._output / ATTEMPTS / f"{_name(group)}.json", whole=WHOLE_ATTEMPTS)
+                done = do_group(group, attempt, self._work, self._output / ROWS, self._schema)
+                attempt.end()
+                return done
             except OSError as error:
                 return [{"reason": "run ended", "detail": printable(str(error), longest=LONGEST_DETAIL)}]
 
@@ -207,11 +207,12 @@ class PoolActor:
         return self._make_work()
 
 
-def do_group(group: Group, work: Work, folder: Store, schema: pa.Schema) -> list[dict[str, Any]]:
+def do_group(group: Group, attempt: Attempt, work: Work, folder: Store, schema: pa.Schema) -> list[dict[str, Any]]:
     """Does the work on a group and writes its results into a folder; returns a line of OUTCOME_SCHEMA for each row."""
     rows = group.read()
     usable: dict[int, Row] = {i: row for i, row in enumerate(rows) if not isinstance(row, RecordError)}
-    found = dict(zip(usable, results_of(work, list(usable.values())), strict=True))
+    results = attempted(attempt, work, {group.keys[i]: row for i, row in usable.items()})
+    found = dict(zip(usable, results, strict=True))
     lines: list[dict[str, Any]] = []
     outcomes: list[dict[str, Any]] = []
     for i, (key, position) in enumerate(zip(group.keys, group.positions, strict=True)):
@@ -225,44 +226,19 @@ def do_group(group: Group, work: Work, folder: Store, schema: pa.Schema) -> list
         else:
             lines += [named | dict(line) for line in result]
     if lines:
-        # Named by its rows: a group that is done once more after a process was lost replaces its own file.
-        digest = hashlib.sha256("\0".join(group.keys).encode()).hexdigest()[:12]
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(lines, schema=schema), sink, dictionary_pagesize_limit=DICTIONARY_BYTES)
-        (folder / f"{group.positions[0]:09}-{digest}.parquet").write_bytes(sink.getvalue().to_pybytes())
+        (folder / f"{_name(group)}.parquet").write_bytes(sink.getvalue().to_pybytes())
     return outcomes
+
+
+def _name(group: Group) -> str:
+    """Of its files, by its rows: a group that is done once more after a process was lost replaces its own."""
+    return f"{group.positions[0]:09}-{hashlib.sha256(chr(0).join(group.keys).encode()).hexdigest()[:12]}"
 
 
 DICTIONARY_BYTES = 256 * 2**20
 """Of a column's distinct values, up to which equal ones, such as the pictures of one prompt's responses, are stored once."""
-
-
-def results_of(work: Work, rows: Sequence[Row]) -> list[Result]:
-    """What the work makes of some rows. Where it fails it is tried on each half of them, so that one bad row costs only itself,
-    and rows that are too much for a GPU's memory together are done apart."""
-    if not rows:
-        return []
-    try:
-        results = list(work(rows))
-    except (StorageFailed, OSError):  # with which no other row fares better
-        raise
-    except Exception as error:
-        if ends_process(error):
-            raise
-        if len(rows) == 1:
-            words = " ".join(str(error).split())
-            return [error if isinstance(error, RecordError) else RecordError("failed", f"{type(error).__name__}: {words}")]
-        del error
-    else:
-        assert len(results) == len(rows), f"the work made {len(results)} results of {len(rows)} rows"
-        return results
-    middle = len(rows) // 2
-    return [*results_of(work, rows[:middle]), *results_of(work, rows[middle:])]
-
-
-def ends_process(error: Exception) -> bool:
-    """Whether no further row can be computed in this process: a GPU that failed takes no more work."""
-    return type(error).__name__ == "AcceleratorError"
 
 
 def _reasons(dropped: Sequence[Mapping[str, Any]], num_rows: int, what: str, output: Store) -> str:

@@ -26,6 +26,9 @@ ID, POSITION = "id", "position"
 
 ROWS, DROPPED, SETTINGS, SUMMARY = "rows", "dropped.jsonl", "settings.json", "summary.json"
 
+ATTEMPTS = "attempts"
+"""What workers are at: a note for each group, gone when the pool has ended."""
+
 READERS = 16
 """Files that are read at a time."""
 
@@ -50,7 +53,7 @@ def open_output(output: Store, settings: Mapping[str, Any], *, overwrite: bool) 
             "lost. Choose another folder."
         )
     if overwrite:
-        for name in (SUMMARY, ROWS, DROPPED, SETTINGS):
+        for name in (SUMMARY, ROWS, ATTEMPTS, DROPPED, SETTINGS):
             (output / name).delete()
     if not note.exists():
         if (output / ROWS).exists():

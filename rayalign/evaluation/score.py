@@ -14,13 +14,14 @@ from rayalign.config.inference_verbs import SCORERS, ScoreConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation.groups import groups_of_datasets
-from rayalign.evaluation.pool import PoolResult, Result, Work, run_pool
+from rayalign.evaluation.pool import PoolResult, run_pool
 from rayalign.evaluation.prompts import PROMPT_FIELDS, prompt_columns
 from rayalign.evaluation.scorers.by_function import function_scorer
 from rayalign.evaluation.scorers.by_judge import judge_scorer
 from rayalign.evaluation.scorers.by_model import KINDS, model_scorer
 from rayalign.evaluation.scorers.scorer import Candidate, Scored, ScoreFunction, Scorer
 from rayalign.evaluation.start import config_of, files_of_data, on_cluster, sources_of
+from rayalign.evaluation.work import Result, Work
 from rayalign.formats.columns import renamed
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError, record_errors

@@ -17,8 +17,8 @@ from rayalign.data.encode import Encoder
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.rows import Sources
 from rayalign.evaluation.generate import line
-from rayalign.evaluation.pool import Result, Work
 from rayalign.evaluation.prompts import prompt_columns, prompt_of
+from rayalign.evaluation.work import Result, Work
 from rayalign.formats.records import RecordError, record_errors
 from rayalign.images.fetch import fetch_images, open_image
 from rayalign.models.registry import REGISTERED_MODELS

@@ -47,6 +47,15 @@ class Unreadable:
     words: str
 
 
+PANIC = "PanicException"
+"""What libraries in Rust, as tokenizers, raise where their code gives up: no Exception, and each has a class of its own."""
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether something went wrong, and nobody wants the program to end."""
+    return isinstance(error, Exception) or type(error).__name__ == PANIC
+
+
 @contextmanager
 def record_errors(*, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Within it, whatever goes wrong is a fault of the one record at hand, and raised as its RecordError: texts, templates,
@@ -57,7 +66,9 @@ def record_errors(*, passing: tuple[type[Exception], ...] = ()) -> Iterator[None
         raise
     except passing:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         words = " ".join(str(error).split())
         raise RecordError("unusable record", f"{type(error).__name__}: {words[:300]}") from error
 

@@ -26,9 +26,9 @@ from rayalign.data.rows import Sources
 from rayalign.evaluation.benchmarks.shelf import parse_benchmarks
 from rayalign.evaluation.exams import Exam, answers_in, figures_of, figures_to_come, read_exam
 from rayalign.evaluation.groups import GROUP_ROWS
-from rayalign.evaluation.pool import Work, results_of
 from rayalign.evaluation.pool_folder import ID, POSITION
 from rayalign.evaluation.score_columns import SCHEMA
+from rayalign.evaluation.work import Work, results_of
 from rayalign.formats.records import RecordError
 from rayalign.ray_lines import quiet_logging
 from rayalign.storage import Store

@@ -13,6 +13,7 @@ from rayalign.config.config import Config
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig
+from rayalign.data.attempts import Attempt
 from rayalign.data.rows import Sources
 from rayalign.evaluation.generate import RESPONSE_SCHEMA, make_generator, run
 from rayalign.evaluation.groups import groups_of_datasets
@@ -135,7 +136,7 @@ def generated(model_folder: Callable[..., Path], tmp_path: Path) -> Callable[...
         outcomes = [
             line
             for group in groups_of_datasets(sources, seed=0, size=size)
-            for line in do_group(group, work, output / "rows", schema)
+            for line in do_group(group, Attempt(), work, output / "rows", schema)
         ]
         assert [(line["id"], line["reason"]) for line in outcomes if "reason" in line] == [("prompts.jsonl:3", "image missing")]
         return [line for table in read_results(output) for line in table.to_pylist()]

@@ -10,11 +10,13 @@ import pytest
 
 from rayalign.config.endings import RunFailed
 from rayalign.config.sections import ClusterConfig
+from rayalign.data.attempts import Attempt
 from rayalign.data.rows import Sources
 from rayalign.evaluation import pool
 from rayalign.evaluation.groups import Group, groups_of_datasets, groups_of_rows
-from rayalign.evaluation.pool import do_group, results_of
+from rayalign.evaluation.pool import do_group
 from rayalign.evaluation.pool_folder import is_finished, read_results
+from rayalign.evaluation.work import Result, Work
 from rayalign.formats.records import RecordError
 from rayalign.retries import StorageFailed
 from rayalign.sources.files import resolve_dataset
@@ -30,26 +32,10 @@ def twice(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     return [[{"twice": 2 * row["number"]}] for row in rows]
 
 
-def test_a_row_that_fails_costs_only_itself() -> None:
-    results = results_of(twice, ROWS)
-    (failed,) = [result for result in results if isinstance(result, RecordError)]
-    assert results.index(failed) == 3
-    assert (failed.reason, str(failed)) == ("failed", "RuntimeError: three can't be done")
-    assert [result for result in results if result is not failed] == [[{"twice": 2 * n}] for n in range(10) if n != 3]
-
-
-def test_storage_that_fails_ends_the_run() -> None:
-    def work(rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        results_of(work, ROWS)
-
-
 def test_a_group_is_written_once_however_often_it_is_done(tmp_path: Path) -> None:
     (group,) = groups_of_rows(ROWS)
     for _ in range(2):
-        outcomes = do_group(group, twice, Store(str(tmp_path / "rows")), SCHEMA)
+        outcomes = do_group(group, Attempt(), twice, Store(str(tmp_path / "rows")), SCHEMA)
     assert [line["id"] for line in outcomes if line.get("reason")] == ["r3"]
     (table,) = read_results(Store(str(tmp_path)))
     assert table["twice"].to_pylist() == [0, 2, 4, 8, 10, 12, 14, 16, 18]
@@ -87,10 +73,10 @@ def test_records_of_data_sets_are_read_where_they_are_worked_on(tmp_path: Path) 
 
 
 def test_a_reason_with_half_a_character_is_told_all_the_same(tmp_path: Path) -> None:
-    def work(rows: Sequence[Any]) -> list[pool.Result]:
+    def work(rows: Sequence[Any]) -> list[Result]:
         return [RecordError("unknown format", "the row has the columns \ud800x", field="\ud800x") for _ in rows]
 
-    (outcome,) = do_group(groups_of_rows(ROWS[:1])[0], work, Store(str(tmp_path)), SCHEMA)
+    (outcome,) = do_group(groups_of_rows(ROWS[:1])[0], Attempt(), work, Store(str(tmp_path)), SCHEMA)
     assert pa.Table.from_pylist([outcome], schema=pool.OUTCOME_SCHEMA)["field"].to_pylist() == ["?x"]
 
 
@@ -103,11 +89,11 @@ def test_data_without_a_record_is_refused_in_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [StorageFailed("s3://b/f: the storage failed."), OSError(28, "No space left", "/disk/f")])
 def test_what_ends_a_run_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
-    def work(rows: Sequence[Any]) -> list[pool.Result]:
+    def work(rows: Sequence[Any]) -> list[Result]:
         raise error
 
-    def outcomes(groups: Sequence[Group], make_work: Any, folder: Store, schema: Any, _: Any) -> Any:
-        actor = pool.PoolActor(make_work, folder, schema, 1)
+    def outcomes(groups: Sequence[Group], make_work: Any, output: Store, schema: Any, _: Any) -> Any:
+        actor = pool.PoolActor(make_work, output, schema, 1)
         table = actor(pa.table({"group": [pool.cloudpickle.dumps(groups[0])]}))
         yield table.select(pool.OUTCOME_SCHEMA.names)
 
@@ -124,11 +110,13 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
     """Runs pools in this process; the groups that were done."""
     worked: list[Group] = []
 
-    def outcomes(groups: Sequence[Group], make_work: Callable[[], pool.Work], folder: Store, schema: Any, _: Any) -> Any:
+    def outcomes(groups: Sequence[Group], make_work: Callable[[], Work], output: Store, schema: Any, _: Any) -> Any:
         whole = pa.schema([("id", pa.string()), ("position", pa.int64()), *schema])
         for group in groups:
             worked.append(group)
-            yield pa.Table.from_pylist(do_group(group, make_work(), folder, whole), schema=pool.OUTCOME_SCHEMA)
+            yield pa.Table.from_pylist(
+                do_group(group, Attempt(), make_work(), output / "rows", whole), schema=pool.OUTCOME_SCHEMA
+            )
 
     monkeypatch.setattr(pool, "_outcomes", outcomes)
     return worked

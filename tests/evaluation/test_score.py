@@ -20,10 +20,10 @@ from rayalign.config.inference_verbs import ScoreConfig
 from rayalign.config.sections import ModelConfig, OptimizerConfig
 from rayalign.data.pairs import rows_of_two
 from rayalign.data.rows import Sources
-from rayalign.evaluation.pool import results_of
 from rayalign.evaluation.score import candidates_of, make_scoring, names_of, score_rows, score_schema, scorers_of
 from rayalign.evaluation.scorers import by_judge
 from rayalign.evaluation.scorers.scorer import Score
+from rayalign.evaluation.work import results_of
 from rayalign.formats.records import RecordError
 from rayalign.policy.saving import save_policy
 from rayalign.policy.scoring import load_for_scoring

@@ -12,6 +12,7 @@ from rayalign.formats.records import (
     RecordError,
     build_record,
     place_marks,
+    record_errors,
     require_desirable,
     require_label,
     require_pair,
@@ -198,3 +199,15 @@ def test_only_a_response_labelled_as_bad_is_not_imitated(rejected: str | None) -
         require_desirable(build(rejected=rejected, label=False))
     assert (caught.value.reason, caught.value.field) == ("undesirable response", "label")
     assert str(caught.value) == "label: the response is labelled as bad, and sft imitates responses"
+
+
+class PanicException(BaseException):
+    """As the libraries in Rust have one each, of no class that could be imported."""
+
+
+def test_a_library_that_panics_over_a_record_drops_it_and_an_interrupt_ends_the_program() -> None:
+    with pytest.raises(RecordError, match=r"^PanicException: byte index 3 is not a char boundary$"), record_errors():
+        raise PanicException("byte index 3 is not a char boundary")
+    for ending in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(ending), record_errors():
+            raise ending
