@@ -41,7 +41,7 @@ ELSEWHERE = re.compile(
     r"(dropped|metrics|summary|config|best|held_out|prefs|reference|sweep)\.\w+|dataset_info.json|\w+_config.json"
 )
 
-MOST_README_LINES = 115
+MOST_README_LINES = 125
 """What someone reads who has two minutes."""
 
 
