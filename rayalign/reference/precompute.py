@@ -19,6 +19,7 @@ import torch
 
 from rayalign.cluster import configure_ray_data, place_ray_data, report, reports_of
 from rayalign.config.config import Config
+from rayalign.data.attempts import Attempt
 from rayalign.data.prepare import RunData
 from rayalign.data.reference_store import drop_damaged, folder_name, forget_damage, missing_shards, shard_rows
 from rayalign.data.sampler import StepSampler, partners_in
@@ -29,6 +30,7 @@ from rayalign.progress import Progress, per_second
 from rayalign.ray_lines import quiet_logging
 from rayalign.reference.key import ReferenceKey, check_reference, reference_key
 from rayalign.reference.scoring import Found, Shards, reference_logps, rows_of_shard
+from rayalign.storage import Store
 
 if TYPE_CHECKING:
     from rayalign.policy.policy import Policy
@@ -143,9 +145,17 @@ def _run_pass(config: Config, data: RunData, records: PreparedData, shards: list
         num_gpus=cluster.gpus_per_worker or None,
         **kind,
     )
+    attempts = attempts_of(config)
+    attempts.delete()  # those of an earlier start say nothing of this one
     for table in reports_of(outcomes, OUTCOME_SCHEMA):
         if progress.add(pa.compute.sum(table["rows"]).as_py() or 0):
             logger.info("Reference: %s", progress.line("records"))
+    attempts.delete()
+
+
+def attempts_of(config: Config) -> Store:
+    """Where processes note which shards they are at, of this run alone."""
+    return Store.at(str(config.run.output_dir)) / "reference_attempts"
 
 
 class ShardScorer:
@@ -157,10 +167,18 @@ class ShardScorer:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
         self._config, self._source, self._spec = config, data.source, data.spec
         self._shards = Shards(config, data, records, folder)
+        self._attempts = attempts_of(config)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         shard = batch["item"][0].as_py()
-        return report(lambda: [{"rows": self.write(shard)}], OUTCOME_SCHEMA)
+
+        def lines() -> list[dict[str, int]]:
+            attempt = Attempt(self._attempts / f"{shard}.json")  # raises where processes end over and over
+            rows = self.write(shard)
+            attempt.end()
+            return [{"rows": rows}]
+
+        return report(lines, OUTCOME_SCHEMA)
 
     def write(self, shard: int) -> int:
         """Scores and writes a shard; returns its number of rows."""

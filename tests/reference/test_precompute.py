@@ -20,6 +20,7 @@ import transformers
 from rayalign.algorithms import ALGORITHMS, DPO, KTO, MDPO, Algorithm
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, TunerConfig
+from rayalign.data.attempts import MOST_LOST
 from rayalign.data.batch import PairBatch
 from rayalign.data.companions import Companion, Damaged
 from rayalign.data.encoder_spec import EncoderSpec
@@ -76,7 +77,8 @@ def config_of(algorithm: Algorithm, **flags: Any) -> Config:
 
 def scorer_of(source: ModelSource, algorithm: Algorithm, records: PreparedData, **flags: Any) -> ShardScorer:
     data = RunData(source, EncoderSpec(source.base, responses=algorithm.needs.responses), records, None)
-    return ShardScorer(config_of(algorithm, **flags), data, records, REFERENCE)
+    config = config_of(algorithm, output_dir=str(Path(records.folder.location).parent / "run"), **flags)
+    return ShardScorer(config, data, records, REFERENCE)
 
 
 def scored(
@@ -296,6 +298,23 @@ def test_what_keeps_the_model_from_loading_ends_the_run_in_words(
     (outcome,) = scorer(pa.table({"item": [0]})).to_pylist()
     assert outcome["rows"] is None
     assert outcome["stopped"].startswith("--lora_target_modules nowhere matches no linear of the language model. Its linears:")
+
+
+def test_processes_that_end_over_and_over_end_the_run_in_words(
+    prepare_pairs: Prepare, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder("llava")
+    scorer = scorer_of(ModelSource(str(folder)), DPO(), prepare_pairs(pairs_of(folder, DPO())))
+
+    def ends(shard: int) -> int:
+        raise SystemExit
+
+    monkeypatch.setattr(scorer, "write", ends)
+    for _ in range(MOST_LOST):
+        with pytest.raises(SystemExit):
+            scorer(pa.table({"item": [0]}))
+    (outcome,) = scorer(pa.table({"item": [0]})).to_pylist()
+    assert outcome["stopped"].startswith("A process ended 5 times over the same records, and whichever it came to:")
 
 
 @pytest.mark.parametrize(
