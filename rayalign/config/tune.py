@@ -48,6 +48,9 @@ class TuneConfig:
         "What a good --metric may cost; near 0 is good. The page draws one against the other, and --search_alg optuna looks "
         "for settings that no other one beats in both. Default: the page draws eval_drift, without a reference eval_nll_loss.",
     )
+    price_per_hour: float | None = flag(
+        None, "With --dry_run: price of one GPU for an hour, by which it tells what the sweep costs.", at_least=0
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -71,15 +71,22 @@ def asha_share(num_steps: int, every: int) -> float:
 
 
 def plan_in_words(space: SearchSpace, sweep: TuneConfig, *, num_steps: int, gpu_hours: float | None) -> str:
-    """How many trials a sweep has, and the GPU hours of all, of one of which they are known."""
+    """How many trials a sweep has, and the GPU hours of all, of one of which they are known, with what they cost."""
+
+    def hours(count: float) -> list[str]:
+        if gpu_hours is None:
+            return []
+        price = sweep.price_per_hour
+        cost = "" if price is None else f" ({count * gpu_hours * price:,.2f} at {price:g} each)"
+        return [f"{count * gpu_hours:,.1f} GPU hours{cost}"]
+
     settings = sweep.num_samples if sweep.search_alg == "optuna" else len(space.settings(sweep.num_samples, sweep.search_seed))
     trials = settings * sweep.num_seeds
     words = [
         f"The sweep: {trials} trials" + (f" ({settings} settings, {sweep.num_seeds} seeds)" if sweep.num_seeds > 1 else "")
     ]
-    words += [f"{trials * gpu_hours:,.1f} GPU hours"] if gpu_hours is not None else []
+    words += hours(trials)
     if scheduler_of(sweep, space, num_steps) == "asha":
         share = asha_share(num_steps, space.base.run.eval_steps)
-        hours = "" if gpu_hours is None else f", {trials * gpu_hours * share:,.1f} GPU hours"
-        words.append(f"with ASHA about {share:.0%} of the steps{hours}")
+        words.append(", ".join([f"with ASHA about {share:.0%} of the steps", *hours(trials * share)]))
     return "; ".join(words)

@@ -79,6 +79,10 @@ def _check_together(space: SearchSpace, tune: TuneConfig) -> None:
     of_lora = [name for name in space.ranges if name.startswith("lora_")]
     if of_lora and space.base.tuner.sft_type == "full" and "sft_type" not in space.ranges:
         raise ValueError(f"--search {of_lora[0]} with --sft_type full: full trains no adapter. Leave one of the two out.")
+    if tune.price_per_hour is not None and not space.base.run.dry_run:
+        raise ValueError(
+            f"--price_per_hour {tune.price_per_hour:g}: only --dry_run true tells costs. Pass it, or leave this out."
+        )
     _check_metric(space, tune)
 
 

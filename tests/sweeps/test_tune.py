@@ -57,12 +57,22 @@ def test_asha_takes_the_steps_of_those_that_go_on():
         ({}, "The sweep: 8 trials; 16.0 GPU hours; with ASHA about 64% of the steps, 10.2 GPU hours"),
         ({"num_seeds": 3}, "The sweep: 24 trials (8 settings, 3 seeds); 48.0 GPU hours"),
         ({"search": ("beta=grid:1,2,3",)}, "The sweep: 3 trials; 6.0 GPU hours"),
+        (
+            {"price_per_hour": 2.5},
+            "The sweep: 8 trials; 16.0 GPU hours (40.00 at 2.5 each); with ASHA about 64% of the steps, "
+            "10.2 GPU hours (25.45 at 2.5 each)",
+        ),
     ],
 )
 def test_the_plan_of_a_sweep_is_told(tmp_path: Path, changes: dict[str, Any], words: str):
     sweep = replace(TuneConfig(search=("beta=uniform:1:2",)), **changes)
-    space = check_search(base(tmp_path), sweep)  # evaluates each 50 steps: 50 + 60 / 3 of 110 steps
+    space = check_search(base(tmp_path, dry_run=True), sweep)  # evaluates each 50 steps: 50 + 60 / 3 of 110 steps
     assert plan_in_words(space, sweep, num_steps=110, gpu_hours=2.0) == words
+
+
+def test_a_price_without_a_plan_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^--price_per_hour 2\.5: only --dry_run true tells costs\."):
+        check_search(base(tmp_path), TuneConfig(search=("beta=uniform:1:2",), price_per_hour=2.5))
 
 
 def test_a_trial_is_the_run_of_its_flags_in_its_own_folder(tmp_path: Path):
