@@ -95,7 +95,7 @@ def _tune(words: Sequence[str], prog: str, summary: str) -> None:
             found = estimate_run(config, several_runs=True)
             gpu_hours = found.time.hours * found.time.gpus if found.time else None
             space, steps = check_search(config, sweep), found.schedule.steps
-            words = plan_in_words(space, sweep, num_steps=steps, gpu_hours=gpu_hours)
+            words = plan_in_words(space, sweep, num_steps=steps, gpu_hours=gpu_hours, shared=found.beforehand_share)
             sys.stdout.write(f"One trial, without --search\n{plan_text(found)}{words}\n")
         else:
             from rayalign.sweeps import tune

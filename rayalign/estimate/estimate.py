@@ -115,8 +115,17 @@ class Estimate:
         """Of the whole run: its steps, its evaluations, which have no backward, and the reference where it is run before."""
         pair = self.flops()
         evaluation = pair.vision + pair.forward + pair.others + pair.head
-        beforehand = self.data.total * self.reference_flops if self.blueprint.reference_known else 0.0
-        return self.schedule.trained * pair.total + self.schedule.evaluated * evaluation + beforehand
+        return self.schedule.trained * pair.total + self.schedule.evaluated * evaluation + self._beforehand_flops
+
+    @property
+    def _beforehand_flops(self) -> float:
+        """Of the reference where it is run before the training."""
+        return self.data.total * self.reference_flops if self.blueprint.reference_known else 0.0
+
+    @property
+    def beforehand_share(self) -> float:
+        """What of the run's operations is the reference's before the training, which the trials of a sweep share."""
+        return self._beforehand_flops / self.run_flops
 
     @property
     def reference_flops(self) -> float:

@@ -40,7 +40,7 @@ MOST_PICTURES = 3
 
 Metric = Estimate | float
 Groups = Mapping[str, Mapping[str, Mapping[str, Estimate]]]
-"""By kind (source, tokens, pictures) and group: the accuracies of the group's records."""
+"""By kind (source, tokens, pictures) and group: the accuracies and margins of the group's records."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _length_metrics(pairs: Pairs, *, seed: int) -> dict[str, Metric]:
 
 
 def group_metrics(pairs: Pairs, *, seed: int) -> Groups:
-    """The accuracies by source, by length and by number of pictures, of each kind that has several groups."""
+    """The accuracies and margins by source, by length and by number of pictures, of each kind that has several groups."""
     kinds = {
         "source": [own.rpartition(":")[0] for own in pairs.ids],
         "tokens": [
@@ -158,8 +158,9 @@ def group_metrics(pairs: Pairs, *, seed: int) -> Groups:
             continue
         found[kind] = {
             name: {
-                f"accuracy/{scorer}": estimate(wins(margins[np.array([own == name for own in names])]), seed=seed)
+                f"{kind}/{scorer}": estimate(values[np.array([own == name for own in names])], seed=seed)
                 for scorer, margins in pairs.margins().items()
+                for kind, values in (("accuracy", wins(margins)), ("margin", margins))
             }
             for name in sorted(set(names), key=_in_order)
         }

@@ -102,8 +102,9 @@ def _group_sections(results: Sequence[ModelResult]) -> list[Section]:
             for name, inner in by_name.items()
             for metric in inner
         }
+        drawn = tuple(row for row in rows if ": margin/" not in row)
         sizes = ", ".join(f"{name} ({next(iter(inner.values())).records:,})" for name, inner in by_name.items())
-        sections.append(Section(f"Accuracy by {kind}", f"Records: {sizes}.", rows, drawn=tuple(rows)))
+        sections.append(Section(f"Accuracy by {kind}", f"Records: {sizes}.", rows, drawn=drawn))
     return sections
 
 

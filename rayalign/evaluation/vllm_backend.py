@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rayalign.config.config import Config
@@ -22,8 +21,9 @@ from rayalign.evaluation.work import Result, Work
 from rayalign.formats.records import RecordError, record_errors
 from rayalign.images.fetch import fetch_images, open_image
 from rayalign.models.registry import REGISTERED_MODELS
-from rayalign.models.source import read_adapter_config, require_model
+from rayalign.models.source import require_model
 from rayalign.policy.generation import Response, Sampling
+from rayalign.serving.vllm_config import require_for_vllm
 from rayalign.storage import Store
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -43,7 +43,7 @@ def make_vllm_work(config: Config, sources: Sources, sampling: Sampling) -> Work
     source = require_model(config.model, REGISTERED_MODELS).here()
     lora: dict[str, Any] = {}
     if source.adapter is not None:
-        rank = read_adapter_config(Path(source.adapter)).get("r", 8)
+        rank = require_for_vllm(source, source.adapter, f"--backend vllm with the adapter {source.adapter}")
         lora = {"enable_lora": True, "max_lora_rank": next((r for r in LORA_RANKS if r >= rank), rank)}
     spec = EncoderSpec(
         source.base,

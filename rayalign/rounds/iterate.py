@@ -97,6 +97,21 @@ def _require_rounds(config: Config) -> None:
         resolve_dataset(argument)
 
 
+def training_of(
+    own: IterateConfig, folder: Store, number: int, *, start: Mapping[str, Any], policy: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The flags of a round's training: from the round before, which is its `policy`, on the round's own pairs; or from the
+    `start` of all rounds, on the pairs of all so far."""
+    goes_on = own.reference == "previous"
+    sets = [number] if goes_on else range(1, number + 1)
+    return {
+        **(policy if goes_on else start),
+        "dataset": [(folder / f"round_{k}" / PAIRS / ROWS).location for k in sets],
+        "output_dir": (folder / f"round_{number}" / TRAIN).location,
+        "overwrite": False,
+    }
+
+
 def _round(config: Config, own: IterateConfig, folder: Store, number: int, models: Sequence[str]) -> Round:
     """A round; `models` are those of the rounds before it."""
     began = time.monotonic()
@@ -118,13 +133,7 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
             f"{own.pair_margin:g}; {pairs['left_out'].get(CUT, 0)} of {pairs['responses']} responses did not end within "
             f"--max_new_tokens {own.max_new_tokens}. A higher --temperature or --n gives more different responses."
         )
-    sets = [place] if own.reference == "previous" else [folder / f"round_{k}" for k in range(1, number + 1)]
-    run = {
-        **(policy if own.reference == "previous" else start),
-        "dataset": [(some / PAIRS / ROWS).location for some in sets],
-        "output_dir": (place / TRAIN).location,
-        "overwrite": False,
-    }
+    run = training_of(own, folder, number, start=start, policy=policy)
     metrics = _train(config.replace(run), place / TRAIN)
     logger.info("Round %d: done in %.0f s", number, time.monotonic() - began)
     shown = {name: value for name, value in metrics.items() if isinstance(value, int | float)}

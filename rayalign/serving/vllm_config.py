@@ -24,7 +24,7 @@ from rayalign.storage import Store
 NO_HOST = "none.invalid"
 """The only host of which vLLM fetches images, where it is to fetch none."""
 
-MERGE = "Merge it into its model (rayalign export), and serve that."
+MERGE = "Merge it into its model (rayalign export), and take that."
 
 
 def serve_arguments(config: ServeConfig, source: ModelSource, adapters: Mapping[str, ModelSource]) -> dict[str, Any]:
@@ -102,17 +102,18 @@ def _adapters_for_vllm(source: ModelSource, adapters: Mapping[str, ModelSource])
                 f"object store, each from the folder of its name: s3://bucket/adapters/{name}. Put it there, or: {MERGE}"
             )
         parents.add(store.parent.location)
-        rank = max(rank, require_for_vllm(source, adapter.adapter, name))
+        rank = max(rank, require_for_vllm(source, adapter.adapter, f"--engine vllm with --adapter {name}"))
     if len(parents) > 1:
         raise ValueError(f"--engine vllm: all adapters must lie in one folder, and not in {', '.join(sorted(parents))}.")
     return parents.pop(), rank
 
 
-def require_for_vllm(source: ModelSource, adapter: str, name: str) -> int:
-    """The rank of an adapter. Raises ValueError for one that vLLM would load in part, or not at all."""
+def require_for_vllm(source: ModelSource, adapter: str, asked: str) -> int:
+    """The rank of an adapter. Raises ValueError for one that vLLM would load in part, or not at all; it begins with what was
+    `asked`."""
     folder = model_folder(adapter, weights=True)
     if read_adapter_config(Path(folder), adapter).get("use_dora"):
-        raise ValueError(f"--engine vllm with --adapter {name}: vLLM knows no DoRA. {MERGE}")
+        raise ValueError(f"{asked}: vLLM knows no DoRA. {MERGE}")
     family = find_family(load_config(source.base).model_type)
     with torch.device("meta"):
         skeleton = family.auto_class.from_config(load_config(source.base))
@@ -120,10 +121,7 @@ def require_for_vllm(source: ModelSource, adapter: str, name: str) -> int:
     outside = {part for key in found.shapes if (part := parts.of(key.removeprefix("base_model.model."))) != "llm"}
     if outside:
         where = " and ".join(sorted(PART_NAMES[part] for part in outside))
-        raise ValueError(
-            f"--engine vllm with --adapter {name}: it has matrices in the {where}, and vLLM adds LoRA to language models "
-            f"only. {MERGE}"
-        )
+        raise ValueError(f"{asked}: it has matrices in the {where}, and vLLM adds LoRA to language models only. {MERGE}")
     return max(shape[0] for key, shape in found.shapes.items() if ".lora_A" in key)
 
 

@@ -70,15 +70,18 @@ def asha_share(num_steps: int, every: int) -> float:
     return taken / num_steps
 
 
-def plan_in_words(space: SearchSpace, sweep: TuneConfig, *, num_steps: int, gpu_hours: float | None) -> str:
-    """How many trials a sweep has, and the GPU hours of all, of one of which they are known, with what they cost."""
+def plan_in_words(
+    space: SearchSpace, sweep: TuneConfig, *, num_steps: int, gpu_hours: float | None, shared: float = 0.0
+) -> str:
+    """How many trials a sweep has, and the GPU hours of all, with what they cost. `gpu_hours` are those of one trial, if they
+    are known; the part of it that is the reference's is `shared` by all."""
 
     def hours(count: float) -> list[str]:
         if gpu_hours is None:
             return []
-        price = sweep.price_per_hour
-        cost = "" if price is None else f" ({count * gpu_hours * price:,.2f} at {price:g} each)"
-        return [f"{count * gpu_hours:,.1f} GPU hours{cost}"]
+        price, found = sweep.price_per_hour, gpu_hours * (count * (1 - shared) + shared)
+        cost = "" if price is None else f" ({found * price:,.2f} at {price:g} each)"
+        return [f"{found:,.1f} GPU hours{cost}"]
 
     settings = sweep.num_samples if sweep.search_alg == "optuna" else len(space.settings(sweep.num_samples, sweep.search_seed))
     trials = settings * sweep.num_seeds

@@ -99,6 +99,8 @@ def test_groups_are_sources_lengths_and_numbers_of_pictures() -> None:
     assert groups["source"]["a.jsonl"]["accuracy/likelihood"].value == 0.5
     assert groups["source"]["b.jsonl"]["accuracy/likelihood"].value == 0.75
     assert groups["pictures"]["1"]["accuracy/likelihood"].records == 2
+    assert groups["source"]["a.jsonl"]["margin/likelihood"].value == 0.0  # 2 and -2
+    assert groups["source"]["b.jsonl"]["margin/likelihood"].value == 0.5
 
 
 @pytest.mark.parametrize(

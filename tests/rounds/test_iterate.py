@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -10,6 +11,7 @@ from rayalign.config.config import Config
 from rayalign.config.inference_verbs import IterateConfig
 from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
 from rayalign.rounds import iterate
+from rayalign.storage import Store
 
 
 @pytest.mark.parametrize(
@@ -107,3 +109,17 @@ def test_another_scorer_under_the_same_name_is_refused(  # type: ignore[no-untyp
     (tmp_path / "mine.py").write_text("def score(rows):\n    return [1 for row in rows]\n")
     with pytest.raises(ValueError, match="other settings:\n  scorers"):
         iterate.run(config, own)
+
+
+def test_a_round_trains_from_the_round_before_or_from_the_start_on_all_pairs_so_far(tmp_path: Path) -> None:
+    start, policy = ({"model": name, "model_type": None, "adapter": None} for name in ("first", "round 2"))
+    folder = Store(str(tmp_path))
+
+    def flags(reference: Literal["start", "previous"]) -> dict[str, Any]:
+        return iterate.training_of(IterateConfig(reference=reference), folder, 3, start=start, policy=policy)
+
+    previous, anew = flags("previous"), flags("start")
+    assert (previous["model"], anew["model"]) == ("round 2", "first")
+    assert previous["dataset"] == [f"{tmp_path}/round_3/pairs/rows"]
+    assert anew["dataset"] == [f"{tmp_path}/round_{k}/pairs/rows" for k in (1, 2, 3)]
+    assert previous["output_dir"] == anew["output_dir"] == f"{tmp_path}/round_3/train"

@@ -83,8 +83,8 @@ def test_an_adapter_that_vllm_would_load_in_part_is_refused(
     folder = model_folder("llava")
     path = adapter(folder, tmp_path / "dpo", **tuner)
     with pytest.raises(ValueError) as caught:
-        require_for_vllm(ModelSource(str(folder)), path, "dpo")
-    merge = "Merge it into its model (rayalign export), and serve that."
+        require_for_vllm(ModelSource(str(folder)), path, "--engine vllm with --adapter dpo")
+    merge = "Merge it into its model (rayalign export), and take that."
     assert str(caught.value) == f"--engine vllm with --adapter dpo: {words} {merge}"
 
 

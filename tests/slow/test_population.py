@@ -15,6 +15,11 @@ def losses(trial: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def chosen_logps(trial: Path, step: int) -> float:
+    lines = map(json.loads, (trial / "metrics.jsonl").read_text().splitlines())
+    return next(float(line["logps/chosen"]) for line in lines if line["step"] == step and "logps/chosen" in line)
+
+
 def test_the_worse_trial_takes_over_the_weights_of_the_better_one(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -38,6 +43,10 @@ def test_the_worse_trial_takes_over_the_weights_of_the_better_one(
     first = lines[0]
     assert first["from"] == giver.name
     assert f"Takes over the weights of {giver.name} at step {first['step']}" in output
+    # Both read the same pairs next, and before that step's update they have the same weights; a step before they had not.
+    step = first["step"]
+    assert chosen_logps(taker, step + 1) == pytest.approx(chosen_logps(giver, step + 1), rel=1e-6)
+    assert chosen_logps(taker, step) != pytest.approx(chosen_logps(giver, step), rel=1e-6)
     # It goes on from there: the flags of the note are the run's, and its steps before are its own.
     assert f"learning_rate: {lines[-1]['flags']['learning_rate']}" in (taker / "config.yaml").read_text()
     assert all((trial / "summary.json").exists() for trial in trials)

@@ -70,6 +70,12 @@ def test_the_plan_of_a_sweep_is_told(tmp_path: Path, changes: dict[str, Any], wo
     assert plan_in_words(space, sweep, num_steps=110, gpu_hours=2.0) == words
 
 
+def test_the_plan_of_a_sweep_has_the_shared_reference_once(tmp_path: Path):
+    sweep = TuneConfig(search=("beta=grid:1,2,3",))
+    told = plan_in_words(check_search(base(tmp_path), sweep), sweep, num_steps=110, gpu_hours=2.0, shared=0.25)
+    assert told == "The sweep: 3 trials; 5.0 GPU hours"  # 0.5 and three times 1.5
+
+
 def test_a_price_without_a_plan_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"^--price_per_hour 2\.5: only --dry_run true tells costs\."):
         check_search(base(tmp_path), TuneConfig(search=("beta=uniform:1:2",), price_per_hour=2.5))
