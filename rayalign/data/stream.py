@@ -30,6 +30,10 @@ from rayalign.models.registry import packs_rows
 
 T = TypeVar("T")
 
+MOST_CHUNKS = 5_000
+"""Parts of a worker's pairs that one stream of Ray Data fetches, whose start takes milliseconds for each of them; a longer run
+has several streams, one after another."""
+
 NODE_ID = "ray.io/node-id"
 """The label that Ray gives each node."""
 
@@ -117,15 +121,17 @@ def _streamed(find: Callable[[pa.Table], pa.Table], lines: Sequence[Mapping[str,
     # Fetches wait for storage and hardly compute: without a CPU of their own they can't take one from a train worker, nor
     # wait for one for ever where the workers hold them all. They run beside their worker: what they need of the index is in the
     # node's memory already, and pairs don't travel.
-    tables = ray.data.from_items(list(lines), override_num_blocks=len(lines)).map_batches(
-        find,
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=0,
-        label_selector={NODE_ID: ray.get_runtime_context().get_node_id()},
-        compute=ray.data.TaskPoolStrategy(size=min(2, len(lines))),
-    )
-    yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    for start in range(0, len(lines), MOST_CHUNKS):
+        some = list(lines[start : start + MOST_CHUNKS])
+        tables = ray.data.from_items(some, override_num_blocks=len(some)).map_batches(
+            find,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0,
+            label_selector={NODE_ID: ray.get_runtime_context().get_node_id()},
+            compute=ray.data.TaskPoolStrategy(size=min(2, len(some))),
+        )
+        yield from tables.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
 def held_out_pairs(
