@@ -1,5 +1,6 @@
 """An adapter merged into its model: one plain folder whose log-probs are those of the policy that was trained."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -106,6 +107,35 @@ def test_weights_of_16_bits_are_rounded_once(model_folder: Callable[..., Path], 
     rounded, whole = (load_file(tmp_path / f"{name}-out" / "model.safetensors") for name in ("half", "exact"))
     assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
     assert all(torch.equal(rounded[name], whole[name].bfloat16()) for name in whole)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # in its import
+def test_an_adapter_of_4_bits_is_merged_into_the_weights_they_were_made_of(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = model_folder("llava")
+    tuner = TunerConfig(lora_target_modules=("ALL",), quant_bits=4)
+    trained(base, tmp_path / "run" / "model", tuner)
+    run(ExportConfig(model=str(tmp_path / "run" / "model"), output_dir=str(tmp_path / "out")))
+    unquantised = make_policy(ModelSource(str(base), str(tmp_path / "run" / "model")), tuner=TunerConfig())
+    assert_same(unquantised, base, tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_large_model_is_written_in_shards_with_its_own_generation_config(
+    model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_folder("llava"), base)
+    settings = {"do_sample": True, "temperature": 0.3, "eos_token_id": [2, 5]}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    policy = trained(base, tmp_path / "model", TUNERS["LoRA"])
+    write_merged(ModelSource(str(base), str(tmp_path / "model")), tmp_path / "out", max_shard_size="100KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: written[name] for name in settings} == settings
+    assert_same(policy, base, tmp_path / "out")
 
 
 def test_the_card_tells_what_the_run_says_of_itself_and_no_path(model_folder: Callable[..., Path], tmp_path: Path) -> None:
