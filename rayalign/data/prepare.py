@@ -293,10 +293,9 @@ def _prepare_rows(batch: pa.Table, *, tasks: Any, sources: Sources, spec: Encode
 
     def lines() -> list[dict[str, Any]]:
         fetched = _fetch(tasks)
-        attempt = Attempt(folder / f"attempt_{number}.json") if attempts_before() else None
+        attempt = Attempt(folder / f"attempt_{number}.json" if attempts_before() else None)
         written = write_task(fetched[number], folder, itertools.count(number, len(fetched)), sources, spec, attempt=attempt)
-        if attempt is not None:
-            attempt.end()
+        attempt.end()
         return written
 
     return report(lines, OUTCOME_SCHEMA)

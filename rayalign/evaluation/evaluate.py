@@ -18,14 +18,14 @@ import pyarrow as pa
 from rayalign.config.config import Config
 from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
-from rayalign.config.sections import ClusterConfig, ModelConfig
+from rayalign.config.sections import ClusterConfig
 from rayalign.data.rows import Sources
 from rayalign.evaluation.benchmarks.benchmark import Said
 from rayalign.evaluation.benchmarks.shelf import parse_benchmarks
+from rayalign.evaluation.contenders import Contender, contenders_of
 from rayalign.evaluation.exams import Exam, answers_in, read_exam
 from rayalign.evaluation.groups import Group, groups_of_datasets, groups_of_rows
 from rayalign.evaluation.judge import Judge, judge_all
-from rayalign.evaluation.loaded_model import start_of_run
 from rayalign.evaluation.pair_scores import Scoring, make_work
 from rayalign.evaluation.pool import run_pool
 from rayalign.evaluation.pool_folder import DROPPED, read_results
@@ -38,32 +38,15 @@ from rayalign.evaluation.start import (
     config_of,
     files_of_data,
     files_of_model,
-    is_reward_model_here,
-    model_of,
     on_cluster,
     sources_of,
 )
-from rayalign.models.registry import REGISTERED_MODELS
-from rayalign.models.source import ModelSource, require_model
 from rayalign.report.evaluation_page import render_evaluation
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
 
 SCORES, JUDGEMENTS, PAGE, DATA = "scores", "judgements", "evaluation.html", "dataset"
-NO_REFERENCE, START_OF_RUN = "none", "auto"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model that is evaluated: what it is called among the results, what loads it, and its reference."""
-
-    role: str
-    name: str
-    config: Config
-    source: ModelSource
-    reference: ModelConfig | None
-    reference_source: ModelSource | None
 
 
 @dataclass(frozen=True)
@@ -128,8 +111,7 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
         raise ValueError("--max_questions: there are no --benchmarks, whose questions it draws. Leave it out.")
     judge = _judge_of(evaluation, exams)
     data_sources = sources_of(config) if config.data.dataset else None
-    contenders = _contenders(config, evaluation)
-    _require_reference(contenders, config, evaluation)
+    contenders = contenders_of(config, evaluation)
     found: dict[str, dict[str, Scored]] = {}
     with on_cluster(config, model=contenders[0].source) as placed:
         suites = [_suite_of_exam(exam, config) for exam in exams]
@@ -147,61 +129,6 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
     (output / PAGE).write_bytes(render_evaluation(page_of(results, flags=used, seed=seed)).encode())
     logger.info("Evaluation: %s", (output / PAGE).location)
     return Evaluation(output, table_text(results, seed=seed))
-
-
-def _contenders(config: Config, evaluation: EvaluateConfig) -> list[Contender]:
-    contenders = [_contender("model", config, evaluation)]
-    if evaluation.compare:
-        second = dataclasses.replace(config.model, model=evaluation.compare, model_type=None, adapter=None)
-        contenders.append(_contender("compare", dataclasses.replace(config, model=second), evaluation))
-    return contenders
-
-
-def _contender(role: str, config: Config, evaluation: EvaluateConfig) -> Contender:
-    try:
-        source = model_of(config)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--model ", "--compare ", 1) if role == "compare" else str(error)) from None
-    reference = None if is_reward_model_here(source) else _reference(source, config.model, evaluation.ref_model)
-    reference_source = None
-    if reference is not None:
-        try:
-            reference_source = require_model(reference, REGISTERED_MODELS)
-        except ValueError as error:
-            if evaluation.ref_model == START_OF_RUN:
-                raise ValueError(
-                    f"The reference, from which the model's run started: {error} --ref_model names another."
-                ) from None
-            said = str(error).replace("--model ", "--ref_model ", 1)
-            raise ValueError(f"{said} It names the reference; none: no reference.") from None
-        if reference_source == source:
-            reference = reference_source = None  # all its rewards would be 0
-    return Contender(role, source.adapter or source.base, config, source, reference, reference_source)
-
-
-def _require_reference(contenders: Sequence[Contender], config: Config, evaluation: EvaluateConfig) -> None:
-    """Raises ValueError where flags ask for what only a reference gives, and no model has one that differs from it."""
-    is_named = evaluation.ref_model not in (START_OF_RUN, NO_REFERENCE)
-    if (is_named or evaluation.sample_kl) and all(is_reward_model_here(contender.source) for contender in contenders):
-        asked = f"--ref_model {evaluation.ref_model}" if is_named else "--sample_kl true"
-        raise ValueError(
-            f"{asked}: {contenders[0].name} is a reward model, whose scores need no reference. Leave the flag out."
-        )
-    has_one = any(contender.reference is not None for contender in contenders)
-    if is_named and not has_one:
-        raise ValueError(f"--ref_model {evaluation.ref_model}: is the model that is evaluated. Give another one, or none.")
-    if evaluation.sample_kl and not (has_one and config.data.dataset):
-        missing = "a reference: pass --ref_model" if config.data.dataset else "prompts: pass --dataset"
-        raise ValueError(f"--sample_kl true: there is no divergence without {missing}, or leave the flag out.")
-
-
-def _reference(source: ModelSource, model: ModelConfig, named: str) -> ModelConfig | None:
-    """What --ref_model means for a model."""
-    if named == NO_REFERENCE:
-        return None
-    if named == START_OF_RUN:
-        return start_of_run(source, model)
-    return dataclasses.replace(model, model=named, model_type=None, adapter=None)
 
 
 def _read_exam(name: str, place: str, config: Config, evaluation: EvaluateConfig) -> Exam:

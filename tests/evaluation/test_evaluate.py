@@ -11,7 +11,8 @@ from rayalign.config.command_line import parse_sections
 from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ModelConfig
-from rayalign.evaluation.evaluate import _reference, run
+from rayalign.evaluation.contenders import reference_of
+from rayalign.evaluation.evaluate import run
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
 from tests.evaluation.benchmarks.twins import put_pictures, write_lines
@@ -74,7 +75,7 @@ def test_every_reference_can_be_named_on_the_command_line() -> None:
 
 def test_a_run_is_compared_with_its_start_unless_another_reference_or_none_is_named(tmp_path: Path) -> None:
     source, like = ModelSource(str(tmp_path / "base"), str(tmp_path / "adapter")), ModelConfig(model=str(tmp_path / "adapter"))
-    start, none, other = (_reference(source, like, named) for named in ("auto", "none", "other"))
+    start, none, other = (reference_of(source, like, named) for named in ("auto", "none", "other"))
     assert (start and start.model, none, other and other.model) == (source.base, None, "other")
 
 
