@@ -77,6 +77,9 @@ TEMPORARY_FOLDERS = "/runtime_resources/"
 """In the path of what Ray unpacks for a job, and deletes. Can go together with JOB_VARIABLE.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/ray_constants.py"""
 
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "pair closure", "ncclRemoteError")
+"""What gloo and NCCL say in a worker whose exchange with another one ended with that one."""
+
 HEAD_NODE = "node:__internal_head__"
 """A resource that only the head node has. Can go when Ray documents a way to keep a process on the head node.
 https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py"""
@@ -183,7 +186,9 @@ def cause_in_words(error: Exception) -> str:
             "Ray ended a process because its machine's memory was full. Fewer --num_workers on a machine, a smaller "
             "--batch_size with more --gradient_accumulation_steps, or a lower --max_pixels or --max_length need less."
         )
-    innermost = causes[-1]
+    # Of workers that fail together, those that only met the end of another one are not the cause.
+    ends = [cause for cause in causes if list(causes_of(cause)) == [cause]]
+    innermost = next((cause for cause in reversed(ends) if not _met_lost_peer(cause)), ends[-1])
     lines = [line.strip() for line in str(innermost).splitlines() if line.strip()] or [""]
     first = lines[0].rstrip(".:")
     if type(innermost).__name__ == "OutOfMemoryError":  # torch's, whose class differs with the kind of device
@@ -195,9 +200,18 @@ def cause_in_words(error: Exception) -> str:
         return str(innermost)
     if isinstance(innermost, ray.exceptions.OutOfDiskError | ray.exceptions.ObjectStoreFullError):
         return f"a machine's disk or Ray's shared memory was full ({first}). Free some, on every node."
-    if isinstance(innermost, ray.exceptions.RayError):
+    if isinstance(innermost, ray.exceptions.RayError) or _met_lost_peer(innermost):
         return f"a process or machine of the cluster was lost ({type(innermost).__name__}: {first})."
     return f"{type(innermost).__name__}: {first}."
+
+
+def is_lost_peer(text: str) -> bool:
+    """Whether a line or an error's text is of a worker's exchange with another one that has ended."""
+    return any(words in text for words in LOST_PEER)
+
+
+def _met_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and is_lost_peer(str(error))
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:

@@ -190,6 +190,9 @@ class OutOfMemoryError(RuntimeError):
     """As torch's."""
 
 
+LOST_PEER = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:25504.")
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -218,6 +221,20 @@ class OutOfMemoryError(RuntimeError):
             "s3://bucket/a: the storage failed.",
         ),
         (WorkerGroupError("", {0: RayTaskError("loop", "Traceback", KeyError("a"))}), "KeyError: 'a'."),
+        *(
+            (
+                WorkerGroupError(str(failures), failures),
+                f"a process or machine of the cluster was lost ({first}",
+            )
+            for failures, first in (
+                ({0: ray.exceptions.ActorDiedError(), 1: LOST_PEER}, "ActorDiedError: "),
+                ({0: LOST_PEER, 1: ray.exceptions.ActorDiedError()}, "ActorDiedError: "),
+                ({0: LOST_PEER, 1: LOST_PEER}, "RuntimeError: [pair.cc:553] Connection closed by peer"),
+                ({0: ray.exceptions.ActorDiedError(), 1: RuntimeError("Write error: Broken pipe")}, "ActorDiedError: "),
+            )
+        ),
+        (WorkerGroupError("", {0: LOST_PEER, 1: KeyError("a")}), "KeyError: 'a'."),
+        (WorkerGroupError("", {0: OSError("Connection reset by peer")}), "OSError: Connection reset by peer."),
     ],
 )
 def test_a_failure_of_the_cluster_is_put_into_words(error: Exception, words: str) -> None:

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
-from rayalign.cluster import RAY_ERRORS, cause_in_words, causes_of, user_error_in
+from rayalign.cluster import RAY_ERRORS, cause_in_words, causes_of, is_lost_peer, user_error_in
 from rayalign.config.config import Config
 from rayalign.config.endings import STORAGE_TROUBLE, TRACEBACK_VARIABLE, RunFailed, Terminated
 from rayalign.nodes import NodesLost
@@ -28,9 +28,6 @@ T = TypeVar("T")
 
 OF_RAY = (0, signal.SIGTERM)
 """Exit codes with which Ray's own handlers of signals leave the program (in Ray Train's `fit`, and as `ray.init` sets one)."""
-
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
-"""What a worker's exchange with another one says when that one has ended."""
 
 UNMISTAKABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """Those that no code catches and goes on from: wherever one stands in a traceback, it is what ended the run."""
@@ -97,7 +94,7 @@ def hide_known_tracebacks() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     lines = record.getMessage().splitlines()
-    return not any(_number_in(line) in UNMISTAKABLE or any(words in line for words in LOST_PEER) for line in lines)
+    return not any(_number_in(line) in UNMISTAKABLE or is_lost_peer(line) for line in lines)
 
 
 def _number_in(line: str) -> int | None:

@@ -24,9 +24,9 @@ def test_a_run_whose_worker_controller_and_driver_are_killed_ends_with_the_weigh
     paths = ("--model", model, "--dataset", records, "--output_dir", folder, "--cache_dir", records.parent / "cache")
     words = ("pipelines/dpo.py", *paths, *FLAGS)
     driver = cluster_of_four_cpus.start(*words, log=log)
-    wait_for(lambda: steps_logged(folder) >= 7, driver, log)
+    wait_for(lambda: steps_logged(folder) >= 7 and whole_checkpoints(folder), driver, log)
     os.kill(newest_process("RayTrainWorker"), signal.SIGKILL)
-    wait_for(lambda: starts_of(folder) == 2 and steps_logged(folder) >= 14, driver, log)
+    wait_for(lambda: starts_of(folder) == 2 and steps_logged(folder) >= 14 and newest_step(folder) >= 10, driver, log)
     os.kill(newest_process("TrainController"), signal.SIGKILL)
     wait_for(lambda: starts_of(folder) == 3 and steps_logged(folder) >= 22, driver, log)
     driver.send_signal(signal.SIGKILL)
@@ -34,7 +34,9 @@ def test_a_run_whose_worker_controller_and_driver_are_killed_ends_with_the_weigh
     assert not (folder / "summary.json").exists()
     wait_for_end_of_workers()
     # The first two came after a new checkpoint each, so that each is the first in a row.
-    assert log.read_text().count("Restart 1 of 2 (--max_failures): a process or machine") == 2
+    restarts = [line for line in log.read_text().splitlines() if "Restart" in line]
+    assert all("Restart 1 of 2 (--max_failures): a process or machine" in line for line in restarts), restarts
+    assert len(restarts) == 2, restarts
     # What a kill in the middle of an upload leaves: a checkpoint, and Ray's own list of them, that end too early.
     *_, older, newest = sorted(whole_checkpoints(folder), key=lambda path: path.name)
     weights = newest / "trainable.safetensors"
@@ -63,6 +65,11 @@ def steps_logged(folder: Path) -> int:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     return [path.parent for path in (folder / "checkpoints").glob("step_*/manifest.json")]
+
+
+def newest_step(folder: Path) -> int:
+    """Of the newest whole checkpoint."""
+    return max((int(path.name.split("_")[1]) for path in whole_checkpoints(folder)), default=0)
 
 
 def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[str]", log: Path) -> None:
