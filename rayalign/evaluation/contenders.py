@@ -1,4 +1,5 @@
-"""The models that an evaluation is of, and what each one's implicit rewards and drift are compared with."""
+"""What an evaluation is of: a model or two, and what each one's implicit rewards and drift are compared with; or the scorers of
+--scorer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from rayalign.config.config import Config
 from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation.loaded_model import start_of_run
+from rayalign.evaluation.score import scorers_of
+from rayalign.evaluation.scorers.scorer import Scorer
 from rayalign.evaluation.start import is_reward_model_here, model_of
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model
@@ -17,25 +20,38 @@ NO_REFERENCE, START_OF_RUN = "none", "auto"
 
 @dataclass(frozen=True)
 class Contender:
-    """A model that is evaluated: what it is called among the results, what loads it, and its reference."""
+    """What is evaluated: what it is called among the results, and the model that `config` loads, with its reference; or
+    scorers, which may load models of their own."""
 
     role: str
     name: str
     config: Config
-    source: ModelSource
-    reference: ModelConfig | None
-    reference_source: ModelSource | None
+    source: ModelSource | None
+    reference: ModelConfig | None = None
+    reference_source: ModelSource | None = None
+    scorers: tuple[Scorer, ...] = ()
 
 
 def contenders_of(config: Config, evaluation: EvaluateConfig) -> list[Contender]:
-    """The model of the flags, and the second one where --compare names it. Raises ValueError for models and references that are
-    not there, and for flags that ask for a reference where none can be."""
+    """The model of the flags, and the second one where --compare names it; or the scorers of --scorer. Raises ValueError for
+    models and references that are not there, and for flags that ask for a reference where none can be."""
+    if evaluation.scorer:
+        return [_of_scorers(config, evaluation)]
     contenders = [_contender("model", config, evaluation)]
     if evaluation.compare:
         second = dataclasses.replace(config.model, model=evaluation.compare, model_type=None, adapter=None)
         contenders.append(_contender("compare", dataclasses.replace(config, model=second), evaluation))
     _require_reference(contenders, config, evaluation)
     return contenders
+
+
+def _of_scorers(config: Config, evaluation: EvaluateConfig) -> Contender:
+    try:
+        scorers = scorers_of(evaluation.score_config(), config.model)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--reference", "--ref_model")) from None
+    source = next((scorer.source for scorer in scorers if scorer.source), None)
+    return Contender("scorer", " ".join(evaluation.scorer), config, source, scorers=scorers)
 
 
 def _contender(role: str, config: Config, evaluation: EvaluateConfig) -> Contender:
@@ -62,8 +78,9 @@ def _contender(role: str, config: Config, evaluation: EvaluateConfig) -> Contend
 
 def _require_reference(contenders: Sequence[Contender], config: Config, evaluation: EvaluateConfig) -> None:
     """Raises ValueError where flags ask for what only a reference gives, and no model has one that differs from it."""
+    sources = [contender.source for contender in contenders if contender.source]
     is_named = evaluation.ref_model not in (START_OF_RUN, NO_REFERENCE)
-    if (is_named or evaluation.sample_kl) and all(is_reward_model_here(contender.source) for contender in contenders):
+    if (is_named or evaluation.sample_kl) and all(map(is_reward_model_here, sources)):
         asked = f"--ref_model {evaluation.ref_model}" if is_named else "--sample_kl true"
         raise ValueError(
             f"{asked}: {contenders[0].name} is a reward model, whose scores need no reference. Leave the flag out."

@@ -1,4 +1,5 @@
-"""The verb evaluate: any model, adapter or reward model on preference data and on benchmarks, alone or beside a second one.
+"""The verb evaluate: any model, adapter, reward model or scorer on preference data and on benchmarks, alone or beside a second
+one.
 
 Each model runs once over each data set and benchmark, in a pool that goes on where it was ended; metrics are made of the pool's
 results here.
@@ -9,7 +10,7 @@ import functools
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,20 +21,22 @@ from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ClusterConfig
 from rayalign.data.rows import Sources
+from rayalign.evaluation import pair_scores, scored_pairs
 from rayalign.evaluation.benchmarks.benchmark import Said
-from rayalign.evaluation.benchmarks.shelf import parse_benchmarks
+from rayalign.evaluation.benchmarks.shelf import BENCHMARKS, parse_benchmarks
 from rayalign.evaluation.contenders import Contender, contenders_of
 from rayalign.evaluation.exams import Exam, answers_in, read_exam
 from rayalign.evaluation.groups import Group, groups_of_datasets, groups_of_rows
 from rayalign.evaluation.judge import Judge, judge_all
-from rayalign.evaluation.pair_scores import Scoring, make_work
+from rayalign.evaluation.pair_scores import Scoring
 from rayalign.evaluation.pool import run_pool
 from rayalign.evaluation.pool_folder import DROPPED, read_results
-from rayalign.evaluation.preferences import pairs_of
+from rayalign.evaluation.preferences import DEFAULT_BETA, Pairs, is_of_reward_model, pairs_of
 from rayalign.evaluation.questions import Answers, fingerprint, metrics_of
 from rayalign.evaluation.results import METRICS, BenchmarkResult, DatasetResult, ModelResult, table_text, write_results
 from rayalign.evaluation.results_page import page_of
-from rayalign.evaluation.score_columns import SCHEMA, VIEWS, View
+from rayalign.evaluation.score import names_of
+from rayalign.evaluation.score_columns import SCHEMA, VIEWS, View, scored_schema
 from rayalign.evaluation.start import (
     config_of,
     files_of_data,
@@ -41,6 +44,7 @@ from rayalign.evaluation.start import (
     on_cluster,
     sources_of,
 )
+from rayalign.evaluation.work import Work
 from rayalign.report.evaluation_page import render_evaluation
 from rayalign.storage import Store
 
@@ -92,10 +96,6 @@ class Scored:
     table: pa.Table
     dropped: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def is_reward_model(self) -> bool:
-        return bool(self.table["is_reward_model"][0].as_py())
-
 
 def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
     """Evaluates, and writes metrics.json, records.parquet and evaluation.html into --output_dir.
@@ -109,6 +109,7 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
         raise ValueError("Nothing to evaluate on: pass --dataset with preference data, --benchmarks, or both.")
     if evaluation.max_questions is not None and not exams:
         raise ValueError("--max_questions: there are no --benchmarks, whose questions it draws. Leave it out.")
+    _require_pairs(evaluation, exams)
     judge = _judge_of(evaluation, exams)
     data_sources = sources_of(config) if config.data.dataset else None
     contenders = contenders_of(config, evaluation)
@@ -122,7 +123,8 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
                 suite.name: _score(suite, contender, placed.cluster, output, overwrite=flags.overwrite) for suite in suites
             }
     results = [
-        _result(c, found[c.role], exams, judge, output, beta=evaluation.beta, seed=config.data.data_seed) for c in contenders
+        _result(contender, found[contender.role], exams, judge, output, evaluation, config.data.data_seed)
+        for contender in contenders
     ]
     used, seed = {**dataclasses.asdict(flags), **dataclasses.asdict(evaluation)}, config.data.data_seed
     write_results(output, results, flags=used, seed=seed)
@@ -147,9 +149,20 @@ def _read_exam(name: str, place: str, config: Config, evaluation: EvaluateConfig
     return exam
 
 
+def _require_pairs(evaluation: EvaluateConfig, exams: Sequence[Exam]) -> None:
+    """Raises ValueError for a benchmark that scorers have nothing to score in."""
+    asking = next((exam.name for exam in exams if exam.benchmark.of_pairs is None), None)
+    if evaluation.scorer and asking is not None:
+        of_pairs = ", ".join(name for name, benchmark in BENCHMARKS.items() if benchmark.of_pairs is not None)
+        raise ValueError(
+            f"--benchmarks {asking}: its questions are answered by a model, and --scorer {' '.join(evaluation.scorer)} scores "
+            f"pairs. Those of pairs are {of_pairs}; for the others pass --model without --scorer."
+        )
+
+
 def _judge_of(evaluation: EvaluateConfig, exams: Sequence[Exam]) -> Judge | None:
     needing = [exam.name for exam in exams if exam.benchmark.judge_prompt is not None]
-    if evaluation.judge_url and evaluation.judge_model:
+    if evaluation.judge_url and evaluation.judge_model:  # (--judge_model alone may name the judge of --scorer)
         if not needing:
             raise ValueError("--judge_url: no benchmark of --benchmarks has answers that a judge rates. Leave it out.")
         return Judge(evaluation.judge_url, evaluation.judge_model)
@@ -174,21 +187,14 @@ def _suite_of_exam(exam: Exam, config: Config) -> Suite:
 def _score(suite: Suite, contender: Contender, cluster: ClusterConfig, output: Store, *, overwrite: bool) -> Scored:
     folder = output / SCORES / f"{suite.name}_{contender.role}"
     config = dataclasses.replace(contender.config, cluster=cluster)
-    scoring = Scoring(config, suite.sources, contender.reference, suite.views, suite.samples_kl)
-    reference = contender.reference_source
-    settings = {
-        "model": files_of_model(contender.source),
-        "reference": files_of_model(reference) if reference else None,
-        **suite.settings,
-        **scoring.settings(),
-    }
+    make, schema, settings = _by_scorers(suite, contender, config) if contender.scorers else _by_model(suite, contender, config)
     logger.info("%s: %s", suite.name, contender.name)
     run_pool(
         suite.groups,
-        functools.partial(make_work, scoring),
+        make,
         folder,
-        schema=SCHEMA,
-        settings=settings,
+        schema=schema,
+        settings={**suite.settings, **settings},
         cluster=cluster,
         what=f"rows of {suite.name}",
         overwrite=overwrite,
@@ -197,34 +203,59 @@ def _score(suite: Suite, contender: Contender, cluster: ClusterConfig, output: S
     return Scored(pa.concat_tables(read_results(folder)), dict(reasons))
 
 
+WorkOf = tuple[Callable[[], Work], pa.Schema, Mapping[str, Any]]
+"""What makes the work of an actor, the columns of its results, and what these depend on beside the rows."""
+
+
+def _by_model(suite: Suite, contender: Contender, config: Config) -> WorkOf:
+    scoring = Scoring(config, suite.sources, contender.reference, suite.views, suite.samples_kl)
+    files = {"model": contender.source, "reference": contender.reference_source}
+    settings = {name: files_of_model(source) if source else None for name, source in files.items()}
+    return functools.partial(pair_scores.make_work, scoring), SCHEMA, {**settings, **scoring.settings()}
+
+
+def _by_scorers(suite: Suite, contender: Contender, config: Config) -> WorkOf:
+    settings = {
+        "scorers": [dict(scorer.settings) for scorer in contender.scorers],
+        "dtype": config.model.dtype,
+        "max_length": config.data.max_length,
+        "max_pixels": config.data.max_pixels,
+    }
+    make = functools.partial(scored_pairs.make_work, config, suite.sources, contender.scorers)
+    return make, scored_schema(names_of(contender.scorers)), settings
+
+
 def _result(
     contender: Contender,
     scored: Mapping[str, Scored],
     exams: Sequence[Exam],
     judge: Judge | None,
     output: Store,
-    *,
-    beta: float,
+    evaluation: EvaluateConfig,
     seed: int,
 ) -> ModelResult:
-    """The results of one model. Raises ValueError where no record has a score."""
-    reference = contender.reference_source
-    if all(one.is_reward_model for one in scored.values()):
+    """The results of one model, or of the scorers. Raises ValueError where no record has a score."""
+    make_pairs = functools.partial(pairs_of, beta=evaluation.beta or DEFAULT_BETA, ensemble=evaluation.ensemble)
+    dataset, reference = None, contender.reference_source
+    if all(is_of_reward_model(one.table) for one in scored.values()):
         reference = None  # it has no log-probs to compare
-    dataset = None
     if DATA in scored:
         of_data = scored[DATA]
-        pairs = pairs_of(of_data.table, beta=beta, is_reward_model=of_data.is_reward_model)
-        dataset = DatasetResult.of(pairs, of_data.dropped, seed=seed)
-    benchmarks = {exam.name: _benchmark_result(exam, contender, scored[exam.name], judge, output, beta=beta) for exam in exams}
+        dataset = DatasetResult.of(make_pairs(of_data.table), of_data.dropped, seed=seed)
+    benchmarks = {exam.name: _benchmark_result(exam, contender, scored[exam.name], judge, output, make_pairs) for exam in exams}
     named = (reference.adapter or reference.base) if reference else None
     return ModelResult(contender.role, contender.name, named, dataset, benchmarks)
 
 
 def _benchmark_result(
-    exam: Exam, contender: Contender, scored: Scored, judge: Judge | None, output: Store, *, beta: float
+    exam: Exam,
+    contender: Contender,
+    scored: Scored,
+    judge: Judge | None,
+    output: Store,
+    make_pairs: Callable[[pa.Table], Pairs],
 ) -> BenchmarkResult:
-    answers = answers_in(exam, scored.table, beta=beta)
+    answers = answers_in(exam, scored.table, make_pairs)
     if exam.benchmark.judge_prompt is not None and judge is not None:
         answers = _judged(exam, answers, judge, output / JUDGEMENTS / f"{exam.name}_{contender.role}.jsonl")
     return BenchmarkResult(

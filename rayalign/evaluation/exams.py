@@ -2,7 +2,7 @@
 what came out. `evaluate` asks in a pool of workers; a run asks its checkpoints beside the training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from rayalign.evaluation.benchmarks.benchmark import Benchmark, Contents, Item, Metrics, Preferred, Said, image_folder
 from rayalign.evaluation.benchmarks.shelf import BENCHMARKS
-from rayalign.evaluation.preferences import IMPLICIT_REWARD, LIKELIHOOD, PER_TOKEN, REWARD_MODEL, pairs_of
+from rayalign.evaluation.preferences import IMPLICIT_REWARD, LIKELIHOOD, PER_TOKEN, REWARD_MODEL, Pairs, pairs_of
 from rayalign.evaluation.questions import BY_LOGP, BY_TEXT, Answers, answers_of, draw, metrics_of, rows_of
 from rayalign.evaluation.statistics import Estimate
 from rayalign.storage import Store
@@ -44,17 +44,11 @@ def read_exam(
     return Exam(name, benchmark, contents, items, rows_of(items, benchmark, images))
 
 
-def answers_in(exam: Exam, table: pa.Table, *, beta: float) -> Answers:
+def answers_in(exam: Exam, table: pa.Table, make_pairs: Callable[[pa.Table], Pairs] = pairs_of) -> Answers:
     """The answers to an exam in a pool's results."""
     lines = {line["id"]: line for line in table.to_pylist()}
-    pairs = None
-    if any(item.kind == "pair" for item in exam.items):
-        pairs = pairs_of(table, beta=beta, is_reward_model=_is_reward_model(table))
+    pairs = make_pairs(table) if any(item.kind == "pair" for item in exam.items) else None
     return answers_of(exam.items, lines, pairs)
-
-
-def _is_reward_model(table: pa.Table) -> bool:
-    return bool(table.num_rows and table["is_reward_model"][0].as_py())
 
 
 def figures_of(exam: Exam, answers: Answers) -> dict[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from rayalign.evaluation.score_columns import VIEWS
+from rayalign.evaluation.score_columns import SIDES, VIEWS, scored_column, scorers_in
 from rayalign.evaluation.statistics import (
     Difference,
     Discordant,
@@ -33,8 +33,16 @@ SCORERS = {
 }
 """The scorers in words."""
 
+ENSEMBLE = "ensemble"
+"""All scorers of --scorer together, where there are several."""
+
 LENGTHS = (32, 64, 128, 256, 512)
 """Tokens of the longer response up to which a group of lengths goes."""
+
+CHARACTERS = tuple(4 * tokens for tokens in LENGTHS)
+"""The same in characters, where no model counts tokens."""
+
+DEFAULT_BETA = 0.1
 
 MOST_PICTURES = 3
 
@@ -45,14 +53,17 @@ Groups = Mapping[str, Mapping[str, Mapping[str, Estimate]]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Scored pairs, one a position: `columns` of `pair_scores.SCHEMA` as floats, nan where there is none. `not_finite`: ids of
-    those whose scores are no numbers, which are not among them."""
+    """Scored pairs, one a position: `columns` of `score_columns.SCHEMA`, or of `scored_schema`, as floats, nan where there is
+    none. `not_finite`: ids of those whose scores are no numbers, which are not among them. `given`: the scorers of --scorer,
+    where these scored them and no model."""
 
     ids: tuple[str, ...]
     columns: Mapping[str, Floats]
     not_finite: tuple[str, ...]
     beta: float
     is_reward_model: bool
+    given: tuple[str, ...] = ()
+    ensemble: str = "mean"
 
     @property
     def scorers(self) -> tuple[str, ...]:
@@ -60,11 +71,40 @@ class Pairs:
 
     @property
     def chief(self) -> str:
-        """The scorer that stands nearest to the model's training."""
+        """The scorer that stands nearest to the model's training; of those of --scorer all together."""
+        if self.given:
+            return self.scorers[-1]
         return next(name for name in (REWARD_MODEL, IMPLICIT_REWARD, LIKELIHOOD) if name in self.scorers)
+
+    @property
+    def unit(self) -> str:
+        """What responses are measured in."""
+        return "characters" if self.given else "tokens"
+
+    def lengths(self, side: str) -> Floats:
+        """Of the responses of a side, in `unit`s."""
+        return self.columns[f"{side}_{self.unit}"]
+
+    def scores(self, side: str) -> Floats:
+        """Of the responses of a side by the chief scorer, as far as it scores responses alone."""
+        if self.given:
+            return self._given(side)[self.chief]
+        whole = self.columns[side]
+        return self.beta * (whole - self.columns[f"reference_{side}"]) if self.chief == IMPLICIT_REWARD else whole
+
+    def _given(self, side: str) -> dict[str, Floats]:
+        """The scores of --scorer's, and of all together."""
+        found = {name: self.columns[scored_column(name, side)] for name in self.given}
+        if len(found) > 1:
+            together = np.min if self.ensemble == "min" else np.mean
+            found[ENSEMBLE] = together(list(found.values()), axis=0)
+        return found
 
     def margins(self, view: str = "") -> dict[str, Floats]:
         """By scorer, how much higher the chosen response scores; with wrong pictures for a view, nan where a pair has none."""
+        if self.given:
+            better, worse = (self._given(side) for side in SIDES)
+            return {name: better[name] - worse[name] for name in ({} if view else better)}
         prefix = f"{view}_" if view else ""
         chosen, rejected = self.columns[f"{prefix}chosen"], self.columns[f"{prefix}rejected"]
         if self.is_reward_model:
@@ -87,24 +127,30 @@ class Pairs:
         )
 
 
-def pairs_of(table: pa.Table, *, beta: float, is_reward_model: bool) -> Pairs:
-    """The pairs of a pool's results, by their column `id`. Raises ValueError where there is a reference and none of its scores
-    is a number."""
+def pairs_of(table: pa.Table, *, beta: float = DEFAULT_BETA, ensemble: str = "mean") -> Pairs:
+    """The pairs of a pool's results, by their column `id`: of a model's `score_columns.SCHEMA`, or of a `scored_schema`. Raises
+    ValueError where there is a reference and none of its scores is a number."""
     ids = table["id"].to_pylist()
     columns = {
         name: table[name].cast(pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
         for name in table.column_names
         if pa.types.is_floating(table[name].type) or pa.types.is_integer(table[name].type)
     }
-    reference = columns["reference_chosen"]
-    if table["reference_chosen"].null_count < len(reference) and np.isnan(reference).all():
+    given = scorers_in(table.schema)
+    if not given and table["reference_chosen"].null_count < len(ids) and np.isnan(columns["reference_chosen"]).all():
         raise ValueError(
             "The reference has given no record a score that is a number. Is it damaged? --ref_model names another."
         )
-    whole = Pairs(tuple(ids), columns, (), beta, is_reward_model)
+    whole = Pairs(tuple(ids), columns, (), beta, is_of_reward_model(table), given, ensemble)
     finite = np.all([np.isfinite(margins) for margins in whole.margins().values()], axis=0)
     kept = whole.take([own for own, good in zip(ids, finite, strict=True) if good])
     return dataclasses.replace(kept, not_finite=tuple(own for own, good in zip(ids, finite, strict=True) if not good))
+
+
+def is_of_reward_model(table: pa.Table) -> bool:
+    """Whether a pool's results are a reward model's."""
+    name = "is_reward_model"
+    return bool(name in table.column_names and table.num_rows and table[name][0].as_py())
 
 
 def preference_metrics(pairs: Pairs, *, seed: int) -> dict[str, Metric]:
@@ -124,7 +170,8 @@ def preference_metrics(pairs: Pairs, *, seed: int) -> dict[str, Metric]:
                 found[f"image_reliance/{scorer}"] = estimate(right - wrong, seed=seed)
     if IMPLICIT_REWARD in pairs.scorers:
         found["drift"] = estimate(pairs.columns["chosen"] - pairs.columns["reference_chosen"], seed=seed)
-    sampled = pairs.columns["kl"][np.isfinite(pairs.columns["kl"])]
+    kl = pairs.columns.get("kl", np.empty(0))
+    sampled = kl[np.isfinite(kl)]
     if len(sampled):
         found["kl"] = estimate(sampled, seed=seed)
     return found | _length_metrics(pairs, seed=seed)
@@ -132,7 +179,7 @@ def preference_metrics(pairs: Pairs, *, seed: int) -> dict[str, Metric]:
 
 def _length_metrics(pairs: Pairs, *, seed: int) -> dict[str, Metric]:
     chief = pairs.chief
-    extra = pairs.columns["chosen_tokens"] - pairs.columns["rejected_tokens"]
+    extra = pairs.lengths("chosen") - pairs.lengths("rejected")
     bias = length_bias(pairs.margins()[chief], extra, seed=seed)
     found: dict[str, Metric] = {"accuracy/by_length_alone": bias.by_length_alone}
     if not math.isnan(bias.correlation):
@@ -147,8 +194,9 @@ def group_metrics(pairs: Pairs, *, seed: int) -> Groups:
     """The accuracies and margins by source, by length and by number of pictures, of each kind that has several groups."""
     kinds = {
         "source": [own.rpartition(":")[0] for own in pairs.ids],
-        "tokens": [
-            length_group(float(n)) for n in np.maximum(pairs.columns["chosen_tokens"], pairs.columns["rejected_tokens"])
+        pairs.unit: [
+            length_group(float(n), CHARACTERS if pairs.given else LENGTHS)
+            for n in np.maximum(pairs.lengths("chosen"), pairs.lengths("rejected"))
         ],
         "pictures": [picture_group(int(n)) for n in pairs.columns["num_images"]],
     }
@@ -167,14 +215,14 @@ def group_metrics(pairs: Pairs, *, seed: int) -> Groups:
     return found
 
 
-def length_group(tokens: float) -> str:
-    """The group of a response of so many tokens."""
+def length_group(length: float, bounds: Sequence[int] = LENGTHS) -> str:
+    """The group of a response of so many tokens, or in what else the bounds are."""
     lower = 1
-    for upper in LENGTHS:
-        if tokens <= upper:
+    for upper in bounds:
+        if length <= upper:
             return f"{lower} to {upper}"
         lower = upper + 1
-    return f"above {LENGTHS[-1]}"
+    return f"above {bounds[-1]}"
 
 
 def picture_group(number: int) -> str:

@@ -63,7 +63,7 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """All results of one model; `role` is `model`, or `compare` for the second one."""
+    """All results of one model; `role` is `model`, `compare` for the second one, or `scorer` for the scorers of --scorer."""
 
     role: str
     name: str
@@ -152,7 +152,7 @@ def benchmark_comparisons(results: Sequence[ModelResult]) -> dict[str, dict[str,
 def records_table(results: Sequence[ModelResult]) -> pa.Table:
     """Every record of the preference data that any model scored: the columns of the scores and the margins, those of a second
     model behind `compare_`."""
-    sets = {("" if r.role == "model" else "compare_"): r.dataset.pairs for r in results if r.dataset is not None}
+    sets = {("compare_" if r.role == "compare" else ""): r.dataset.pairs for r in results if r.dataset is not None}
     ids = list(dict.fromkeys(own for pairs in sets.values() for own in pairs.ids))
     columns: dict[str, pa.Array] = {"id": pa.array(ids, pa.string())}
     for prefix, pairs in sets.items():

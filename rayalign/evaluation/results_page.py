@@ -7,6 +7,7 @@ from typing import Any
 from rayalign.evaluation.preferences import IMPLICIT_REWARD, LIKELIHOOD, REWARD_MODEL, SCORERS, Metric, Pairs
 from rayalign.evaluation.questions import BY_LOGP, BY_TEXT
 from rayalign.evaluation.results import BenchmarkResult, ModelResult, comparison_lines, in_words
+from rayalign.evaluation.score_columns import SIDES
 from rayalign.evaluation.statistics import Estimate
 from rayalign.report.evaluation_page import Cell, EvaluationPage, Section
 from rayalign.report.pairs import ScoredPair
@@ -43,6 +44,7 @@ def page_of(results: Sequence[ModelResult], *, flags: Mapping[str, Any], seed: i
         comparison=tuple(comparison_lines(results, seed=seed)) if len(results) == 2 else (),
         pairs=tuple(pairs),
         score_name=score_name,
+        length_unit=first.dataset.pairs.unit if first.dataset is not None else "",
         dropped=dropped,
         left_out={f"{one.title}, {row.place}": row.reason for one in first.benchmarks.values() for row in one.left_out},
         flags=flags,
@@ -54,7 +56,7 @@ def _tiles(first: ModelResult) -> dict[str, str]:
     if first.dataset is not None:
         chief = first.dataset.pairs.chief
         names = {
-            f"Accuracy, {SCORERS[chief]}": f"accuracy/{chief}",
+            f"Accuracy, {SCORERS.get(chief, chief)}": f"accuracy/{chief}",
             "Accuracy, likelihood": "accuracy/likelihood",
             "Picture reliance": f"image_reliance/{chief}",
             "Drift": "drift",
@@ -65,7 +67,7 @@ def _tiles(first: ModelResult) -> dict[str, str]:
                 tiles[name] = in_words(value)
         tiles["Records"] = f"{len(first.dataset.pairs.ids):,}"
     for one in first.benchmarks.values():
-        way = next((way for way in CHIEF_WAYS if way in one.metrics), "")
+        way = next((way for way in CHIEF_WAYS if way in one.metrics), [*one.metrics, ""][0])
         inner = one.metrics.get(way, {})
         for metric, value in list(inner.items())[:1]:
             tiles[f"{one.title}, {metric} ({way})"] = in_words(value)
@@ -125,11 +127,7 @@ def _benchmark_section(name: str, one: BenchmarkResult, results: Sequence[ModelR
 
 def _scored_pairs(pairs: Pairs) -> tuple[list[ScoredPair], str]:
     """The pairs by the chief scorer, as the report draws them."""
-    chosen, rejected = pairs.columns["chosen"], pairs.columns["rejected"]
-    name = SCORERS[pairs.chief]
-    if pairs.chief == IMPLICIT_REWARD:
-        chosen = pairs.beta * (chosen - pairs.columns["reference_chosen"])
-        rejected = pairs.beta * (rejected - pairs.columns["reference_rejected"])
-    tokens = [pairs.columns[f"{side}_tokens"] for side in ("chosen", "rejected")]
-    columns = zip(pairs.ids, chosen.tolist(), rejected.tolist(), *(t.astype(int).tolist() for t in tokens), strict=True)
-    return [ScoredPair(*row) for row in columns], name
+    chosen, rejected = (pairs.scores(side) for side in SIDES)
+    lengths = [pairs.lengths(side) for side in SIDES]
+    columns = zip(pairs.ids, chosen.tolist(), rejected.tolist(), *(of.astype(int).tolist() for of in lengths), strict=True)
+    return [ScoredPair(*row) for row in columns], SCORERS.get(pairs.chief, pairs.chief)

@@ -41,8 +41,8 @@ class Section:
 
 @dataclass(frozen=True)
 class EvaluationPage:
-    """What the page shows. `pairs` are the first model's; `dropped` counts records by reason, `left_out` names rows of
-    benchmarks' files with theirs."""
+    """What the page shows. `pairs` are the first model's, whose lengths are in `length_unit`s; `dropped` counts records by
+    reason, `left_out` names rows of benchmarks' files with theirs."""
 
     title: str
     facts: Mapping[str, str]
@@ -52,6 +52,7 @@ class EvaluationPage:
     comparison: Sequence[str]
     pairs: Sequence[ScoredPair]
     score_name: str
+    length_unit: str
     dropped: Mapping[str, int]
     left_out: Mapping[str, str]
     flags: Mapping[str, Any]
@@ -65,7 +66,7 @@ def render_evaluation(page: EvaluationPage) -> str:
         _comparison(page.comparison),
         *(_section(one, page.models) for one in page.sections),
         _distributions(page.pairs, score_name=page.score_name),
-        length_bias(page.pairs),
+        length_bias(page.pairs, page.length_unit),
         _left_out(page),
         flags_section(page.flags),
     ]

@@ -71,18 +71,18 @@ def correlation(points: Sequence[Point]) -> float:
         return math.nan
 
 
-def length_bias(pairs: Sequence[ScoredPair]) -> str:
-    """Margins against the difference in length, and accuracy by which response is longer."""
+def length_bias(pairs: Sequence[ScoredPair], unit: str = "tokens") -> str:
+    """Margins against the difference in length, in some unit, and accuracy by which response is longer."""
     known = [pair for pair in pairs if is_drawable(pair.margin)]
     if not known:
         return ""
     points = [(float(pair.extra_tokens), pair.margin) for pair in known]
-    labels = [f"{pair.id}: margin {format_number(pair.margin)}, {pair.extra_tokens:+d} tokens" for pair in known]
+    labels = [f"{pair.id}: margin {format_number(pair.margin)}, {pair.extra_tokens:+d} {unit}" for pair in known]
     chart = scatter(
         "Margin against length",
         points,
         labels,
-        x_label="tokens of chosen - tokens of rejected",
+        x_label=f"{unit} of chosen - {unit} of rejected",
         y_label="margin",
         sign_names=("prefers chosen", "does not"),
     )
@@ -102,11 +102,11 @@ def length_bias(pairs: Sequence[ScoredPair]) -> str:
     accuracy = _accuracy([pair.margin for pair in known])
     words = (
         f"<p>The correlation of margin and length difference {strength}. Always preferring the longer response would have an "
-        f"accuracy of {format_number(by_length)}; the policy's is {format_number(accuracy)}.</p>"
+        f"accuracy of {format_number(by_length)}; the scores have {format_number(accuracy)}.</p>"
     )
     by_group = table(("", "pairs", "accuracy", "mean margin"), rows)
     content = f'<div class="charts wide">{chart}<div class="panel">{by_group}{words}</div></div>'
-    return section("Length bias", "Does the policy prefer better responses, or longer ones?", content)
+    return section("Length bias", "Are better responses preferred, or longer ones?", content)
 
 
 def examples(pairs: Sequence[ScoredPair], conversations: Mapping[str, Conversation], *, score_name: str) -> str:

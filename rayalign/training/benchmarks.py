@@ -266,7 +266,7 @@ def _figures(exam: Exam, work: Work) -> dict[str, float]:
         for number, (row, result) in enumerate(zip(rows, results_of(work, rows), strict=True), start=start):
             if not isinstance(result, RecordError):
                 lines += [{ID: row[ID], POSITION: number, **line} for line in result]
-    return figures_of(exam, answers_in(exam, _table(lines), beta=1.0))
+    return figures_of(exam, answers_in(exam, _table(lines)))
 
 
 def _table(lines: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -1,6 +1,7 @@
 """What the verb evaluate refuses before it takes any resource, and which reference a model gets."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,39 @@ def test_flags_that_nothing_would_use_are_refused(model_folder: Callable[..., Pa
     )
     assert refusal(flags, EvaluateConfig(sample_kl=True)) == (
         "--sample_kl true: there is no divergence without a reference: pass --ref_model, or leave the flag out."
+    )
+
+
+def test_scorers_stand_in_a_models_place(tmp_path: Path) -> None:
+    data, rules = tmp_path / "pairs.jsonl", tmp_path / "rules.py"
+    data.write_text('{"query": "a", "response": "b", "rejected_response": "c"}\n')
+    rules.write_text("def shorter(rows):\n    return [-len(row['response']) for row in rows]\n")
+    word = f"python={rules}:shorter"
+    for wrong, said in (
+        ({"compare": "m"}, f"--compare is of a model, and --scorer {word} stands in the place of one."),
+        ({"sample_kl": True}, f"--sample_kl is of a model, and --scorer {word} stands in the place of one."),
+        ({"judge_url": "http://localhost/v1"}, f"--judge_url rates what a model writes, and --scorer {word} scores pairs."),
+        ({"ref_model": "none"}, f"--ref_model none beside --scorer {word}: an implicit reward needs its reference."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            EvaluateConfig(scorer=(word,), **wrong)
+    with pytest.raises(ValueError, match=r"^--ensemble: belongs to --scorer, which is not given\."):
+        EvaluateConfig(ensemble="min")
+    flags = InferenceConfig(dataset=(str(data),), output_dir=str(tmp_path / "out"))
+    for own, said in (
+        (EvaluateConfig(scorer=(word,), ref_model="m"), f"--ref_model: no scorer of --scorer {word} uses it. Leave it out."),
+        (EvaluateConfig(scorer=(word,), beta=0.2), f"--beta: no scorer of --scorer {word} uses it. Leave it out."),
+        (EvaluateConfig(scorer=("judge=http://localhost/v1",)), "--scorer judge: pass --judge_model with the name by"),
+        (EvaluateConfig(scorer=("rules",)), "--scorer rules: must be one of reward_model, implicit_reward,"),
+    ):
+        assert refusal(flags, own).startswith(said)
+    model = InferenceConfig(model="m", dataset=(str(data),), output_dir=str(tmp_path / "out"))
+    assert refusal(model, EvaluateConfig(scorer=(word,))) == f"--model: no scorer of --scorer {word} uses it. Leave it out."
+    write_lines(tmp_path / "coco_pope_random.json", [{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "no"}])
+    put_pictures(tmp_path, "a.jpg")
+    assert refusal(flags, EvaluateConfig(scorer=(word,), benchmarks=(f"pope:{tmp_path}",))) == (
+        f"--benchmarks pope: its questions are answered by a model, and --scorer {word} scores pairs. Those of pairs are "
+        "vl_rewardbench, multimodal_rewardbench, mm_rlhf_rewardbench; for the others pass --model without --scorer."
     )
 
 

@@ -61,9 +61,7 @@ LINES = {
 
 def pair_results() -> Any:
     lines = [{"id": "pair#0", "chosen": -1.0, "rejected": -3.0, "chosen_tokens": 1, "rejected_tokens": 2}]
-    return pairs_of(
-        pa.Table.from_pylist(lines, schema=pa.schema([("id", pa.string()), *SCHEMA])), beta=0.1, is_reward_model=False
-    )
+    return pairs_of(pa.Table.from_pylist(lines, schema=pa.schema([("id", pa.string()), *SCHEMA])))
 
 
 def test_the_likeliest_option_and_the_models_own_words_are_both_answers() -> None:

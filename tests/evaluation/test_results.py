@@ -45,7 +45,7 @@ def result(role: str, *, first: int = 0, text: str = "Yes") -> ModelResult:
         left_out=(LeftOut("pope.json, row 7", "label: expected yes or no, found 'maybe'"),),
         dropped={"image missing": 1},
     )
-    pairs = pairs_of(table(columns, IDS[first:]), beta=0.1, is_reward_model=False)
+    pairs = pairs_of(table(columns, IDS[first:]))
     return ModelResult(role, f"<{role}>", "base", DatasetResult.of(pairs, {"broken JSON": 2}, seed=0), {"pope": benchmark})
 
 
@@ -116,7 +116,7 @@ def test_files_are_written(tmp_path: Path) -> None:
 
 
 def test_a_model_without_one_usable_score_is_refused() -> None:
-    pairs = pairs_of(table(COLUMNS | {"chosen": [math.nan] * 4}), beta=0.1, is_reward_model=False)
+    pairs = pairs_of(table(COLUMNS | {"chosen": [math.nan] * 4}))
     with pytest.raises(ValueError) as caught:
         DatasetResult.of(pairs, {}, seed=0)
     assert str(caught.value) == "No record of 4 has a score that is a number. Is the model damaged?"

@@ -61,3 +61,38 @@ def test_two_models_are_evaluated_side_by_side_and_nothing_is_computed_twice(tin
     after = {file: file.stat().st_mtime_ns for file in (out / "scores").rglob("*.parquet")}
     assert {file for file in before if before[file] != after[file]} == {lost}
     assert json.loads((out / "metrics.json").read_text()) == json.loads((tmp_path / "first.json").read_text())
+
+
+def test_scorers_are_evaluated_in_a_models_place(tiny_cluster: Cluster, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "llava")
+    records = write_rows(tmp_path / "data", 50, extra_lines=("{broken",))
+    (tmp_path / "rules.py").write_text("def length(rows):\n    return [len(row['response']) for row in rows]\n")
+    pairs = [
+        {
+            "id": f"mmmu-{n}",
+            "query": "Which?",
+            "response": ["a bee", "no"],
+            "human_ranking": [n % 2, 1 - n % 2],
+            "image": "a.jpg",
+        }
+        for n in range(3)
+    ]
+    write_lines(tmp_path / "bench" / "bench.jsonl", pairs)
+    put_pictures(tmp_path / "bench", "a.jpg")
+    scorers = ("--scorer", f"python={tmp_path / 'rules.py'}:length", f"likelihood={model}")
+    data = ("--dataset", records, "--benchmarks", f"vl_rewardbench:{tmp_path / 'bench'}")
+    out = tmp_path / "out"
+
+    said = tiny_cluster.run("pipelines/evaluate.py", *scorers, *data, "--num_workers", 2, "--output_dir", out)
+    assert "scorer: 50 records, 1 dropped" in said
+    found = json.loads((out / "metrics.json").read_text())["scorer"]
+    assert found["benchmarks"]["vl_rewardbench"]["metrics"]["python"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    metrics = found["dataset"]["metrics"]
+    # The length prefers the longer one; the likelihood is that of the model evaluated by itself.
+    assert metrics["accuracy/python"]["value"] == metrics["accuracy/by_length_alone"]
+    assert {"accuracy/likelihood", "margin/ensemble", "length_correlation/ensemble"} <= metrics.keys()
+    own = ("--model", model, "--dataset", records, "--image_checks", "none", "--output_dir", tmp_path / "own")
+    tiny_cluster.run("pipelines/evaluate.py", *own)
+    alone = json.loads((tmp_path / "own" / "metrics.json").read_text())["model"]["dataset"]["metrics"]
+    assert metrics["margin/likelihood"]["value"] == pytest.approx(alone["margin/likelihood"]["value"], abs=1e-4)
+    assert "characters of chosen" in (out / "evaluation.html").read_text()

@@ -227,7 +227,7 @@ def test_a_checkpoints_figures_are_those_of_its_model_in_the_verb_evaluate(
 
 def test_a_question_that_cannot_be_asked_leaves_the_others(tmp_path: Path, pope: Path) -> None:
     exam = read_exam("pope", str(pope), image_root=None, max_questions=None, seed=42)
-    assert figures_of(exam, answers_in(exam, benchmarks._table([]), beta=1.0)) == {}
+    assert figures_of(exam, answers_in(exam, benchmarks._table([]))) == {}
 
 
 def refusal(config: Config) -> str:
