@@ -81,7 +81,7 @@ def outcomes(tasks: list[Any]) -> Iterator[Any]:
     from rayalign.data.rows import OUTCOME_SCHEMA
 
     for number, task in enumerate(tasks):
-        size, first = task.num_rows, task.spans[0].first_row
+        size, first = task.num_rows, task.parts[0].spans[0].first_row
         lines = {
             "id": [f"rows.jsonl:{row}" for row in range(first, first + size)],
             "source_row": np.arange(first, first + size),

@@ -40,7 +40,7 @@ LONGEST_DETAIL = 2000
 
 
 @dataclass(frozen=True, eq=False)
-class PrepareTask:
+class FilePart:
     """The rows in some neighbouring spans of one file, of which `rows` (None: all) are wanted."""
 
     dataset: int
@@ -53,11 +53,26 @@ class PrepareTask:
         return sum(span.num_rows for span in self.spans) if self.rows is None else len(self.rows)
 
 
-def rows_of_task(task: PrepareTask, sources: "Sources") -> Iterator[tuple[int, Row]]:
-    """The numbers and contents of a task's rows, or the RecordErrors of those that can't be read."""
-    file = sources.datasets[task.dataset].files[task.file]
-    wanted = None if task.rows is None else task.rows.tolist()
-    return itertools.chain.from_iterable(read_rows(file, span, wanted) for span in task.spans)
+@dataclass(frozen=True, eq=False)
+class PrepareTask:
+    """The rows in parts of some neighbouring files."""
+
+    parts: tuple[FilePart, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_rows for part in self.parts)
+
+
+def rows_of_part(part: FilePart, sources: "Sources") -> Iterator[tuple[int, Row]]:
+    """The numbers and contents of a part's rows, or the RecordErrors of those that can't be read."""
+    file = sources.datasets[part.dataset].files[part.file]
+    wanted = None if part.rows is None else part.rows.tolist()
+    return itertools.chain.from_iterable(read_rows(file, span, wanted) for span in part.spans)
+
+
+def _rows_of(task: PrepareTask, sources: "Sources") -> Iterator[tuple[FilePart, int, Row]]:
+    return ((part, *row) for part in task.parts for row in rows_of_part(part, sources))
 
 
 @dataclass(frozen=True)
@@ -83,21 +98,21 @@ def write_task(
 ) -> list[dict[str, Any]]:
     """Writes a task's pairs into shards of a folder, which get the given numbers; returns a line of OUTCOME_SCHEMA for each of
     its rows. `attempt`: where a process ended over these rows before."""
-    file = sources.datasets[task.dataset].files[task.file]
-    label, folder = file_label(sources, task), Store(file.location).parent
     shards = ShardWriter(into, numbers)
     outcomes: list[dict[str, Any]] = []
     seen = ColumnsSeen(sources.columns, _own_formats(sources.plugins))
-    for row, content in rows_of_task(task, sources):
-        outcome: dict[str, Any] = {"dataset": task.dataset, "file": task.file, "source_row": row}
+    for part, row, content in _rows_of(task, sources):
+        outcome: dict[str, Any] = {"dataset": part.dataset, "file": part.file, "source_row": row}
         try:
+            own = f"{file_label(sources, part)}:{row}"
             if attempt is not None:
-                attempt.begin(str(row))
+                attempt.begin(own)
             if isinstance(content, RecordError):
                 raise content
             with record_errors():
                 outcome |= seen.add(content)
-            pair, crosses = encode_row(content, id=f"{label}:{row}", folder=folder, sources=sources, spec=spec)
+            folder = Store(sources.datasets[part.dataset].files[part.file].location).parent
+            pair, crosses = encode_row(content, id=own, folder=folder, sources=sources, spec=spec)
         except RecordError as error:
             outcome |= {
                 "reason": error.reason,
@@ -115,11 +130,11 @@ def write_task(
     return outcomes
 
 
-def file_label(sources: Sources, task: PrepareTask) -> str:
+def file_label(sources: Sources, part: FilePart) -> str:
     """What a file's records are called after; numbered where several files could have the same name."""
-    name = sources.datasets[task.dataset].files[task.file].name
-    several = sum(len(dataset.files) for dataset in sources.datasets) > 1
-    return f"{task.dataset}.{task.file}/{name}" if several else name
+    name = sources.datasets[part.dataset].files[part.file].name
+    several = len(sources.datasets) > 1 or len(sources.datasets[0].files) > 1
+    return f"{part.dataset}.{part.file}/{name}" if several else name
 
 
 def encode_row(row: Mapping[str, Any], *, id: str, folder: Store, sources: Sources, spec: EncoderSpec) -> "Encoded":

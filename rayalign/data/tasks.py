@@ -1,4 +1,5 @@
-"""The work of a preparation in tasks, each some rows of one file, which the cluster's processes do side by side.
+"""The work of a preparation in tasks, each some rows of one file or of several small ones, which the cluster's processes do
+side by side.
 
 `prepare` hands them out, `rows` does one.
 """
@@ -6,6 +7,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import ray
@@ -13,17 +15,19 @@ import ray
 from rayalign.cluster import Stopped, outcome_of, result_of
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.pairs import Rows
-from rayalign.data.rows import PrepareTask, Sources, record_of, rows_of_task
+from rayalign.data.rows import FilePart, PrepareTask, Sources, record_of, rows_of_part
 from rayalign.formats.records import RecordError
 from rayalign.sources.files import Dataset, SourceFile, spans_of
 from rayalign.sources.rows import Span
+
+T = TypeVar("T")
 
 SPAN_ROWS = 256
 """Rows that one task reads, encodes and writes as one shard, or several where their pictures are large."""
 
 MOST_TASKS = 10_000
-"""Of a larger data set a task has several spans of a file, and writes as many rows more: the driver takes milliseconds for each
-task, and who reads opens fewer shards."""
+"""Of a larger data set, or one of more files, a task has several spans, and writes as many rows more: the driver takes
+milliseconds for each task, and who reads opens fewer shards."""
 
 TASKS_OF_A_PROCESS = 4
 """As long as each has no more work than this, another process would not pay: its start takes seconds, as some tasks do."""
@@ -34,6 +38,9 @@ TASKS_WITH_PICTURES = 2
 TASK_BYTES = 2**30
 """Memory of a process that encodes: 0.5 GB of libraries, a shard twice, and the pictures of a record while they are decoded."""
 
+MOST_SCANS = 1_000
+"""Tasks that scan files; of more files each scans several."""
+
 SCANNED_HERE = 64 * 2**20
 """Bytes of files that the driver scans itself, in less time than a process of the cluster starts in."""
 
@@ -41,16 +48,14 @@ SCANNED_HERE = 64 * 2**20
 def cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
     """The work of a preparation; files are scanned side by side, and #N draws are made here."""
     spans = iter(_scan([file for dataset in sources.datasets for file in dataset.files]))
-    tasks: list[PrepareTask] = []
+    parts: list[FilePart] = []
     for number, dataset in enumerate(sources.datasets):
-        tasks += _tasks_of(number, dataset, list(itertools.islice(spans, len(dataset.files))), seed)
-    at_a_time = -(-len(tasks) // MOST_TASKS)
-    of_files = itertools.groupby(tasks, key=lambda task: (task.dataset, task.file))
-    return [_joined(some) for _, of_file in of_files for some in _in_groups(list(of_file), at_a_time)]
+        parts += _parts_of(number, dataset, list(itertools.islice(spans, len(dataset.files))), seed)
+    return [_task_of(some) for some in _in_groups(parts, -(-len(parts) // MOST_TASKS))]
 
 
-def _tasks_of(number: int, dataset: Dataset, spans: Sequence[Sequence[Span]], seed: int) -> Iterator[PrepareTask]:
-    """A task for each span of a data set's files with rows that are wanted."""
+def _parts_of(number: int, dataset: Dataset, spans: Sequence[Sequence[Span]], seed: int) -> Iterator[FilePart]:
+    """A part for each span of a data set's files with rows that are wanted."""
     wanted = _draw(sum(span.num_rows for of_file in spans for span in of_file), dataset, seed)
     passed = 0
     for file, of_file in enumerate(spans):
@@ -60,19 +65,24 @@ def _tasks_of(number: int, dataset: Dataset, spans: Sequence[Sequence[Span]], se
                 first, end = np.searchsorted(wanted, (passed, passed + span.num_rows))
                 rows = wanted[first:end] - passed + span.first_row
             if rows is None or len(rows):
-                yield PrepareTask(number, file, (span,), rows)
+                yield FilePart(number, file, (span,), rows)
             passed += span.num_rows
 
 
-def _in_groups(tasks: Sequence[PrepareTask], size: int) -> Iterator[Sequence[PrepareTask]]:
-    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+def _in_groups(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), max(size, 1)))
 
 
-def _joined(tasks: Sequence[PrepareTask]) -> PrepareTask:
-    """One task with the rows of several of a file."""
-    rows = [task.rows for task in tasks if task.rows is not None]
-    spans = tuple(span for task in tasks for span in task.spans)
-    return PrepareTask(tasks[0].dataset, tasks[0].file, spans, np.concatenate(rows) if rows else None)
+def _task_of(parts: Sequence[FilePart]) -> PrepareTask:
+    of_files = itertools.groupby(parts, key=lambda part: (part.dataset, part.file))
+    return PrepareTask(tuple(_joined(list(of_file)) for _, of_file in of_files))
+
+
+def _joined(parts: Sequence[FilePart]) -> FilePart:
+    """One part with the rows of several of a file."""
+    rows = [part.rows for part in parts if part.rows is not None]
+    spans = tuple(span for part in parts for span in part.spans)
+    return FilePart(parts[0].dataset, parts[0].file, spans, np.concatenate(rows) if rows else None)
 
 
 def processes_for(num_tasks: int, *, with_pictures: bool) -> int:
@@ -82,8 +92,7 @@ def processes_for(num_tasks: int, *, with_pictures: bool) -> int:
 
 def has_pictures(tasks: Sequence[PrepareTask], sources: Sources, spec: EncoderSpec) -> bool:
     """Whether the first row has some; what is wrong with it is told where it is encoded."""
-    task = tasks[0]
-    _, row = next(rows_of_task(task, sources))
+    _, row = next(rows_of_part(tasks[0].parts[0], sources))
     try:
         return not isinstance(row, RecordError) and bool(record_of(row, id="", sources=sources, spec=spec).images)
     except RecordError:
@@ -102,11 +111,12 @@ def _scan(files: Sequence[SourceFile]) -> list[list[Span]]:
     if sum(file.size for file in files) <= SCANNED_HERE:
         return [spans_of(file, SPAN_ROWS) for file in files]
     scan = ray.remote(_spans_of)
-    return [result_of(outcome) for outcome in ray.get([scan.remote(file) for file in files])]
+    some = _in_groups(files, -(-len(files) // MOST_SCANS))
+    return [spans for outcome in ray.get([scan.remote(those) for those in some]) for spans in result_of(outcome)]
 
 
-def _spans_of(file: SourceFile) -> list[Span] | Stopped:
-    return outcome_of(lambda: spans_of(file, SPAN_ROWS))
+def _spans_of(files: Sequence[SourceFile]) -> list[list[Span]] | Stopped:
+    return outcome_of(lambda: [spans_of(file, SPAN_ROWS) for file in files])
 
 
 def _draw(num_rows: int, dataset: Dataset, seed: int) -> Rows | None:

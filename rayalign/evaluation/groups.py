@@ -111,11 +111,11 @@ def groups_of_datasets(sources: Sources, *, seed: int, size: int = GROUP_ROWS) -
     no record."""
     groups: list[Group] = []
     position = 0
-    for task in cut_into_tasks(sources, seed):
-        label, file = file_label(sources, task), sources.datasets[task.dataset].files[task.file]
-        for span in task.spans:
+    for part in (part for task in cut_into_tasks(sources, seed) for part in task.parts):
+        label, file = file_label(sources, part), sources.datasets[part.dataset].files[part.file]
+        for span in part.spans:
             rows = range(span.first_row, span.first_row + span.num_rows)
-            wanted = rows if task.rows is None else [row for row in task.rows.tolist() if row in rows]
+            wanted = rows if part.rows is None else [row for row in part.rows.tolist() if row in rows]
             for start in range(0, len(wanted), size):
                 numbers = tuple(wanted[start : start + size])
                 positions = tuple(range(position, position + len(numbers)))

@@ -15,7 +15,7 @@ from PIL import Image
 from rayalign.algorithms import ALGORITHMS
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.remarks import RowsSeen, remarks, unread_pictures
-from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, encode_row, write_task
+from rayalign.data.rows import OUTCOME_SCHEMA, FilePart, PrepareTask, Sources, encode_row, write_task
 from rayalign.data.store import EncodedPair
 from rayalign.data.truncation import RecordTooLong
 from rayalign.formats.columns import Renames
@@ -124,6 +124,10 @@ def test_dpo_and_its_kin_compare_and_kto_and_sft_do_not() -> None:
     assert COMPARING == ["dpo", "mdpo", "rm", "cpo", "orpo", "simpo"]
 
 
+def whole_file(sources: Sources) -> PrepareTask:
+    return PrepareTask((FilePart(0, 0, tuple(spans_of(sources.datasets[0].files[0], 256)), None),))
+
+
 def test_whatever_goes_wrong_with_a_row_drops_that_row(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     """A processor refuses one picture by an exception of its own; the rows around it are encoded."""
     Image.new("RGB", (1, 250)).save(tmp_path / "line.png")  # Qwen's: "absolute aspect ratio must be smaller than 200"
@@ -132,7 +136,7 @@ def test_whatever_goes_wrong_with_a_row_drops_that_row(model_folder: Callable[..
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False)
     spec = EncoderSpec(str(model_folder("qwen2_vl")), responses="both")
-    task = PrepareTask(0, 0, tuple(spans_of(sources.datasets[0].files[0], 256)), None)
+    task = whole_file(sources)
     lines = write_task(task, Store(str(tmp_path / "shards")), itertools.count(), sources, spec)
     assert [line.get("reason") for line in lines] == [None, "unusable record", None]
     assert lines[1]["source_row"] == 1
@@ -164,7 +168,7 @@ def outcome_of_rows(model_folder: Callable[..., Path], tmp_path: Path) -> Callab
         sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False, (), columns)
         spec = EncoderSpec(str(model_folder(model)), responses="both")
         lines = write_task(
-            PrepareTask(0, 0, tuple(spans_of(sources.datasets[0].files[0], 256)), None),
+            whole_file(sources),
             Store(str(tmp_path / "shards")),
             itertools.count(),
             sources,

@@ -9,7 +9,7 @@ import ray
 
 from rayalign.data import tasks
 from rayalign.data.encoder_spec import EncoderSpec
-from rayalign.data.rows import Sources, rows_of_task
+from rayalign.data.rows import Sources, rows_of_part
 from rayalign.sources.files import resolve_dataset
 
 
@@ -76,22 +76,36 @@ def test_a_large_data_set_is_cut_into_larger_tasks_of_the_same_rows(
     sources = Sources((resolve_dataset(f"{tmp_path}/rows{draw}"),), None, False)
     monkeypatch.setattr(tasks, "SPAN_ROWS", 10)
 
-    def cut(at_most: int) -> tuple[list[int], list[tuple[int, int]]]:
+    def cut(at_most: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
         monkeypatch.setattr(tasks, "MOST_TASKS", at_most)
         found = tasks.cut_into_tasks(sources, 0)
-        rows = [(task.file, row) for task in found for row, _ in rows_of_task(task, sources)]
+        parts = [part for task in found for part in task.parts]
+        rows = [(part.file, row) for part in parts for row, _ in rows_of_part(part, sources)]
         assert len(rows) == sum(task.num_rows for task in found)
-        return [len(task.spans) for task in found], rows
+        return [[len(part.spans) for part in task.parts] for task in found], rows
 
     spans, rows = cut(1000)
-    assert set(spans) == {1}
+    assert spans == [[1]] * len(spans)
     assert rows == sorted(rows)
     assert len(rows) == (100 if draw else 300)
     fewer, same_rows = cut(10)
     assert same_rows == rows
-    assert sum(fewer) == len(spans)
-    assert fewer == ([3, 3, 1, 3, 3, 3, 3, 3, 3, 3, 2] if not draw else fewer)  # no task has rows of two files
-    assert len(fewer) <= 10 + 3
+    assert sum(map(sum, fewer)) == len(spans)
+    assert len(fewer) <= 10
+    if not draw:  # 7, 3 and 20 spans
+        assert fewer == [[3], [3], [1, 2], [1, 2], [3], [3], [3], [3], [3], [3]]
+
+
+def test_many_small_files_are_no_more_tasks_than_one_large_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows").mkdir()
+    for number in range(95):
+        (tmp_path / "rows" / f"{number:02}.jsonl").write_text('{"query": "a"}\n' * (number % 3))
+    sources = Sources((resolve_dataset(f"{tmp_path}/rows"),), None, False)
+    monkeypatch.setattr(tasks, "MOST_TASKS", 10)
+    found = tasks.cut_into_tasks(sources, 0)
+    assert len(found) <= 10
+    rows = [(part.file, row) for task in found for part in task.parts for row, _ in rows_of_part(part, sources)]
+    assert rows == [(number, row) for number in range(95) for row in range(number % 3)]
 
 
 def test_a_draw_is_the_same_today_as_when_a_run_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +116,9 @@ def test_a_draw_is_the_same_today_as_when_a_run_was_started(tmp_path: Path, monk
     found = tasks.cut_into_tasks(sources, 7)
     wanted = tasks._draw(2000, sources.datasets[0], 7)
     assert wanted is not None
-    assert [row for task in found for row, _ in rows_of_task(task, sources)] == wanted.tolist()
+    parts = [part for task in found for part in task.parts]
+    assert [row for part in parts for row, _ in rows_of_part(part, sources)] == wanted.tolist()
     assert [int(row) // 256 for row in wanted] == [
-        number for task in found for number in [task.spans[0].first_row // 256] * task.num_rows
+        number for part in parts for number in [part.spans[0].first_row // 256] * part.num_rows
     ]
-    assert isinstance(found[0].rows, np.ndarray)  # not a Python number each
+    assert isinstance(parts[0].rows, np.ndarray)  # not a Python number each
