@@ -1,7 +1,8 @@
 """What follows from sizes and operations: the longest row that fits, how many GPUs a worker needs, hours and cost."""
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from rayalign.estimate.shapes import DataShapes
 
 MOST_GPUS = 16
 """GPUs that one worker may spread its model over: more than one node has."""
+MOST_DOUBLINGS = 10
+"""Over as many as two to this power workers a sharded model is tried."""
 UNEVEN = 1.1
 """Assumed: the fullest GPU of a model that is spread over several holds this much more than its even share."""
 SHORTEST_FACTOR = 0.01
@@ -97,8 +100,9 @@ def gpus_per_worker(memory: Memory, gpu_bytes: int) -> int | None:
 
 
 def remedies(memory_with: Callable[[Config, int], Memory], config: Config, gpu_bytes: int) -> list[tuple[str, Memory]]:
-    """Changes of flags that make the run fit one GPU, each by itself, with the memory that it takes then. `memory_with` gives
-    that of a configuration and a number of rows at a time."""
+    """Changes of flags that make the run fit one GPU, each by itself, with the memory that it takes then; of the numbers of
+    workers that share a model the first that does. `memory_with` gives that of a configuration and a number of rows at a
+    time."""
     tried: list[tuple[str, Config]] = []
     if not config.model.gradient_checkpointing:
         tried.append(("--gradient_checkpointing true", config.replace({"gradient_checkpointing": True})))
@@ -108,20 +112,29 @@ def remedies(memory_with: Callable[[Config, int], Memory], config: Config, gpu_b
         tried.append(("--sft_type lora", config.replace({"sft_type": "lora"})))
     elif config.tuner.quant_bits is None:
         tried.append(("--quant_bits 4", config.replace({"quant_bits": 4})))
-    if config.cluster.fewest_workers > 1 and config.cluster.strategy in ("auto", "ddp") and _can_be_sharded(config):
-        tried.append(("--strategy fsdp", config.replace({"strategy": "fsdp"})))
     if config.model.dtype == "float32":
         tried.append(("--dtype bfloat16", config.replace({"dtype": "bfloat16"})))
-    found = [(words, memory_with(changed, changed.optimizer.batch_size)) for words, changed in tried]
-    return [(words, memory) for words, memory in found if memory.total <= gpu_bytes]
+
+    def fitting(those: Iterable[tuple[str, Config]]) -> Iterator[tuple[str, Memory]]:
+        found = ((words, memory_with(changed, changed.optimizer.batch_size)) for words, changed in those)
+        return ((words, memory) for words, memory in found if memory.total <= gpu_bytes)
+
+    return [*fitting(tried), *itertools.islice(fitting(_sharded(config)), 1)]
 
 
-def _can_be_sharded(config: Config) -> bool:
-    try:
-        config.replace({"strategy": "fsdp"})
-    except ValueError:
-        return False
-    return True
+def _sharded(config: Config) -> Iterator[tuple[str, Config]]:
+    """The run with its model sharded over its workers, and over more and more of them; none where it can't be, or is."""
+    if config.cluster.strategy not in ("auto", "ddp"):
+        return
+    own = config.cluster.fewest_workers
+    for number in (own, *(2**n for n in range(1, MOST_DOUBLINGS + 1) if 2**n > own)):
+        more = {} if number == own else {"num_workers": number}
+        words = "".join(f" --{name} {value}" for name, value in more.items())
+        if number > 1:
+            try:
+                yield f"--strategy fsdp{words}", config.replace({"strategy": "fsdp", **more})
+            except ValueError:  # what can't be sharded, or over so many
+                continue
 
 
 def time_of(config: Config, plan: PlanConfig, *, flops: float, per_worker: int) -> Time:

@@ -14,9 +14,6 @@ from rayalign.estimate.memory import GB, Memory, MicroBatch
 from rayalign.estimate.shapes import DataShapes
 from rayalign.estimate.worker_memory import WorkerMemory
 
-MOST_DOUBLINGS = 10
-"""A model is sharded over at most 1,024 workers in an advice."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -93,7 +90,7 @@ class Estimate:
     def workers_needed(self) -> int | None:
         """The fewest workers, doubled from two on, over which a sharded model fits; None where no number does."""
         most = self._worker.most_recomputed
-        counts = (2**n for n in range(1, MOST_DOUBLINGS + 1))
+        counts = (2**n for n in range(1, advice.MOST_DOUBLINGS + 1))
         return next((n for n in counts if self._worker.of(self.batch, most, sharded_over=n).total <= self.gpu_bytes), None)
 
     @cached_property

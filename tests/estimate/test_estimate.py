@@ -264,6 +264,11 @@ def test_a_model_that_is_sharded_is_planned_by_a_worker_s_share(model_folder: Ca
     assert machines(two)[2] == "  strategy: fsdp over 2 workers; --num_workers 8 would do"
     never = dataclasses.replace(enough, plan=PlanConfig(gpu_memory_gb=1))
     assert machines(never)[2] == "  strategy: fsdp over 8 workers; no number of workers would do"
+    alone = dataclasses.replace(small, config=given.replace({"num_workers": 1}))
+    assert ("--strategy fsdp --num_workers 8", shared.memory) in alone.remedies
+    assert all(words.count("--strategy") == 0 for words, _ in dataclasses.replace(never, config=alone.config).remedies)
+    spread = dataclasses.replace(alone, config=alone.config.replace({"gpus_per_worker": 2}))
+    assert not any("fsdp" in words for words, _ in spread.remedies)  # refused with a model over a worker's GPUs
 
 
 def machines(found: Estimate) -> list[str]:
