@@ -1,6 +1,7 @@
 """Steps of a policy that is sharded over processes, and the same steps of one process that holds it whole."""
 
 import dataclasses
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -138,6 +139,7 @@ def two_steps(case: Case, trainer: Trainer, folder: Path, deal: Deal) -> dict[st
     return results | {f"weight {name}": whole(p) for name, p in trainer.policy.trainable.items()}
 
 
+@functools.cache
 def alone(case: Case, folder: Path) -> dict[str, Tensor]:
     """What one process has of the two steps, which runs all micro-batches."""
     return two_steps(case, trainer_of(case, folder, sharded=False), folder, list(itertools.chain(*case.deals)))

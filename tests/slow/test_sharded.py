@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rayalign.algorithms import CPO, DPO, KTO, MDPO, ORPO, RM, SFT, SimPO
+from rayalign.algorithms import SimPO
 from rayalign.config.config import Config
 from rayalign.config.sections import ClusterConfig, ModelConfig
 from rayalign.data.encoder_spec import EncoderSpec
@@ -32,38 +32,18 @@ from tests.sharded_steps import (
     FULL,
     LORA,
     Case,
-    Deal,
     LiveBytes,
     batches_of,
     differences,
     pairs_of,
-    steps_of,
     together,
     trainer_of,
     whole,
     whole_or_own,
 )
+from tests.sharded_table import FAMILIES, OF_FOUR, cases_of, of_workers
 from tests.tiny_data import write_rows
 from tests.tiny_models import counts_of, encode_pair, make_batch, save_tiny_model
-
-FAMILIES = ("llava", "qwen2_vl")
-DEALS: tuple[tuple[Deal, ...], ...] = ((((3,), (0,)), ((1,),), ((2,),), ()), ((), ((0, 1, 2, 3),), (), ()))
-ALGORITHMS = (
-    *(DPO(), DPO(rpo_alpha=0.0, loss_type=("aot", "aot_unpaired")), MDPO(), CPO(), ORPO(), SimPO(), KTO(), RM(), SFT()),
-)
-CASES = {
-    f"{number} {algorithm.name} {tuner.sft_type} {family}": Case(
-        algorithm,
-        family,
-        tuner,
-        DEALS[number % 2],
-        checkpointing=number % 3 > 0,
-        recomputed=1 if number % 6 == 1 else None,
-        scattered=number % 4 > 1,
-        group_size=2 if number % 5 > 2 else None,
-    )
-    for number, (family, tuner, algorithm) in enumerate(itertools.product(FAMILIES, (LORA, FULL), ALGORITHMS))
-}
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +51,29 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: save_tiny_model(tmp_path_factory.mktemp("model") / family, family) for family in FAMILIES}
 
 
-@pytest.fixture(scope="module")
-def workers(folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    return together(functools.partial(steps_of, CASES), 4, folders, tmp_path_factory.mktemp("workers"))
+@pytest.fixture(scope="module", params=[2, 4])
+def workers(
+    request: pytest.FixtureRequest, folders: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Tensor]]:
+    return of_workers(request.param, folders, tmp_path_factory.mktemp("workers"))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_steps_of_four_workers_are_those_of_one(
-    folders: Mapping[str, Path], workers: list[dict[str, Tensor]], name: str
-) -> None:
-    case = CASES[name]
+MOST = {torch.float64: 1e-12, torch.float32: 1e-5}
+"""The largest relative difference of gradients and their norms, whose sums are made in another order. Weights: AdamW's first
+steps are gradient / |gradient|, which magnifies the last bits of gradients near its epsilon of 1e-8."""
+
+MOST_OF_WEIGHTS = {torch.float64: 1e-10, torch.float32: 1e-3}
+
+
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_steps_of_workers_are_those_of_one(folders: Mapping[str, Path], workers: list[dict[str, Tensor]], name: str) -> None:
+    case = cases_of(len(workers))[name]
     for worker in workers:
         found = differences(case, name, worker, folders[case.family])
-        assert found.pop("metric") < 1e-5  # kept as float32
-        assert found["gradient"] < 1e-12
-        assert found["norm"] < 1e-12
-        # AdamW's first steps are gradient / |gradient|, which magnifies the last bits of gradients near its epsilon of 1e-8.
-        assert found["weight"] < 1e-10
+        assert found["metric"] < 1e-5  # kept as float32
+        assert found["gradient"] < MOST[case.dtype]
+        assert found["norm"] < MOST[case.dtype]
+        assert found["weight"] < MOST_OF_WEIGHTS[case.dtype]
 
 
 SAVED = Case(SimPO(), tuner=FULL)
@@ -175,8 +161,8 @@ def long_pair(folder: Path) -> EncodedPair:
 
 
 def bytes_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
-    """Of each shape and case the bytes of weights and gradients that a worker holds, and the most that a step takes beside
-    them."""
+    """Of each shape and case the bytes of weights, gradients and AdamW's moments that a worker holds, and the most that
+    forwards and backwards take beside them."""
     results = {}
     for (shape, folder), (name, case) in itertools.product(folders.items(), PLANNED.items()):
         trainer = trainer_of(case, folder, sharded=True, rank=rank)
@@ -186,6 +172,9 @@ def bytes_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
         held = [whole_or_own(tensor) for tensor in tensors_of(trainer.policy.model)]
         with LiveBytes(held) as live:
             trainer.gradients([batch], counts)
+        trainer.step(0, iter([batch]), counts)
+        moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values() if tensor.ndim]
+        held += map(whole_or_own, moments)
         size = sum(tensor.numel() * tensor.element_size() for tensor in held)
         results[f"{shape}: {name}"] = torch.tensor([size, live.peak])
     return results
@@ -197,9 +186,11 @@ def shaped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {shape: save_tiny_model(place / shape, family, text=text) for shape, (family, text) in SHAPES.items()}
 
 
-@pytest.fixture(scope="module")
-def measured(shaped: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    return together(bytes_of, 2, shaped, tmp_path_factory.mktemp("measured"))
+@pytest.fixture(scope="module", params=[2, 4])
+def measured(
+    request: pytest.FixtureRequest, shaped: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Tensor]]:
+    return together(bytes_of, request.param, shaped, tmp_path_factory.mktemp("measured"))
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -211,13 +202,15 @@ def test_a_plan_knows_the_memory_of_a_sharded_step(
     pair = long_pair(folder)
     longest = PairShape(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
     model = ModelConfig(dtype="float32", gradient_checkpointing=case.checkpointing)
-    config = Config(case.algorithm, model=model, tuner=case.tuner, cluster=ClusterConfig(strategy="fsdp", num_workers=2))
+    config = Config(
+        case.algorithm, model=model, tuner=case.tuner, cluster=ClusterConfig(strategy="fsdp", num_workers=len(measured))
+    )
     spec = EncoderSpec(str(folder), "both")
     blueprint = Blueprint(spec.model_config, ModelSource(str(folder)), model, case.tuner, case.algorithm.needs)
     worker = WorkerMemory(config, blueprint, has_images=False)
     memory = worker.of(MicroBatch(1, longest, longest), worker.most_recomputed)
     for found in measured:
-        assert memory.tensors - memory.moments == pytest.approx(int(found[f"{shape}: {name}"].sum()), rel=0.1)
+        assert memory.tensors == pytest.approx(int(found[f"{shape}: {name}"].sum()), rel=0.1)
 
 
 WORDS = (
