@@ -89,7 +89,7 @@ hooks: setup ## let git run what `make check` runs before each commit
 
 # SWIFT_PYTHON: the Python of an environment that has ms-swift (benchmarks/swift_step.py says how to make one).
 bench: setup ## measure the ratios of benchmarks/README.md on this machine (about two hours)
-	@for name in step peak reference estimate job workers overhead start rows scale generate serve sweep; do $(BIN)/python benchmarks/$$name.py; done
+	@for name in step peak reference estimate job workers overhead start rows scale generate serve sweep checkpoints; do $(BIN)/python benchmarks/$$name.py; done
 	$(if $(SWIFT_PYTHON),$(BIN)/python benchmarks/swift_step.py --swift_python $(SWIFT_PYTHON))
 
 gpu: setup ## on a machine with an NVIDIA GPU: the tests that need one, a 7B model's step, and its whole job

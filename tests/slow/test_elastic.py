@@ -134,6 +134,7 @@ def announce_end(head: Cluster, name: str, *, seconds: int) -> None:
 
 
 def test_a_run_grows_and_shrinks_with_its_nodes_to_the_weights_of_one_worker(head: Cluster, runs: Runs, tmp_path: Path) -> None:
+    """And one whose number of workers never changes has them to the bit."""
     log = tmp_path / "log.txt"
     with processes_to_end() as started:
         started.append(start_node(head, tmp_path / "first"))
@@ -148,15 +149,20 @@ def test_a_run_grows_and_shrinks_with_its_nodes_to_the_weights_of_one_worker(hea
         second.terminate()
         wait_for(lambda: starts_in(log) == ["1", "2", "1"], driver, log)
         assert driver.wait(MOST_SECONDS) == 0, log.read_text()[-5000:]
-        head.run("-c", PROGRAM, *runs.words(tmp_path / "fixed", "1", 4, "--max_steps", MOST_STEPS), "--rlhf_type", "dpo")
+        for name, num_workers, accumulation in (("fixed", "1", 4), ("constant", "1:2", 2)):
+            words = runs.words(tmp_path / name, num_workers, accumulation, "--max_steps", MOST_STEPS)
+            head.run("-c", PROGRAM, *words, "--rlhf_type", "dpo")
     # None of it was a failure (--max_failures 0).
     (announced,) = said(log, "The machine of rank ")
     assert re.search(r"of rank [01] will be taken away in \d+ s: a checkpoint is written at once$", announced)
     first_steps = first_steps_in(log)
     assert first_steps[0] == 0 < 10 <= first_steps[1] < first_steps[2]
-    weights = [load_file(tmp_path / run / "model" / "adapter_model.safetensors") for run in ("elastic", "fixed")]
-    for name, value in weights[1].items():
-        torch.testing.assert_close(weights[0][name], value, atol=1e-6, rtol=0)  # float32, added in another order
+    elastic, fixed, constant = (
+        load_file(tmp_path / run / "model" / "adapter_model.safetensors") for run in ("elastic", "fixed", "constant")
+    )
+    for name, value in fixed.items():
+        torch.testing.assert_close(elastic[name], value, atol=1e-6, rtol=0)  # float32, added in another order
+        assert torch.equal(constant[name], value), name
 
 
 def test_a_run_whose_last_node_was_taken_away_says_so_and_goes_on_when_another_comes(
