@@ -51,7 +51,7 @@ ALGORITHMS = (Paced,)
 """
 
 MOST_SECONDS = 200
-MOST_STEPS = 80
+MOST_STEPS = 100
 """Enough for a node to come and go meanwhile on a fast machine."""
 
 
@@ -138,31 +138,34 @@ def test_a_run_grows_and_shrinks_with_its_nodes_to_the_weights_of_one_worker(hea
     log = tmp_path / "log.txt"
     with processes_to_end() as started:
         started.append(start_node(head, tmp_path / "first"))
-        driver = runs.start(log, runs.words(tmp_path / "elastic", "1:2", 2, "--max_steps", MOST_STEPS))
+        driver = runs.start(log, runs.words(tmp_path / "elastic", "1:3", 2, "--max_steps", MOST_STEPS))
         started.append(driver)
         wait_for(lambda: said(log, "Checkpoint of step 10:"), driver, log)
         second = start_node(head, tmp_path / "second", "--labels=name=second")
         started.append(second)
         wait_for(lambda: starts_in(log) == ["1", "2"], driver, log)
+        started.append(start_node(head, tmp_path / "third"))
+        wait_for(lambda: starts_in(log) == ["1", "2", "3"], driver, log)
         announce_end(head, "second", seconds=10)
         wait_for(lambda: said(log, "The machine of rank"), driver, log)
         second.terminate()
-        wait_for(lambda: starts_in(log) == ["1", "2", "1"], driver, log)
+        wait_for(lambda: starts_in(log) == ["1", "2", "3", "2"], driver, log)
         assert driver.wait(MOST_SECONDS) == 0, log.read_text()[-5000:]
-        for name, num_workers, accumulation in (("fixed", "1", 4), ("constant", "1:2", 2)):
+        # Two nodes are left, with room for two workers.
+        for name, num_workers, accumulation in (("fixed", "1", 6), ("two", "2", 3), ("constant", "2:3", 2)):
             words = runs.words(tmp_path / name, num_workers, accumulation, "--max_steps", MOST_STEPS)
             head.run("-c", PROGRAM, *words, "--rlhf_type", "dpo")
     # None of it was a failure (--max_failures 0).
     (announced,) = said(log, "The machine of rank ")
-    assert re.search(r"of rank [01] will be taken away in \d+ s: a checkpoint is written at once$", announced)
+    assert re.search(r"of rank [012] will be taken away in \d+ s: a checkpoint is written at once$", announced)
     first_steps = first_steps_in(log)
-    assert first_steps[0] == 0 < 10 <= first_steps[1] < first_steps[2]
-    elastic, fixed, constant = (
-        load_file(tmp_path / run / "model" / "adapter_model.safetensors") for run in ("elastic", "fixed", "constant")
+    assert first_steps[0] == 0 < 10 <= first_steps[1] < first_steps[2] < first_steps[3]
+    elastic, fixed, two, constant = (
+        load_file(tmp_path / run / "model" / "adapter_model.safetensors") for run in ("elastic", "fixed", "two", "constant")
     )
     for name, value in fixed.items():
         torch.testing.assert_close(elastic[name], value, atol=1e-6, rtol=0)  # float32, added in another order
-        assert torch.equal(constant[name], value), name
+        assert torch.equal(constant[name], two[name]), name
 
 
 def test_a_run_whose_last_node_was_taken_away_says_so_and_goes_on_when_another_comes(

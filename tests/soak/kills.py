@@ -1,7 +1,6 @@
 """Which processes of a run are killed when: drawn by a seed."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 MOMENTS = {
@@ -16,12 +15,12 @@ MOMENTS = {
 }
 """What the log says as each begins. Recovery: at once after the kill before."""
 
-ANYWHERE = ("driver", "node", "everything")
+ANYWHERE = ("driver", "node", "raylet", "helper", "everything")
 VICTIMS = {
-    "preparation": (*ANYWHERE, "data task"),
-    "reference": (*ANYWHERE, "data task", "train worker"),  # of a sharded model the train workers compute it
+    "preparation": ("data task", *ANYWHERE),
+    "reference": ("reference worker", *ANYWHERE),
     **dict.fromkeys(
-        ("start", "training", "evaluation", "save", "export", "recovery"), (*ANYWHERE, "train worker", "controller")
+        ("start", "training", "evaluation", "save", "export", "recovery"), ("train worker", "controller", *ANYWHERE)
     ),
 }
 
@@ -50,18 +49,17 @@ class Kill:
 def kills_of(run: int, seed: int) -> list[Kill]:
     """The kills of a run: in each stage one, while it trains TIMES_IN_TRAINING, and some in the recovery from these."""
     draw = random.Random(f"{seed}/{run}")
-    moments = ["preparation", "reference", "start", *draw.choices(OF_TRAINING, k=TIMES_IN_TRAINING), "export"]
-    return [kill for moment in moments for kill in _with_next(moment, draw)]
+    kills = []
+    moments = ("preparation", "reference", "start", *draw.choices(OF_TRAINING, k=TIMES_IN_TRAINING), "export")
+    for number, moment in enumerate(moments):
+        # Runs take the victims of a moment in turn, so that each has been killed there after a few runs.
+        victims = VICTIMS[moment]
+        kills.append(_kill(moment, victims[(run + number + seed) % len(victims)], draw, most_seconds=0.6))
+        if draw.random() < AGAIN:
+            kills.append(_kill("recovery", draw.choice(VICTIMS["recovery"]), draw, most_seconds=12))
+    return kills
 
 
-def _with_next(moment: str, draw: random.Random) -> Iterator[Kill]:
+def _kill(moment: str, victim: str, draw: random.Random, *, most_seconds: float) -> Kill:
     times = draw.randint(2, 6) if moment == "training" else 1
-    yield Kill(moment, _victim(moment, draw), times, draw.uniform(0, 0.6), draw.randrange(100))
-    if draw.random() < AGAIN:
-        yield Kill("recovery", _victim("recovery", draw), 1, draw.uniform(0, 12), draw.randrange(100))
-
-
-def _victim(moment: str, draw: random.Random) -> str:
-    """Everything half as often as others, as it takes the longest to come back."""
-    victims = VICTIMS[moment]
-    return draw.choices(victims, [1 if victim == "everything" else 2 for victim in victims])[0]
+    return Kill(moment, victim, times, draw.uniform(0, most_seconds), draw.randrange(100))

@@ -10,12 +10,25 @@ import psutil
 
 from tests.cluster import START_SECONDS, Cluster, running_cluster, start_node
 
+HELPERS = (
+    *("_AutoscalingCoordinatorActor", "_StatsActor", "ActorLocationTracker", "DatasetManager", "PlacementGroupCleaner"),
+    *("PreemptionWatcher", "SynchronizationActor"),
+)
+"""Actors that Ray Data and Ray Train start beside the work."""
+
 NAMES = {
     "train worker": ("ray::RayTrainWorker",),
     "controller": ("ray::TrainController",),
-    "data task": ("ray::Map", "ray::_MapWorker"),
+    "data task": ("ray::MapBatches",),
+    "reference worker": ("ray::MapWorker", "ray::_MapWorker", "ray::RayTrainWorker"),
+    "helper": tuple(f"ray::{name}" for name in HELPERS),
 }
-"""How Ray titles the processes that do these things, as far as they are at work."""
+"""How Ray titles the processes that do these things, as far as they are at work. Train workers compute a sharded model's
+reference."""
+
+
+SECONDS_TO_FOLLOW = 20
+"""In which the processes of a node end after its raylet."""
 
 
 class Nodes:
@@ -53,12 +66,20 @@ class Nodes:
             time.sleep(0.1)
         self._nodes.append(node.pid)
 
-    def kill_node(self, number: int) -> None:
-        """Ends a node with all that runs there, one with train workers if there are some; another comes in its place."""
+    def kill_node(self, number: int, *, only_raylet: bool = False) -> None:
+        """Ends a node with all that runs there, or its raylet, without which the others end by themselves. It is one with train
+        workers if there are some, and another comes in its place."""
         busy = [node for node in self._nodes if self.pids("train worker", [node])] or self._nodes
         node = busy[number % len(busy)]
         self._nodes.remove(node)
-        kill_all([node])
+        processes = _tree([node])
+        if only_raylet:
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    if process.name() == "raylet":
+                        process.kill()
+            psutil.wait_procs(processes, timeout=SECONDS_TO_FOLLOW)
+        _kill(processes)
         self.add_node()
 
     def kill(self) -> None:
@@ -79,7 +100,10 @@ class Nodes:
 
 def kill_all(roots: Iterable[int]) -> None:
     """Kills these processes and all that they started, and those in turn."""
-    processes = _tree(roots)
+    _kill(_tree(roots))
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()

@@ -27,10 +27,13 @@ from typing import Any
 from tests.soak.kills import BEFORE_TRAINING, MOMENTS, OF_TRAINING, Kill, kills_of
 from tests.soak.processes import Nodes
 from tests.soak.runs import VARIANTS, inputs_in
-from tests.soak.verdict import differences
+from tests.soak.verdict import differences, furthest_of
 
 LONGEST_WAIT = 300
 """Seconds within which each next moment must come."""
+
+SECONDS_TO_COME = 10
+"""Within which a process that is to be killed must be there."""
 
 MOST_FINDINGS = 5
 
@@ -99,15 +102,23 @@ class Run:
                 self.nodes.start()
             self.start()
             return True
-        pids = [] if kill.victim == "node" else self.nodes.pids(kill.victim)
-        if kill.victim != "node" and not pids:
+        is_node = kill.victim in ("node", "raylet")
+        pids = [] if is_node else self.pids_of(kill.victim)
+        if not is_node and not pids:
             return False
         self.seen = len(self.log.read_text(errors="replace"))
-        if kill.victim == "node":
-            self.nodes.kill_node(kill.choice)
+        if is_node:
+            self.nodes.kill_node(kill.choice, only_raylet=kill.victim == "raylet")
         else:
             os.kill(pids[kill.choice % len(pids)], 9)
         return True
+
+    def pids_of(self, victim: str) -> list[int]:
+        """Waits for some, as data tasks are at work for moments and actors begin after the log says so."""
+        deadline = time.monotonic() + SECONDS_TO_COME
+        while not (found := self.nodes.pids(victim)) and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
 
 
 def storm(run: Run, kills: Sequence[Kill]) -> list[dict[str, Any]]:
@@ -126,10 +137,12 @@ def storm(run: Run, kills: Sequence[Kill]) -> list[dict[str, Any]]:
             continue
         began = time.monotonic()
         if not run.kill(kill):
+            print(f"   no {kill.victim} in {kill.moment}", flush=True)
             continue
         record = {"moment": kill.moment, "victim": kill.victim}
         in_training = kill.moment in OF_TRAINING or (in_training and kill.moment == "recovery")
-        if in_training and (following is None or following.moment != "recovery") and run.wait_for(trains_again):
+        waits = in_training and kill.victim != "helper" and (following is None or following.moment != "recovery")
+        if waits and run.wait_for(trains_again):  # without a helper it may go on as if nothing were
             record["seconds"] = round(time.monotonic() - began, 1)
         done.append(record)
         print("  ", record, flush=True)
@@ -192,10 +205,13 @@ def stormy_run(nodes: Nodes, folder: Path, name: str, number: int, seed: int) ->
     kills = storm(run, kills_of(number, seed))
     findings = [*run.findings, *differences(calm / "run", place / "run", is_exact=variant.is_exact)]
     seconds = round(time.monotonic() - began)
-    print(f"   {seconds} s;", findings or "equal to the run that was left alone", flush=True)
+    told = {"variant": name, "run": number, "kills": kills, "findings": findings, "seconds": seconds}
+    if not variant.is_exact:
+        told["furthest weights"] = furthest_of(calm / "run", place / "run")
+    print(f"   {seconds} s;", findings or "equal to the run that was left alone", told.get("furthest weights", ""), flush=True)
     if not findings:
         shutil.rmtree(place)
-    return {"variant": name, "run": number, "kills": kills, "findings": findings, "seconds": seconds}
+    return told
 
 
 def undisturbed(nodes: Nodes, folder: Path, name: str) -> Path:

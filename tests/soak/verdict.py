@@ -53,6 +53,12 @@ def differences(calm: Path, stormy: Path, *, is_exact: bool = True) -> list[str]
     return found
 
 
+def furthest_of(calm: Path, stormy: Path) -> float:
+    """The largest difference between two runs' weights."""
+    files = [path.relative_to(calm) for path in (calm / "model").rglob("*.safetensors")]
+    return max(furthest(load_file(calm / file), load_file(stormy / file)) for file in files)
+
+
 def furthest(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """The largest difference of two weights of the same name; infinite where one has others."""
     if {name: values.shape for name, values in one.items()} != {name: values.shape for name, values in other.items()}:
