@@ -6,6 +6,8 @@ from typing import Literal
 from rayalign.config.flags import check_bounds, flag, same_flag
 from rayalign.config.inference_verbs import ScoreConfig
 
+ALL_CHECKS: tuple[Literal["shuffled", "ablated"], ...] = ("shuffled", "ablated")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -28,7 +30,7 @@ class EvaluateConfig:
     )
     compare: str | None = flag(None, "A second model or adapter, evaluated on the same records, with paired tests.")
     image_checks: tuple[Literal["shuffled", "ablated", "none"], ...] = flag(
-        ("shuffled", "ablated"),
+        ALL_CHECKS,
         "Pairs are scored once more with the pictures of another record (shuffled) and with damaged ones (ablated), each of "
         "which takes as long again; none: neither.",
     )
@@ -73,6 +75,7 @@ class EvaluateConfig:
         """Raises ValueError for flags of a model's evaluation."""
         words = f"--scorer {' '.join(self.scorer)}"
         of_models = {"compare": self.compare, "sample_kl": self.sample_kl, "judge_url": self.judge_url}
+        of_models["image_checks"] = self.image_checks not in (ALL_CHECKS, ("none",))
         unused = next((name for name, value in of_models.items() if value), None)
         if unused == "judge_url":
             raise ValueError(f"--judge_url rates what a model writes, and {words} scores pairs. Write --scorer judge=URL.")

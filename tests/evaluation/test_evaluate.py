@@ -103,6 +103,7 @@ def test_scorers_stand_in_a_models_place(tmp_path: Path) -> None:
     for wrong, said in (
         ({"compare": "m"}, f"--compare is of a model, and --scorer {word} stands in the place of one."),
         ({"sample_kl": True}, f"--sample_kl is of a model, and --scorer {word} stands in the place of one."),
+        ({"image_checks": ("shuffled",)}, f"--image_checks is of a model, and --scorer {word} stands in the place of one."),
         ({"judge_url": "http://localhost/v1"}, f"--judge_url rates what a model writes, and --scorer {word} scores pairs."),
         ({"ref_model": "none"}, f"--ref_model none beside --scorer {word}: an implicit reward needs its reference."),
     ):
