@@ -3,6 +3,7 @@
     python benchmarks/scale.py                                # 1e5 and 1e6 rows, and fetches from a slow S3 server
     python benchmarks/scale.py --rows 10000000                # takes 2 GB of disk
     python benchmarks/scale.py --before ../other/checkout     # what reads, by another version's code, too
+    python benchmarks/scale.py --rows --no-fetches --tasks 10000    # a whole preparation on Ray, of tasks of 8 rows
 
 Each measurement is a process of its own, whose anonymous memory is looked at from outside every few milliseconds; what it holds
 before it begins is taken off. The S3 server is one of a few lines on loopback that keeps each request for --delay seconds.
@@ -32,6 +33,9 @@ one of WORKERS has of 1e7 rows."""
 
 
 BUCKET = "bench"
+
+TASK_ROWS = 8
+"""Of a whole preparation's tasks, so that many are done soon."""
 
 
 def settings_of(num_workers: int, global_batch: int) -> Any:
@@ -192,11 +196,39 @@ def fetch(url: str, rows: int) -> Callable[[], dict[str, Any]]:
     return work
 
 
+def driver(folder: str, rows: int) -> Callable[[], dict[str, Any]]:
+    """A preparation as the command does it, on a Ray of its own, of rows without pictures in tasks of TASK_ROWS."""
+    from runs import own_cluster
+    from synthetic import TINY, save_model
+
+    from rayalign.algorithms import DPO
+    from rayalign.config.config import config_from_mapping
+    from rayalign.data import tasks
+    from rayalign.data.prepare import prepare_run
+
+    place = Path(folder)
+    data = place / "rows.jsonl"
+    row = {"query": "Which?", "response": "a cat", "rejected_response": "a dog"}
+    data.write_text("".join(json.dumps({**row, "id": number}) + "\n" for number in range(rows)))
+    flags = {"model": str(save_model(place / "model", TINY)), "dataset": [str(data)], "output_dir": str(place / "run")}
+    config = config_from_mapping(DPO, {**flags, "cache_dir": str(place / "cache"), "precompute_ref_log_probs": False})
+    tasks.SPAN_ROWS = TASK_ROWS
+
+    def work() -> dict[str, Any]:
+        with own_cluster(config):
+            began = time.perf_counter()
+            found = prepare_run(config)
+            return {"records": found.training.num_rows, "seconds": round(time.perf_counter() - began)}
+
+    return work
+
+
 PARTS: dict[str, Callable[[str, int], Callable[[], dict[str, Any]]]] = {
     "prepare": prepare,
     "worker": worker,
     "store": store_pairs,
     "fetch": fetch,
+    "driver": driver,
 }
 
 
@@ -214,7 +246,7 @@ def measured(part: str, place: str, rows: int, code: Path = ROOT, env: dict[str,
         while process.poll() is None:
             peak = max(peak, anonymous(process.pid))
             time.sleep(0.003)
-        found: dict[str, Any] = json.loads(process.stdout.read())
+        found: dict[str, Any] = json.loads(process.stdout.read().splitlines()[-1])  # Ray prints there, too
     return {**found, "own_mb_at_peak": round((peak - before) / 1e6), "own_mb_before": round(before / 1e6)}
 
 
@@ -290,7 +322,10 @@ def fetches(rows: int, delay: float, versions: dict[str, Path]) -> dict[str, Any
                     find = functools.partial(measured, "fetch", rows=rows, code=code, env=env)
                     with ThreadPoolExecutor(2) as threads:
                         both = list(threads.map(find, (f"s3://{BUCKET}/data{turn}" for turn in (0, 1))))
-                    found[name] = {"pairs_per_second": round(sum(figures["pairs_per_second"] for figures in both))}
+                    found[name] = {
+                        "pairs_per_second": round(sum(figures["pairs_per_second"] for figures in both)),
+                        "own_mb_at_peak": max(figures["own_mb_at_peak"] for figures in both),
+                    }
             finally:
                 server.kill()
         return found
@@ -304,6 +339,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a checkout of another version")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scale.json")
     parser.add_argument("--no-fetches", action="store_true")
+    parser.add_argument("--tasks", type=int, default=0, help="tasks of a whole preparation on Ray; 0: none")
     parser.add_argument("--part", choices=[*PARTS, "serve"], help=argparse.SUPPRESS)
     parser.add_argument("--place", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -320,6 +356,9 @@ def main() -> None:
     report: dict[str, Any] = {"sizes": [sizes(rows, versions) for rows in arguments.rows]}
     if not arguments.no_fetches:
         report["fetches"] = fetches(arguments.fetch_rows, arguments.delay, versions)
+    if arguments.tasks:
+        with tempfile.TemporaryDirectory() as temporary:
+            report["driver"] = {"tasks": arguments.tasks, **measured("driver", temporary, arguments.tasks * TASK_ROWS)}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

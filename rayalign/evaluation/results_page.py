@@ -7,7 +7,7 @@ from typing import Any
 from rayalign.evaluation.preferences import IMPLICIT_REWARD, LIKELIHOOD, REWARD_MODEL, SCORERS, Metric, Pairs
 from rayalign.evaluation.questions import BY_LOGP, BY_TEXT
 from rayalign.evaluation.results import BenchmarkResult, ModelResult, comparison_lines, in_words
-from rayalign.evaluation.score_columns import SIDES
+from rayalign.evaluation.score_columns import SIDES, VIEWS
 from rayalign.evaluation.statistics import Estimate
 from rayalign.report.evaluation_page import Cell, EvaluationPage, Section
 from rayalign.report.pairs import ScoredPair
@@ -84,10 +84,11 @@ def _accuracy_section(results: Sequence[ModelResult]) -> Section:
     metrics = [result.dataset.metrics if result.dataset is not None else {} for result in results]
     names = dict.fromkeys(name for own in metrics for name in own)
     rows = {name: tuple(_cell(own.get(name)) for own in metrics) for name in names}
+    is_checked = any(name.endswith(VIEWS) for name in names)
+    pictures = "Shuffled: with the pictures of another record; ablated: with damaged ones. " if is_checked else ""
     return Section(
         "Preferences",
-        "How often a scorer prefers the chosen response; a tie counts one half. Shuffled: with the pictures of another record; "
-        "ablated: with damaged ones. Bars are 95 % bootstrap intervals.",
+        f"How often a scorer prefers the chosen response; a tie counts one half. {pictures}Bars are 95 % bootstrap intervals.",
         rows,
         drawn=tuple(name for name in names if name.startswith("accuracy/")),
     )
