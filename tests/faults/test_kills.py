@@ -1,38 +1,47 @@
-"""Processes killed for real: the run that goes on ends with exactly the weights of one that was left alone."""
+"""Processes killed for real, on nodes with a worker each: the run that goes on ends with exactly the weights of one that was
+left alone on one node."""
 
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cluster import Cluster
 from tests.faults.conftest import FLAGS
+from tests.soak.processes import Nodes
 
 SECONDS_TO_REACH_A_STEP = 240
 
 
-def test_a_run_whose_worker_controller_and_driver_are_killed_ends_with_the_weights_of_one_left_alone(
-    cluster_of_four_cpus: Cluster, model: Path, records: Path, undisturbed: Path, tmp_path: Path
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    """A head without CPUs, and two nodes with one each, so that each has a worker."""
+    with Nodes({}, num_cpus=1) as nodes:
+        yield nodes
+
+
+def test_a_run_whose_node_controller_and_driver_are_killed_ends_with_the_weights_of_one_left_alone(
+    nodes: Nodes, model: Path, records: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     folder, log = tmp_path / "run", tmp_path / "log.txt"
     paths = ("--model", model, "--dataset", records, "--output_dir", folder, "--cache_dir", records.parent / "cache")
     words = ("pipelines/dpo.py", *paths, *FLAGS)
-    driver = cluster_of_four_cpus.start(*words, log=log)
+    driver = nodes.head.start(*words, log=log)
     wait_for(lambda: steps_logged(folder) >= 7 and whole_checkpoints(folder), driver, log)
-    os.kill(newest_process("RayTrainWorker"), signal.SIGKILL)
+    nodes.kill_node(0)
     wait_for(lambda: starts_of(folder) == 2 and steps_logged(folder) >= 14 and newest_step(folder) >= 10, driver, log)
-    os.kill(newest_process("TrainController"), signal.SIGKILL)
+    os.kill(nodes.pids("controller")[-1], signal.SIGKILL)
     wait_for(lambda: starts_of(folder) == 3 and steps_logged(folder) >= 22, driver, log)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert not (folder / "summary.json").exists()
-    wait_for_end_of_workers()
+    wait_for_end_of_workers(nodes)
     # The first two came after a new checkpoint each, so that each is the first in a row.
     restarts = [line for line in log.read_text().splitlines() if "Restart" in line]
     assert all("Restart 1 of 2 (--max_failures): a process or machine" in line for line in restarts), restarts
@@ -42,7 +51,7 @@ def test_a_run_whose_worker_controller_and_driver_are_killed_ends_with_the_weigh
     weights = newest / "trainable.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     (folder / "checkpoints" / "checkpoint_manager_snapshot.json").write_text('{"cut sho')
-    output = cluster_of_four_cpus.run(*words)
+    output = nodes.head.run(*words)
     assert f"Lease: process {driver.pid} on " in output
     assert "Continuing the unfinished run" in output
     assert f"Passing over checkpoint {newest}: trainable.safetensors has 100 of" in output
@@ -80,18 +89,9 @@ def wait_for(condition: Callable[[], bool], driver: "subprocess.Popen[str]", log
         time.sleep(0.05)
 
 
-def processes(name: str) -> list[int]:
-    found = subprocess.run(["pgrep", "-f", f"^ray::{name}"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]
-
-
-def newest_process(name: str) -> int:
-    return max(processes(name))
-
-
-def wait_for_end_of_workers() -> None:
+def wait_for_end_of_workers(nodes: Nodes) -> None:
     deadline = time.monotonic() + 60
-    while processes("RayTrainWorker") and time.monotonic() < deadline:
+    while nodes.pids("train worker") and time.monotonic() < deadline:
         time.sleep(0.1)
 
 

@@ -1,6 +1,7 @@
 """The processes of a Ray cluster of this machine, by what they do, and their sudden end."""
 
 import contextlib
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -32,10 +33,11 @@ SECONDS_TO_FOLLOW = 20
 
 
 class Nodes:
-    """A head without CPUs and two nodes of two, which can be killed and replaced; a context that ends them all."""
+    """A head without CPUs and two nodes of some, which can be killed and replaced; a context that ends them all."""
 
-    def __init__(self, env: dict[str, str]) -> None:
+    def __init__(self, env: dict[str, str], *, num_cpus: int = 2) -> None:
         self.env = env
+        self._num_cpus = num_cpus
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Nodes":
@@ -43,14 +45,13 @@ class Nodes:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        kill_all([*self._nodes, self.head.pid])
-        self._open.close()
+        self._end()
 
     def start(self) -> None:
         folder = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="storm", ignore_cleanup_errors=True)))
         self.head: Cluster = self._open.enter_context(running_cluster(folder, num_cpus=0, env=self.env))
         self._folder, self._started = folder, 0
-        self._nodes: list[int] = []
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         for _ in range(2):
             self.add_node()
 
@@ -58,20 +59,20 @@ class Nodes:
         """Returns once it has joined: two that look for a free name of a socket at once may take the same."""
         self._started += 1
         folder = self._folder / f"node{self._started}"
-        node = start_node(self.head, folder, "--include-log-monitor=false")  # the head's sees all logs of this machine
+        # The head's log monitor sees all logs of this machine.
+        node = start_node(self.head, folder, "--include-log-monitor=false", f"--num-cpus={self._num_cpus}")
         deadline = time.monotonic() + START_SECONDS
         while "Ray runtime started" not in (folder / "node.log").read_text():
             if node.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"A node did not start:\n{(folder / 'node.log').read_text()}")
             time.sleep(0.1)
-        self._nodes.append(node.pid)
+        self._nodes[node.pid] = node
 
     def kill_node(self, number: int, *, only_raylet: bool = False) -> None:
         """Ends a node with all that runs there, or its raylet, without which the others end by themselves. It is one with train
         workers if there are some, and another comes in its place."""
-        busy = [node for node in self._nodes if self.pids("train worker", [node])] or self._nodes
+        busy = [node for node in self._nodes if self.pids("train worker", [node])] or [*self._nodes]
         node = busy[number % len(busy)]
-        self._nodes.remove(node)
         processes = _tree([node])
         if only_raylet:
             for process in processes:
@@ -80,13 +81,19 @@ class Nodes:
                         process.kill()
             psutil.wait_procs(processes, timeout=SECONDS_TO_FOLLOW)
         _kill(processes)
+        self._nodes.pop(node).wait()
         self.add_node()
 
     def kill(self) -> None:
         """Ends every process of every node."""
-        kill_all([*self._nodes, self.head.pid])
-        self._open.close()
+        self._end()
         self._open = contextlib.ExitStack()
+
+    def _end(self) -> None:
+        kill_all([*self._nodes, self.head.pid])
+        for node in self._nodes.values():
+            node.wait()
+        self._open.close()
 
     def pids(self, what: str, nodes: Sequence[int] = ()) -> list[int]:
         """The processes of one of NAMES, on some nodes or on all, in the order of their numbers."""
