@@ -24,7 +24,7 @@ ROUNDED = ("step", "loss", "grad_norm", "logps/chosen", "eval_loss")
 """Metrics that are compared without `is_exact`: those that don't jump where a pair's margin is about 0."""
 
 ROUNDING = 1e-5
-"""Of weights, by float32 sums in another order over the steps of AdamW, each of which is up to 1e-3 long here; 2e-7 were seen."""
+"""Of weights, by float32 sums in another order over the steps of AdamW, each up to 1e-3 long here; 2e-7 were seen."""
 
 ROUNDING_OF_METRICS = 1e-3
 """Relative; single pairs change them more."""
