@@ -18,16 +18,16 @@ from typing import Any
 
 from job import ROOT
 from measuring import machine_facts, parser_of, table, write_json
-from synthetic import MEDIUM, RECORDS_CASES, RecordsCase, save_model, write_records
+from synthetic import RECORDS_CASES, SHORT, RecordsCase, save_model, write_records
 
-CASES = {"tiny": RECORDS_CASES["tiny"], "medium": RecordsCase(MEDIUM, (60, 120))}
+CASES = {"tiny": RECORDS_CASES["tiny"], "short": RecordsCase(SHORT, (60, 120))}
 LINE = re.compile(r"Checkpoint of step (\d+): written in ([\d.]+) s; the training stood still for ([\d.]+) s")
 
 
 def measure(folder: Path, case: RecordsCase, *, steps: int, save_steps: int) -> dict[str, Any]:
     flags: dict[str, Any] = {
         "model": save_model(folder / "model", case.shape),
-        "dataset": write_records(folder / "data", pairs=200, words=case.words),
+        "dataset": write_records(folder / "data", pairs=64, words=case.words),
         "output_dir": folder / "run",
         "sft_type": "full",
         "freeze_vit": "false",
@@ -62,7 +62,7 @@ def measure(folder: Path, case: RecordsCase, *, steps: int, save_steps: int) -> 
 
 def main() -> None:
     parser = parser_of(__doc__, output="checkpoints.json")
-    parser.add_argument("--case", choices=CASES, default="medium", help="a model and the responses' lengths")
+    parser.add_argument("--case", choices=CASES, default="short", help="a model and the responses' lengths")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of the run")
     parser.add_argument("--save_steps", type=int, default=50)
     arguments = parser.parse_args()
