@@ -71,8 +71,12 @@ def rows_of_part(part: FilePart, sources: "Sources") -> Iterator[tuple[int, Row]
     return itertools.chain.from_iterable(read_rows(file, span, wanted) for span in part.spans)
 
 
-def _rows_of(task: PrepareTask, sources: "Sources") -> Iterator[tuple[FilePart, int, Row]]:
-    return ((part, *row) for part in task.parts for row in rows_of_part(part, sources))
+def _rows_of(task: PrepareTask, sources: "Sources") -> Iterator[tuple[FilePart, Store, int, Row]]:
+    """A task's rows, each behind its part and the folder of its file."""
+    for part in task.parts:
+        folder = Store(sources.datasets[part.dataset].files[part.file].location).parent
+        for number, row in rows_of_part(part, sources):
+            yield part, folder, number, row
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def write_task(
     shards = ShardWriter(into, numbers)
     outcomes: list[dict[str, Any]] = []
     seen = ColumnsSeen(sources.columns, _own_formats(sources.plugins))
-    for part, row, content in _rows_of(task, sources):
+    for part, folder, row, content in _rows_of(task, sources):
         outcome: dict[str, Any] = {"dataset": part.dataset, "file": part.file, "source_row": row}
         try:
             own = f"{file_label(sources, part)}:{row}"
@@ -111,7 +115,6 @@ def write_task(
                 raise content
             with record_errors():
                 outcome |= seen.add(content)
-            folder = Store(sources.datasets[part.dataset].files[part.file].location).parent
             pair, crosses = encode_row(content, id=own, folder=folder, sources=sources, spec=spec)
         except RecordError as error:
             outcome |= {
