@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from rayalign import cluster, joining, ray_lines
+from rayalign import cluster, joining, ray_errors, ray_lines
 from rayalign.retries import StorageFailed
 
 
@@ -84,8 +84,8 @@ def test_an_undocumented_name_is_still_the_one_that_ray_uses(ours: str, module: 
             "ray.train.v2._internal.execution.scaling_policy.scaling_policy",
             'self._requester_id = f"train-{{{}}}"',
         ),
-        (cluster.HEALTH_ERROR, "ray.train.v2._internal.exceptions", "self.{} = failure"),
-        (cluster.WORKERS_ERROR, "ray.train.v2._internal.exceptions", "self.{} = exc"),
+        (ray_errors.HEALTH_ERROR, "ray.train.v2._internal.exceptions", "self.{} = failure"),
+        (ray_errors.WORKERS_ERROR, "ray.train.v2._internal.exceptions", "self.{} = exc"),
     ],
 )
 def test_ray_still_does_what_an_undocumented_name_is_used_for(ours: str, module: str, around: str) -> None:
@@ -180,10 +180,10 @@ def test_a_task_that_stopped_ends_the_stage_with_its_words() -> None:
 def test_the_failure_that_a_user_can_fix_is_found_among_those_of_the_workers() -> None:
     ray_wraps = RayTaskError("loop", "Traceback ...", ValueError("bad flag"), proctitle="w", pid=1, ip="127.0.0.1")
     lost = WorkerGroupError("", {0: RuntimeError("a peer was lost"), 1: ray_wraps})
-    assert str(cluster.user_error_in(lost)) == "bad flag"
-    assert str(cluster.user_error_in(ControllerError(ray_wraps))) == "bad flag"
-    assert str(cluster.user_error_in(ray_wraps.as_instanceof_cause())) == "bad flag"
-    assert cluster.user_error_in(WorkerGroupError("", {0: RuntimeError("a peer was lost")})) is None
+    assert str(ray_errors.user_error_in(lost)) == "bad flag"
+    assert str(ray_errors.user_error_in(ControllerError(ray_wraps))) == "bad flag"
+    assert str(ray_errors.user_error_in(ray_wraps.as_instanceof_cause())) == "bad flag"
+    assert ray_errors.user_error_in(WorkerGroupError("", {0: RuntimeError("a peer was lost")})) is None
 
 
 class OutOfMemoryError(RuntimeError):
@@ -238,8 +238,8 @@ LOST_PEER = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:25
     ],
 )
 def test_a_failure_of_the_cluster_is_put_into_words(error: Exception, words: str) -> None:
-    assert isinstance(error, cluster.RAY_ERRORS)
-    assert cluster.cause_in_words(error).startswith(words.removesuffix(")."))
+    assert isinstance(error, ray_errors.RAY_ERRORS)
+    assert ray_errors.cause_in_words(error).startswith(words.removesuffix(")."))
 
 
 def test_a_job_needs_a_place_for_its_results_that_outlives_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import ray.data
 from ray import cloudpickle
 
-from rayalign.cluster import RAY_ERRORS, cause_in_words, configure_ray_data, place_ray_data, report, reports_of, user_error_in
+from rayalign.cluster import configure_ray_data, place_ray_data, report, reports_of
 from rayalign.config.endings import RunFailed
 from rayalign.config.sections import ClusterConfig
 from rayalign.data.attempts import Attempt
@@ -43,6 +43,7 @@ from rayalign.evaluation.pool_folder import (
 from rayalign.evaluation.work import WHOLE_ATTEMPTS, Result, Work, attempted
 from rayalign.formats.records import RecordError
 from rayalign.progress import Progress, per_second
+from rayalign.ray_errors import RAY_ERRORS, cause_in_words, user_error_in
 from rayalign.ray_lines import quiet_logging
 from rayalign.storage import Store
 

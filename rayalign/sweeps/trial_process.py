@@ -8,11 +8,12 @@ from typing import Any
 
 import ray.tune
 
-from rayalign.cluster import RAY_ERRORS, cause_in_words, set_ray_variables, user_error_in
+from rayalign.cluster import set_ray_variables
 from rayalign.config.config import Config
 from rayalign.config.endings import RunFailed
 from rayalign.data.prepare import RunData, cache_of, prepare_run
 from rayalign.log_lines import speak_as
+from rayalign.ray_errors import RAY_ERRORS, cause_in_words, user_error_in
 from rayalign.ray_lines import quiet_logging
 from rayalign.reference.precompute import with_reference
 from rayalign.storage import Store

@@ -20,7 +20,6 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
-from rayalign.cluster import RAY_ERRORS, cause_in_words, user_error_in
 from rayalign.config.config import Config
 from rayalign.data.rows import Sources
 from rayalign.evaluation.benchmarks.shelf import parse_benchmarks
@@ -30,6 +29,7 @@ from rayalign.evaluation.pool_folder import ID, POSITION
 from rayalign.evaluation.score_columns import SCHEMA
 from rayalign.evaluation.work import Work, results_of
 from rayalign.formats.records import RecordError
+from rayalign.ray_errors import RAY_ERRORS, cause_in_words, user_error_in
 from rayalign.ray_lines import quiet_logging
 from rayalign.storage import Store
 from rayalign.training.benchmark_results import BenchmarkResults, best_of

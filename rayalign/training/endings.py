@@ -12,10 +12,10 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
-from rayalign.cluster import RAY_ERRORS, cause_in_words, causes_of, is_lost_peer, user_error_in
 from rayalign.config.config import Config
 from rayalign.config.endings import STORAGE_TROUBLE, TRACEBACK_VARIABLE, RunFailed, Terminated
 from rayalign.nodes import NodesLost
+from rayalign.ray_errors import RAY_ERRORS, cause_in_words, causes_of, is_lost_peer, user_error_in
 from rayalign.ray_lines import TRACEBACK_LOGGER
 from rayalign.retries import LASTING_WORDS
 from rayalign.storage import Store
