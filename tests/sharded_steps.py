@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -83,7 +84,7 @@ def shard(policy: Policy, case: Case, folder: Path) -> Fillers:
     """Shards the policy over all processes; returns its fillers."""
     cpu = torch.device("cpu")
     shard_policy(policy, mesh_of_workers(cpu, case.group_size), device=cpu, scattered=case.scattered)
-    return Fillers(EncoderSpec(str(folder), "both").layout, case.algorithm.needs)
+    return Fillers(EncoderSpec(str(folder), "both"), case.algorithm.needs)
 
 
 def trainer_of(case: Case, folder: Path, *, sharded: bool, rank: int = 0) -> Trainer:
@@ -183,12 +184,21 @@ def steps_of(cases: Mapping[str, Case], rank: int, folders: Mapping[str, Path]) 
 
 
 def differences(case: Case, name: str, worker: Mapping[str, Tensor], folder: Path) -> dict[str, float]:
-    """The largest relative difference of each kind of result from one process's."""
+    """The largest relative difference of each kind of result from one process's. (A key's bias moves no attention: its gradient
+    is nothing but rounding.)"""
     own = {key.removeprefix(f"{name}: "): value for key, value in worker.items() if key.startswith(f"{name}: ")}
     expected = alone(case, folder)
     assert own.keys() == expected.keys()
+    gradients: dict[str, float] = {}
+    for key, value in expected.items():
+        if key.startswith("gradient "):
+            name = key.split()[-1]
+            gradients[name] = max(gradients.get(name, 0.0), float(value.abs().max()))
+    least = torch.finfo(case.dtype).eps * max(gradients.values())
     found: dict[str, float] = {}
     for key, value in expected.items():
+        if gradients.get(key.split()[-1], math.inf) < least:
+            continue
         kind = key.split()[0]
         difference = float((own[key] - value).abs().max() / value.abs().max().clamp_min(1e-30))
         found[kind] = max(found.get(kind, 0.0), difference)

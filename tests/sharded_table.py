@@ -31,11 +31,16 @@ ALGORITHMS = {
     "reward model": RM(),
     "SFT": SFT(),
 }
+TUNERS = {
+    "adapters": LORA,
+    "all weights": FULL,
+    "all weights and the tower's": dataclasses.replace(FULL, freeze_vit=False, freeze_aligner=False),
+}
 OF_FOUR = {
-    f"{dtype} {family} {tuner.sft_type} {algorithm}": Case(
+    f"{dtype} {family} {tuner} {algorithm}": Case(
         ALGORITHMS[algorithm],
         family,
-        tuner,
+        TUNERS[tuner],
         DEALS[number % 2],
         dtype,
         checkpointing=number % 3 > 0,
@@ -44,7 +49,7 @@ OF_FOUR = {
         group_size=2 if number % 5 > 2 else None,
     )
     for dtype in (torch.float64, torch.float32)
-    for number, (family, tuner, algorithm) in enumerate(itertools.product(FAMILIES, (LORA, FULL), ALGORITHMS))
+    for number, (family, tuner, algorithm) in enumerate(itertools.product(FAMILIES, TUNERS, ALGORITHMS))
 }
 """Of four processes, with checkpointing and without, uneven micro-batches and idle processes, all four or two with a model."""
 

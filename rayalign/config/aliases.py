@@ -141,7 +141,7 @@ ELSEWHERE: Sequence[Elsewhere] = (
     Elsewhere(
         "deepspeed fsdp fsdp_config deepspeed_config_path zero_hpz_partition_size",
         ALL,
-        "pass --strategy fsdp, which shards the language model over the workers (--num_workers); --strategy device_map spreads "
+        "pass --strategy fsdp, which shards the model over the workers (--num_workers); --strategy device_map spreads "
         "it over one worker's GPUs.",
     ),
     Elsewhere(

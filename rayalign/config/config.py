@@ -68,7 +68,6 @@ class Config:
         if not self.cluster.shards_models:
             return
         unfit = {
-            "freeze_llm": (self.tuner.freeze_llm, "it is the language model that is sharded, and here it would not be trained"),
             "torch_compile": (self.model.torch_compile, "compiled layers are not sharded here"),
             "dtype": (self.model.dtype == "float16" and "float16", "its loss scale is not kept for sharded gradients"),
             "optim": (

@@ -328,7 +328,7 @@ class ClusterConfig:
     )
     strategy: Literal["auto", "ddp", "fsdp", "device_map"] = flag(
         "auto",
-        "ddp: a whole model on each worker; fsdp: each worker has a share of the language model's weights, gradients and "
+        "ddp: a whole model on each worker; fsdp: each worker has a share of the model's weights, gradients and "
         "moments; device_map: a worker spreads its model over its GPUs. "
         "auto: device_map where a worker has several GPUs, else ddp.",
     )

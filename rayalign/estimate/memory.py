@@ -100,7 +100,7 @@ def memory_of(
     if vision is not None:
         images = _image_bytes(skeleton, vision, batch, blueprint)
         # The tower is done before the language model keeps anything.
-        working = max(working, _tower_bytes(vision, batch, blueprint) - activations.kept)
+        working = max(working, tower_bytes(vision, batch, blueprint) - activations.kept)
     return Memory(
         weights=frozen,
         trainable=trainable,
@@ -149,7 +149,7 @@ def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, blu
     return batch.rows * held * (2 if blueprint.needs.brings_images else 1)
 
 
-def _tower_bytes(vision: VisionCosts, batch: MicroBatch, blueprint: Blueprint) -> int:
+def tower_bytes(vision: VisionCosts, batch: MicroBatch, blueprint: Blueprint) -> int:
     """What the tower's forward over a micro-batch's images takes while it runs: one layer's tensors, by rule of thumb."""
     size = torch.finfo(blueprint.dtype).bits // 8
     patches = batch.rows * sum(load.patches for load in batch.fullest.images)

@@ -1,4 +1,4 @@
-"""What a worker holds of a language model that is sharded over workers; `policy.sharding` does it."""
+"""What a worker holds of a model that is sharded over workers; `policy.sharding` does it."""
 
 import dataclasses
 from collections.abc import Iterable, Set
@@ -8,10 +8,13 @@ from torch import nn
 
 from rayalign.estimate.architecture import Skeleton
 from rayalign.estimate.memory import Memory
-from rayalign.policy.sharding import sharded_weights
+from rayalign.policy.sharding import sharded_weights, vision_layers, vision_modules
 
 LAYERS_AT_A_TIME = 2
-"""The layer that runs, and the one whose weights are on their way to run next."""
+"""In a backward, where the language model takes the most: the layer that runs, and the one whose weights are on their way to
+run next."""
+LAYERS_IN_A_FORWARD = 3
+"""The layer that runs next, the bytes that it is copied out of, and those of the layer before."""
 
 
 def share_of(
@@ -20,31 +23,46 @@ def share_of(
     *,
     num_workers: int,
     below_head: int,
+    tower: int = 0,
     copied: torch.dtype | None = None,
     quantised: Set[nn.Parameter] = frozenset(),
 ) -> Memory:
-    """The memory of one of some workers over which the language model is sharded. `below_head`: how many bytes fewer it works
-    with once the output head's backward is done; `copied` is the type of a frozen copy of the model that is held beside it, if
-    there is one; weights that are `quantised` have 4 bits, and scales that are not sharded.
+    """The memory of one of some workers over which the model is sharded. `below_head`: how many bytes fewer it works with once
+    the output head's backward is done; `tower`: those that the vision tower works with; `copied` is the type of a frozen copy
+    of the model that is held beside it, if there is one; weights that are `quantised` have 4 bits, and scales that are not
+    sharded.
 
     Whole are, as long as they are used, embeddings and output head, and a layer or two; of trained ones the gradients of output
     head and one layer are, too, until the workers have added them up, once there are any. (Those of embeddings come when
     nothing is kept any more. Of a head that shares their weight, autograd keeps the gradient until then: that is in `working`.)
+    The vision tower runs before the language model keeps anything, and its backward behind that, when embeddings and output
+    head are still whole.
     """
     weights = set(sharded_weights(skeleton.model, skeleton.base))
 
     def size(parameters: Iterable[nn.Parameter]) -> int:
         return sum(p.numel() // 2 if p in quantised else p.numel() * p.element_size() for p in parameters)
 
+    def at_a_time(modules: Iterable[nn.Module], layers: Iterable[nn.Module]) -> tuple[set[nn.Parameter], list[nn.Parameter]]:
+        """The weights of some modules that belong to no layer, and those of their largest layer."""
+        in_layers = [[p for p in layer.parameters() if p in weights] for layer in layers]
+        outside = {p for module in modules for p in module.parameters() if p in weights}.difference(*in_layers)
+        return outside, max(in_layers, key=size, default=[])
+
     frozen = size(p for p in weights if not p.requires_grad)
     trained = size(p for p in weights if p.requires_grad)
     if copied is not None:
         frozen += sum(p.numel() for p in weights) * torch.finfo(copied).bits // 8
-    layers = [[p for p in layer.parameters() if p in weights] for layer in skeleton.base.get_decoder().layers]
-    in_layers = {p for layer in layers for p in layer}
-    outside, layer = weights - in_layers, max(layers, key=size)
-    embeddings = skeleton.base.get_input_embeddings().weight
+    base = skeleton.base
+    outside, layer = at_a_time([base.get_decoder(), base.get_output_embeddings()], base.get_decoder().layers)
+    embeddings = base.get_input_embeddings().weight
     added_up = [p for p in (*outside, *layer) if p.requires_grad and p is not embeddings]
+    working = size([*outside, *(LAYERS_AT_A_TIME * layer)])
+    working += max(memory.working, memory.working - below_head + size(added_up))
+    seeing, seeing_layer = at_a_time(vision_modules(base), vision_layers(base))
+    seen = tower + size([*seeing, *(LAYERS_IN_A_FORWARD * seeing_layer)])
+    if trains_vision := [p for p in (*seeing, *seeing_layer) if p.requires_grad]:
+        seen += size([*outside, *trains_vision, *(p for p in outside if p.requires_grad)])
     saved = 1 - 1 / num_workers
     return dataclasses.replace(
         memory,
@@ -52,6 +70,5 @@ def share_of(
         trainable=memory.trainable - round(saved * trained),
         gradients=memory.gradients - round(saved * trained),
         moments=memory.moments - round(saved * 2 * trained),
-        working=size([*outside, *(LAYERS_AT_A_TIME * layer)])
-        + max(memory.working, memory.working - below_head + size(added_up)),
+        working=max(working, seen - memory.kept),
     )

@@ -6,7 +6,7 @@ from functools import cached_property
 from rayalign.config.config import Config
 from rayalign.estimate.architecture import Blueprint, Skeleton
 from rayalign.estimate.dry_run import DryRuns
-from rayalign.estimate.memory import Memory, MicroBatch, holds_copy, memory_of
+from rayalign.estimate.memory import Memory, MicroBatch, holds_copy, memory_of, tower_bytes
 from rayalign.estimate.sharding import share_of
 from rayalign.estimate.vision import VisionCosts
 
@@ -49,7 +49,13 @@ class WorkerMemory:
         quantised = set(self.skeleton.linears()) if self.blueprint.tuner.quant_bits is not None else frozenset()
         below_head = activations.peak - activations.peak_below_head
         return share_of(
-            memory, self.skeleton, num_workers=num_workers, below_head=below_head, copied=copied, quantised=quantised
+            memory,
+            self.skeleton,
+            num_workers=num_workers,
+            below_head=below_head,
+            tower=tower_bytes(self._vision, batch, self.blueprint) if self._vision is not None else 0,
+            copied=copied,
+            quantised=quantised,
         )
 
     def num_recomputed(self, batch: MicroBatch, gpu_bytes: int) -> int:

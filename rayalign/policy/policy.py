@@ -35,6 +35,7 @@ from rayalign.policy.compat import attention_kernel, image_arguments, name_in_ba
 from rayalign.policy.prepare import set_modes
 
 T = TypeVar("T")
+_Runner = Callable[[Callable[[], Any]], Any]
 
 VALUE_HEAD = "v_head."
 """The names of a value head's parameters begin so."""
@@ -43,8 +44,9 @@ VALUE_HEAD = "v_head."
 class Policy:
     """A VLM under training. `model` is the PEFT-wrapped (LoRA) or plain (full) transformers model; a reward model has a
     `value_head`, too. `dtype` is the type of the arithmetic, whatever the type of the trainable weights; `start` is a frozen
-    copy as reference. `sharded`, where `sharding` has put the weights on several workers, runs a function with the embeddings
-    and the output head whole; every worker must then run the same forwards in the same order."""
+    copy as reference. Where `sharding` has put the weights on several workers, `sharded` runs a function with the embeddings
+    and the output head whole, and `sharded_vision` one that makes images' features; every worker must then run the same
+    forwards in the same order."""
 
     def __init__(
         self,
@@ -58,7 +60,8 @@ class Policy:
         self.model: Any = model
         self.value_head = value_head
         self.start = start
-        self.sharded: Callable[[Callable[[], Any]], Any] | None = None
+        self.sharded: _Runner | None = None
+        self.sharded_vision: _Runner | None = None
         self.base: Any = self.model.get_base_model() if isinstance(model, PeftModel) else model
         self.family = family
         self.image_token_id: int | None = None if family.text_only else self.base.config.image_token_id
@@ -96,13 +99,19 @@ class Policy:
         arguments = image_arguments(self.base)
         inputs = {name: value for name, value in batch.image_inputs.items() if name in arguments}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.base.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision), self._arithmetic():
-            output = self.base.get_image_features(**inputs, return_dict=True)
-            features = _by_image(output.pooler_output, batch.image_lengths)
-            if self.family.deepstack:
-                later = [_by_image(layer, batch.image_lengths) for layer in output.deepstack_features]
-                features = tuple(torch.cat(parts, dim=-1) for parts in zip(features, *later, strict=True))
-        return features
+
+        def make() -> tuple[Tensor, ...]:
+            with self._arithmetic():
+                output = self.base.get_image_features(**inputs, return_dict=True)
+            kinds = (output.pooler_output, *(output.deepstack_features if self.family.deepstack else ()))
+            if batch.image_lengths:
+                kinds = tuple([torch.cat([part.flatten(0, -2) for part in features])] for features in kinds)
+            return tuple(torch.cat(parts, dim=-1) for parts in zip(*kinds, strict=True))
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision):
+            features = _run(self.sharded_vision, make)
+        # Without known lengths those of each image come apart already.
+        return features[0].split(batch.image_lengths) if batch.image_lengths else features
 
     def logps(self, batch: PairBatch, images: tuple[Tensor, ...]) -> PairLogps:
         """Log-probabilities of both responses of each pair, by the weights under training."""
@@ -122,17 +131,13 @@ class Policy:
             with self._arithmetic():
                 return score_tokens(states, head, batch.targets.to(head.device), softcap=self._softcap)
 
-        return self._run(score)
-
-    def _run(self, forward: Callable[[], T]) -> T:
-        """What a forward gives; it runs embeddings, decoder or output head, which are whole within it."""
-        return self.sharded(forward) if self.sharded is not None else forward()
+        return _run(self.sharded, score)
 
     def values(self, batch: PairBatch, images: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Scores [B] of the chosen and of the rejected responses by the value head, each at the response's last token."""
         assert self.value_head is not None
         device = self.value_head.summary.weight.device
-        states = self._run(lambda: self._states(batch, images, batch.last_token))
+        states = _run(self.sharded, lambda: self._states(batch, images, batch.last_token))
         chosen, rejected = self.value_head(states.to(device)).chunk(2)
         return chosen, rejected
 
@@ -143,7 +148,7 @@ class Policy:
             embedded = self._embedded(batch.input_ids, [images[slot] for slot in batch.image_slots])
             return self._next_logits(**embedded, **self._masks(batch), position_ids=batch.position_ids, past_key_values=cache)
 
-        return self._run(behind)[0]
+        return _run(self.sharded, behind)[0]
 
     def logits_behind_tokens(
         self, tokens: Tensor, position_ids: Tensor, cache: Cache, is_token: Tensor | None = None
@@ -151,8 +156,9 @@ class Policy:
         """The same [R, V] of what follows one more token of each of R rows [R, 1], at its position [R, 1] or [3, R, 1], behind
         what `cache` keeps. `is_token` [R, K]: False where a row's cache holds padding, in front of it; None: nowhere."""
         mask = {} if is_token is None else {"attention_mask": is_token.long()}
-        return self._run(
-            lambda: self._next_logits(**self._embedded(tokens, ()), **mask, position_ids=position_ids, past_key_values=cache)
+        return _run(
+            self.sharded,
+            lambda: self._next_logits(**self._embedded(tokens, ()), **mask, position_ids=position_ids, past_key_values=cache),
         )
 
     def _next_logits(self, **inputs: Any) -> Tensor:
@@ -175,9 +181,13 @@ class Policy:
         input_ids, position_ids = batch.input_ids, batch.position_ids
         if packs:
             input_ids, position_ids = (packed(ids, batch.row_lengths) for ids in (input_ids, position_ids))
+        embedded = self._embedded(input_ids, [images[slot] for slot in batch.image_slots])
+        if images and not batch.image_slots:
+            # A filler of another worker's picture: the tower's backward runs on all of them, or on none.
+            embedded["inputs_embeds"] = embedded["inputs_embeds"] + 0 * sum(features.flatten()[0] for features in images)
         with self._arithmetic():
             hidden = self.base.get_decoder()(
-                **self._embedded(input_ids, [images[slot] for slot in batch.image_slots]),
+                **embedded,
                 **self._masks(batch),
                 position_ids=position_ids,
                 use_cache=False,
@@ -272,9 +282,6 @@ def _trains_outside_language(base: Any) -> bool:
     return any(p.requires_grad and id(p) not in inside for p in base.parameters())
 
 
-def _by_image(features: Any, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Features of all images cut into those of each; without known lengths they come apart already."""
-    if not lengths:
-        return tuple(features)
-    together = torch.cat([part.flatten(0, -2) for part in features])
-    return tuple(together.split(lengths))
+def _run(whole: _Runner | None, forward: Callable[[], T]) -> T:
+    """What a forward gives; where the modules that it runs are sharded, they are whole within it."""
+    return forward() if whole is None else whole(forward)

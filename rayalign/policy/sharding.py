@@ -1,12 +1,12 @@
-"""A policy whose language model is sharded over workers (torch's FSDP2): each holds a share of every weight, and a layer is
-whole only while it runs.
+"""A policy that is sharded over workers (torch's FSDP2): each holds a share of every weight, and a layer is whole only while it
+runs.
 
-Whole on every worker stay adapters, a value head, vision tower and aligner, whose gradients `training.loop` adds up once a
-step. Those of sharded weights are added up in the backward of each micro-batch, so that no worker ever holds all of them; sums
-they are, not means, since losses are divided by the counts of the whole step.
+Whole on every worker stay adapters and a value head, whose gradients `training.loop` adds up once a step. Those of sharded
+weights are added up in the backward of each micro-batch, so that no worker ever holds all of them; sums they are, not means,
+since losses are divided by the counts of the whole step.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayalign.policy.fused_norms import fuse_named, fused_names
 from rayalign.policy.policy import Policy
@@ -22,12 +23,12 @@ from rayalign.policy.quantised import lay_bare
 
 
 class _Root(nn.Module):
-    """Runs a function as its forward, in which the weights that belong to no layer are whole: a policy runs embeddings,
-    decoder and output head apart from each other, and FSDP makes weights whole for one module's forward."""
+    """Runs a function as its forward, in which the weights of some modules that belong to no layer are whole: a policy runs
+    embeddings, decoder and output head apart from each other, and FSDP makes weights whole for one module's forward."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.base = base
+        self.parts = nn.ModuleList(modules)
 
     def forward(self, function: Callable[[], Any]) -> Any:
         return function()
@@ -45,10 +46,36 @@ def mesh_of_workers(device: torch.device, group_size: int | None = None) -> Devi
 
 
 def sharded_weights(model: nn.Module, base: Any) -> list[nn.Parameter]:
-    """The weights that are sharded of a model as it is trained and its `base`: the language model's and the output head's,
-    without adapters."""
-    language = {*base.get_decoder().parameters(), *base.get_output_embeddings().parameters()}
-    return [p for name, p in model.named_parameters() if p in language and ".lora_" not in name]
+    """The weights that are sharded of a model as it is trained and its `base`: all of its modules', without adapters. (A few
+    families have single vectors beside their modules.)"""
+    inside = {p for module in (*_language(base), *vision_modules(base)) for p in module.parameters()}
+    return [p for name, p in model.named_parameters() if p in inside and ".lora_" not in name]
+
+
+def vision_modules(base: Any) -> list[nn.Module]:
+    """The modules that make images' features: tower, aligner, and whatever else holds nothing of the language model."""
+    language = set(_language(base))
+
+    def outside(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if child in language:
+                continue
+            if language.isdisjoint(child.modules()):
+                yield child
+            else:
+                yield from outside(child)
+
+    return list(outside(base))
+
+
+def vision_layers(base: Any) -> list[nn.Module]:
+    """The layers of the vision tower, as transformers knows them for gradient checkpointing; a tower of another kind has none,
+    and is whole while it runs."""
+    return [layer for part in vision_modules(base) for layer in part.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def _language(base: Any) -> tuple[nn.Module, nn.Module]:
+    return base.get_decoder(), base.get_output_embeddings()
 
 
 def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, scattered: bool = False) -> None:
@@ -68,14 +95,15 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, scat
         parameter.data = parameter.data.to(device)
     if policy.value_head is not None:
         policy.value_head.to(device)
-    root = _Root(base)
-    for unit in (*base.get_decoder().layers, root):
+    # Images' features are made apart from the rows' forwards: each has a root of its own.
+    language, vision = _Root(_language(base)), _Root(vision_modules(base))
+    for unit in (*vision_layers(base), vision, *base.get_decoder().layers, language):
         sharded: FSDPModule = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     if scattered:
-        _fill(root, policy.model, shares, device)
-    policy.sharded = root
+        _fill((language, vision), policy.model, shares, device)
+    policy.sharded, policy.sharded_vision = language, vision
     policy.device = device
 
 
@@ -109,10 +137,11 @@ def _own_rows(tensor: Tensor, mesh: DeviceMesh, device: torch.device) -> Tensor:
     return own[: max(0, min(share, len(tensor) - share * number))]
 
 
-def _fill(root: nn.Module, model: nn.Module, shares: Mapping[str, Tensor], device: torch.device) -> None:
+def _fill(roots: Iterable[nn.Module], model: nn.Module, shares: Mapping[str, Tensor], device: torch.device) -> None:
     """Puts shares in the place of sharded weights on the meta device, and gives all workers rank 0's other tensors."""
     if dist.get_rank() > 0:
-        root.to_empty(device=device)
+        for root in roots:
+            root.to_empty(device=device)
     with torch.no_grad():
         for name, tensor in _tensors_of(model).items():
             if name not in shares:

@@ -63,7 +63,7 @@ def ready_policy(
     if cluster.shards_models:
         mesh = mesh_of_workers(device, cluster.shard_group_size)
         shard_policy(policy, mesh, device=device, scattered=scattered)
-        fillers = Fillers(data.spec.layout, algorithm.needs)
+        fillers = Fillers(data.spec, algorithm.needs)
     if config.model.gradient_checkpointing == "auto":
         say(settle_recomputation(policy, config, data, gpu_bytes=_memory_of(device, config), rank=rank))
     start_alike(policy)

@@ -52,7 +52,7 @@ def compute_reference(
     say("Reference: computing log-probs of %d shards", progress.total)
     for records, shards in missing:
         own = Shards(config, data, records, str(records.reference))
-        fillers = Fillers(data.spec.layout, own.needs)
+        fillers = Fillers(data.spec, own.needs)
         for first in range(0, len(shards), num_workers):
             round_ = shards[first : first + num_workers]
             outcome = _compute(policy, own, round_[rank] if rank < len(round_) else None, fillers, tick)

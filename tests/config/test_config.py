@@ -172,11 +172,6 @@ def test_equal_configs_have_one_hash_and_can_be_keys():
     ("sections", "message"),
     [
         (
-            {"tuner": TunerConfig(freeze_llm=True, freeze_vit=False)},
-            "--freeze_llm true with --strategy fsdp: it is the language model that is sharded, and here it would not be "
-            "trained.",
-        ),
-        (
             {"model": ModelConfig(torch_compile=True)},
             "--torch_compile true with --strategy fsdp: compiled layers are not sharded here.",
         ),

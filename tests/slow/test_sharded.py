@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.memory import MicroBatch
 from rayalign.estimate.meter import tensors_of
 from rayalign.estimate.shapes import PairShape
+from rayalign.estimate.vision import VisionCosts
 from rayalign.estimate.worker_memory import WorkerMemory
 from rayalign.models.source import ModelSource
 from rayalign.storage import Store
@@ -43,7 +44,8 @@ from tests.sharded_steps import (
 )
 from tests.sharded_table import FAMILIES, OF_FOUR, cases_of, of_workers
 from tests.tiny_data import write_rows
-from tests.tiny_models import counts_of, encode_pair, make_batch, save_tiny_model
+from tests.tiny_families import TINY_FAMILIES, TinyFamily
+from tests.tiny_models import counts_of, encode_pair, make_batch, noise_image, save_model, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +162,15 @@ def long_pair(folder: Path) -> EncodedPair:
     return encode_pair(folder, "a", "Which digit is it? " * 40, "The digit is two. " * 20, "A cat sits on the mat. " * 20)
 
 
-def bytes_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+def bytes_of(
+    cases: Mapping[str, Case], make_pair: Callable[[Path], EncodedPair], rank: int, folders: Mapping[str, Path]
+) -> dict[str, Tensor]:
     """Of each shape and case the bytes of weights, gradients and AdamW's moments that a worker holds, and the most that
     forwards and backwards take beside them."""
     results = {}
-    for (shape, folder), (name, case) in itertools.product(folders.items(), PLANNED.items()):
+    for (shape, folder), (name, case) in itertools.product(folders.items(), cases.items()):
         trainer = trainer_of(case, folder, sharded=True, rank=rank)
-        pair = long_pair(folder)
+        pair = make_pair(folder)
         batch, counts = make_batch(folder, [pair], needs=case.algorithm.needs), counts_of([pair] * 2)
         trainer.gradients([batch], counts)  # from here on gradients are there
         held = [whole_or_own(tensor) for tensor in tensors_of(trainer.policy.model)]
@@ -190,7 +194,8 @@ def shaped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def measured(
     request: pytest.FixtureRequest, shaped: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Tensor]]:
-    return together(bytes_of, request.param, shaped, tmp_path_factory.mktemp("measured"))
+    work = functools.partial(bytes_of, PLANNED, long_pair)
+    return together(work, request.param, shaped, tmp_path_factory.mktemp("measured"))
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -198,19 +203,76 @@ def measured(
 def test_a_plan_knows_the_memory_of_a_sharded_step(
     shaped: Mapping[str, Path], measured: list[dict[str, Tensor]], shape: str, name: str
 ) -> None:
-    folder, case = shaped[shape], PLANNED[name]
-    pair = long_pair(folder)
-    longest = PairShape(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+    found = [each[f"{shape}: {name}"] for each in measured]
+    assert_planned(shaped[shape], PLANNED[name], long_pair(shaped[shape]), found)
+
+
+def assert_planned(folder: Path, case: Case, pair: EncodedPair, measured: Sequence[Tensor]) -> None:
     model = ModelConfig(dtype="float32", gradient_checkpointing=case.checkpointing)
     config = Config(
         case.algorithm, model=model, tuner=case.tuner, cluster=ClusterConfig(strategy="fsdp", num_workers=len(measured))
     )
     spec = EncoderSpec(str(folder), "both")
     blueprint = Blueprint(spec.model_config, ModelSource(str(folder)), model, case.tuner, case.algorithm.needs)
-    worker = WorkerMemory(config, blueprint, has_images=False)
+    worker = WorkerMemory(config, blueprint, has_images=bool(pair.images))
+    longest = PairShape(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
+    if pair.images:
+        inputs = make_batch(folder, [pair]).image_inputs
+        tokens = pair.prompt_ids.count(spec.layout.image_token_id)
+        load = VisionCosts(worker.skeleton, blueprint.config).load(inputs, tokens)
+        longest = dataclasses.replace(longest, image_tokens=tokens, images=(load,))
     memory = worker.of(MicroBatch(1, longest, longest), worker.most_recomputed)
     for found in measured:
-        assert memory.tensors == pytest.approx(int(found[f"{shape}: {name}"].sum()), rel=0.1)
+        assert memory.tensors == pytest.approx(int(found.sum()), rel=0.1)
+
+
+TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "image_size": 56}
+SEEING = {
+    f"{name}, {checkpointing}": Case(SimPO(), tuner=tuner, dtype=torch.float32, checkpointing=checkpointing)
+    for name, tuner in {
+        "frozen": FULL,
+        "trained": dataclasses.replace(FULL, freeze_vit=False, freeze_aligner=False),
+        "trained alone": dataclasses.replace(FULL, freeze_vit=False, freeze_aligner=False, freeze_llm=True),
+    }.items()
+    for checkpointing in (True, False)
+}
+
+
+def seeing_pair(folder: Path) -> EncodedPair:
+    question, picture = "Which digit is it? " * 10, noise_image(56, 56)
+    return encode_pair(folder, "a", question, "The digit is two. " * 5, "A cat sits on the mat. " * 5, images=[picture])
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model most of whose weights are the tower's."""
+    tiny = TINY_FAMILIES["llava"]
+
+    def processor() -> Any:
+        made = tiny.processor()
+        made.image_processor.size, made.image_processor.crop_size = {"shortest_edge": 56}, {"height": 56, "width": 56}
+        return made
+
+    def config(made: Any, text: Mapping[str, Any]) -> Any:
+        known = tiny.config(made, text)
+        for key, value in TOWER.items():
+            setattr(known.vision_config, key, value)
+        return known
+
+    return save_model(tmp_path_factory.mktemp("seeing"), TinyFamily(processor, config))
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def measured_seeing(
+    request: pytest.FixtureRequest, seeing: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Tensor]]:
+    work = functools.partial(bytes_of, SEEING, seeing_pair)
+    return together(work, request.param, {"seeing": seeing}, tmp_path_factory.mktemp("measured"))
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_plan_knows_what_a_sharded_tower_takes(seeing: Path, measured_seeing: list[dict[str, Tensor]], name: str) -> None:
+    assert_planned(seeing, SEEING[name], seeing_pair(seeing), [found[f"seeing: {name}"] for found in measured_seeing])
 
 
 WORDS = (
