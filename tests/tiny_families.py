@@ -426,3 +426,16 @@ TINY_FAMILIES = {
     "fast_vlm": TinyFamily(_fast_vlm_processor, _fast_vlm_config),
 }
 TINY_TEXT_MODELS = {name: _text_model(name) for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3", "mistral")}
+
+
+def _vip_llava_config(processor: Any, text: Mapping[str, Any]) -> Any:
+    return transformers.VipLlavaConfig(
+        vision_config=CLIP,
+        text_config={**TEXT, "model_type": "llama", **text},
+        image_token_index=token(processor, "<image>"),
+        vision_feature_layers=[-2, -1],
+    )
+
+
+NOT_ON_THE_SHELF = TinyFamily(_llava_processor, _vip_llava_config)
+"""A vision-language model that no file of the shelf describes."""

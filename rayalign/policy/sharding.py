@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rayalign.models.registry import FAMILIES
 from rayalign.policy.fused_norms import fuse_named, fused_names
 from rayalign.policy.policy import Policy
 from rayalign.policy.quantised import lay_bare
@@ -69,8 +70,10 @@ def vision_modules(base: Any) -> list[nn.Module]:
 
 
 def vision_layers(base: Any) -> list[nn.Module]:
-    """The layers of the vision tower, as transformers knows them for gradient checkpointing; a tower of another kind has none,
-    and is whole while it runs."""
+    """The layers of the vision tower, as transformers knows them for gradient checkpointing. A tower of another kind has none,
+    nor has that of a family without a file here, which might run once for each picture: these are whole while they run."""
+    if base.config.model_type not in FAMILIES:
+        return []
     return [layer for part in vision_modules(base) for layer in part.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 

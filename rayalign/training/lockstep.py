@@ -49,8 +49,9 @@ class Fillers:
             batch = self._with_picture(batch)
         if kind is not None and companion:
             rows = batch.companion or self._companion(kind, reference=batch.reference_logps is not None)
-            # Rows of other pictures than the batch's are there for these alone.
-            if adds_picture if kind.shares_images else not rows.batch.image_inputs:
+            # Rows with pictures of their own are there for these alone.
+            lacks_picture = adds_picture if kind.shares_images else not rows.batch.image_inputs
+            if lacks_picture:
                 rows = dataclasses.replace(rows, batch=self._with_picture(rows.batch))
             batch = dataclasses.replace(batch, companion=rows)
         return batch

@@ -16,7 +16,7 @@ from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, Reco
 from rayalign.models.registry import FAMILIES, REGISTERED_MODELS, find_family
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.policy import Policy
-from tests.tiny_families import CLIP, TEXT, TINY_FAMILIES, TINY_TEXT_MODELS, TinyFamily, token
+from tests.tiny_families import NOT_ON_THE_SHELF, TEXT, TINY_FAMILIES, TINY_TEXT_MODELS, TinyFamily
 from tests.tiny_models import make_policy, noise_image, save_model
 
 UNKNOWN = (
@@ -37,15 +37,6 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
-def vip_llava(processor: Any, text: Any) -> Any:
-    return transformers.VipLlavaConfig(
-        vision_config=CLIP,
-        text_config={**TEXT, "model_type": "llama", **text},
-        image_token_index=token(processor, "<image>"),
-        vision_feature_layers=[-2, -1],
-    )
-
-
 def language_model(name: str, **settings: Any) -> TinyFamily:
     processor = TINY_TEXT_MODELS["llama"].processor
     return TinyFamily(processor, lambda processor, text: transformers.AutoConfig.for_model(name, **{**TEXT, **settings}))
@@ -58,7 +49,7 @@ def test_every_family_of_the_shelf_passes(model_folder: Callable[..., Path], fam
 
 
 def test_a_vision_language_model_that_is_not_on_the_shelf_is_admitted(tmp_path: Path) -> None:
-    save_model(tmp_path, TinyFamily(TINY_FAMILIES["llava"].processor, vip_llava))
+    save_model(tmp_path, NOT_ON_THE_SHELF)
     assert "vipllava" not in FAMILIES
     assert check(tmp_path).family.image_token_counts is None
 

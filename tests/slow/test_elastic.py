@@ -17,38 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cluster import Cluster, head_without_cpus, start_node
+from tests.paced import PACED_DPO, PROGRAM
 from tests.tiny_data import write_rows
 from tests.tiny_models import save_tiny_model
-
-PROGRAM = """
-import sys
-from rayalign.training import driver
-driver.RESIZE_SECONDS = 2.0  # a user's nodes come more slowly
-from rayalign.main import main
-sys.exit(main())
-"""
-
-PACED_DPO = """
-import time
-from dataclasses import dataclass
-from typing import ClassVar
-
-from rayalign.algorithms import DPO
-
-
-@dataclass(frozen=True)
-class Paced(DPO):
-    '''DPO that is slow on a fast machine, too'''
-
-    name: ClassVar[str] = "paced"
-
-    def loss(self, *arguments, **named):
-        time.sleep(0.2)
-        return super().loss(*arguments, **named)
-
-
-ALGORITHMS = (Paced,)
-"""
 
 MOST_SECONDS = 200
 MOST_STEPS = 100
