@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rayalign.config.config import Config
 from rayalign.config.endings import STORAGE_TROUBLE, TRACEBACK_VARIABLE, RunFailed, Terminated
@@ -31,6 +31,10 @@ OF_RAY = (0, signal.SIGTERM)
 
 UNMISTAKABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """Those that no code catches and goes on from: wherever one stands in a traceback, it is what ended the run."""
+
+_LEFT: list[Future[Any]] = []
+"""Of works that nobody waits for any more. Ray's own end has them raise an error, whose traceback holds handles of actors; a
+process that lets go of one while Ray ends is ended by Ray at once, with Ray's code or by SIGSEGV."""
 
 
 @contextlib.contextmanager
@@ -138,12 +142,17 @@ def beside_signals(work: Callable[[], T], *, check: Callable[[], None] = lambda:
             done.set_exception(error)
 
     threading.Thread(target=run, name="beside-signals", daemon=True).start()
-    while True:
-        with contextlib.suppress(FutureTimeout):
-            return done.result(timeout=0.5)
-        if done.done():  # a TimeoutError of the work itself
-            return done.result()
-        check()
+    try:
+        while True:
+            with contextlib.suppress(FutureTimeout):
+                return done.result(timeout=0.5)
+            if done.done():  # a TimeoutError of the work itself
+                return done.result()
+            check()
+    except BaseException:
+        if not done.done():
+            _LEFT.append(done)
+        raise
 
 
 def run_reached(config: Config) -> str:

@@ -2,11 +2,13 @@
 
 import errno
 import functools
+import gc
 import json
 import logging
 import os
 import signal
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -293,6 +295,33 @@ def test_a_signal_reaches_the_program_while_it_waits_for_the_work_of_a_thread() 
     with pytest.raises(KeyboardInterrupt):
         endings.beside_signals(lambda: ended.wait(20))
     ended.set()
+
+
+def test_what_a_work_held_that_nobody_waits_for_any_more_stays_until_the_program_ends() -> None:
+    """Handles of actors: Ray ends a process that lets go of one while Ray itself ends."""
+
+    class Handle:
+        pass
+
+    held: list[weakref.ref[Handle]] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        handle = Handle()
+        held.append(weakref.ref(handle))
+        ended.wait(20)
+        raise RuntimeError("Ray is gone")
+
+    def check() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        endings.beside_signals(work, check=check)
+    (thread,) = (each for each in threading.enumerate() if each.name == "beside-signals")
+    ended.set()
+    thread.join()
+    gc.collect()
+    assert held[0]() is not None
 
 
 def test_the_work_of_a_thread_has_a_result_or_an_error() -> None:
