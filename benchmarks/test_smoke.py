@@ -125,6 +125,19 @@ def test_gpu_rehearses_on_the_cpu(tmp_path: Path) -> None:
     assert table.startswith("| case | way | attention |")
 
 
+def test_full_steps_on_a_gpu_rehearse_on_the_cpu(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--shape", "tiny", "--rounds", "1"]
+    table = run("gpu_full.py", *arguments, "--output", str(tmp_path / "gpu_full.json")).stdout
+
+    strategies = json.loads((tmp_path / "gpu_full.json").read_text())["strategies"]
+    assert [line["strategy"] for line in strategies] == ["fsdp", "ddp"]
+    for line in strategies:
+        assert_spread(line["step_seconds"])
+        # Weights, gradients and moments, of 4 bytes each.
+        assert line["gib"] > 4 * 4 * 0.7 * line["parameters"] / 2**30
+    assert table.startswith("| --strategy | seconds a step |")
+
+
 def test_scale_measures_the_driver_the_workers_and_the_fetches(tmp_path: Path) -> None:
     sizes = ["--rows", "5000", "--fetch-rows", "1024", "--delay", "0.001"]
     run("scale.py", *sizes, "--output", str(tmp_path / "scale.json"))
