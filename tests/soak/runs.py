@@ -5,16 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.paced import PROGRAM
 from tests.tiny_data import write_rows
 from tests.tiny_models import save_tiny_model
-
-PROGRAM = """
-import sys
-from rayalign.training import driver
-driver.RESIZE_SECONDS = 2.0  # a user's nodes come more slowly
-from rayalign.main import main
-sys.exit(main())
-"""
 
 STEPS = 120
 COMMON = (
@@ -47,14 +40,15 @@ class Variant:
 
 
 FULL, SHARDED = ("--tuner_type", "full"), ("--strategy", "fsdp")
+WITH_TOWER = ("--freeze_vit", "false", "--freeze_aligner", "false")
 VARIANTS = {
     "lora": Variant(),
     "full": Variant(FULL),
     "fsdp": Variant(SHARDED),
-    "fsdp full": Variant((*SHARDED, *FULL)),
+    "fsdp full": Variant((*SHARDED, *FULL, *WITH_TOWER)),
     "elastic": Variant(turns=(ONE_OR_TWO,), is_exact=False),
     "elastic fsdp": Variant(SHARDED, (ONE_OR_TWO,), is_exact=False),
-    "resharded": Variant((*SHARDED, *FULL), (TWO_WORKERS, ONE_WORKER), is_exact=False),
+    "resharded": Variant((*SHARDED, *FULL, *WITH_TOWER), (TWO_WORKERS, ONE_WORKER), is_exact=False),
 }
 
 
