@@ -56,7 +56,7 @@ def trainer_of(config: Any, run: Config, encoded: Encoded, device: torch.device)
     policy = Policy(model, family, dtype=dtype)
     fillers = None
     if run.cluster.shards_models:
-        shard_policy(policy, mesh_of_workers(device), device=device)
+        shard_policy(policy, mesh_of_workers(device), device=device, needs=needs)
         fillers = Fillers(encoded.spec, needs)
     return Trainer(policy, ALGORITHM, run.optimizer, num_steps=100, fillers=fillers)
 

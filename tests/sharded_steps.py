@@ -66,7 +66,9 @@ class Case:
 def policy_of(case: Case, folder: Path, *, without_weights: bool = False) -> Policy:
     policy = load_policy(
         ModelSource(str(folder)),
-        model=ModelConfig(gradient_checkpointing=case.checkpointing),
+        model=ModelConfig(
+            gradient_checkpointing=case.checkpointing, dtype="bfloat16" if case.dtype == torch.bfloat16 else "auto"
+        ),
         tuner=case.tuner,
         device=torch.device("cpu"),
         needs=case.algorithm.needs,
@@ -83,8 +85,9 @@ def policy_of(case: Case, folder: Path, *, without_weights: bool = False) -> Pol
 def shard(policy: Policy, case: Case, folder: Path) -> Fillers:
     """Shards the policy over all processes; returns its fillers."""
     cpu = torch.device("cpu")
-    shard_policy(policy, mesh_of_workers(cpu, case.group_size), device=cpu, scattered=case.scattered)
-    return Fillers(EncoderSpec(str(folder), "both"), case.algorithm.needs)
+    needs = case.algorithm.needs
+    shard_policy(policy, mesh_of_workers(cpu, case.group_size), device=cpu, needs=needs, scattered=case.scattered)
+    return Fillers(EncoderSpec(str(folder), "both"), needs)
 
 
 def trainer_of(case: Case, folder: Path, *, sharded: bool, rank: int = 0) -> Trainer:
@@ -194,7 +197,8 @@ def differences(case: Case, name: str, worker: Mapping[str, Tensor], folder: Pat
         if key.startswith("gradient "):
             name = key.split()[-1]
             gradients[name] = max(gradients.get(name, 0.0), float(value.abs().max()))
-    least = torch.finfo(case.dtype).eps * max(gradients.values())
+    kept_as = torch.promote_types(case.dtype, torch.float32)
+    least = torch.finfo(kept_as).eps * max(gradients.values())
     found: dict[str, float] = {}
     for key, value in expected.items():
         if gradients.get(key.split()[-1], math.inf) < least:

@@ -87,6 +87,11 @@ class Needs:
         return self.reference and self.companion != self.stable_companion
 
     @property
+    def trains_companion(self) -> bool:
+        """Whether the loss has a gradient by the companion's rows, too, and not by the pairs' own alone."""
+        return self.companion is not None and not self.statistics
+
+    @property
     def brings_images(self) -> bool:
         """Whether a companion brings images of its own along, beside those of the pairs."""
         return self.companion is not None and not self.companion.shares_images

@@ -50,6 +50,11 @@ class Blueprint:
         return self.tuner.sft_type == "full" and self.dtype != torch.float32
 
     @property
+    def rounds_layers(self) -> bool:
+        """Whether layers' matrices are rounded before they are used, where they are sharded; see `policy.sharding`."""
+        return self.is_mixed and not self.needs.trains_companion
+
+    @property
     def trains_vision(self) -> bool:
         """Whether images' features depend on trainable weights."""
         return not {"vit", "aligner"}.isdisjoint(trainable_parts(self.tuner))

@@ -6,7 +6,7 @@ some models alternate two kinds of attention.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,9 +50,10 @@ class Activations:
 
 
 class DryRun:
-    """One model as it is trained, run dry with micro-batches of any shape; its few layers are built once."""
+    """One model as it is trained, run dry with micro-batches of any shape; its few layers are built once. Where it is
+    `sharded`, layers' weights may come rounded."""
 
-    def __init__(self, blueprint: Blueprint) -> None:
+    def __init__(self, blueprint: Blueprint, *, sharded: bool = False) -> None:
         self.blueprint = blueprint
         depth = blueprint.num_layers
         self._depths = (FEW, MORE) if depth > MORE else (depth, depth)
@@ -60,8 +61,10 @@ class DryRun:
         self._known: dict[RowShape, Activations] = {}
         self._skeletons = {layers: blueprint.build(layers=layers) for layers in set(self._depths)}
         for skeleton in self._skeletons.values():
+            rounded = [p for layer in skeleton.base.get_decoder().layers for p in layer.parameters() if p.ndim > 1]
+            types = dict.fromkeys(rounded, blueprint.dtype) if sharded and blueprint.rounds_layers else {}
             with self._mode:
-                _make_fake(skeleton.model)
+                _make_fake(skeleton.model, types)
                 for parameter in skeleton.trainable:  # they are there from an earlier micro-batch on
                     parameter.grad = torch.zeros_like(parameter)
 
@@ -152,17 +155,18 @@ class DryRun:
 
 @dataclass(frozen=True)
 class DryRuns:
-    """One model run dry without and with gradient checkpointing, each when it is first asked for."""
+    """One model run dry without and with gradient checkpointing, each when it is first asked for; maybe a `sharded` one."""
 
     blueprint: Blueprint
+    sharded: bool = False
 
     @cached_property
     def plain(self) -> DryRun:
-        return DryRun(self.blueprint.with_checkpointing(on=False))
+        return DryRun(self.blueprint.with_checkpointing(on=False), sharded=self.sharded)
 
     @cached_property
     def recomputing(self) -> DryRun:
-        return DryRun(self.blueprint.with_checkpointing(on=True))
+        return DryRun(self.blueprint.with_checkpointing(on=True), sharded=self.sharded)
 
     def activations(self, shape: RowShape, recomputed: int) -> Activations:
         """What the step's passes hold where so many of the layers run again, the first ones: they do it when the last ones have
@@ -189,13 +193,15 @@ def _note_peak(meter: Meter, peaks: list[int], gradient: Tensor) -> None:
         meter.peak = meter.live
 
 
-def _make_fake(model: nn.Module) -> None:
+def _make_fake(model: nn.Module, types: Mapping[nn.Parameter, torch.dtype]) -> None:
     """Puts fake tensors of the CPU in the place of meta ones, which no kernel knows: attention on the meta device would be
-    another, with all its weights in memory."""
+    another, with all its weights in memory. Some have other `types` than these."""
     fakes: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+            fake = nn.Parameter(
+                torch.empty(parameter.shape, dtype=types.get(parameter, parameter.dtype)), parameter.requires_grad
+            )
             setattr(module, name, fakes.setdefault(id(parameter), fake))
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))

@@ -135,7 +135,7 @@ def _quantised(skeleton: Skeleton, frozen: int, *, double: bool) -> tuple[int, i
 
 
 def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, blueprint: Blueprint) -> int:
-    """Of the pixels and features that a micro-batch brings along, and of what a trainable tower keeps.
+    """Of the pixels and features that a micro-batch brings along, and of what a trainable tower and aligner keep.
 
     The features lie there once by themselves and once in the rows.
     """
@@ -146,7 +146,16 @@ def _image_bytes(skeleton: Skeleton, vision: VisionCosts, batch: MicroBatch, blu
     if "vit" in trainable_parts(blueprint.tuner):
         per_token = vision.kept_per_patch(full=blueprint.tuner.sft_type == "full")
         held += sum(load.patches for load in loads) * per_token * size
-    return batch.rows * held * (2 if blueprint.needs.brings_images else 1)
+    return (batch.rows * held + _rounded_bytes(skeleton, blueprint)) * (2 if blueprint.needs.brings_images else 1)
+
+
+def _rounded_bytes(skeleton: Skeleton, blueprint: Blueprint) -> int:
+    """Of the rounded copies of a trainable tower's and aligner's weights, which are kept for the backward."""
+    if not blueprint.is_mixed:
+        return 0
+    named = skeleton.model.named_parameters()
+    trained = [p for name, p in named if p.requires_grad and p.ndim > 1 and skeleton.parts.of(name) != "llm"]
+    return sum(p.numel() * blueprint.dtype.itemsize for p in trained)
 
 
 def tower_bytes(vision: VisionCosts, batch: MicroBatch, blueprint: Blueprint) -> int:

@@ -33,7 +33,7 @@ def passes_of(needs: Needs, *, reference_known: bool) -> tuple[tuple[Pass, ...],
     if needs.reference and not (needs.statistics and companion is None):
         # Those with a companion ask the reference first.
         step.insert(1 if companion is None else 0, Pass(reference=True))
-    if companion is not None and not needs.statistics:
+    if needs.trains_companion:
         step += [Pass(companion, reference=True)] if needs.reference else []
         step.append(Pass(companion, trains=True))
     statistics, step = (

@@ -23,14 +23,17 @@ def share_of(
     *,
     num_workers: int,
     below_head: int,
-    tower: int = 0,
+    tower: int | None = None,
     copied: torch.dtype | None = None,
+    rounded: torch.dtype | None = None,
     quantised: Set[nn.Parameter] = frozenset(),
 ) -> Memory:
-    """The memory of one of some workers over which the model is sharded. `below_head`: how many bytes fewer it works with once
-    the output head's backward is done; `tower`: those that the vision tower works with; `copied` is the type of a frozen copy
-    of the model that is held beside it, if there is one; weights that are `quantised` have 4 bits, and scales that are not
-    sharded.
+    """The memory of one of some workers over which the model is sharded.
+
+    `below_head`: how many bytes fewer it works with once the output head's backward is done; `tower`: those that the vision
+    tower works with, where it runs; `copied`: the type of a frozen copy of the model that is held beside it, if there is one;
+    `rounded`: the type that layers' weights are rounded to before they are gathered, if they are. Weights that are `quantised`
+    have 4 bits, and scales that are not sharded.
 
     Whole are, as long as they are used, embeddings and output head, and a layer or two; of trained ones the gradients of output
     head and one layer are, too, until the workers have added them up, once there are any. (Those of embeddings come when
@@ -42,6 +45,9 @@ def share_of(
 
     def size(parameters: Iterable[nn.Parameter]) -> int:
         return sum(p.numel() // 2 if p in quantised else p.numel() * p.element_size() for p in parameters)
+
+    def gathered(layer: Iterable[nn.Parameter]) -> int:
+        return size(layer) if rounded is None else sum(p.numel() * rounded.itemsize for p in layer)
 
     def at_a_time(modules: Iterable[nn.Module], layers: Iterable[nn.Module]) -> tuple[set[nn.Parameter], list[nn.Parameter]]:
         """The weights of some modules that belong to no layer, and those of their largest layer."""
@@ -57,12 +63,22 @@ def share_of(
     outside, layer = at_a_time([base.get_decoder(), base.get_output_embeddings()], base.get_decoder().layers)
     embeddings = base.get_input_embeddings().weight
     added_up = [p for p in (*outside, *layer) if p.requires_grad and p is not embeddings]
-    working = size([*outside, *(LAYERS_AT_A_TIME * layer)])
+    working = size(outside) + LAYERS_AT_A_TIME * gathered(layer)
     working += max(memory.working, memory.working - below_head + size(added_up))
-    seeing, seeing_layer = at_a_time(vision_modules(base), vision_layers(base))
-    seen = tower + size([*seeing, *(LAYERS_IN_A_FORWARD * seeing_layer)])
-    if trains_vision := [p for p in (*seeing, *seeing_layer) if p.requires_grad]:
-        seen += size([*outside, *trains_vision, *(p for p in outside if p.requires_grad)])
+    if tower is not None:
+        seeing, seeing_layer = at_a_time(vision_modules(base), vision_layers(base))
+        # The bytes that weights are copied out of stay until those of the next layer are there.
+        first, later = 2 * size(seeing) + gathered(seeing_layer), size(seeing) + LAYERS_IN_A_FORWARD * gathered(seeing_layer)
+        seen = tower + max(first, later)
+        if trains_vision := [p for p in (*seeing, *seeing_layer) if p.requires_grad]:
+            seen += size([*outside, *trains_vision, *(p for p in outside if p.requires_grad)])
+            if rounded is not None:
+                seen += gathered(seeing_layer)  # whose gradients are rounded, too, before they are added up
+        working = max(working, seen - memory.kept)
+    images = memory.images
+    if tower is not None and rounded is not None:  # rounded copies of layers' weights are gathered again, and not kept
+        kept = [p for layer in vision_layers(base) for p in layer.parameters() if p.requires_grad and p in weights]
+        images -= sum(p.numel() for p in kept) * rounded.itemsize
     saved = 1 - 1 / num_workers
     return dataclasses.replace(
         memory,
@@ -70,5 +86,6 @@ def share_of(
         trainable=memory.trainable - round(saved * trained),
         gradients=memory.gradients - round(saved * trained),
         moments=memory.moments - round(saved * 2 * trained),
-        working=max(working, seen - memory.kept),
+        working=working,
+        images=images,
     )

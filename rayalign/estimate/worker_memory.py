@@ -28,7 +28,7 @@ class WorkerMemory:
 
     @cached_property
     def dry_runs(self) -> DryRuns:
-        return DryRuns(self.blueprint)
+        return DryRuns(self.blueprint, sharded=self.config.cluster.shards_models)
 
     @property
     def most_recomputed(self) -> int:
@@ -53,8 +53,9 @@ class WorkerMemory:
             self.skeleton,
             num_workers=num_workers,
             below_head=below_head,
-            tower=tower_bytes(self._vision, batch, self.blueprint) if self._vision is not None else 0,
+            tower=tower_bytes(self._vision, batch, self.blueprint) if self._vision is not None else None,
             copied=copied,
+            rounded=self.blueprint.dtype if self.blueprint.rounds_layers else None,
             quantised=quantised,
         )
 

@@ -171,9 +171,13 @@ class Policy:
     def _arithmetic(self) -> AbstractContextManager[None]:
         """Within it, trainable weights, which are kept in float32, are rounded to `dtype` where they are used. Adapters do this
         themselves."""
-        mixed = not isinstance(self.model, PeftModel) and self.dtype in (torch.bfloat16, torch.float16)
         # Each weight is used once in a forward: a cache of rounded weights would only take memory.
-        return torch.autocast(self.device.type, self.dtype, enabled=mixed, cache_enabled=False)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.is_mixed, cache_enabled=False)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether trainable weights are kept in float32 and rounded where they are used."""
+        return not isinstance(self.model, PeftModel) and self.dtype in (torch.bfloat16, torch.float16)
 
     def _states(self, batch: PairBatch, images: tuple[Tensor, ...], positions: Tensor) -> Tensor:
         """The language model's last hidden states [n, H] at flat positions [n] of the rows."""

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rayalign.algorithms import Needs
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.fused_norms import fuse_named, fused_names
 from rayalign.policy.policy import Policy
@@ -47,10 +48,10 @@ def mesh_of_workers(device: torch.device, group_size: int | None = None) -> Devi
 
 
 def sharded_weights(model: nn.Module, base: Any) -> list[nn.Parameter]:
-    """The weights that are sharded of a model as it is trained and its `base`: all of its modules', without adapters. (A few
-    families have single vectors beside their modules.)"""
+    """The weights that are sharded of a model as it is trained and its `base`: all of its modules' matrices, without adapters.
+    Vectors (biases, norms) are few, and whole."""
     inside = {p for module in (*_language(base), *vision_modules(base)) for p in module.parameters()}
-    return [p for name, p in model.named_parameters() if p in inside and ".lora_" not in name]
+    return [p for name, p in model.named_parameters() if p in inside and p.ndim > 1 and ".lora_" not in name]
 
 
 def vision_modules(base: Any) -> list[nn.Module]:
@@ -81,14 +82,16 @@ def _language(base: Any) -> tuple[nn.Module, nn.Module]:
     return base.get_decoder(), base.get_output_embeddings()
 
 
-def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, scattered: bool = False) -> None:
+def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, needs: Needs, scattered: bool = False) -> None:
     """Spreads a policy, which has been loaded whole on the CPU or on the device, over the workers of a mesh, layer by layer.
 
     All of them call it, with the same weights; `scattered`: rank 0 has them, all others have them on the meta device and get
-    theirs from it, a tensor at a time. Weights keep their types: what is computed is what a whole model computes.
+    theirs from it, a tensor at a time. What is computed is what a whole model computes: where the arithmetic rounds weights,
+    those of layers travel rounded, unless an algorithm of these `needs` has gradients of two forwards, which would be added up
+    in the same type.
     """
     if policy.start is not None:
-        shard_policy(policy.start, mesh, device=device, scattered=scattered)
+        shard_policy(policy.start, mesh, device=device, needs=needs, scattered=scattered)
     base = policy.base
     lay_bare(base, device, scattered=scattered)
     shares = _take_shares(policy.model, base, mesh, device) if scattered else {}
@@ -100,14 +103,33 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, scat
         policy.value_head.to(device)
     # Images' features are made apart from the rows' forwards: each has a root of its own.
     language, vision = _Root(_language(base)), _Root(vision_modules(base))
+    as_held = MixedPrecisionPolicy()
+    rounded = MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    of_layers = rounded if policy.is_mixed and not needs.trains_companion else as_held
     for unit in (*vision_layers(base), vision, *base.get_decoder().layers, language):
-        sharded: FSDPModule = fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        types = as_held if unit in (vision, language) else of_layers
+        sharded: FSDPModule = fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=types, ignored_params=whole)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+        # A worker whose pictures don't pass some module has zeros there: all add up the same tensors.
+        sharded.set_reduce_scatter_unused_params(True, recurse=False)
     if scattered:
         _fill((language, vision), policy.model, shares, device)
-    policy.sharded, policy.sharded_vision = language, vision
+    learns = any(parameter.requires_grad for parameter in policy.model.parameters())
+    policy.sharded = language if learns else _forgetful(language)
+    policy.sharded_vision = vision if policy.trains_vision else _forgetful(vision)
     policy.device = device
+
+
+def _forgetful(root: Any) -> Callable[[Callable[[], Any]], Any]:
+    """A root that no backward passes: FSDP notes the order of forwards until one does."""
+
+    def run(function: Callable[[], Any]) -> Any:
+        result = root(function)
+        root.reset_iter_state()
+        return result
+
+    return run
 
 
 def _take_shares(model: nn.Module, base: Any, mesh: DeviceMesh, device: torch.device) -> dict[str, Tensor]:

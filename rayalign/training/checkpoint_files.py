@@ -119,7 +119,8 @@ class SavedTensors(contextlib.ExitStack):
         return (len(like) if fits else -1, *rest)
 
     def own_part(self, name: str, like: Tensor) -> Tensor:
-        """What a worker holds of a tensor: where `like` is sharded its rows of it, else all."""
+        """What a worker holds of a tensor: where `like` is sharded its rows of it, else all. Raises ValueError where the files
+        that are there do not have them."""
         rows = rows_of(len(like), *_place(like)) if isinstance(like, DTensor) else None
         if name in self._in_whole:
             tensor: Tensor = self._whole.get_tensor(name)
@@ -131,6 +132,13 @@ class SavedTensors(contextlib.ExitStack):
             first, last = max(rows.start, there.start), min(rows.stop, there.stop)
             if first < last:
                 parts.append(shard.get_slice(name)[first - there.start : last - there.start])
+        found = sum(map(len, parts))
+        if found != len(rows):
+            raise ValueError(
+                f"The checkpoint's shards that this worker has read hold {found} of the {len(rows)} rows of {name} that it "
+                "needs: a version of rayalign wrote it that sharded other weights. Go on with that version, or once with "
+                "another --num_workers: then each worker reads all shards."
+            )
         return torch.cat(parts) if parts else torch.empty(0, *like.shape[1:], dtype=like.dtype)
 
     def value(self, name: str) -> Tensor:

@@ -105,11 +105,14 @@ class Trainer:
         outputs, num_tokens = [], 0
         for batch, statistics in self._with_statistics(lambda: self._seeded(step, batches)):
             if is_filler(batch):
-                self._run_filler(batch, counts, statistics).backward()
+                nothing = self._run_filler(batch, counts, statistics)
+                if nothing.requires_grad:
+                    nothing.backward()
                 continue
             num_tokens += batch.num_tokens
             output = self.algorithm.loss(self.policy, batch.to(self.policy.device), counts, statistics)
-            self.scaler.scale(output.loss).backward()
+            if output.loss.requires_grad:  # nothing else is trained than what looks at pictures, and there are none
+                self.scaler.scale(output.loss).backward()
             outputs.append(dataclasses.replace(output, loss=output.loss.detach()))
         for parameter in self._parameters:
             if parameter.grad is None:

@@ -62,7 +62,7 @@ def ready_policy(
     fillers = None
     if cluster.shards_models:
         mesh = mesh_of_workers(device, cluster.shard_group_size)
-        shard_policy(policy, mesh, device=device, scattered=scattered)
+        shard_policy(policy, mesh, device=device, needs=algorithm.needs, scattered=scattered)
         fillers = Fillers(data.spec, algorithm.needs)
     if config.model.gradient_checkpointing == "auto":
         say(settle_recomputation(policy, config, data, gpu_bytes=_memory_of(device, config), rank=rank))

@@ -62,7 +62,7 @@ def trainer_of(
     wake_adapters(policy)
     fillers = None
     if sharded:
-        shard_policy(policy, mesh_of_workers(device), device=device)
+        shard_policy(policy, mesh_of_workers(device), device=device, needs=ALGORITHM.needs)
         fillers = Fillers(EncoderSpec(str(folder), "both"), ALGORITHM.needs)
     config = OptimizerConfig(learning_rate=1e-3, lr_scheduler_type="constant", optim=optim)  # type: ignore[arg-type]
     return Trainer(policy, ALGORITHM, config, num_steps=12, fillers=fillers)

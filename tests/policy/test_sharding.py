@@ -9,14 +9,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from rayalign.algorithms import Needs
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.policy.sharding import mesh_of_workers, shard_policy, vision_layers
 from tests.tiny_families import NOT_ON_THE_SHELF, TINY_FAMILIES, TINY_TEXT_MODELS
 from tests.tiny_models import encode_pair, make_batch, make_policy, noise_image, save_model
 
 ALL_WEIGHTS = TunerConfig(sft_type="full", freeze_vit=False, freeze_aligner=False)
-BESIDE_MODULES = {"model.image_newline"}
-"""Single vectors, whole on each worker."""
 WITHOUT_LAYERS = {"fast_vlm", "vipllava"}
 """A convolutional tower, and one of which it is not known that it runs once for all pictures."""
 
@@ -29,7 +28,9 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("family", [*TINY_FAMILIES, *TINY_TEXT_MODELS, "vipllava"])
-def test_all_of_a_model_is_sharded_and_makes_the_same(model_folder: Callable[..., Path], tmp_path: Path, family: str) -> None:
+def test_all_matrices_of_a_model_are_sharded_and_make_the_same(
+    model_folder: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
     """Workers run a layer as often as each other, whatever the number of their pictures."""
     folder = save_model(tmp_path / "model", NOT_ON_THE_SHELF) if family == "vipllava" else model_folder(family)
     # Gemma 2 has no other kernel.
@@ -50,9 +51,8 @@ def test_all_of_a_model_is_sharded_and_makes_the_same(model_folder: Callable[...
     expected = logps()
     assert runs == dict.fromkeys(range(len(layers)), len(batches))
     cpu = torch.device("cpu")
-    shard_policy(policy, mesh_of_workers(cpu), device=cpu)
-    whole = {name for name, parameter in policy.trainable.items() if not isinstance(parameter, DTensor)}
-    assert whole <= BESIDE_MODULES
+    shard_policy(policy, mesh_of_workers(cpu), device=cpu, needs=Needs())
+    assert all(isinstance(parameter, DTensor) == (parameter.ndim > 1) for parameter in policy.trainable.values())
     found = logps()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     sum(each.sum() for each in found).backward()

@@ -156,6 +156,10 @@ PLANNED = {
     for tuner in (LORA, FULL)
     for checkpointing in (True, False)
 }
+PLANNED |= {
+    f"full, {checkpointing}, bfloat16": Case(SimPO(), tuner=FULL, dtype=torch.bfloat16, checkpointing=checkpointing)
+    for checkpointing in (True, False)
+}
 
 
 def long_pair(folder: Path) -> EncodedPair:
@@ -208,7 +212,8 @@ def test_a_plan_knows_the_memory_of_a_sharded_step(
 
 
 def assert_planned(folder: Path, case: Case, pair: EncodedPair, measured: Sequence[Tensor]) -> None:
-    model = ModelConfig(dtype="float32", gradient_checkpointing=case.checkpointing)
+    dtype: Any = str(case.dtype).removeprefix("torch.")
+    model = ModelConfig(dtype=dtype, gradient_checkpointing=case.checkpointing)
     config = Config(
         case.algorithm, model=model, tuner=case.tuner, cluster=ClusterConfig(strategy="fsdp", num_workers=len(measured))
     )
@@ -236,6 +241,7 @@ SEEING = {
     }.items()
     for checkpointing in (True, False)
 }
+SEEING |= {f"{name}, bfloat16": dataclasses.replace(case, dtype=torch.bfloat16) for name, case in SEEING.items()}
 
 
 def seeing_pair(folder: Path) -> EncodedPair:

@@ -17,7 +17,16 @@ from rayalign.policy.policy import Policy
 from rayalign.policy.saving import gather_weights, save_policy
 from rayalign.storage import Store
 from rayalign.training.checkpoint import Snapshot, load_checkpoint, load_weights, write_checkpoint
-from rayalign.training.checkpoint_files import DTYPES, num_shards, rows_of, shard_file, write_tensors
+from rayalign.training.checkpoint_files import (
+    DTYPES,
+    WEIGHTS,
+    SavedTensors,
+    num_shards,
+    rows_of,
+    shard_file,
+    whole_file,
+    write_tensors,
+)
 from rayalign.training.checkpoint_folder import ALL_SHARDS, FetchedCheckpoint, checkpoint_name, fetch_newest
 from rayalign.training.checkpoint_folder import fetch_weights as fetch_weights_of
 from rayalign.training.distributed import gather
@@ -192,6 +201,17 @@ def test_shards_of_another_model_are_refused(
     place = out / "together" / NAME
     with pytest.raises(ValueError, match=r"has model.language_model.layers.0.mlp.* and this run trains one of"):
         load_checkpoint(FetchedCheckpoint(Store(str(place)), 1, place), wider.policy, wider.optimizer)
+
+
+def test_a_shard_does_not_stand_for_a_whole_tensor(tmp_path: Path) -> None:
+    """As where another version sharded other weights, and a worker has read its own shard only."""
+    save_file({}, tmp_path / whole_file(WEIGHTS))
+    save_file({"norm": torch.ones(3)}, tmp_path / shard_file(WEIGHTS, 0, 2))
+    with (
+        SavedTensors(tmp_path, WEIGHTS) as saved,
+        pytest.raises(ValueError, match="hold 3 of the 6 rows of norm that it needs"),
+    ):
+        saved.own_part("norm", torch.zeros(6))
 
 
 def test_files_are_what_safetensors_reads_with_the_hash_of_their_content(tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ CASES = {
     "sft, all weights and the tower's": Case(SFT(), tuner=VISION, deals=IDLE),
     "mdpo, all weights and the tower's, pictures on one worker": Case(MDPO(), "qwen2_vl", tuner=VISION, deals=MIXED),
     "kto, all weights and the tower's, pictures on one worker": Case(KTO(), tuner=VISION, deals=MIXED),
+    "simpo, all weights and the tower's, bfloat16": Case(SimPO(), tuner=VISION, deals=MIXED, dtype=torch.bfloat16),
+    "kto, all weights, bfloat16": Case(KTO(), "qwen2_vl", tuner=FULL, deals=IDLE, dtype=torch.bfloat16, scattered=True),
+    "mdpo, all weights, bfloat16": Case(MDPO(), tuner=FULL, deals=MIXED, dtype=torch.bfloat16),
+    "simpo, the tower's weights alone, a position without pictures": Case(
+        SimPO(), tuner=TOWER, deals=(((0,), (1,)), ((3,), (2,))), checkpointing=False
+    ),
     "dpo, the tower's weights alone, pictures on one worker": Case(DPO(), tuner=TOWER, deals=MIXED),
     "dpo, adapters, rank 0's weights, pictures on one worker": Case(DPO(), "qwen2_vl", deals=MIXED, scattered=True),
     "simpo, all weights, float32": Case(SimPO(), tuner=FULL, dtype=torch.float32, checkpointing=False),
@@ -74,8 +80,9 @@ if importlib.util.find_spec("bitsandbytes") is not None:
     HELD["held, adapters over 4 bits, whole scales"] = Case(DPO(), tuner=four_bits[1], dtype=torch.float32)
 # bitsandbytes' import compiles with torch.jit, which torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-MOST = {torch.float64: 1e-12, torch.float32: 1e-5}
-"""The largest relative difference of sums that are made in another order."""
+MOST = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3}
+"""The largest relative difference of sums that are made in another order. In bfloat16 gradients are float32 sums of products
+that are rounded alike, but of a key's bias, which is nothing but rounding, in three digits."""
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +145,7 @@ def test_steps_of_a_sharded_policy_are_those_of_a_whole_one(
     assert found.keys() == {"metric", "norm", "gradient", "weight"}
     # Metrics are kept as float32 where they are divided by counts.
     assert found.pop("metric") < 1e-5
+    assert found.pop("weight") < 10 * MOST[case.dtype]  # AdamW's first steps magnify the last bits of the smallest gradients
     assert max(found.values()) < MOST[case.dtype]
 
 
@@ -185,8 +193,8 @@ def test_a_plan_knows_what_each_worker_holds(folders: Mapping[str, Path], worker
     assert share.trainable == pytest.approx(held[True], abs=2)
     assert (share.gradients, share.moments) == (share.trainable, pytest.approx(2 * share.trainable, abs=2))
     layers = skeleton.base.get_decoder().layers
-    in_layer = size(p for n, p in layers[0].named_parameters() if ".lora_" not in n)
-    outside = size([*skeleton.base.get_decoder().norm.parameters(), skeleton.head])
+    in_layer = size(p for n, p in layers[0].named_parameters() if p.ndim > 1 and ".lora_" not in n)
+    outside = size([skeleton.head])
     embeddings = size([skeleton.base.get_input_embeddings().weight])
     gradients = in_layer + outside if case.tuner is FULL else 0
     assert share.working == 2 * in_layer + outside + embeddings + gradients
