@@ -30,6 +30,7 @@ from rayalign.policy.adapters import merge_adapter
 from rayalign.policy.compat import keep_weight_names
 from rayalign.policy.weights import load_weights
 from rayalign.serving.adapter_layouts import ADAPTER_LAYOUTS, write_adapter
+from rayalign.serving.export_folder import check_apart, check_empty
 from rayalign.serving.merge import processor_of, write_merged
 from rayalign.serving.model_card import is_export, write_card
 from rayalign.serving.score_head import set_pad_token, warn_of_bias
@@ -49,9 +50,11 @@ def run(config: ExportConfig) -> Store:
     if not config.model or not config.output_dir:
         raise ValueError("Pass --model with the model/ folder of a run, and --output_dir with a new folder.")
     output, model = Store.at(config.output_dir), Store.at(config.model)
-    _check_output(output, model, overwrite=config.overwrite)
+    check_apart(output, {config.model: "the model that is exported"})
+    check_empty(output, overwrite=config.overwrite, is_export=is_export(output))
     with tempfile.TemporaryDirectory() as temporary:
         named = require_model(ModelConfig(model=config.model), REGISTERED_MODELS)
+        check_apart(output, {named.adapter: "the model that is exported", named.base: f"its base model, {named.base}"})
         source = named.here()
         folder = Path(temporary) / "export"
         head = find_value_head(Path(source.adapter or source.base))
@@ -202,20 +205,3 @@ def _save_for_vllm(classifier: Any, folder: Path, max_shard_size: str) -> None:
         shards = json.loads(index.read_text())
         shards["weight_map"] |= dict.fromkeys(head, "score.safetensors")
         index.write_text(json.dumps(shards, indent=2) + "\n")
-
-
-def _check_output(output: Store, model: Store, *, overwrite: bool) -> None:
-    if f"{model.location}/".startswith(f"{output.location}/"):
-        raise ValueError(f"--output_dir {output.location} holds the model that is exported. Choose another folder.")
-    if not output.list():
-        return
-    if not overwrite:
-        raise ValueError(
-            f"--output_dir {output.location} is not empty. Pass --overwrite true to replace an earlier export, or another "
-            "--output_dir."
-        )
-    if not is_export(output):
-        raise ValueError(
-            f"--output_dir {output.location} holds something else than an earlier export, which is all that --overwrite true "
-            "replaces. Choose another folder."
-        )

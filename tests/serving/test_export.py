@@ -415,6 +415,26 @@ def test_a_folder_with_anything_else_in_it_is_never_overwritten(model_folder: Ca
     )
 
 
+@pytest.mark.parametrize("layout", ["transformers", "value_head", "trl"])
+def test_the_base_model_is_never_overwritten_though_it_is_an_earlier_export(
+    model_folder: Callable[..., Path], tmp_path: Path, layout: Any
+) -> None:
+    base, model = tmp_path / "all" / "merged", tmp_path / "model"
+    shutil.copytree(model_folder("llava"), base)
+    write_card(base, name="merged", base="llava", model=Store.at(str(tmp_path / "earlier")))
+    reward_model(base, model)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    (tmp_path / "link").symlink_to(base)
+    for output, how in ((base, "holds"), (tmp_path / "link", "holds"), (base / "new", "lies in")):
+        assert complaint(model=str(model), output_dir=str(output), overwrite=True, layout=layout) == (
+            f"--output_dir {output} {how} its base model, {base}. Choose another folder."
+        )
+    assert complaint(model=str(model), output_dir=str(model / "new"), layout=layout) == (
+        f"--output_dir {model}/new lies in the model that is exported. Choose another folder."
+    )
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+
+
 def test_overwriting_leaves_no_file_of_the_earlier_export(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     source, _ = reward_model(model_folder("llava"), tmp_path / "model")
     write_sequence_classifier(source, tmp_path / "out", layout="vllm", max_shard_size="150KB")
