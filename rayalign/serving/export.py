@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -23,7 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from rayalign.config.sections import ModelConfig
 from rayalign.config.serving import ExportConfig
 from rayalign.models.compat import headless_class
-from rayalign.models.registry import REGISTERED_MODELS, find_family
+from rayalign.models.processors import tokenizer_of
+from rayalign.models.registry import REGISTERED_MODELS, find_family, load_config
 from rayalign.models.source import ModelSource, require_model
 from rayalign.ops.value_head import find_value_head, load_value_head
 from rayalign.policy.adapters import merge_adapter
@@ -106,17 +107,17 @@ def write_sequence_classifier(
     source: ModelSource, folder: Path, *, layout: Literal["transformers", "vllm"] = "transformers", max_shard_size: str = "5GB"
 ) -> None:
     """Writes the merged weights with their head, the config and the processor into a folder."""
-    base: Any = load_weights(AutoModelForImageTextToText, source.base, needs_output_head=False, dtype="auto")
-    find_family(base.config.model_type)
+    family = find_family(load_config(source.base).model_type)
+    base: Any = load_weights(family.auto_class, source.base, needs_output_head=False, dtype="auto")
     if source.adapter:
         base = merge_adapter(base, source.adapter)
     config = base.config
     head = load_value_head(Path(source.adapter or source.base), config.get_text_config().hidden_size).summary
     processor = processor_of(source)
     _set_classifier_config(config, bias=head.bias.item())
-    set_pad_token(config, processor.tokenizer)
+    set_pad_token(config, tokenizer_of(processor))
     classifier = _assemble(base, head.weight)
-    if layout == "vllm":
+    if layout == "vllm" and not family.text_only:  # of one part alone, the head is `score` there, too
         _save_for_vllm(classifier, folder, max_shard_size)
     else:
         classifier.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -226,6 +226,24 @@ def padded_with_eos(model_folder: Callable[..., Path], tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("layout", ["transformers", "vllm"])
+@pytest.mark.parametrize("sft_type", ["lora", "full"])
+def test_a_reward_model_of_a_text_model_is_exported_too(
+    model_folder: Callable[..., Path], tmp_path: Path, sft_type: str, layout: Any
+) -> None:
+    base, out = model_folder("llama"), tmp_path / "out"
+    _, policy = reward_model(base, tmp_path / "model", sft_type)
+    run(ExportConfig(model=str(tmp_path / "model"), output_dir=str(out), layout=layout))
+    assert "score.weight" in names_in(out)  # for vLLM, too
+    pair = encode_pair(base, "0", QUESTION, *ANSWERS)
+    ids = torch.tensor([[*pair.prompt_ids, *pair.chosen_ids]])
+    for model in (load_sequence_classifier(out), AutoModelForSequenceClassification.from_pretrained(out)):
+        with torch.no_grad():
+            found = model.eval()(input_ids=ids).logits.squeeze(1)
+        torch.testing.assert_close(found, expected_scores(policy, base, IMAGES["no image"][:1])[:1], atol=MERGED, rtol=0)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_end_mark_is_scored_where_it_was_the_padding_token(padded_with_eos: Path, tmp_path: Path, side: str) -> None:
     source, policy = reward_model(padded_with_eos, tmp_path / "model")
