@@ -362,9 +362,13 @@ def test_what_a_browser_may_send_unasked_is_refused(plain: TestClient) -> None:
     answer = plain.get("/v1/models", headers={"Host": "rebound.example:8000"})
     assert (answer.status_code, answer.json()["error"]["message"]) == (
         403,
-        "This server answers to localhost, 127.0.0.1, [::1], not to 'rebound.example:8000'.",
+        "This server answers to localhost and this machine's own addresses, such as 127.0.0.1 or [::1], not to "
+        "'rebound.example:8000'.",
     )
-    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
+    for host in ("10.0.0.1:8000", "127.0.0.1.rebound.example", "[::2]:8000", "[]", ""):
+        assert plain.get("/v1/models", headers={"Host": host}).status_code == 403
+    # --host may be any of these without a token.
+    for host in ("localhost", "127.0.0.1:8000", "127.0.0.2", "127.1.2.3:8000", "[::1]:8000", "[::1]"):
         assert plain.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
