@@ -167,7 +167,8 @@ def plain(engine: Engine) -> TestClient:
 def ask(client: TestClient, **changes: Any) -> tuple[int, dict[str, Any]]:
     """The status and the error of a request that is sound but for the changes; None leaves one out."""
     body = {"model": "base", "messages": [user_turn()], "max_tokens": 2, **changes}
-    answer = client.post("/v1/chat/completions", json=body)
+    content = json.dumps(body)  # in ASCII, which can spell half a surrogate pair
+    answer = client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
     error: dict[str, Any] = answer.json().get("error", {})
     assert not error or set(error) == {"message", "type", "param", "code"}
     return answer.status_code, error
@@ -272,6 +273,31 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
         400,
         "images: 3 bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image",
         "messages",
+    ),
+    "half a surrogate in a URL": (
+        {"messages": [user_turn("a", "data:image/\ud800")]},
+        400,
+        "messages.0.content.0.image_url.url: half a surrogate pair at character 11.",
+        "messages.0.content.0.image_url.url",
+    ),
+    "half a surrogate in a text": (
+        {"messages": [user_turn("a\udc00")]},
+        400,
+        "messages.0.content.0.text: half a surrogate pair at character 1.",
+        "messages.0.content.0.text",
+    ),
+    "half a surrogate in a stop": (
+        {"stop": ["a", "\ud800"]},
+        400,
+        "stop.1: half a surrogate pair at character 0.",
+        "stop.1",
+    ),
+    "half a surrogate in a name": ({"\ud800": 1}, 400, "The body: half a surrogate pair at character 0.", None),
+    "half a surrogate in a message's name": (
+        {"messages": [{**user_turn(), "\ud800": 1}]},
+        400,
+        "messages.0: half a surrogate pair at character 0.",
+        "messages.0",
     ),
     "image mark": (
         {"messages": [user_turn("What is <image>?")]},
@@ -500,11 +526,11 @@ def test_a_reward_model_scores_responses_as_in_training_and_writes_none(
     assert (misplaced.status_code, misplaced.json()["error"]["message"]) == (404, words)
     refused = client.post("/v1/score", json={**body, "responses": []})
     assert refused.json()["error"]["message"] == "responses: List should have at least 1 item after validation, not 0."
-    for text in ("a <image>", "", "\ud800"):
+    for text, param in (("a <image>", "responses"), ("", "responses"), ("\ud800", "responses.0")):
         refused = client.post(
             "/v1/score", content=json.dumps({**body, "responses": [text]}), headers={"Content-Type": "application/json"}
         )
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "responses")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
 def test_no_more_rows_of_two_responses_are_scored_at_a_time_than_requests_may_run(
