@@ -26,16 +26,13 @@ from rayalign.serving.chat_api import ApiError, ChatRequest, Completion, Limits,
 from rayalign.serving.engine import Engine
 from rayalign.serving.response import GenerationFailed, Piece, Prompt, Sampling
 from rayalign.serving.scorer import Scorer, ScoringFailed
+from rayalign.serving.vllm_config import is_loopback
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
 
 BODY_SECONDS = 60
 """How long a request's body may take to arrive."""
-
-OWN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-"""What a request's Host may say where no token is asked for. A page in a browser could otherwise reach the server by a name
-that it lets point to this machine."""
 
 CHAT, SCORE = "/v1/chat/completions", "/v1/score"
 
@@ -156,9 +153,12 @@ class _Server:
 
     def _authorize(self, request: Request) -> None:
         if self._token_digest is None:
+            # A page in a browser could otherwise reach the server by a name that it lets point to this machine.
             host = request.headers.get("host", "")
-            if (host if host.endswith("]") else host.rpartition(":")[0] or host) not in OWN_HOSTS:
-                raise ApiError(f"This server answers to {', '.join(OWN_HOSTS)}, not to {host[:100]!r}.", status=403)
+            name = host if host.endswith("]") else host.rpartition(":")[0] or host
+            if not is_loopback(name[1:-1] if name.startswith("[") else name):
+                words = "This server answers to localhost and this machine's own addresses, such as 127.0.0.1 or [::1], not to"
+                raise ApiError(f"{words} {host[:100]!r}.", status=403)
             return
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(digest_of(token.strip()), self._token_digest):

@@ -5,7 +5,7 @@ Both respond with `engine`, in this process: no server and no Ray.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -39,52 +39,65 @@ def run(config: ChatConfig, *, lines: TextIO | None = None, out: TextIO | None =
     found = [(name, _source_of(flag, name)) for flag, name in sources.items()]  # all of them, before any weights are loaded
     engines = [(name, _load(config, name, source)) for name, source in found]
     try:
-        _talk([_Chat(name, engine, config) for name, engine in engines], images, config, lines, out)
+        _talk([_Chat(name, engine, config, images) for name, engine in engines], config, lines, out)
     finally:
         for _, engine in engines:
             engine.close()
 
 
-def _talk(chats: list["_Chat"], images: list[bytes], config: ChatConfig, lines: TextIO, out: TextIO) -> None:
+def _talk(chats: list["_Chat"], config: ChatConfig, lines: TextIO, out: TextIO) -> None:
     out.write(HELP)
     for line in _asked(lines, out):
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return
         if command == "/new":
-            chats, images = [_Chat(chat.name, chat.engine, config) for chat in chats], []
+            chats = [_Chat(chat.name, chat.engine, config) for chat in chats]
         elif command == "/image":
             try:
-                images.append(read_image(rest.strip()))
+                image = read_image(rest.strip())
             except ValueError as error:
                 out.write(f"{error}\n")
+                continue
+            for chat in chats:
+                chat.show(image)
         elif command.startswith("/"):
             out.write(HELP)
         elif line:
             for chat in chats:
                 out.write(f"[{chat.name}] " if len(chats) > 1 else "")
-                chat.ask(line, images, out)
-            images = []
+                chat.ask(line, out)
 
 
 class _Chat:
-    """A conversation with one model."""
+    """A conversation with one model; `new_images` are for the next question."""
 
-    def __init__(self, name: str, engine: Engine, config: ChatConfig) -> None:
+    def __init__(self, name: str, engine: Engine, config: ChatConfig, new_images: Sequence[bytes] = ()) -> None:
         self.name, self.engine = name, engine
         self._sampling = Sampling(config.max_new_tokens, temperature=config.temperature, seed=config.seed)
         self._messages: tuple[Message, ...] = ()
         self._images: tuple[bytes, ...] = ()
+        self._new_images = tuple(new_images)
 
-    def ask(self, question: str, images: list[bytes], out: TextIO) -> None:
-        """Writes the response to a question as it comes. A question that can't be asked is told, and is none."""
+    def show(self, image: bytes) -> None:
+        """Puts a picture to the next question."""
+        self._new_images = (*self._new_images, image)
+
+    def ask(self, question: str, out: TextIO) -> None:
+        """Writes the response to a question as it comes. A question that can't be asked is told, and is none: its pictures stay
+        for the next one."""
+        if not self._respond(question, out) and self._new_images:
+            out.write(f"Pictures that stay for the next question: {len(self._new_images)} (/new drops them).\n")
+
+    def _respond(self, question: str, out: TextIO) -> bool:
+        """Whether question and response are part of the conversation now."""
         try:
-            turn = Message(role="user", content=IMAGE_MARK * len(images) + require_plain(question))
-            messages, pictures = (*self._messages, turn), (*self._images, *images)
+            turn = Message(role="user", content=IMAGE_MARK * len(self._new_images) + require_plain(question))
+            messages, pictures = (*self._messages, turn), (*self._images, *self._new_images)
             prompt = self.engine.prepare(messages, pictures)
         except RecordError as error:
             out.write(f"{error}\n")
-            return
+            return False
         text = ""
         try:
             for piece in self.engine.respond(self.name, prompt, self._sampling):
@@ -93,10 +106,12 @@ class _Chat:
                 out.flush()
         except GenerationFailed as error:
             out.write(f"The model failed: {error}\n")
-            return
+            return False
         out.write("\n")
         if text:  # templates write no empty turn
             self._messages, self._images = (*messages, Message(role="assistant", content=text)), pictures
+            self._new_images = ()
+        return bool(text)
 
 
 def read_image(path: str) -> bytes:

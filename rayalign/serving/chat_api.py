@@ -135,6 +135,7 @@ def parse(kind: type[Request], body: bytes) -> Request:
     """Reads a request's body. Raises ApiError that says which parameter is wrong, and why."""
     try:
         values = _without_nulls(json.loads(body))
+        _check_texts(values)
     except (ValueError, RecursionError) as error:
         raise ApiError(f"The body is no JSON: {str(error)[:200]}") from None
     if not isinstance(values, dict):
@@ -265,6 +266,24 @@ def _plain(text: str, where: str) -> str:
         return require_plain(text)
     except RecordError as error:
         raise ApiError(f"{error.words}.", param=where) from None
+
+
+def _check_texts(value: Any, place: str = "") -> None:
+    """Raises ApiError for half a surrogate pair anywhere in a body: JSON can spell it, and nothing can encode it or send it
+    back."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            where = place or "The body"
+            raise ApiError(f"{where}: half a surrogate pair at character {error.start}.", param=place or None) from None
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_texts(key, place)
+            _check_texts(inner, f"{place}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_texts(inner, f"{place}.{i}".lstrip("."))
 
 
 def _without_nulls(value: Any) -> Any:

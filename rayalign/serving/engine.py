@@ -180,9 +180,17 @@ class Engine:
             set_active_adapters(layer, [] if adapter is None else [adapter])
 
     def _hand_out(self, logits: Tensor, generations: Sequence[Generation]) -> None:
-        """Chooses each response's next token by its row of the logits [R, V]."""
-        for generation, likeliest, row in zip(generations, logits.argmax(-1).tolist(), logits, strict=True):
-            generation.take(generation.chosen(likeliest, row), self._ends)
+        """Chooses each response's next token by its row of the logits [R, V]. What goes wrong with one row ends its response
+        alone; on a GPU a draw from what are no numbers would end all that the process does there."""
+        sound = logits.amax(-1).isfinite().tolist()
+        for generation, is_sound, likeliest, row in zip(generations, sound, logits.argmax(-1).tolist(), logits, strict=True):
+            with _told_to([generation]):
+                if not is_sound:
+                    raise FloatingPointError(
+                        "what the model makes of a response are no numbers: its weights are damaged, or too large for its type "
+                        "(--dtype)"
+                    )
+                generation.take(generation.chosen(likeliest, row), self._ends)
 
 
 @contextlib.contextmanager

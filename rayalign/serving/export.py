@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -23,13 +23,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from rayalign.config.sections import ModelConfig
 from rayalign.config.serving import ExportConfig
 from rayalign.models.compat import headless_class
-from rayalign.models.registry import REGISTERED_MODELS, find_family
+from rayalign.models.processors import tokenizer_of
+from rayalign.models.registry import REGISTERED_MODELS, find_family, load_config
 from rayalign.models.source import ModelSource, require_model
 from rayalign.ops.value_head import find_value_head, load_value_head
 from rayalign.policy.adapters import merge_adapter
 from rayalign.policy.compat import keep_weight_names
 from rayalign.policy.weights import load_weights
 from rayalign.serving.adapter_layouts import ADAPTER_LAYOUTS, write_adapter
+from rayalign.serving.export_folder import check_apart, check_empty
 from rayalign.serving.merge import processor_of, write_merged
 from rayalign.serving.model_card import is_export, write_card
 from rayalign.serving.score_head import set_pad_token, warn_of_bias
@@ -49,9 +51,11 @@ def run(config: ExportConfig) -> Store:
     if not config.model or not config.output_dir:
         raise ValueError("Pass --model with the model/ folder of a run, and --output_dir with a new folder.")
     output, model = Store.at(config.output_dir), Store.at(config.model)
-    _check_output(output, model, overwrite=config.overwrite)
+    check_apart(output, {config.model: "the model that is exported"})
+    check_empty(output, overwrite=config.overwrite, is_export=is_export(output))
     with tempfile.TemporaryDirectory() as temporary:
         named = require_model(ModelConfig(model=config.model), REGISTERED_MODELS)
+        check_apart(output, {named.adapter: "the model that is exported", named.base: f"its base model, {named.base}"})
         source = named.here()
         folder = Path(temporary) / "export"
         head = find_value_head(Path(source.adapter or source.base))
@@ -103,17 +107,17 @@ def write_sequence_classifier(
     source: ModelSource, folder: Path, *, layout: Literal["transformers", "vllm"] = "transformers", max_shard_size: str = "5GB"
 ) -> None:
     """Writes the merged weights with their head, the config and the processor into a folder."""
-    base: Any = load_weights(AutoModelForImageTextToText, source.base, needs_output_head=False, dtype="auto")
-    find_family(base.config.model_type)
+    family = find_family(load_config(source.base).model_type)
+    base: Any = load_weights(family.auto_class, source.base, needs_output_head=False, dtype="auto")
     if source.adapter:
         base = merge_adapter(base, source.adapter)
     config = base.config
     head = load_value_head(Path(source.adapter or source.base), config.get_text_config().hidden_size).summary
     processor = processor_of(source)
     _set_classifier_config(config, bias=head.bias.item())
-    set_pad_token(config, processor.tokenizer)
+    set_pad_token(config, tokenizer_of(processor))
     classifier = _assemble(base, head.weight)
-    if layout == "vllm":
+    if layout == "vllm" and not family.text_only:  # of one part alone, the head is `score` there, too
         _save_for_vllm(classifier, folder, max_shard_size)
     else:
         classifier.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -202,20 +206,3 @@ def _save_for_vllm(classifier: Any, folder: Path, max_shard_size: str) -> None:
         shards = json.loads(index.read_text())
         shards["weight_map"] |= dict.fromkeys(head, "score.safetensors")
         index.write_text(json.dumps(shards, indent=2) + "\n")
-
-
-def _check_output(output: Store, model: Store, *, overwrite: bool) -> None:
-    if f"{model.location}/".startswith(f"{output.location}/"):
-        raise ValueError(f"--output_dir {output.location} holds the model that is exported. Choose another folder.")
-    if not output.list():
-        return
-    if not overwrite:
-        raise ValueError(
-            f"--output_dir {output.location} is not empty. Pass --overwrite true to replace an earlier export, or another "
-            "--output_dir."
-        )
-    if not is_export(output):
-        raise ValueError(
-            f"--output_dir {output.location} holds something else than an earlier export, which is all that --overwrite true "
-            "replaces. Choose another folder."
-        )

@@ -10,6 +10,9 @@ from torch import Tensor
 from rayalign.data.batch import PairBatch
 from rayalign.serving.response_text import ResponseText
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below it are as good as 0, and would take logits out of float32's range."""
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -79,7 +82,7 @@ class Generation:
 
     def chosen(self, likeliest: int, logits: Tensor) -> int:
         """The next token by the logits [V] of all, of which the likeliest is known."""
-        if self._sampling.temperature == 0:
+        if self._sampling.temperature < GREEDY_BELOW:
             return likeliest
         if self._generator is None:
             self._generator = torch.Generator(logits.device).manual_seed(self._sampling.seed)

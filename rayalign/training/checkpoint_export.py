@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rayalign import __version__
 from rayalign.algorithms import ALGORITHMS, Algorithm
 from rayalign.config.config import Config, config_from_mapping
 from rayalign.config.plugins import PLUGIN, load_plugins
@@ -22,6 +23,7 @@ from rayalign.models.source import require_model, resolve_model
 from rayalign.policy.loading import load_policy
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
+from rayalign.serving.export_folder import check_apart, check_empty
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
 from rayalign.training.checkpoint import load_weights
@@ -29,6 +31,9 @@ from rayalign.training.checkpoint_folder import Checkpoint, fetch_weights, whole
 from rayalign.training.origin import began_with_adapter
 
 logger = logging.getLogger(__name__)
+
+NOTE = "exported_checkpoint.json"
+"""The file beside a model that says that it was exported, and may be written over: a run's own model/ has the others, too."""
 
 HOW_TO_NAME = (
     "Pass --run_dir with the run's folder and --checkpoint best, last or a step, or --checkpoint with a checkpoint's folder."
@@ -50,16 +55,24 @@ def run(flags: ExportConfig) -> Store:
         )
     checkpoint = find_checkpoint(flags.checkpoint, flags.run_dir)
     output = Store.at(flags.output_dir)
-    old = {store.name for store in output.list()}
-    if old and not flags.overwrite:
-        raise ValueError(f"--output_dir {output.location} is not empty. Pass --overwrite true, or another --output_dir.")
+    check_apart(output, {checkpoint.store.location: "the checkpoint that is exported"})
+    check_empty(output, overwrite=flags.overwrite, is_export=(output / NOTE).exists())
     config = config_of_run(checkpoint.store.parent.parent, flags.model)
+    began = require_model(config.model, REGISTERED_MODELS)
+    check_apart(
+        output,
+        {
+            began.adapter: f"the adapter that the run began with, {began.adapter}",
+            began.base: f"the run's base model, {began.base}",
+        },
+    )
     with tempfile.TemporaryDirectory() as temporary:
         weights = fetch_weights(checkpoint.store, Path(temporary))
         folder = Path(temporary) / "model"
         folder.mkdir()
         write_model(config, weights, folder)
-        odd = sorted(old - {file.name for file in folder.iterdir()})
+        Store(str(folder / NOTE)).write_json({"rayalign": __version__, "checkpoint": checkpoint.store.name})
+        odd = sorted({store.name for store in output.list()} - {file.name for file in folder.iterdir()})
         if odd:
             raise ValueError(
                 f"--output_dir {output.location} holds something else than an earlier export ({odd[0]}), which is all that "

@@ -167,7 +167,8 @@ def plain(engine: Engine) -> TestClient:
 def ask(client: TestClient, **changes: Any) -> tuple[int, dict[str, Any]]:
     """The status and the error of a request that is sound but for the changes; None leaves one out."""
     body = {"model": "base", "messages": [user_turn()], "max_tokens": 2, **changes}
-    answer = client.post("/v1/chat/completions", json=body)
+    content = json.dumps(body)  # in ASCII, which can spell half a surrogate pair
+    answer = client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
     error: dict[str, Any] = answer.json().get("error", {})
     assert not error or set(error) == {"message", "type", "param", "code"}
     return answer.status_code, error
@@ -273,6 +274,31 @@ BAD: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
         "images: 3 bytes, not a whole PNG, JPEG, WEBP, GIF, BMP, TIFF image",
         "messages",
     ),
+    "half a surrogate in a URL": (
+        {"messages": [user_turn("a", "data:image/\ud800")]},
+        400,
+        "messages.0.content.0.image_url.url: half a surrogate pair at character 11.",
+        "messages.0.content.0.image_url.url",
+    ),
+    "half a surrogate in a text": (
+        {"messages": [user_turn("a\udc00")]},
+        400,
+        "messages.0.content.0.text: half a surrogate pair at character 1.",
+        "messages.0.content.0.text",
+    ),
+    "half a surrogate in a stop": (
+        {"stop": ["a", "\ud800"]},
+        400,
+        "stop.1: half a surrogate pair at character 0.",
+        "stop.1",
+    ),
+    "half a surrogate in a name": ({"\ud800": 1}, 400, "The body: half a surrogate pair at character 0.", None),
+    "half a surrogate in a message's name": (
+        {"messages": [{**user_turn(), "\ud800": 1}]},
+        400,
+        "messages.0: half a surrogate pair at character 0.",
+        "messages.0",
+    ),
     "image mark": (
         {"messages": [user_turn("What is <image>?")]},
         400,
@@ -362,9 +388,13 @@ def test_what_a_browser_may_send_unasked_is_refused(plain: TestClient) -> None:
     answer = plain.get("/v1/models", headers={"Host": "rebound.example:8000"})
     assert (answer.status_code, answer.json()["error"]["message"]) == (
         403,
-        "This server answers to localhost, 127.0.0.1, [::1], not to 'rebound.example:8000'.",
+        "This server answers to localhost and this machine's own addresses, such as 127.0.0.1 or [::1], not to "
+        "'rebound.example:8000'.",
     )
-    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
+    for host in ("10.0.0.1:8000", "127.0.0.1.rebound.example", "[::2]:8000", "[]", ""):
+        assert plain.get("/v1/models", headers={"Host": host}).status_code == 403
+    # --host may be any of these without a token.
+    for host in ("localhost", "127.0.0.1:8000", "127.0.0.2", "127.1.2.3:8000", "[::1]:8000", "[::1]"):
         assert plain.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
@@ -496,11 +526,11 @@ def test_a_reward_model_scores_responses_as_in_training_and_writes_none(
     assert (misplaced.status_code, misplaced.json()["error"]["message"]) == (404, words)
     refused = client.post("/v1/score", json={**body, "responses": []})
     assert refused.json()["error"]["message"] == "responses: List should have at least 1 item after validation, not 0."
-    for text in ("a <image>", "", "\ud800"):
+    for text, param in (("a <image>", "responses"), ("", "responses"), ("\ud800", "responses.0")):
         refused = client.post(
             "/v1/score", content=json.dumps({**body, "responses": [text]}), headers={"Content-Type": "application/json"}
         )
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "responses")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
 def test_no_more_rows_of_two_responses_are_scored_at_a_time_than_requests_may_run(

@@ -83,6 +83,22 @@ def test_what_can_t_be_asked_is_told_and_the_talk_goes_on(model_folder: Callable
         talk(model=str(folder), image=("none.png",))
 
 
+def test_a_picture_stays_until_a_question_is_taken(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    picture = noise_image(40, 30)
+    (tmp_path / "cat.png").write_bytes(picture)
+    folder, image = model_folder("llava"), f"/image {tmp_path / 'cat.png'}"
+    stays = "Pictures that stay for the next question: 1 (/new drops them).\n"
+    found = talk(image, "What is <image>?", "Which? " * 600, "Which?", model=str(folder), max_length=512)
+    shown = said(folder, [("user", IMAGE_MARK + "Which?")], [picture])
+    first, _, rest = found.partition(stays)
+    assert first == "> > messages: <image> stands for an image in rayalign's records: take it out of the text\n"
+    assert rest.startswith("> messages: ")
+    assert rest.endswith(f"\n{stays}> {shown}\n> \n")
+    alone = said(folder, [("user", "Which?")], [])
+    assert alone != shown
+    assert talk(image, "<image>", "/new", "Which?", model=str(folder)).endswith(f"{stays}> > {alone}\n> \n")
+
+
 def test_what_is_no_model_or_no_picture_is_told_before_anything_is_loaded(
     model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from rayalign.images.fetch import open_image
 from rayalign.models.processors import load_processor
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
+from rayalign.policy.sequences import Sequences
 from rayalign.serving.engine import Engine
 from rayalign.serving.loading import load_engine
 from rayalign.serving.merge import write_merged
@@ -220,6 +221,37 @@ def test_what_is_drawn_follows_from_the_seed_and_not_from_what_else_runs(three: 
     assert text_of(three.respond("base", prompt, Sampling(max_new_tokens=8, temperature=1e-4))) == text_of(
         three.respond("base", prompt, greedy)
     )
+
+
+@pytest.mark.parametrize("temperature", [9.1e-39, 1e-40, 5e-324, 1e-6])
+def test_a_tiny_temperature_is_greedy_and_harms_no_neighbour(three: Engine, temperature: float) -> None:
+    prompts = [prompt_of(three, question, images) for question, images in QUESTIONS[:2]]
+    talk, greedy = Talk(three, prompts), Sampling(max_new_tokens=8)
+    talk.ask(0, Sampling(max_new_tokens=8, temperature=temperature, top_p=0.9))
+    talk.ask(1, greedy)
+    assert talk.responses() == [text_of(three.respond("base", prompt, greedy)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_response_whose_logits_are_no_numbers_fails_alone(
+    three: Engine, monkeypatch: pytest.MonkeyPatch, temperature: float, value: float
+) -> None:
+    prompts = [prompt_of(three, question, images) for question, images in QUESTIONS[:2]]
+    sampling = Sampling(max_new_tokens=200, temperature=temperature, seed=1)
+    expected = text_of(three.respond("base", prompts[0], sampling))
+    step = Sequences.step
+
+    def broken(self: Sequences, tokens: Sequence[int]) -> torch.Tensor:
+        logits = step(self, tokens)
+        logits[1:, 3] = value
+        return logits
+
+    monkeypatch.setattr(Sequences, "step", broken)
+    first, second = together(three, prompts, sampling)
+    assert first == expected
+    assert "failed: FloatingPointError: what the model makes of a response are no numbers" in second
+    assert nothing_runs(three)
 
 
 def test_top_p_draws_among_the_likeliest_tokens_that_reach_it() -> None:

@@ -226,6 +226,24 @@ def padded_with_eos(model_folder: Callable[..., Path], tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("layout", ["transformers", "vllm"])
+@pytest.mark.parametrize("sft_type", ["lora", "full"])
+def test_a_reward_model_of_a_text_model_is_exported_too(
+    model_folder: Callable[..., Path], tmp_path: Path, sft_type: str, layout: Any
+) -> None:
+    base, out = model_folder("llama"), tmp_path / "out"
+    _, policy = reward_model(base, tmp_path / "model", sft_type)
+    run(ExportConfig(model=str(tmp_path / "model"), output_dir=str(out), layout=layout))
+    assert "score.weight" in names_in(out)  # for vLLM, too
+    pair = encode_pair(base, "0", QUESTION, *ANSWERS)
+    ids = torch.tensor([[*pair.prompt_ids, *pair.chosen_ids]])
+    for model in (load_sequence_classifier(out), AutoModelForSequenceClassification.from_pretrained(out)):
+        with torch.no_grad():
+            found = model.eval()(input_ids=ids).logits.squeeze(1)
+        torch.testing.assert_close(found, expected_scores(policy, base, IMAGES["no image"][:1])[:1], atol=MERGED, rtol=0)
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_end_mark_is_scored_where_it_was_the_padding_token(padded_with_eos: Path, tmp_path: Path, side: str) -> None:
     source, policy = reward_model(padded_with_eos, tmp_path / "model")
@@ -413,6 +431,26 @@ def test_a_folder_with_anything_else_in_it_is_never_overwritten(model_folder: Ca
         == complaint(output_dir=str(out))
         == ("Pass --model with the model/ folder of a run, and --output_dir with a new folder.")
     )
+
+
+@pytest.mark.parametrize("layout", ["transformers", "value_head", "trl"])
+def test_the_base_model_is_never_overwritten_though_it_is_an_earlier_export(
+    model_folder: Callable[..., Path], tmp_path: Path, layout: Any
+) -> None:
+    base, model = tmp_path / "all" / "merged", tmp_path / "model"
+    shutil.copytree(model_folder("llava"), base)
+    write_card(base, name="merged", base="llava", model=Store.at(str(tmp_path / "earlier")))
+    reward_model(base, model)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    (tmp_path / "link").symlink_to(base)
+    for output, how in ((base, "holds"), (tmp_path / "link", "holds"), (base / "new", "lies in")):
+        assert complaint(model=str(model), output_dir=str(output), overwrite=True, layout=layout) == (
+            f"--output_dir {output} {how} its base model, {base}. Choose another folder."
+        )
+    assert complaint(model=str(model), output_dir=str(model / "new"), layout=layout) == (
+        f"--output_dir {model}/new lies in the model that is exported. Choose another folder."
+    )
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
 
 
 def test_overwriting_leaves_no_file_of_the_earlier_export(model_folder: Callable[..., Path], tmp_path: Path) -> None:

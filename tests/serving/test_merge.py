@@ -21,6 +21,8 @@ from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
 from rayalign.serving.export import run
 from rayalign.serving.merge import write_merged
+from rayalign.serving.model_card import write_card
+from rayalign.storage import Store
 from tests.tiny_models import encode_pair, make_batch, make_policy, noise_image, wake_adapters
 
 MERGED = 1e-5
@@ -169,6 +171,46 @@ def test_the_card_tells_what_the_run_says_of_itself_and_no_path(model_folder: Ca
     assert not [line for line in lines if str(tmp_path) in line or "num_workers" in line]
     # An export may be replaced by another.
     run(ExportConfig(model=str(tmp_path / "run" / "model"), output_dir=str(tmp_path / "my-model"), overwrite=True))
+
+
+def test_of_places_the_card_tells_names_alone(tmp_path: Path) -> None:
+    flags = {
+        "rlhf_type": "dpo",
+        "dataset": [
+            "/home/alice/sets/train.jsonl#1000",
+            "sets/more.jsonl",
+            "rlaif-v#20",
+            "s3://KEY:SECRET@bucket/sets/a.parquet?endpoint_override=10.0.0.3:9000#5",
+            "file:///home/alice/b.jsonl",
+            "/home/alice/my sets/*.csv",
+        ],
+        "val_dataset": "~/held/out.jsonl",
+        "image_root": "/home/alice/pictures/",
+        "cache_dir": "/home/alice/cache",
+        "model": "/home/alice/models/llava",
+        "adapter": "../runs/sft/model",
+        "lora_target_modules": r".*\.(q|v)_proj",
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(flags))
+    write_card(tmp_path, name="out", base="~/models/llava", model=Store.at(str(tmp_path / "model")))
+    card = (tmp_path / "README.md").read_text()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in card.splitlines() if line.startswith("| ") and " | " in line[2:-2])
+    assert rows == {
+        "dataset": "train.jsonl#1000 more.jsonl rlaif-v#20 s3://bucket/sets/a.parquet#5 b.jsonl *.csv",
+        "val_dataset": "out.jsonl",
+        "image_root": "pictures",
+        "model": "llava",
+        "adapter": "model",
+        "lora_target_modules": r".*\.(q|v)_proj",
+    }
+    assert "base_model: llava\n" in card
+    assert not [word for word in ("alice", "held/", "KEY", "SECRET", "10.0.0.3") if word in card]
+    flags |= {"model": "llava-hf/llava-1.5-7b-hf"}
+    (tmp_path / "config.yaml").write_text(json.dumps(flags))
+    write_card(tmp_path, name="out", base="llava-hf/llava-1.5-7b-hf", model=Store.at(str(tmp_path / "model")))
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: llava-hf/llava-1.5-7b-hf\n" in card
+    assert "| model | llava-hf/llava-1.5-7b-hf |" in card
 
 
 def complaint(**flags: Any) -> str:

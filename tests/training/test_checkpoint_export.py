@@ -24,7 +24,7 @@ from rayalign.policy.saving import save_policy
 from rayalign.storage import Store
 from rayalign.training.best import Best, write_note
 from rayalign.training.checkpoint import Snapshot, write_checkpoint
-from rayalign.training.checkpoint_export import HOW_TO_NAME, run
+from rayalign.training.checkpoint_export import HOW_TO_NAME, NOTE, run
 from rayalign.training.checkpoint_folder import checkpoint_name
 from rayalign.training.optimizer import make_optimizer
 from rayalign.training.origin import ORIGIN_NOTE
@@ -73,14 +73,15 @@ def refusal(**flags: Any) -> str:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """The files of a model's folder; of JSON what it says (peft writes lists in any order)."""
+    """The files of a model's folder but the export's note; of JSON what it says (peft writes lists in any order)."""
 
     def read(file: Path) -> Any:
         if file.name != "adapter_config.json":
             return file.read_bytes()
         return {key: sorted(value) if isinstance(value, list) else value for key, value in json.loads(file.read_text()).items()}
 
-    return {str(file.relative_to(folder)): read(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != NOTE]
+    return {str(file.relative_to(folder)): read(file) for file in files}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_only_an_earlier_export_is_written_over(tmp_path: Path, folder: Path) ->
     out = tmp_path / "out"
     export(folder, out, "best")
     assert refusal(checkpoint="last", run_dir=str(folder), output_dir=str(out)) == (
-        f"--output_dir {out} is not empty. Pass --overwrite true, or another --output_dir."
+        f"--output_dir {out} is not empty. Pass --overwrite true to replace an earlier export, or another --output_dir."
     )
     export(folder, out, "last", overwrite=True)
     assert contents(out) == contents(folder / "model_20")
@@ -203,6 +204,27 @@ def test_only_an_earlier_export_is_written_over(tmp_path: Path, folder: Path) ->
     words = refusal(checkpoint="last", run_dir=str(folder), output_dir=str(out), overwrite=True)
     assert words.startswith(f"--output_dir {out} holds something else than an earlier export (notes.txt), which is all")
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_another_runs_model_and_what_the_run_began_with_are_never_written_over(tmp_path: Path, folder: Path) -> None:
+    began, run_dir = tmp_path / "began", tmp_path / "run"
+    export(folder, began, "best")  # an export by itself
+    write_run(run_dir, began)
+    others = contents(folder / "model_20")
+    flags: dict[str, Any] = {"checkpoint": "last", "run_dir": str(run_dir), "overwrite": True}
+    assert refusal(**flags, output_dir=str(folder / "model_20")) == (
+        f"--output_dir {folder}/model_20 holds something else than an earlier export, which is all that --overwrite true "
+        "replaces. Choose another folder."
+    )
+    assert contents(folder / "model_20") == others
+    assert refusal(**flags, output_dir=str(began)) == (
+        f"--output_dir {began} holds the adapter that the run began with, {began}. Choose another folder."
+    )
+    last = run_dir / "checkpoints" / "step_00000020_a"
+    for output, how in ((last / "model", "lies in"), (run_dir, "holds")):
+        assert refusal(**flags, output_dir=str(output)) == (
+            f"--output_dir {output} {how} the checkpoint that is exported. Choose another folder."
+        )
 
 
 def test_the_layout_of_a_reward_model_is_the_next_exports_business() -> None:
