@@ -20,7 +20,7 @@ from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation import generate, score
-from rayalign.evaluation.pool_folder import ROWS, is_finished, open_output, read_results
+from rayalign.evaluation.pool_folder import ROWS, is_finished, open_output
 from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
 from rayalign.images.fetch import fetch_images
 from rayalign.joining import ray_as_found, start_ray
@@ -188,7 +188,7 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
 
     def rows() -> Iterator[Mapping[str, Any]]:
         nonlocal prompts
-        for responses in by_prompt(read_results(place / SCORES)):
+        for responses in by_prompt(place / SCORES):
             prompts += 1
             scores.extend(response["score"] for response in responses)
             choice = choose_pairs(
