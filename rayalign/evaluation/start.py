@@ -24,6 +24,7 @@ from rayalign.ops.value_head import find_value_head
 from rayalign.reference.key import hashed_files, is_hashed
 from rayalign.shared_paths import check_shared_paths
 from rayalign.sources.files import resolve_dataset, whole_argument
+from rayalign.sources.whole_paths import whole_model
 from rayalign.storage import Store, is_url
 
 
@@ -33,11 +34,6 @@ def config_of(flags: InferenceConfig) -> Config:
     if not flags.output_dir:
         raise ValueError("No output folder given: pass --output_dir.")
     require_lasting_folder(flags.output_dir)
-
-    def whole(place: str | None) -> str | None:
-        local = place is not None and not is_url(place) and Path(place).expanduser().exists()
-        return str(Path(str(place)).expanduser().resolve()) if local else place
-
     return Config(
         algorithm=SFT(),
         data=DataConfig(
@@ -50,9 +46,9 @@ def config_of(flags: InferenceConfig) -> Config:
             max_pixels=flags.max_pixels,
         ),
         model=ModelConfig(
-            model=whole(flags.model),
+            model=flags.model and whole_model(flags.model),
             model_type=flags.model_type,
-            adapter=whole(flags.adapter),
+            adapter=flags.adapter and whole_model(flags.adapter),
             dtype=flags.dtype,
             attn_implementation=flags.attn_implementation,
             gradient_checkpointing=False,

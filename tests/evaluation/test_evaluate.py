@@ -12,8 +12,9 @@ from rayalign.config.command_line import parse_sections
 from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ModelConfig
-from rayalign.evaluation.contenders import reference_of
+from rayalign.evaluation.contenders import contenders_of, reference_of
 from rayalign.evaluation.evaluate import run
+from rayalign.evaluation.start import config_of
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
 from tests.evaluation.benchmarks.twins import put_pictures, write_lines
@@ -78,6 +79,21 @@ def test_a_run_is_compared_with_its_start_unless_another_reference_or_none_is_na
     source, like = ModelSource(str(tmp_path / "base"), str(tmp_path / "adapter")), ModelConfig(model=str(tmp_path / "adapter"))
     start, none, other = (reference_of(source, like, named) for named in ("auto", "none", "other"))
     assert (start and start.model, none, other and other.model) == (source.base, None, "other")
+
+
+def test_a_second_model_and_a_reference_are_found_from_any_working_folder(
+    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(model_folder("llava"))
+    (tmp_path / "runs").mkdir()
+    for name in ("base", "sft"):
+        (tmp_path / "runs" / name).symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    save_policy(make_policy(Path(base)), tmp_path / "dpo")
+    config = config_of(InferenceConfig(model="dpo", output_dir="out"))
+    model, second = contenders_of(config, EvaluateConfig(compare="runs/sft", ref_model="runs/base"))
+    assert model.reference is not None
+    assert (model.reference.model, second.config.model.model) == (base, base)
 
 
 def test_flags_that_nothing_would_use_are_refused(model_folder: Callable[..., Path], tmp_path: Path) -> None:

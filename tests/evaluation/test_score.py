@@ -102,6 +102,22 @@ def test_an_implicit_reward_is_beta_times_the_gain_over_what_the_run_started_fro
         scorers_of(ScoreConfig(scorer=(f"implicit_reward={base}",)), ModelConfig())
 
 
+def test_models_that_scorers_name_by_relative_paths_are_found_from_any_working_folder(
+    model_folder: Callable[..., Path], dpo_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(model_folder("llava"))
+    (dpo_run.parents[1] / "base").symlink_to(base)
+    monkeypatch.chdir(dpo_run.parents[1])
+    own = ScoreConfig(scorer=("likelihood=base", "implicit_reward=dpo/model"), reference="base")
+    likelihood, reward = scorers_of(own, ModelConfig())
+    assert (likelihood.model.model, reward.model.model, reward.reference.model) == (base, str(dpo_run), base)  # type: ignore[attr-defined]  # of a ModelScorer
+    (dpo_run.parents[1] / "runs" / "empty").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^--scorer reward_model=runs/empty: "):
+        scorers_of(ScoreConfig(scorer=("reward_model=runs/empty",)), ModelConfig())
+    with pytest.raises(ValueError, match=r"^--reference .*/runs/empty: "):
+        scorers_of(ScoreConfig(scorer=("implicit_reward=dpo/model",), reference="runs/empty"), ModelConfig())
+
+
 def test_responses_to_one_prompt_share_its_row_two_by_two_and_score_as_alone(
     model_folder: Callable[..., Path], tmp_path: Path, pictures: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
