@@ -1,6 +1,7 @@
 """What verbs that run a model over records begin with: flags with whole paths, the cluster, the files of model and data."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from rayalign.nodes import resolve_cluster, wait_for_workers
 from rayalign.ops.value_head import find_value_head
 from rayalign.reference.key import hashed_files, is_hashed
 from rayalign.shared_paths import check_shared_paths
-from rayalign.sources.files import resolve_dataset, whole_argument
+from rayalign.sources.files import Dataset, resolve_dataset, whole_argument
 from rayalign.sources.whole_paths import whole_model
 from rayalign.storage import Store, is_url
 
@@ -91,12 +92,38 @@ def on_cluster(config: Config, *, model: ModelSource | None) -> Iterator[Config]
 
 
 def sources_of(config: Config) -> Sources:
-    """The data sets of --dataset and how their images are found; raises ValueError where there is none."""
+    """The data sets of --dataset and how their images are found; raises ValueError where there is none, and for an
+    output folder that is the same as a data set's, or around or inside of it."""
     if not config.data.dataset:
         raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
-    datasets = tuple(resolve_dataset(argument) for argument in config.data.dataset)
     data = config.data
+    datasets = tuple(resolve_dataset(argument) for argument in data.dataset)
+    if config.run.output_dir:
+        for dataset in datasets:
+            _require_apart(dataset, Store.at(config.run.output_dir))
     return Sources(datasets, data.image_root, data.allow_image_urls, columns=parse_renames(data.columns))
+
+
+def _require_apart(dataset: Dataset, output: Store) -> None:
+    """Raises ValueError for an output folder whose results would be taken for records, or that is emptied with them in it."""
+    place = Store.at(re.sub(r"#\d+$", "", dataset.argument))
+    inside = [file.location for file in dataset.files if _is_below(file.location, output)]
+    if inside:
+        problem = f"holds {inside[0]}, which is read for --dataset {dataset.argument}"
+    elif dataset.files and place.is_dir() and _is_below(output.location, place):
+        problem = f"lies in the folder of --dataset {dataset.argument}, and its results would be taken for records"
+    else:
+        return
+    raise ValueError(f"--output_dir {output.location}: {problem}. Choose a folder beside the data.")
+
+
+def _is_below(location: str, folder: Store) -> bool:
+    """Whether a path or URL is a folder or lies in it, links followed."""
+    one, other = (
+        os.path.realpath(store.local_path) if store.local_path is not None else store.location
+        for store in (Store.at(location), folder)
+    )
+    return f"{one}/".startswith(f"{other.rstrip('/')}/")
 
 
 def model_of(config: Config) -> ModelSource:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,11 +67,9 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
     settings = {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
     settings |= {"model files": files_of_model(source), "prompt files": files_of_data(sources_of(config))}
     settings |= {"scorers": [dict(scorer.settings) for scorer in scorers]}
-    open_output(folder, settings, overwrite=config.run.overwrite)
-    if config.run.overwrite:
-        for inner in folder.list():
-            if inner.name in (ROUNDS, PAGE) or (inner.name.startswith("round_") and inner.is_dir()):
-                inner.delete()
+    inside = folder.list() if folder.is_dir() else []
+    names = [inner.name for inner in inside if inner.name in (ROUNDS, PAGE) or re.fullmatch(r"round_\d+", inner.name)]
+    open_output(folder, settings, overwrite=config.run.overwrite, names=names)
     rounds: list[Round] = []
     with ray_as_found():
         start_ray(config)

@@ -47,7 +47,7 @@ def test_wrong_flags_and_another_command_in_the_folder_are_refused_before_any_wo
     with pytest.raises(ValueError, match="Write likelihood=FOLDER"):
         iterate.run(config, IterateConfig(scorer=("likelihood",)))
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "settings.json").write_text('{"n": 8}')
+    (tmp_path / "out" / "settings.json").write_text('{"rlhf_type": "dpo", "n": 8}')
     with pytest.raises(ValueError, match="made with other settings"):
         iterate.run(config, IterateConfig(scorer=("python=math:sqrt",)))
 
