@@ -182,7 +182,7 @@ def _suite_of_data(sources: Sources, config: Config, evaluation: EvaluateConfig)
 
 
 def _suite_of_exam(exam: Exam, config: Config) -> Suite:
-    sources = Sources((), config.data.image_root, config.data.allow_image_urls)
+    sources = Sources((), None, config.data.allow_image_urls)  # the rows have the folder of their images
     return Suite(exam.name, groups_of_rows(exam.rows), sources, {"questions": fingerprint(exam.rows)})
 
 

@@ -13,7 +13,7 @@ from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation.contenders import contenders_of, reference_of
-from rayalign.evaluation.evaluate import run
+from rayalign.evaluation.evaluate import _read_exam, _suite_of_exam, run
 from rayalign.evaluation.start import config_of
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
@@ -40,6 +40,32 @@ def test_a_benchmarks_files_are_read_first(tmp_path: Path) -> None:
     write_lines(tmp_path / "coco_pope_random.json", [{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "no"}])
     said = refusal(flags, EvaluateConfig(benchmarks=(f"pope:{tmp_path}",)))
     assert said.startswith(f"--benchmarks pope:{tmp_path}: The image a.jpg is in none of {tmp_path}, {tmp_path}/val2014,")
+
+
+def test_a_benchmarks_images_are_looked_for_in_its_own_folders_before_those_of_the_data_set(tmp_path: Path) -> None:
+    pope, data = tmp_path / "pope", tmp_path / "data"
+    pope.mkdir()
+    write_lines(pope / "coco_pope_random.json", [{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "no"}])
+    put_pictures(data, "b.jpg")
+    flags = InferenceConfig(model="m", output_dir=str(tmp_path / "out"), image_root=str(data))
+    evaluation = EvaluateConfig(benchmarks=(f"pope:{pope}",))
+    said = refusal(flags, evaluation)
+    assert f"The image a.jpg is in none of {pope}, {pope}/val2014," in said
+    assert f", {data}. Put the benchmark's images there" in said
+    put_pictures(data, "a.jpg")
+    assert suite_of(flags, evaluation) == (str(data), None)
+    put_pictures(pope / "val2014", "a.jpg")
+    assert suite_of(flags, evaluation) == (str(pope / "val2014"), None)
+
+
+def suite_of(flags: InferenceConfig, evaluation: EvaluateConfig) -> tuple[str, str | None]:
+    """The folder that a benchmark's rows read their images from, and what would be read instead."""
+    config = config_of(flags)
+    (word,) = evaluation.benchmarks
+    suite = _suite_of_exam(_read_exam("pope", word.removeprefix("pope:"), config, evaluation), config)
+    (row,) = suite.groups[0].read()
+    assert isinstance(row, dict)
+    return row["folder"], suite.sources.image_root
 
 
 def test_a_benchmark_with_a_judge_needs_one(tmp_path: Path) -> None:
