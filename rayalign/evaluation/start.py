@@ -1,6 +1,7 @@
 """What verbs that run a model over records begin with: flags with whole paths, the cluster, the files of model and data."""
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from rayalign.algorithms import SFT
 from rayalign.cluster import require_lasting_folder
 from rayalign.config.config import Config
 from rayalign.config.inference import InferenceConfig
+from rayalign.config.plugins import Plugin
 from rayalign.config.sections import ClusterConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from rayalign.data.rows import Sources
 from rayalign.downloads import versions
@@ -29,9 +31,9 @@ from rayalign.sources.whole_paths import whole_model
 from rayalign.storage import Store, is_url
 
 
-def config_of(flags: InferenceConfig) -> Config:
-    """The flags as those of a run that trains nothing, with absolute paths. Raises ValueError where --output_dir is missing or
-    would not last."""
+def config_of(flags: InferenceConfig, plugins: tuple[Plugin, ...] = ()) -> Config:
+    """The flags as those of a run that trains nothing, with absolute paths; `plugins` read its rows, too. Raises ValueError
+    where --output_dir is missing or would not last."""
     if not flags.output_dir:
         raise ValueError("No output folder given: pass --output_dir.")
     require_lasting_folder(flags.output_dir)
@@ -65,6 +67,7 @@ def config_of(flags: InferenceConfig) -> Config:
             label_selector=flags.label_selector,
             wait_for_nodes=flags.wait_for_nodes,
         ),
+        plugins=plugins,
     )
 
 
@@ -101,7 +104,8 @@ def sources_of(config: Config) -> Sources:
     if config.run.output_dir:
         for dataset in datasets:
             _require_apart(dataset, Store.at(config.run.output_dir))
-    return Sources(datasets, data.image_root, data.allow_image_urls, columns=parse_renames(data.columns))
+    reading = tuple(plugin for plugin in config.plugins if plugin.formats)
+    return Sources(datasets, data.image_root, data.allow_image_urls, reading, parse_renames(data.columns))
 
 
 def _require_apart(dataset: Dataset, output: Store) -> None:
@@ -145,9 +149,12 @@ def files_of_model(source: ModelSource) -> dict[str, Any]:
 
 
 def files_of_data(sources: Sources) -> dict[str, Any]:
-    """The same of data sets: their files, draws and renamed columns."""
+    """The same of data sets: their files, draws, renamed columns, and the plugins that read them."""
     files = [[re.sub(r".*#", "#", d.argument) if d.sample else "", *map(str, d.files)] for d in sources.datasets]
-    return {"files": files, "image_root": sources.image_root, "columns": sorted(map(list, sources.columns))}
+    told: dict[str, Any] = {"files": files, "image_root": sources.image_root, "columns": sorted(map(list, sources.columns))}
+    if sources.plugins:
+        told["plugins"] = [[plugin.name, hashlib.sha256(plugin.text).hexdigest()] for plugin in sources.plugins]
+    return told
 
 
 def _versions(model: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ from rayalign.config.sections import ModelConfig
 from rayalign.evaluation import generate, score
 from rayalign.evaluation.pool_folder import ROWS, is_finished, open_output
 from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
+from rayalign.formats.parse import own_formats
 from rayalign.images.fetch import fetch_images
 from rayalign.joining import ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
@@ -92,6 +93,7 @@ def _require_rounds(config: Config) -> None:
             "--rlhf_type rm: a reward model writes no responses, with which the next round would begin. Pass an algorithm that "
             "trains a policy, such as dpo, and the reward model as --scorer reward_model=FOLDER."
         )
+    own_formats(config.plugins)
     for argument in config.data.val_dataset:
         resolve_dataset(argument)
 
@@ -148,7 +150,7 @@ NO_PAIR = "prompts without a pair"
 def _respond(config: Config, own: IterateConfig, policy: Mapping[str, Any], output: Store, seed: int) -> None:
     flags = _inference_flags(config, own, {**policy, "output_dir": output.location})
     how = ("n", "temperature", "top_p", "max_new_tokens", "backend")
-    generate.run(flags, GenerateConfig(seed=seed, **{name: getattr(own, name) for name in how}))
+    generate.run(flags, GenerateConfig(seed=seed, **{name: getattr(own, name) for name in how}), config.plugins)
 
 
 def _score(config: Config, own: IterateConfig, place: Store) -> None:
