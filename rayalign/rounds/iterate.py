@@ -93,6 +93,11 @@ def _require_rounds(config: Config) -> None:
             "--rlhf_type rm: a reward model writes no responses, with which the next round would begin. Pass an algorithm that "
             "trains a policy, such as dpo, and the reward model as --scorer reward_model=FOLDER."
         )
+    if config.cluster.is_elastic:
+        raise ValueError(
+            f"--num_workers {config.cluster.num_workers}: as many workers respond and score as train, and of those that do, "
+            "the number is fixed. Pass one number."
+        )
     own_formats(config.plugins)
     for argument in config.data.val_dataset:
         resolve_dataset(argument)
