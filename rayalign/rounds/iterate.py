@@ -21,7 +21,7 @@ from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation import generate, score
-from rayalign.evaluation.pool_folder import ROWS, is_finished, open_output
+from rayalign.evaluation.pool_folder import ROWS, SETTINGS, is_finished, open_output, result_files
 from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
 from rayalign.formats.parse import own_formats
 from rayalign.images.fetch import fetch_images
@@ -39,6 +39,9 @@ from rayalign.training.places import require_lasting_folders
 logger = logging.getLogger(__name__)
 
 PAIRS_NOTE = "pairs.json"
+
+DRAWS = ("n", "temperature", "top_p", "max_new_tokens")
+"""Flags that a continued command may set anew for rounds that have no responses yet, or no pairs of them."""
 
 FREE_TO_CHANGE = frozenset(
     {
@@ -70,6 +73,8 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
     settings |= {"scorers": [dict(scorer.settings) for scorer in scorers]}
     inside = folder.list() if folder.is_dir() else []
     names = [inner.name for inner in inside if inner.name in (ROUNDS, PAGE) or re.fullmatch(r"round_\d+", inner.name)]
+    if not config.run.overwrite:
+        _allow_other_draws(folder, settings, own.num_rounds)
     open_output(folder, settings, overwrite=config.run.overwrite, names=names)
     rounds: list[Round] = []
     with ray_as_found():
@@ -79,6 +84,37 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
             write_results(folder, rounds, flags=flags)
     logger.info("Done: %d rounds; %s", len(rounds), (folder / ROUNDS).location)
     return rounds
+
+
+def _allow_other_draws(folder: Store, settings: Mapping[str, Any], num_rounds: int) -> None:
+    """Notes other flags of the draws where the first round that is not done has no responses, or no pairs came of them, so that
+    it begins anew; earlier rounds stay as they are. Raises ValueError where the flags would be those of no round, or of a part
+    of one."""
+    note = folder / SETTINGS
+    before = note.read_json_object() if note.exists() else {}
+    changed = {name: (before[name], settings[name]) for name in DRAWS if name in before and before[name] != settings[name]}
+    now = json.loads(json.dumps(settings))
+    if not changed or {**before, **{name: now[name] for name in changed}} != now:
+        return  # other flags differ, too, which is refused
+    words = ", ".join(f"--{name} {one:g} -> {other:g}" for name, (one, other) in changed.items())
+    words = f"--output_dir {folder.location}: its rounds were drawn with other flags ({words})"
+    number = next((k for k in range(1, num_rounds + 1) if not _summary(folder / f"round_{k}").exists()), None)
+    if number is None:
+        raise ValueError(f"{words}, and all {num_rounds} are done. A higher --num_rounds adds rounds with the new ones.")
+    place = folder / f"round_{number}"
+    pairs = place / PAIRS / PAIRS_NOTE
+    if result_files(place / RESPONSES) and not (pairs.exists() and not pairs.read_json_object()["pairs"]):
+        raise ValueError(
+            f"{words}, and round {number} has responses already. Give these flags as before, or delete {place.location} to "
+            "begin that round anew; the rounds before it stay."
+        )
+    place.delete()
+    note.write_json(now)
+
+
+def _summary(place: Store) -> Store:
+    """What the training of a round writes last."""
+    return place / TRAIN / "summary.json"
 
 
 def _require_rounds(config: Config) -> None:
@@ -137,10 +173,11 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
         raise ValueError(
             f"Round {number}: no two responses to a prompt differ in their scores by more than --pair_margin "
             f"{own.pair_margin:g}; {pairs['left_out'].get(CUT, 0)} of {pairs['responses']} responses did not end within "
-            f"--max_new_tokens {own.max_new_tokens}. A higher --temperature or --n gives more different responses."
+            f"--max_new_tokens {own.max_new_tokens}. A higher --temperature or --n gives more different responses: the same "
+            "command with one of them draws this round's anew, and the rounds before it stay."
         )
     run = training_of(own, folder, number, start=start, policy=policy)
-    metrics = _train(config.replace(run), place / TRAIN)
+    metrics = _train(config.replace(run), _summary(place))
     logger.info("Round %d: done in %.0f s", number, time.monotonic() - began)
     shown = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     model = (place / TRAIN / "model").location
@@ -217,9 +254,8 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
     return found
 
 
-def _train(config: Config, folder: Store) -> Mapping[str, Any]:
+def _train(config: Config, summary: Store) -> Mapping[str, Any]:
     """What summary.json says of the round's training, which is run, or run on, where there is none yet."""
-    summary = folder / "summary.json"
     if not summary.exists():
         driver.run(config)
     found: dict[str, Any] = json.loads(summary.read_bytes())

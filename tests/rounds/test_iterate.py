@@ -10,6 +10,7 @@ from rayalign.algorithms import DPO, RM
 from rayalign.config.config import Config
 from rayalign.config.inference_verbs import IterateConfig
 from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
+from rayalign.evaluation.pool_folder import open_output
 from rayalign.rounds import iterate
 from rayalign.storage import Store
 
@@ -110,6 +111,46 @@ def test_another_scorer_under_the_same_name_is_refused(  # type: ignore[no-untyp
     (tmp_path / "mine.py").write_text("def score(rows):\n    return [1 for row in rows]\n")
     with pytest.raises(ValueError, match="other settings:\n  scorers"):
         iterate.run(config, own)
+
+
+def test_a_round_without_pairs_is_drawn_anew_with_other_flags_and_earlier_rounds_stay(tmp_path: Path) -> None:
+    folder = Store(str(tmp_path / "out"))
+    before = {"rlhf_type": "dpo", "n": 4, "temperature": 0.8, "top_p": 1.0, "max_new_tokens": 64}
+    now = {**before, "temperature": 1.2}
+    done = folder / "round_1"
+    (done / "train" / "summary.json").write_json({})
+    (done / "responses" / "rows" / "000.parquet").write_bytes(b"")
+    (done / "pairs" / "pairs.json").write_json({"pairs": 3})
+
+    def given(settings: dict[str, Any], num_rounds: int = 2) -> None:
+        iterate._allow_other_draws(folder, settings, num_rounds)
+        open_output(folder, settings, overwrite=False)
+
+    given(before)
+    with pytest.raises(ValueError) as caught:
+        given(now, num_rounds=1)
+    assert str(caught.value) == (
+        f"--output_dir {folder.location}: its rounds were drawn with other flags (--temperature 0.8 -> 1.2), and all 1 are "
+        "done. A higher --num_rounds adds rounds with the new ones."
+    )
+    given(now)  # the second round has no responses yet
+    second = folder / "round_2"
+    (second / "responses" / "rows" / "000.parquet").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"round 2 has responses already\. Give these flags as before, or delete .*/round_2 to"
+    ):
+        given(before)
+    (second / "pairs" / "pairs.json").write_json({"pairs": 1})
+    with pytest.raises(ValueError, match="round 2 has responses already"):
+        given(before)
+    (second / "pairs" / "pairs.json").write_json({"pairs": 0})
+    with pytest.raises(ValueError, match=r"made with other settings:\n  beta"):
+        given({**before, "beta": 0.2})
+    assert second.exists()
+    given({**now, "n": 8})
+    assert not second.exists()
+    assert (done / "responses" / "rows" / "000.parquet").exists()
+    given({**now, "n": 8})  # the same command goes on
 
 
 def test_a_round_trains_from_the_round_before_or_from_the_start_on_all_pairs_so_far(tmp_path: Path) -> None:
