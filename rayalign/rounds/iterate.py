@@ -196,14 +196,20 @@ def _respond(config: Config, own: IterateConfig, policy: Mapping[str, Any], outp
 
 
 def _score(config: Config, own: IterateConfig, place: Store) -> None:
+    score.run(scoring_flags(config, own, place), _score_flags(own))
+
+
+def scoring_flags(config: Config, own: IterateConfig, place: Store) -> InferenceConfig:
+    """Of the stage that scores the responses of a round's folder, whose pictures are where the prompts' are."""
     read = {
         "dataset": [(place / RESPONSES / ROWS).location],
         "output_dir": (place / SCORES).location,
         "columns": (),
         "image_root": _image_root(config),
+        "allow_image_urls": _allows_urls(config),
         **dict.fromkeys(("model", "model_type", "adapter")),
     }
-    score.run(_inference_flags(config, own, read), _score_flags(own))
+    return _inference_flags(config, own, read)
 
 
 def _score_flags(own: IterateConfig) -> ScoreConfig:
@@ -227,7 +233,7 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
     scores: list[float] = []
     left_out: Counter[str] = Counter()
     prompts = 0
-    root = _image_root(config)
+    root, allow_urls = _image_root(config), _allows_urls(config)
 
     def rows() -> Iterator[Mapping[str, Any]]:
         nonlocal prompts
@@ -239,7 +245,7 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
             )
             left_out.update(choice.left_out)
             left_out.update([NO_PAIR] if not choice.pairs else [])
-            images = _contents(responses[0]["images"], root, allow_urls=config.data.allow_image_urls) if choice.pairs else []
+            images = _contents(responses[0]["images"], root, allow_urls=allow_urls) if choice.pairs else []
             yield from (pair_row(better, worse, images, lineage) for better, worse in choice.pairs)
 
     count = write_pairs(rows(), place / PAIRS / ROWS)
@@ -262,9 +268,12 @@ def _train(config: Config, summary: Store) -> Mapping[str, Any]:
     return found
 
 
-def _image_root(config: Config) -> str | None:
+ANYWHERE = "/"
+
+
+def _image_root(config: Config) -> str:
     """The folder below which all images of the prompts lie, whose whole paths the results hold: --image_root, or what the data
-    sets' folders have in common; None where that is nothing."""
+    sets' folders have in common; ANYWHERE where that is nothing."""
     if config.data.image_root:
         return config.data.image_root
     files = [file for argument in config.data.dataset for file in resolve_dataset(argument).files]
@@ -272,13 +281,19 @@ def _image_root(config: Config) -> str | None:
     try:
         shared = os.path.commonpath(folders)
     except ValueError:  # a disk's and a store's
-        return None
-    return None if shared in ("", "/") or shared.endswith(":") else shared.replace(":/", "://", 1)
+        return ANYWHERE
+    return ANYWHERE if shared in ("", "/") or shared.endswith(":") else shared.replace(":/", "://", 1)
 
 
-def _contents(images: Sequence[Mapping[str, Any]], root: str | None, *, allow_urls: bool) -> list[dict[str, Any]]:
+def _allows_urls(config: Config) -> bool:
+    """Whether a stage fetches what a prompt's image names by URL. Where no folder holds all images, those of several stores are
+    read by their URLs: the results hold only images that the responding stage has fetched by the rules of the flags."""
+    return config.data.allow_image_urls or _image_root(config) == ANYWHERE
+
+
+def _contents(images: Sequence[Mapping[str, Any]], root: str, *, allow_urls: bool) -> list[dict[str, Any]]:
     """The images of a prompt by their bytes, so that pairs can be read from any folder."""
     refs = [image["bytes"] or image["path"] for image in images]
-    place = Store(root or "/")
+    place = Store(root)
     contents = fetch_images(refs, folder=place, image_root=place, allow_urls=allow_urls)
     return [{"bytes": content, "path": None} for content in contents]

@@ -11,8 +11,10 @@ from rayalign.config.config import Config
 from rayalign.config.inference_verbs import IterateConfig
 from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
 from rayalign.evaluation.pool_folder import open_output
+from rayalign.images.fetch import fetch_images
 from rayalign.rounds import iterate
 from rayalign.storage import Store
+from tests.tiny_models import noise_image
 
 
 @pytest.mark.parametrize(
@@ -165,3 +167,25 @@ def test_a_round_trains_from_the_round_before_or_from_the_start_on_all_pairs_so_
     assert previous["dataset"] == [f"{tmp_path}/round_3/pairs/rows"]
     assert anew["dataset"] == [f"{tmp_path}/round_{k}/pairs/rows" for k in (1, 2, 3)]
     assert previous["output_dir"] == anew["output_dir"] == f"{tmp_path}/round_3/train"
+
+
+@pytest.mark.parametrize("names", [("data",), ("data", "other")])
+def test_the_scoring_stage_finds_the_pictures_of_prompts_wherever_these_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    """Of one folder, and of two that share none but the root."""
+    if len(names) > 1:
+        monkeypatch.setattr(iterate.os.path, "commonpath", lambda folders: "/")
+    places = [tmp_path / name for name in names]
+    for folder in places:
+        folder.mkdir()
+        (folder / "a.png").write_bytes(noise_image(8, 8))
+        (folder / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    config = Config(DPO(), DataConfig(dataset=tuple(str(folder / "prompts.jsonl") for folder in places)))
+    flags = iterate.scoring_flags(config, IterateConfig(), Store(str(tmp_path / "out" / "round_1")))
+    root = None if flags.image_root is None else Store.at(flags.image_root)
+    responses = Store(str(tmp_path / "out" / "round_1" / "responses" / "rows"))
+    for folder in places:
+        found = fetch_images([str(folder / "a.png")], folder=responses, image_root=root, allow_urls=flags.allow_image_urls)
+        assert found == [(folder / "a.png").read_bytes()]
+    assert flags.allow_image_urls == (len(names) > 1)
