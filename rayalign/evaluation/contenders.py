@@ -14,6 +14,7 @@ from rayalign.evaluation.scorers.scorer import Scorer
 from rayalign.evaluation.start import is_reward_model_here, model_of
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model
+from rayalign.sources.whole_paths import whole_model
 
 NO_REFERENCE, START_OF_RUN = "none", "auto"
 
@@ -39,7 +40,7 @@ def contenders_of(config: Config, evaluation: EvaluateConfig) -> list[Contender]
         return [_of_scorers(config, evaluation)]
     contenders = [_contender("model", config, evaluation)]
     if evaluation.compare:
-        second = dataclasses.replace(config.model, model=evaluation.compare, model_type=None, adapter=None)
+        second = dataclasses.replace(config.model, model=whole_model(evaluation.compare), model_type=None, adapter=None)
         contenders.append(_contender("compare", dataclasses.replace(config, model=second), evaluation))
     _require_reference(contenders, config, evaluation)
     return contenders
@@ -99,4 +100,4 @@ def reference_of(source: ModelSource, model: ModelConfig, named: str) -> ModelCo
         return None
     if named == START_OF_RUN:
         return start_of_run(source, model)
-    return dataclasses.replace(model, model=named, model_type=None, adapter=None)
+    return dataclasses.replace(model, model=whole_model(named), model_type=None, adapter=None)

@@ -37,6 +37,7 @@ from rayalign.evaluation.results import METRICS, BenchmarkResult, DatasetResult,
 from rayalign.evaluation.results_page import page_of
 from rayalign.evaluation.score import names_of
 from rayalign.evaluation.score_columns import SCHEMA, VIEWS, View, scored_schema
+from rayalign.evaluation.scorers.by_judge import judge_key
 from rayalign.evaluation.start import (
     config_of,
     files_of_data,
@@ -165,6 +166,7 @@ def _judge_of(evaluation: EvaluateConfig, exams: Sequence[Exam]) -> Judge | None
     if evaluation.judge_url and evaluation.judge_model:  # (--judge_model alone may name the judge of --scorer)
         if not needing:
             raise ValueError("--judge_url: no benchmark of --benchmarks has answers that a judge rates. Leave it out.")
+        judge_key()  # what is wrong with it is told before any work
         return Judge(evaluation.judge_url, evaluation.judge_model)
     if needing:
         raise ValueError(f"--benchmarks {needing[0]}: its answers are rated by a judge. Pass --judge_url and --judge_model.")
@@ -180,7 +182,7 @@ def _suite_of_data(sources: Sources, config: Config, evaluation: EvaluateConfig)
 
 
 def _suite_of_exam(exam: Exam, config: Config) -> Suite:
-    sources = Sources((), config.data.image_root, config.data.allow_image_urls)
+    sources = Sources((), None, config.data.allow_image_urls)  # the rows have the folder of their images
     return Suite(exam.name, groups_of_rows(exam.rows), sources, {"questions": fingerprint(exam.rows)})
 
 

@@ -37,7 +37,7 @@ def read_exam(
     benchmark = BENCHMARKS[name]
     try:
         contents = benchmark.read(Store.at(place))
-        images = Store.at(image_root) if image_root else image_folder(contents)
+        images = image_folder(contents, Store.at(image_root) if image_root else None)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{flag} {name}:{place}: {error}") from None
     items = draw(contents.items, max_questions, seed=seed)

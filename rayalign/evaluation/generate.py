@@ -10,6 +10,7 @@ import pyarrow as pa
 from rayalign.config.config import Config
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig
+from rayalign.config.plugins import Plugin
 from rayalign.data.rows import Sources
 from rayalign.evaluation.groups import groups_of_datasets
 from rayalign.evaluation.loaded_model import LoadedModel, load_model
@@ -45,12 +46,12 @@ RESPONSE_SCHEMA = pa.schema(
 or at --max_new_tokens."""
 
 
-def run(flags: InferenceConfig, own: GenerateConfig) -> PoolResult:
-    """Responds to the prompts that have no responses yet, and returns the folder of all of them.
+def run(flags: InferenceConfig, own: GenerateConfig, plugins: tuple[Plugin, ...] = ()) -> PoolResult:
+    """Responds to the prompts that have no responses yet, and returns the folder of all of them; `plugins` read rows, too.
 
     Raises ValueError for what the user can fix, and RunFailed where the cluster failed.
     """
-    config = config_of(flags)
+    config = config_of(flags, plugins)
     source, sources = model_of(config), sources_of(config)
     require_writer(source, config)
     sampling = Sampling(own.n, own.temperature, own.top_p, own.max_new_tokens, own.seed)

@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import urllib3
 
-from rayalign.evaluation.scorers.by_judge import KEY_VARIABLE, RETRIES
+from rayalign.evaluation.scorers.by_judge import RETRIES, headers_with, judge_key, without_key
 from rayalign.progress import Progress
 from rayalign.storage import Store
 
@@ -32,16 +31,15 @@ class Judge:
     def ask(self, prompt: str) -> dict[str, Any]:
         """The judge's whole answer to a prompt. Raises ValueError where there is none."""
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0.0}
-        key = os.environ.get(KEY_VARIABLE)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        key = judge_key()
         place = f"{self.url.rstrip('/')}/chat/completions"
         try:
             with urllib3.PoolManager(timeout=TIMEOUT, retries=RETRIES) as pool:
-                answer = pool.request("POST", place, body=json.dumps(body).encode(), headers=headers)
+                answer = pool.request("POST", place, body=json.dumps(body).encode(), headers=headers_with(key))
         except (urllib3.exceptions.HTTPError, ValueError) as error:
-            raise ValueError(f"--judge_url {self.url}: the judge can't be reached ({error}).") from None
+            raise ValueError(f"--judge_url {self.url}: the judge can't be reached ({without_key(str(error), key)}).") from None
         if answer.status != 200:
-            said = answer.data.decode(errors="replace")[:300]
+            said = without_key(answer.data.decode(errors="replace"), key)[:300]
             raise ValueError(f"--judge_url {self.url}: the judge answers {answer.status}: {said}")
         try:
             whole = json.loads(answer.data)

@@ -11,13 +11,14 @@ A file is there whole or not at all, and a row whose id is in one is done: the s
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayalign.config.yaml_files import flags_of_run
 from rayalign.data.remarks import printable
 from rayalign.storage import Store
 
@@ -36,34 +37,47 @@ SHOWN = 5
 """Settings that a message lists."""
 
 
-def open_output(output: Store, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Notes the settings in the folder, or compares them with those of what is in it.
+def open_output(output: Store, settings: Mapping[str, Any], *, overwrite: bool, names: Collection[str] = ()) -> None:
+    """Notes the settings in the folder, or compares them with those of what is in it. `names` are what the verb writes there
+    beside what a pool does.
 
-    Raises ValueError where they differ, and where the folder holds something else, such as a training run; `overwrite` deletes
-    what a pool wrote.
+    Raises ValueError where they differ, and where the folder holds something else, such as a training run or another verb's
+    results; `overwrite` deletes what the same verb wrote, and nothing else.
     """
     now = json.loads(json.dumps(settings))
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output.location} is a file: pass a folder, which may be new.")
     note = output / SETTINGS
-    others = [name for name in (SUMMARY, DROPPED) if (output / name).exists() and not note.exists()]
-    if others:
-        raise ValueError(
-            f"--output_dir {output.location} holds the {others[0]} of something else, such as a training run, which would be "
-            "lost. Choose another folder."
-        )
+    written = (SUMMARY, DROPPED, ROWS, ATTEMPTS, *names)
+    if note.exists():
+        before = note.read_json_object()
+        if _verb(before) != _verb(now):
+            raise ValueError(f"--output_dir {output.location} holds the results of {_verb(before)}, {OF_ANOTHER}")
+    else:
+        others = [name for name in written if (output / name).exists()]
+        if others:
+            raise ValueError(
+                f"--output_dir {output.location} holds the {others[0]} of something else, such as a training run, {OF_ANOTHER}"
+            )
+        if flags_of_run(output):
+            raise ValueError(f"--output_dir {output.location} is the folder of a training run, {OF_ANOTHER}")
     if overwrite:
-        for name in (SUMMARY, ROWS, ATTEMPTS, DROPPED, SETTINGS):
+        for name in (*written, SETTINGS):  # the note last: without it nothing tells whose the rest is
             (output / name).delete()
     if not note.exists():
-        if (output / ROWS).exists():
-            raise ValueError(f"--output_dir {output.location} holds rows of which nothing tells where they come from. {REMEDY}")
         note.write_json(now)
         return
-    before = note.read_json_object()
     if before != now:
         lines = "".join(f"\n  {line}" for line in itertools.islice(_changes(before, now), SHOWN))
         raise ValueError(f"--output_dir {output.location} holds results that were made with other settings:{lines}\n{REMEDY}")
+
+
+OF_ANOTHER = "which would be lost. Choose another folder."
+
+
+def _verb(settings: Mapping[str, Any]) -> str:
+    """Whose settings they are; those of rounds hold a training's flags and no verb."""
+    return str(settings.get("verb") or ("iterate" if "rlhf_type" in settings else "evaluate or of something else"))
 
 
 def _changes(before: Any, now: Any, name: str = "") -> Iterator[str]:

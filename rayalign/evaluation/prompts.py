@@ -3,6 +3,7 @@
 The columns are those of the native record format, so that the results are a data set: any verb reads them by --dataset.
 """
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from rayalign.config.plugins import Plugin
 from rayalign.data.rows import Sources
 from rayalign.formats.cells import ROLES, plain
 from rayalign.formats.columns import renamed, require_pictures_read, unread_columns
-from rayalign.formats.parse import parse_row
+from rayalign.formats.parse import Format, own_formats, parse_row
 from rayalign.formats.records import PreferenceRecord, record_errors
 from rayalign.images.fetch import looks_like_base64
 from rayalign.storage import Store, is_url
@@ -33,6 +35,12 @@ PROMPT_FIELDS = [
 
 OF_RESPONSES = ("rejected", "rejected_response", "rejected_messages", "rejected_images", "rejected_image", "label", "margin")
 """Columns that say something of a row's responses, and nothing of its prompt."""
+
+
+@functools.lru_cache(maxsize=2)
+def formats_of(plugins: tuple[Plugin, ...]) -> tuple[Format, ...]:
+    """The record formats that plugins bring."""
+    return own_formats(plugins)
 
 
 def with_response(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,12 +87,19 @@ def _ends_with_response(turns: Sequence[Mapping[str, Any]]) -> bool:
 def prompt_of(row: Mapping[str, Any], sources: Sources, *, text_only: bool) -> PreferenceRecord:
     """The prompt of a row as `groups.FileRows` reads it: of a record of any format, or of one that lacks a response. The
     record that is returned has PLACEHOLDER as its response. Raises RecordError for what is wrong with the row."""
+    own = formats_of(sources.plugins)
     with record_errors():
-        raw = with_response(renamed(row["row"], sources.columns))
-        record = parse_row(raw, id=row["id"])
+        raw = _filled(renamed(row["row"], sources.columns), own)
+        record = parse_row(raw, id=row["id"], own=own)
         if not text_only:
-            require_pictures_read(raw, record)
+            require_pictures_read(raw, record, own)
     return record.model_copy(update={"chosen": PLACEHOLDER, "rejected": None, "label": None, "margin": None})
+
+
+def _filled(raw: Mapping[str, Any], own: Sequence[Format]) -> Mapping[str, Any]:
+    """`with_response`, but of a plugin's format the row as it is, which only the plugin knows how to fill."""
+    columns = {name for name, value in raw.items() if value is not None}
+    return raw if any(format.matches(columns) for format in own) else with_response(raw)
 
 
 def prompt_columns(record: PreferenceRecord, row: Mapping[str, Any], sources: Sources) -> dict[str, Any]:
@@ -116,9 +131,10 @@ def _extra(row: Mapping[str, Any], sources: Sources) -> str | None:
     """What the record's format does not read of a row, as far as JSON holds it: such as an answer that a scorer knows."""
     if isinstance(row.get("extra"), str) and _is_object(row["extra"]):
         return str(row["extra"])
+    own = formats_of(sources.plugins)
     raw = renamed(row, sources.columns)
-    raw = {**raw, **with_response(raw)}
-    names = [name for name in unread_columns(raw) if name not in ("id", "position")]
+    raw = {**raw, **_filled(raw, own)}
+    names = [name for name in unread_columns(raw, own) if name not in ("id", "position")]
     kept = {}
     for name in names:
         try:

@@ -25,6 +25,7 @@ from rayalign.evaluation.work import Result, Work
 from rayalign.formats.columns import renamed
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError, record_errors
+from rayalign.sources.whole_paths import whole_model
 from rayalign.storage import Store
 
 
@@ -74,14 +75,14 @@ def scorers_of(own: ScoreConfig, model: ModelConfig) -> tuple[Scorer, ...]:
             judge = judge_scorer(what, model=own.judge_model, prompt_file=own.judge_prompt, pattern=own.judge_pattern)
             scorers.append(judge)
         elif kind in KINDS:
-            named = dataclasses.replace(model, model=what, model_type=None, adapter=None) if what else model
+            named = dataclasses.replace(model, model=whole_model(what), model_type=None, adapter=None) if what else model
             uses_model |= not what
             if not (named.model or named.model_type or named.adapter):
                 raise ValueError(f"--scorer {kind}: no model given. Write {kind}=FOLDER, or pass --model.")
             try:
                 scorers.append(model_scorer(kind, named, beta=own.beta, reference=own.reference))
             except ValueError as error:
-                raise ValueError(str(error).replace(f"--model {what}:", f"--scorer {word}:")) from None
+                raise ValueError(str(error).replace(f"--model {named.model}:", f"--scorer {word}:")) from None
         else:
             raise ValueError(f"--scorer {word}: must be one of {', '.join(SCORERS)}.")
     unused = {

@@ -1,6 +1,8 @@
 """What verbs that run a model over records begin with: flags with whole paths, the cluster, the files of model and data."""
 
 import contextlib
+import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from rayalign.algorithms import SFT
 from rayalign.cluster import require_lasting_folder
 from rayalign.config.config import Config
 from rayalign.config.inference import InferenceConfig
+from rayalign.config.plugins import Plugin
 from rayalign.config.sections import ClusterConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from rayalign.data.rows import Sources
 from rayalign.downloads import versions
@@ -23,21 +26,17 @@ from rayalign.nodes import resolve_cluster, wait_for_workers
 from rayalign.ops.value_head import find_value_head
 from rayalign.reference.key import hashed_files, is_hashed
 from rayalign.shared_paths import check_shared_paths
-from rayalign.sources.files import resolve_dataset, whole_argument
+from rayalign.sources.files import Dataset, resolve_dataset, whole_argument
+from rayalign.sources.whole_paths import whole_model
 from rayalign.storage import Store, is_url
 
 
-def config_of(flags: InferenceConfig) -> Config:
-    """The flags as those of a run that trains nothing, with absolute paths. Raises ValueError where --output_dir is missing or
-    would not last."""
+def config_of(flags: InferenceConfig, plugins: tuple[Plugin, ...] = ()) -> Config:
+    """The flags as those of a run that trains nothing, with absolute paths; `plugins` read its rows, too. Raises ValueError
+    where --output_dir is missing or would not last."""
     if not flags.output_dir:
         raise ValueError("No output folder given: pass --output_dir.")
     require_lasting_folder(flags.output_dir)
-
-    def whole(place: str | None) -> str | None:
-        local = place is not None and not is_url(place) and Path(place).expanduser().exists()
-        return str(Path(str(place)).expanduser().resolve()) if local else place
-
     return Config(
         algorithm=SFT(),
         data=DataConfig(
@@ -50,9 +49,9 @@ def config_of(flags: InferenceConfig) -> Config:
             max_pixels=flags.max_pixels,
         ),
         model=ModelConfig(
-            model=whole(flags.model),
+            model=flags.model and whole_model(flags.model),
             model_type=flags.model_type,
-            adapter=whole(flags.adapter),
+            adapter=flags.adapter and whole_model(flags.adapter),
             dtype=flags.dtype,
             attn_implementation=flags.attn_implementation,
             gradient_checkpointing=False,
@@ -68,6 +67,7 @@ def config_of(flags: InferenceConfig) -> Config:
             label_selector=flags.label_selector,
             wait_for_nodes=flags.wait_for_nodes,
         ),
+        plugins=plugins,
     )
 
 
@@ -95,12 +95,39 @@ def on_cluster(config: Config, *, model: ModelSource | None) -> Iterator[Config]
 
 
 def sources_of(config: Config) -> Sources:
-    """The data sets of --dataset and how their images are found; raises ValueError where there is none."""
+    """The data sets of --dataset and how their images are found; raises ValueError where there is none, and for an
+    output folder that is the same as a data set's, or around or inside of it."""
     if not config.data.dataset:
         raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
-    datasets = tuple(resolve_dataset(argument) for argument in config.data.dataset)
     data = config.data
-    return Sources(datasets, data.image_root, data.allow_image_urls, columns=parse_renames(data.columns))
+    datasets = tuple(resolve_dataset(argument) for argument in data.dataset)
+    if config.run.output_dir:
+        for dataset in datasets:
+            _require_apart(dataset, Store.at(config.run.output_dir))
+    reading = tuple(plugin for plugin in config.plugins if plugin.formats)
+    return Sources(datasets, data.image_root, data.allow_image_urls, reading, parse_renames(data.columns))
+
+
+def _require_apart(dataset: Dataset, output: Store) -> None:
+    """Raises ValueError for an output folder whose results would be taken for records, or that is emptied with them in it."""
+    place = Store.at(re.sub(r"#\d+$", "", dataset.argument))
+    inside = [file.location for file in dataset.files if _is_below(file.location, output)]
+    if inside:
+        problem = f"holds {inside[0]}, which is read for --dataset {dataset.argument}"
+    elif dataset.files and place.is_dir() and _is_below(output.location, place):
+        problem = f"lies in the folder of --dataset {dataset.argument}, and its results would be taken for records"
+    else:
+        return
+    raise ValueError(f"--output_dir {output.location}: {problem}. Choose a folder beside the data.")
+
+
+def _is_below(location: str, folder: Store) -> bool:
+    """Whether a path or URL is a folder or lies in it, links followed."""
+    one, other = (
+        os.path.realpath(store.local_path) if store.local_path is not None else store.location
+        for store in (Store.at(location), folder)
+    )
+    return f"{one}/".startswith(f"{other.rstrip('/')}/")
 
 
 def model_of(config: Config) -> ModelSource:
@@ -122,9 +149,12 @@ def files_of_model(source: ModelSource) -> dict[str, Any]:
 
 
 def files_of_data(sources: Sources) -> dict[str, Any]:
-    """The same of data sets: their files, draws and renamed columns."""
+    """The same of data sets: their files, draws, renamed columns, and the plugins that read them."""
     files = [[re.sub(r".*#", "#", d.argument) if d.sample else "", *map(str, d.files)] for d in sources.datasets]
-    return {"files": files, "image_root": sources.image_root, "columns": sorted(map(list, sources.columns))}
+    told: dict[str, Any] = {"files": files, "image_root": sources.image_root, "columns": sorted(map(list, sources.columns))}
+    if sources.plugins:
+        told["plugins"] = [[plugin.name, hashlib.sha256(plugin.text).hexdigest()] for plugin in sources.plugins]
+    return told
 
 
 def _versions(model: str) -> dict[str, str]:

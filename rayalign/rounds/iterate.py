@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,9 @@ from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
 from rayalign.config.sections import ModelConfig
 from rayalign.evaluation import generate, score
-from rayalign.evaluation.pool_folder import ROWS, is_finished, open_output, read_results
+from rayalign.evaluation.pool_folder import ROWS, SETTINGS, is_finished, open_output, result_files
 from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
+from rayalign.formats.parse import own_formats
 from rayalign.images.fetch import fetch_images
 from rayalign.joining import ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
@@ -37,6 +39,9 @@ from rayalign.training.places import require_lasting_folders
 logger = logging.getLogger(__name__)
 
 PAIRS_NOTE = "pairs.json"
+
+DRAWS = ("n", "temperature", "top_p", "max_new_tokens")
+"""Flags that a continued command may set anew for rounds that have no responses yet, or no pairs of them."""
 
 FREE_TO_CHANGE = frozenset(
     {
@@ -66,11 +71,11 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
     settings = {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
     settings |= {"model files": files_of_model(source), "prompt files": files_of_data(sources_of(config))}
     settings |= {"scorers": [dict(scorer.settings) for scorer in scorers]}
-    open_output(folder, settings, overwrite=config.run.overwrite)
-    if config.run.overwrite:
-        for inner in folder.list():
-            if inner.name in (ROUNDS, PAGE) or (inner.name.startswith("round_") and inner.is_dir()):
-                inner.delete()
+    inside = folder.list() if folder.is_dir() else []
+    names = [inner.name for inner in inside if inner.name in (ROUNDS, PAGE) or re.fullmatch(r"round_\d+", inner.name)]
+    if not config.run.overwrite:
+        _allow_other_draws(folder, settings, own.num_rounds)
+    open_output(folder, settings, overwrite=config.run.overwrite, names=names)
     rounds: list[Round] = []
     with ray_as_found():
         start_ray(config)
@@ -79,6 +84,37 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
             write_results(folder, rounds, flags=flags)
     logger.info("Done: %d rounds; %s", len(rounds), (folder / ROUNDS).location)
     return rounds
+
+
+def _allow_other_draws(folder: Store, settings: Mapping[str, Any], num_rounds: int) -> None:
+    """Notes other flags of the draws where the first round that is not done has no responses, or no pairs came of them, so that
+    it begins anew; earlier rounds stay as they are. Raises ValueError where the flags would be those of no round, or of a part
+    of one."""
+    note = folder / SETTINGS
+    before = note.read_json_object() if note.exists() else {}
+    changed = {name: (before[name], settings[name]) for name in DRAWS if name in before and before[name] != settings[name]}
+    now = json.loads(json.dumps(settings))
+    if not changed or {**before, **{name: now[name] for name in changed}} != now:
+        return  # other flags differ, too, which is refused
+    words = ", ".join(f"--{name} {one:g} -> {other:g}" for name, (one, other) in changed.items())
+    words = f"--output_dir {folder.location}: its rounds were drawn with other flags ({words})"
+    number = next((k for k in range(1, num_rounds + 1) if not _summary(folder / f"round_{k}").exists()), None)
+    if number is None:
+        raise ValueError(f"{words}, and all {num_rounds} are done. A higher --num_rounds adds rounds with the new ones.")
+    place = folder / f"round_{number}"
+    pairs = place / PAIRS / PAIRS_NOTE
+    if result_files(place / RESPONSES) and not (pairs.exists() and not pairs.read_json_object()["pairs"]):
+        raise ValueError(
+            f"{words}, and round {number} has responses already. Give these flags as before, or delete {place.location} to "
+            "begin that round anew; the rounds before it stay."
+        )
+    place.delete()
+    note.write_json(now)
+
+
+def _summary(place: Store) -> Store:
+    """What the training of a round writes last."""
+    return place / TRAIN / "summary.json"
 
 
 def _require_rounds(config: Config) -> None:
@@ -93,6 +129,12 @@ def _require_rounds(config: Config) -> None:
             "--rlhf_type rm: a reward model writes no responses, with which the next round would begin. Pass an algorithm that "
             "trains a policy, such as dpo, and the reward model as --scorer reward_model=FOLDER."
         )
+    if config.cluster.is_elastic:
+        raise ValueError(
+            f"--num_workers {config.cluster.num_workers}: as many workers respond and score as train, and of those that do, "
+            "the number is fixed. Pass one number."
+        )
+    own_formats(config.plugins)
     for argument in config.data.val_dataset:
         resolve_dataset(argument)
 
@@ -131,10 +173,11 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
         raise ValueError(
             f"Round {number}: no two responses to a prompt differ in their scores by more than --pair_margin "
             f"{own.pair_margin:g}; {pairs['left_out'].get(CUT, 0)} of {pairs['responses']} responses did not end within "
-            f"--max_new_tokens {own.max_new_tokens}. A higher --temperature or --n gives more different responses."
+            f"--max_new_tokens {own.max_new_tokens}. A higher --temperature or --n gives more different responses: the same "
+            "command with one of them draws this round's anew, and the rounds before it stay."
         )
     run = training_of(own, folder, number, start=start, policy=policy)
-    metrics = _train(config.replace(run), place / TRAIN)
+    metrics = _train(config.replace(run), _summary(place))
     logger.info("Round %d: done in %.0f s", number, time.monotonic() - began)
     shown = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     model = (place / TRAIN / "model").location
@@ -149,18 +192,24 @@ NO_PAIR = "prompts without a pair"
 def _respond(config: Config, own: IterateConfig, policy: Mapping[str, Any], output: Store, seed: int) -> None:
     flags = _inference_flags(config, own, {**policy, "output_dir": output.location})
     how = ("n", "temperature", "top_p", "max_new_tokens", "backend")
-    generate.run(flags, GenerateConfig(seed=seed, **{name: getattr(own, name) for name in how}))
+    generate.run(flags, GenerateConfig(seed=seed, **{name: getattr(own, name) for name in how}), config.plugins)
 
 
 def _score(config: Config, own: IterateConfig, place: Store) -> None:
+    score.run(scoring_flags(config, own, place), _score_flags(own))
+
+
+def scoring_flags(config: Config, own: IterateConfig, place: Store) -> InferenceConfig:
+    """Of the stage that scores the responses of a round's folder, whose pictures are where the prompts' are."""
     read = {
         "dataset": [(place / RESPONSES / ROWS).location],
         "output_dir": (place / SCORES).location,
         "columns": (),
         "image_root": _image_root(config),
+        "allow_image_urls": _allows_urls(config),
         **dict.fromkeys(("model", "model_type", "adapter")),
     }
-    score.run(_inference_flags(config, own, read), _score_flags(own))
+    return _inference_flags(config, own, read)
 
 
 def _score_flags(own: IterateConfig) -> ScoreConfig:
@@ -184,11 +233,11 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
     scores: list[float] = []
     left_out: Counter[str] = Counter()
     prompts = 0
-    root = _image_root(config)
+    root, allow_urls = _image_root(config), _allows_urls(config)
 
     def rows() -> Iterator[Mapping[str, Any]]:
         nonlocal prompts
-        for responses in by_prompt(read_results(place / SCORES)):
+        for responses in by_prompt(place / SCORES):
             prompts += 1
             scores.extend(response["score"] for response in responses)
             choice = choose_pairs(
@@ -196,7 +245,7 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
             )
             left_out.update(choice.left_out)
             left_out.update([NO_PAIR] if not choice.pairs else [])
-            images = _contents(responses[0]["images"], root, allow_urls=config.data.allow_image_urls) if choice.pairs else []
+            images = _contents(responses[0]["images"], root, allow_urls=allow_urls) if choice.pairs else []
             yield from (pair_row(better, worse, images, lineage) for better, worse in choice.pairs)
 
     count = write_pairs(rows(), place / PAIRS / ROWS)
@@ -211,18 +260,20 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
     return found
 
 
-def _train(config: Config, folder: Store) -> Mapping[str, Any]:
+def _train(config: Config, summary: Store) -> Mapping[str, Any]:
     """What summary.json says of the round's training, which is run, or run on, where there is none yet."""
-    summary = folder / "summary.json"
     if not summary.exists():
         driver.run(config)
     found: dict[str, Any] = json.loads(summary.read_bytes())
     return found
 
 
-def _image_root(config: Config) -> str | None:
+ANYWHERE = "/"
+
+
+def _image_root(config: Config) -> str:
     """The folder below which all images of the prompts lie, whose whole paths the results hold: --image_root, or what the data
-    sets' folders have in common; None where that is nothing."""
+    sets' folders have in common; ANYWHERE where that is nothing."""
     if config.data.image_root:
         return config.data.image_root
     files = [file for argument in config.data.dataset for file in resolve_dataset(argument).files]
@@ -230,13 +281,19 @@ def _image_root(config: Config) -> str | None:
     try:
         shared = os.path.commonpath(folders)
     except ValueError:  # a disk's and a store's
-        return None
-    return None if shared in ("", "/") or shared.endswith(":") else shared.replace(":/", "://", 1)
+        return ANYWHERE
+    return ANYWHERE if shared in ("", "/") or shared.endswith(":") else shared.replace(":/", "://", 1)
 
 
-def _contents(images: Sequence[Mapping[str, Any]], root: str | None, *, allow_urls: bool) -> list[dict[str, Any]]:
+def _allows_urls(config: Config) -> bool:
+    """Whether a stage fetches what a prompt's image names by URL. Where no folder holds all images, those of several stores are
+    read by their URLs: the results hold only images that the responding stage has fetched by the rules of the flags."""
+    return config.data.allow_image_urls or _image_root(config) == ANYWHERE
+
+
+def _contents(images: Sequence[Mapping[str, Any]], root: str, *, allow_urls: bool) -> list[dict[str, Any]]:
     """The images of a prompt by their bytes, so that pairs can be read from any folder."""
     refs = [image["bytes"] or image["path"] for image in images]
-    place = Store(root or "/")
+    place = Store(root)
     contents = fetch_images(refs, folder=place, image_root=place, allow_urls=allow_urls)
     return [{"bytes": content, "path": None} for content in contents]

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayalign.evaluation.pool_folder import read_results
 from rayalign.evaluation.prompts import PROMPT_FIELDS
 from rayalign.storage import Store
 
@@ -89,11 +90,26 @@ def choose_pairs(responses: Sequence[Line], *, per_prompt: int, margin: float, m
     return Choice(pairs, left_out)
 
 
-def by_prompt(tables: Iterable[pa.Table]) -> Iterator[list[Line]]:
-    """The scored responses of each prompt, which stand behind one another in the tables of a pool."""
-    lines = (line for table in tables for line in table.to_pylist())
-    for _, responses in itertools.groupby(lines, key=lambda line: line["prompt_id"]):
-        yield list(responses)
+def by_prompt(scores: Store) -> Iterator[list[Line]]:
+    """The scored responses of each prompt in a pool's folder, in the order of the prompts' ids, then of the samples, however
+    often the pool was resumed: a row that was dropped at first stands in a later file. Held in memory are the ids, and lines
+    that stand before those of an earlier prompt, which are few: files are in about the order of the prompts."""
+    left = Counter(key for table in read_results(scores, ["prompt_id"]) for key in table["prompt_id"].to_pylist())
+    ordered = iter(sorted(left, key=_in_order))
+    key = next(ordered, None)
+    waiting: dict[str, list[Line]] = {}
+    for table in read_results(scores):
+        for line in table.to_pylist():
+            waiting.setdefault(line["prompt_id"], []).append(line)
+        while key is not None and len(waiting.get(key, ())) == left[key]:
+            yield sorted(waiting.pop(key), key=lambda line: line["sample"])
+            key = next(ordered, None)
+
+
+def _in_order(key: str) -> tuple[tuple[str | int, ...], str]:
+    """Sorts ids with their numbers as numbers: row 10 of a file comes behind row 9."""
+    parts = re.split("([0-9]+)", key)
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), key
 
 
 def pair_row(better: Line, worse: Line, images: Sequence[Mapping[str, Any]], lineage: Mapping[str, Any]) -> dict[str, Any]:

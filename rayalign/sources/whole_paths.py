@@ -21,13 +21,17 @@ def with_whole_paths(config: Config) -> Config:
             "val_dataset": [whole_argument(argument) for argument in data.val_dataset],
             "eval_benchmarks": [_whole_benchmark(argument) for argument in run.eval_benchmarks],
             **{name: _whole(f"--{name}", place) for name, place in places.items() if place},
-            **{
-                name: str(Path(place).expanduser().resolve())
-                for name, place in models.items()
-                if place and not is_url(place) and Path(place).expanduser().is_dir()
-            },
+            **{name: whole_model(place) for name, place in models.items() if place},
         }
     )
+
+
+def whole_model(place: str) -> str:
+    """A model or adapter named from any working folder: a local folder's path is made absolute, a hub id or URL stays. A name
+    that may be either, such as runs/sft, is the folder where there is one, as a model's own loading takes it."""
+    if is_url(place) or not Path(place).expanduser().is_dir():
+        return place
+    return str(Path(place).expanduser().resolve())
 
 
 def _whole_benchmark(argument: str) -> str:

@@ -12,8 +12,9 @@ from rayalign.config.command_line import parse_sections
 from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ModelConfig
-from rayalign.evaluation.contenders import reference_of
-from rayalign.evaluation.evaluate import run
+from rayalign.evaluation.contenders import contenders_of, reference_of
+from rayalign.evaluation.evaluate import _read_exam, _suite_of_exam, run
+from rayalign.evaluation.start import config_of
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
 from tests.evaluation.benchmarks.twins import put_pictures, write_lines
@@ -39,6 +40,32 @@ def test_a_benchmarks_files_are_read_first(tmp_path: Path) -> None:
     write_lines(tmp_path / "coco_pope_random.json", [{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "no"}])
     said = refusal(flags, EvaluateConfig(benchmarks=(f"pope:{tmp_path}",)))
     assert said.startswith(f"--benchmarks pope:{tmp_path}: The image a.jpg is in none of {tmp_path}, {tmp_path}/val2014,")
+
+
+def test_a_benchmarks_images_are_looked_for_in_its_own_folders_before_those_of_the_data_set(tmp_path: Path) -> None:
+    pope, data = tmp_path / "pope", tmp_path / "data"
+    pope.mkdir()
+    write_lines(pope / "coco_pope_random.json", [{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "no"}])
+    put_pictures(data, "b.jpg")
+    flags = InferenceConfig(model="m", output_dir=str(tmp_path / "out"), image_root=str(data))
+    evaluation = EvaluateConfig(benchmarks=(f"pope:{pope}",))
+    said = refusal(flags, evaluation)
+    assert f"The image a.jpg is in none of {pope}, {pope}/val2014," in said
+    assert f", {data}. Put the benchmark's images there" in said
+    put_pictures(data, "a.jpg")
+    assert suite_of(flags, evaluation) == (str(data), None)
+    put_pictures(pope / "val2014", "a.jpg")
+    assert suite_of(flags, evaluation) == (str(pope / "val2014"), None)
+
+
+def suite_of(flags: InferenceConfig, evaluation: EvaluateConfig) -> tuple[str, str | None]:
+    """The folder that a benchmark's rows read their images from, and what would be read instead."""
+    config = config_of(flags)
+    (word,) = evaluation.benchmarks
+    suite = _suite_of_exam(_read_exam("pope", word.removeprefix("pope:"), config, evaluation), config)
+    (row,) = suite.groups[0].read()
+    assert isinstance(row, dict)
+    return row["folder"], suite.sources.image_root
 
 
 def test_a_benchmark_with_a_judge_needs_one(tmp_path: Path) -> None:
@@ -78,6 +105,21 @@ def test_a_run_is_compared_with_its_start_unless_another_reference_or_none_is_na
     source, like = ModelSource(str(tmp_path / "base"), str(tmp_path / "adapter")), ModelConfig(model=str(tmp_path / "adapter"))
     start, none, other = (reference_of(source, like, named) for named in ("auto", "none", "other"))
     assert (start and start.model, none, other and other.model) == (source.base, None, "other")
+
+
+def test_a_second_model_and_a_reference_are_found_from_any_working_folder(
+    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(model_folder("llava"))
+    (tmp_path / "runs").mkdir()
+    for name in ("base", "sft"):
+        (tmp_path / "runs" / name).symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    save_policy(make_policy(Path(base)), tmp_path / "dpo")
+    config = config_of(InferenceConfig(model="dpo", output_dir="out"))
+    model, second = contenders_of(config, EvaluateConfig(compare="runs/sft", ref_model="runs/base"))
+    assert model.reference is not None
+    assert (model.reference.model, second.config.model.model) == (base, base)
 
 
 def test_flags_that_nothing_would_use_are_refused(model_folder: Callable[..., Path], tmp_path: Path) -> None:

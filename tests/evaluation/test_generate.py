@@ -12,6 +12,7 @@ from rayalign.algorithms import SFT, Needs
 from rayalign.config.config import Config
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig
+from rayalign.config.plugins import find_plugin
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig
 from rayalign.data.attempts import Attempt
 from rayalign.data.rows import Sources
@@ -20,6 +21,7 @@ from rayalign.evaluation.groups import groups_of_datasets
 from rayalign.evaluation.pool import do_group
 from rayalign.evaluation.pool_folder import read_results
 from rayalign.evaluation.prompts import PLACEHOLDER, prompt_columns, prompt_of
+from rayalign.evaluation.start import config_of, files_of_data, sources_of
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError
 from rayalign.policy.generation import Sampling
@@ -158,3 +160,30 @@ def test_a_reward_model_is_refused_before_any_worker_loads_it(model_folder: Call
     flags = InferenceConfig(model=str(folder), dataset=(str(tmp_path / "prompts.jsonl"),), output_dir=str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"^--model .*/rm: is a reward model, which scores responses and writes none\.$"):
         run(flags, GenerateConfig())
+
+
+OWN_FORMAT = """
+from rayalign.formats.parse import Format
+from rayalign.formats.records import Message, PreferenceRecord
+
+def parse(cells, *, id):
+    messages = (Message(role="user", content=cells["asked"]),)
+    return PreferenceRecord(id=id, messages=messages, chosen=cells.get("said") or "none", images=())
+
+FORMATS = (Format("ours", "asked", lambda columns: "asked" in columns, parse, {"asked", "said", "query"}),)
+"""
+
+
+def test_a_plugins_format_reads_prompts(tmp_path: Path) -> None:
+    (tmp_path / "ours.py").write_text(OWN_FORMAT)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    flags = InferenceConfig(dataset=(str(tmp_path / "rows.jsonl"),), output_dir=str(tmp_path / "out"))
+    sources = sources_of(config_of(flags, (find_plugin(str(tmp_path / "ours.py")),)))
+    row = row_of({"asked": "Which?", "said": "This.", "query": "no", "right": 2})
+    record = prompt_of(row, sources, text_only=False)
+    assert ([message.content for message in record.messages], record.chosen) == (["Which?"], "Yes.")
+    assert json.loads(prompt_columns(record, row, sources)["extra"]) == {"right": 2}
+    ((name, _),) = files_of_data(sources)["plugins"]
+    assert name == "ours"
+    plain = prompt_of(row_of({"query": "Which?"}), sources, text_only=False)
+    assert plain.messages[0].content == "Which?"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rayalign.evaluation.judge import Judge, judge_all, read_judgements
-from rayalign.evaluation.scorers.by_judge import KEY_VARIABLE
+from rayalign.evaluation.scorers.by_judge import KEY_VARIABLE, judge_key
 from rayalign.storage import Store
 
 
@@ -57,7 +57,7 @@ def server() -> Iterator[Server]:
 def test_each_prompt_is_asked_once_and_the_whole_answer_is_kept(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv(KEY_VARIABLE, "secret\n")  # as files of secrets have it
     judge, kept = Judge(server.url, "gpt"), Store(str(tmp_path / "kept.jsonl"))
     prompts = {f"q{n}": f"please rate {n}x" for n in range(20)}
     first = judge_all(judge, prompts, kept)
@@ -101,3 +101,22 @@ def test_a_server_that_is_no_judge_is_told(server: Server, tmp_path: Path) -> No
         f"--judge_url {server.url}: the answer is no chat completion. Give the URL before /chat/completions, such as "
         "http://localhost:8000/v1."
     )
+
+
+@pytest.mark.parametrize("key", ["sk-1 sk-2", "sk-1\nsk-2", "sk-\u00e9"])
+def test_a_key_that_no_header_holds_is_refused_and_not_quoted(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(ValueError) as caught:
+        judge_key()
+    assert str(caught.value) == (
+        "OPENAI_API_KEY: holds more than the key of the judge's server: a space, a line's end or a letter that no key has. Set "
+        "it to the key alone."
+    )
+
+
+def test_a_judge_that_quotes_the_key_is_not_repeated(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "sk-secret")
+    server.status, server.body = 401, b"x" * 280 + b": no such key: sk-secret"
+    with pytest.raises(ValueError, match=r"the judge answers 401: x+: no such") as caught:
+        Judge(server.url, "gpt").ask("rate")
+    assert "sk-" not in str(caught.value)

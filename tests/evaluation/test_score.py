@@ -102,6 +102,22 @@ def test_an_implicit_reward_is_beta_times_the_gain_over_what_the_run_started_fro
         scorers_of(ScoreConfig(scorer=(f"implicit_reward={base}",)), ModelConfig())
 
 
+def test_models_that_scorers_name_by_relative_paths_are_found_from_any_working_folder(
+    model_folder: Callable[..., Path], dpo_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(model_folder("llava"))
+    (dpo_run.parents[1] / "base").symlink_to(base)
+    monkeypatch.chdir(dpo_run.parents[1])
+    own = ScoreConfig(scorer=("likelihood=base", "implicit_reward=dpo/model"), reference="base")
+    likelihood, reward = scorers_of(own, ModelConfig())
+    assert (likelihood.model.model, reward.model.model, reward.reference.model) == (base, str(dpo_run), base)  # type: ignore[attr-defined]  # of a ModelScorer
+    (dpo_run.parents[1] / "runs" / "empty").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^--scorer reward_model=runs/empty: "):
+        scorers_of(ScoreConfig(scorer=("reward_model=runs/empty",)), ModelConfig())
+    with pytest.raises(ValueError, match=r"^--reference .*/runs/empty: "):
+        scorers_of(ScoreConfig(scorer=("implicit_reward=dpo/model",), reference="runs/empty"), ModelConfig())
+
+
 def test_responses_to_one_prompt_share_its_row_two_by_two_and_score_as_alone(
     model_folder: Callable[..., Path], tmp_path: Path, pictures: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +276,7 @@ def test_a_judge_is_shown_pictures_question_and_response_and_its_words_are_kept(
     judge: tuple[str, list[Mapping[str, Any]]], pictures: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, asked = judge
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
     own = ScoreConfig(scorer=(f"judge={url}",), judge_model="big")
     first, second, third = lines_of(own, pictures, [dict(ROWS[0], rejected_response=None), ROWS[1], ROWS[2]])
     assert (first[0]["score"], first[0]["judgements"]) == (7.5, ["Score: 9 would be for more. ?\nScore: 7.5"])
@@ -290,6 +306,33 @@ def test_a_judge_that_answers_nothing_ends_the_run_and_one_that_fails_a_row_cost
     nowhere = ScoreConfig(scorer=("judge=http://127.0.0.1:9/v1",), judge_model="big")
     with pytest.raises(by_judge.JudgeUnreachable, match="can't be reached"):
         lines_of(nowhere, pictures, ROWS[2:])
+
+
+def test_a_key_is_checked_on_the_driver_and_is_in_no_rows_reason(
+    judge: tuple[str, list[Mapping[str, Any]]], pictures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ScoreConfig(scorer=(f"judge={judge[0]}",), judge_model="big")
+    monkeypatch.setenv("OPENAI_API_KEY", '{"choices":')  # what the test's server says
+    (result,) = lines_of(own, pictures, [{**ROWS[2], "response": "too long"}])
+    assert str(result).startswith(f"the judge {judge[0]} answered 400: '(the key) ")
+    monkeypatch.setenv("OPENAI_API_KEY", "two lines\nof it")
+    with pytest.raises(ValueError, match=r"^OPENAI_API_KEY: holds more than the key"):
+        scorers_of(own, ModelConfig())
+
+
+def test_a_judges_prompt_that_cant_be_read_is_told_with_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Jugé: {response}".encode("latin-1"))
+    for name, words in (
+        ("gone.txt", "there is no such file. Give a text file with the judge's instruction."),
+        ("latin.txt", "is no text in UTF-8 (byte 3 is 0xe9). Save it as UTF-8."),
+    ):
+        own = ScoreConfig(scorer=("judge=http://host/v1",), judge_model="big", judge_prompt=str(tmp_path / name))
+        with pytest.raises(ValueError) as caught:
+            scorers_of(own, ModelConfig())
+        assert str(caught.value) == f"--judge_prompt {tmp_path / name}: {words}"
+    own = ScoreConfig(scorer=("judge=http://host/v1",), judge_model="big", judge_prompt=str(tmp_path))
+    with pytest.raises(ValueError, match=r"^--judge_prompt .*: can't be read "):
+        scorers_of(own, ModelConfig())
 
 
 def test_a_question_that_shows_the_instructions_marks_is_judged_as_it_stands(

@@ -10,8 +10,11 @@ from rayalign.algorithms import DPO, RM
 from rayalign.config.config import Config
 from rayalign.config.inference_verbs import IterateConfig
 from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
+from rayalign.evaluation.pool_folder import open_output
+from rayalign.images.fetch import fetch_images
 from rayalign.rounds import iterate
 from rayalign.storage import Store
+from tests.tiny_models import noise_image
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_wrong_flags_and_another_command_in_the_folder_are_refused_before_any_wo
     with pytest.raises(ValueError, match="Write likelihood=FOLDER"):
         iterate.run(config, IterateConfig(scorer=("likelihood",)))
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "settings.json").write_text('{"n": 8}')
+    (tmp_path / "out" / "settings.json").write_text('{"rlhf_type": "dpo", "n": 8}')
     with pytest.raises(ValueError, match="made with other settings"):
         iterate.run(config, IterateConfig(scorer=("python=math:sqrt",)))
 
@@ -66,6 +69,7 @@ def test_what_the_first_rounds_training_would_refuse_is_refused_before_any_work(
     refused: list[tuple[Config, IterateConfig, str]] = [
         (dataclasses.replace(config, algorithm=RM()), own, "--rlhf_type rm: a reward model writes no responses"),
         (config.replace({"dry_run": True}), own, "--dry_run: rounds have no plan of their own"),
+        (config.replace({"num_workers": "1:2"}), own, "--num_workers 1:2: as many workers respond and score as train"),
         (config.replace({"val_dataset": ["gone.jsonl"]}), own, "Dataset 'gone.jsonl': there is no file or folder"),
         (config.replace({"output_dir": str(tmp_path / "file")}), own, "is a file: pass a folder"),
         (config, IterateConfig(scorer=("reward_model=/gone",)), "--scorer reward_model=/gone: there is no such folder"),
@@ -111,6 +115,46 @@ def test_another_scorer_under_the_same_name_is_refused(  # type: ignore[no-untyp
         iterate.run(config, own)
 
 
+def test_a_round_without_pairs_is_drawn_anew_with_other_flags_and_earlier_rounds_stay(tmp_path: Path) -> None:
+    folder = Store(str(tmp_path / "out"))
+    before = {"rlhf_type": "dpo", "n": 4, "temperature": 0.8, "top_p": 1.0, "max_new_tokens": 64}
+    now = {**before, "temperature": 1.2}
+    done = folder / "round_1"
+    (done / "train" / "summary.json").write_json({})
+    (done / "responses" / "rows" / "000.parquet").write_bytes(b"")
+    (done / "pairs" / "pairs.json").write_json({"pairs": 3})
+
+    def given(settings: dict[str, Any], num_rounds: int = 2) -> None:
+        iterate._allow_other_draws(folder, settings, num_rounds)
+        open_output(folder, settings, overwrite=False)
+
+    given(before)
+    with pytest.raises(ValueError) as caught:
+        given(now, num_rounds=1)
+    assert str(caught.value) == (
+        f"--output_dir {folder.location}: its rounds were drawn with other flags (--temperature 0.8 -> 1.2), and all 1 are "
+        "done. A higher --num_rounds adds rounds with the new ones."
+    )
+    given(now)  # the second round has no responses yet
+    second = folder / "round_2"
+    (second / "responses" / "rows" / "000.parquet").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"round 2 has responses already\. Give these flags as before, or delete .*/round_2 to"
+    ):
+        given(before)
+    (second / "pairs" / "pairs.json").write_json({"pairs": 1})
+    with pytest.raises(ValueError, match="round 2 has responses already"):
+        given(before)
+    (second / "pairs" / "pairs.json").write_json({"pairs": 0})
+    with pytest.raises(ValueError, match=r"made with other settings:\n  beta"):
+        given({**before, "beta": 0.2})
+    assert second.exists()
+    given({**now, "n": 8})
+    assert not second.exists()
+    assert (done / "responses" / "rows" / "000.parquet").exists()
+    given({**now, "n": 8})  # the same command goes on
+
+
 def test_a_round_trains_from_the_round_before_or_from_the_start_on_all_pairs_so_far(tmp_path: Path) -> None:
     start, policy = ({"model": name, "model_type": None, "adapter": None} for name in ("first", "round 2"))
     folder = Store(str(tmp_path))
@@ -123,3 +167,25 @@ def test_a_round_trains_from_the_round_before_or_from_the_start_on_all_pairs_so_
     assert previous["dataset"] == [f"{tmp_path}/round_3/pairs/rows"]
     assert anew["dataset"] == [f"{tmp_path}/round_{k}/pairs/rows" for k in (1, 2, 3)]
     assert previous["output_dir"] == anew["output_dir"] == f"{tmp_path}/round_3/train"
+
+
+@pytest.mark.parametrize("names", [("data",), ("data", "other")])
+def test_the_scoring_stage_finds_the_pictures_of_prompts_wherever_these_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    """Of one folder, and of two that share none but the root."""
+    if len(names) > 1:
+        monkeypatch.setattr(iterate.os.path, "commonpath", lambda folders: "/")
+    places = [tmp_path / name for name in names]
+    for folder in places:
+        folder.mkdir()
+        (folder / "a.png").write_bytes(noise_image(8, 8))
+        (folder / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    config = Config(DPO(), DataConfig(dataset=tuple(str(folder / "prompts.jsonl") for folder in places)))
+    flags = iterate.scoring_flags(config, IterateConfig(), Store(str(tmp_path / "out" / "round_1")))
+    root = None if flags.image_root is None else Store.at(flags.image_root)
+    responses = Store(str(tmp_path / "out" / "round_1" / "responses" / "rows"))
+    for folder in places:
+        found = fetch_images([str(folder / "a.png")], folder=responses, image_root=root, allow_urls=flags.allow_image_urls)
+        assert found == [(folder / "a.png").read_bytes()]
+    assert flags.allow_image_urls == (len(names) > 1)

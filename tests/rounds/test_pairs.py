@@ -1,5 +1,6 @@
 """Which responses are set against each other: best with worst, without ties, near-duplicates and what did not end."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,30 @@ def test_what_is_left_out_is_counted_by_reason() -> None:
     assert choose_pairs(some, per_prompt=1, margin=0.2, max_similarity=0.6).left_out == {CUT: 1, SAME: 1, EMPTY: 1}
 
 
-def test_the_responses_of_a_prompt_are_found_across_tables() -> None:
-    rows = [{"prompt_id": prompt, "sample": k} for prompt in "ab" for k in range(3)]
-    tables = [pa.Table.from_pylist(rows[:2]), pa.Table.from_pylist(rows[2:])]
-    assert [[line["sample"] for line in lines] for lines in by_prompt(tables)] == [[0, 1, 2], [0, 1, 2]]
+def write_scores(folder: Path, files: Mapping[str, list[tuple[str, int]]]) -> Store:
+    """A pool's folder with files of (prompt, sample)."""
+    (folder / "rows").mkdir(parents=True)
+    for name, rows in files.items():
+        pq.write_table(
+            pa.Table.from_pylist([{"prompt_id": p, "sample": k} for p, k in rows]), folder / "rows" / f"{name}.parquet"
+        )
+    return Store(str(folder))
+
+
+def test_the_responses_of_a_prompt_are_found_in_whichever_files_they_are(tmp_path: Path) -> None:
+    prompts = ["1.9/a:2", "1.9/a:10", "1.10/a:0"]
+    rows = [(prompt, k) for prompt in prompts for k in range(3)]
+    expected = [[(prompt, k) for k in range(3)] for prompt in prompts]
+    late = [rows[1], rows[2], rows[6]]  # dropped at first, and scored at a later start
+    ways = {
+        "at_once": {"000": rows},
+        "in_groups": {"000": rows[:4], "004": rows[4:]},
+        "resumed": {"000": [row for row in rows if row not in late], "001": late},
+        "resumed_twice": {"000": rows[3:6], "001": rows[6:], "002": [rows[2]], "003": [rows[0], rows[1]]},
+    }
+    for name, files in ways.items():
+        found = by_prompt(write_scores(tmp_path / name, files))
+        assert [[(line["prompt_id"], line["sample"]) for line in lines] for lines in found] == expected, name
 
 
 def test_a_pair_is_a_record_of_the_native_format_that_knows_where_it_comes_from(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from rayalign.algorithms import DPO
 from rayalign.config.config import Config
 from rayalign.config.sections import DataConfig, ModelConfig, RunConfig
-from rayalign.sources.whole_paths import with_whole_paths
+from rayalign.sources.whole_paths import whole_model, with_whole_paths
 
 
 def test_relative_paths_lead_to_the_same_places_from_any_working_folder(
@@ -61,3 +61,12 @@ def test_a_url_that_was_cut_short_is_not_taken_for_a_folder(place: str) -> None:
     with pytest.raises(ValueError) as caught:
         with_whole_paths(Config(DPO()).replace({"cache_dir": place}))
     assert str(caught.value) == (f"--cache_dir {place}: is no path and no whole URL. Write one such as s3://bucket/folder.")
+
+
+def test_a_name_with_a_slash_is_the_folder_where_there_is_one_and_else_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert whole_model("runs/base") == str(tmp_path / "runs" / "base")
+    assert [whole_model(name) for name in ("owner/base", "s3://bucket/base")] == ["owner/base", "s3://bucket/base"]

@@ -132,14 +132,15 @@ def find_files(place: Store, suffixes: Sequence[str], *, word: str, needs: str) 
     raise ValueError(f"{place.location}: holds no file for this benchmark. It needs {needs}.")
 
 
-def image_folder(contents: Contents) -> Store:
-    """The folder that a benchmark's image paths start from: the first of its `image_places` in which the first image is. Raises
-    ValueError where it is in none."""
+def image_folder(contents: Contents, image_root: Store | None = None) -> Store:
+    """The folder that a benchmark's image paths start from: the first of its `image_places`, then `image_root`, in which the
+    first image is. Raises ValueError where it is in none."""
     folder = contents.place if contents.place.is_dir() else contents.place.parent
     first = next((image for item in contents.items for image in item.images if isinstance(image, str)), None)
     if first is None:
         return folder
     tried = [folder / name if name else folder for name in contents.image_places]
+    tried += [image_root] if image_root is not None else []
     found = next((place for place in tried if (place / first).exists()), None)
     if found is None:
         places = ", ".join(place.location for place in tried)

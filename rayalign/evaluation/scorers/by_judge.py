@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,33 @@ Response: {response}
 Explain your judgement in a few sentences. End with a line "Score: N", where N is a number from 1 (worthless) to 10 (perfect).
 """
 
+
+def judge_key() -> str | None:
+    """The key of KEY_VARIABLE without the line's end that files of secrets have; None where there is none. Raises ValueError,
+    which does not quote it, for what no header can hold."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise ValueError(
+            f"{KEY_VARIABLE}: holds more than the key of the judge's server: a space, a line's end or a letter that no key "
+            "has. Set it to the key alone."
+        )
+    return key or None
+
+
+def headers_with(key: str | None) -> dict[str, str]:
+    """Of a request to a judge's server."""
+    return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+
+
+SECRET_LETTERS = 8
+"""Of a key; shorter ones, such as EMPTY, are what a server without keys is sent."""
+
+
+def without_key(text: str, key: str | None) -> str:
+    """What a server or a library says, which may quote the key that it was sent."""
+    return text.replace(key, "(the key)") if key and len(key) >= SECRET_LETTERS else text
+
+
 SECONDS = 120
 """For one judgement."""
 
@@ -55,6 +82,10 @@ OF_THE_REQUEST = (400, 413, 422)
 """Statuses that say something of one request: a picture that the judge does not take, a text that is too long for it."""
 
 UNREACHABLE = "judge unreachable"
+
+
+Ask = Callable[[Sequence[Mapping[str, Any]]], str]
+"""What the judge writes to the parts of a message."""
 
 
 class JudgeUnreachable(ConnectionError):
@@ -79,21 +110,20 @@ class JudgeScorer:
 
     def load(self, config: Config, sources: Sources) -> ScoreFunction:
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it tells each attempt
-        return functools.partial(self._score, urllib3.PoolManager(maxsize=config.optimizer.batch_size), config, sources)
+        http = urllib3.PoolManager(maxsize=config.optimizer.batch_size)
+        return functools.partial(self._score, functools.partial(self._ask, http, judge_key()), config, sources)
 
-    def _score(
-        self, http: urllib3.PoolManager, config: Config, sources: Sources, candidates: Sequence[Candidate]
-    ) -> list[Scored]:
+    def _score(self, ask: Ask, config: Config, sources: Sources, candidates: Sequence[Candidate]) -> list[Scored]:
         with ThreadPoolExecutor(config.optimizer.batch_size) as threads:
-            scores = list(threads.map(functools.partial(self._judge, http, sources), candidates))
+            scores = list(threads.map(functools.partial(self._judge, ask, sources), candidates))
         gone = [score for score in scores if isinstance(score, RecordError) and score.reason == UNREACHABLE]
         if gone and len(gone) == len(scores):
             raise JudgeUnreachable(gone[0].words)
         return scores
 
-    def _judge(self, http: urllib3.PoolManager, sources: Sources, candidate: Candidate) -> Scored:
+    def _judge(self, ask: Ask, sources: Sources, candidate: Candidate) -> Scored:
         try:
-            said = self._ask(http, self.content(sources, candidate))
+            said = ask(self.content(sources, candidate))
         except RecordError as error:
             return error
         *_, found = None, *re.finditer(self.pattern, said)
@@ -116,7 +146,7 @@ class JudgeScorer:
         urls = [f"data:image/{_kind(image)};base64,{base64.b64encode(image).decode()}" for image in images]
         return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
 
-    def _ask(self, http: urllib3.PoolManager, content: Sequence[Mapping[str, Any]]) -> str:
+    def _ask(self, http: urllib3.PoolManager, key: str | None, content: Sequence[Mapping[str, Any]]) -> str:
         """What the judge writes; raises RecordError where it does not answer, UNREACHABLE where that is not the request's
         fault."""
         body = {
@@ -125,27 +155,26 @@ class JudgeScorer:
             "temperature": 0,
             "max_tokens": MAX_JUDGEMENT_TOKENS,
         }
-        key = os.environ.get(KEY_VARIABLE)
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         try:
             answer = http.request(
                 "POST",
                 f"{self.url}/chat/completions",
                 body=json.dumps(body).encode(),
-                headers=headers,
+                headers=headers_with(key),
                 timeout=SECONDS,
                 retries=RETRIES,
             )
         except urllib3.exceptions.HTTPError as error:
-            raise RecordError(UNREACHABLE, f"the judge {self.url} can't be reached: {error}") from None
+            raise RecordError(UNREACHABLE, f"the judge {self.url} can't be reached: {without_key(str(error), key)}") from None
+        told = without_key(answer.data.decode(errors="replace"), key)[:300]
         if answer.status != 200:
             reason = "judge failed" if answer.status in OF_THE_REQUEST else UNREACHABLE
-            raise RecordError(reason, f"the judge {self.url} answered {answer.status}: {answer.data[:300]!r}")
+            raise RecordError(reason, f"the judge {self.url} answered {answer.status}: {told!r}")
         try:
             said = json.loads(answer.data)["choices"][0]["message"]["content"] or ""
             return str(said).encode(errors="replace").decode()  # JSON can spell half a character, which no file takes
         except (ValueError, LookupError, TypeError):
-            raise RecordError("judge failed", f"{self.url} answered no chat completion: {answer.data[:300]!r}") from None
+            raise RecordError("judge failed", f"{self.url} answered no chat completion: {told!r}") from None
 
 
 def _kind(image: bytes) -> str:
@@ -158,7 +187,8 @@ def judge_scorer(url: str, *, model: str | None, prompt_file: str | None, patter
         raise ValueError(f"--scorer judge={url}: expected the URL of an OpenAI-compatible server, such as http://host:8000/v1.")
     if not model:
         raise ValueError("--scorer judge: pass --judge_model with the name by which the server knows the judge.")
-    instruction = Store.at(prompt_file).read_bytes().decode() if prompt_file else INSTRUCTION
+    judge_key()
+    instruction = _instruction_in(prompt_file) if prompt_file else INSTRUCTION
     if "{response}" not in instruction:
         raise ValueError(f"--judge_prompt {prompt_file}: has no {{response}}, so that the judge would see none.")
     try:
@@ -168,3 +198,16 @@ def judge_scorer(url: str, *, model: str | None, prompt_file: str | None, patter
     if not groups:
         raise ValueError(f"--judge_pattern {pattern!r} has no group, which holds the score: write one such as Score: (\\d+).")
     return JudgeScorer(url.rstrip("/"), model, instruction, pattern)
+
+
+def _instruction_in(file: str) -> str:
+    """The text of --judge_prompt. Raises ValueError where it can't be read."""
+    try:
+        return Store.at(file).read_bytes().decode()
+    except FileNotFoundError:
+        problem = "there is no such file. Give a text file with the judge's instruction"
+    except UnicodeDecodeError as error:
+        problem = f"is no text in UTF-8 (byte {error.start} is {error.object[error.start]:#x}). Save it as UTF-8"
+    except (OSError, ValueError) as error:
+        problem = f"can't be read ({error}). Give a text file with the judge's instruction"
+    raise ValueError(f"--judge_prompt {file}: {problem}.")

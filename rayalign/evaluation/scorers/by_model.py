@@ -26,6 +26,7 @@ from rayalign.formats.records import RecordError
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_model
 from rayalign.ops.value_head import find_value_head
+from rayalign.sources.whole_paths import whole_model
 
 Kind = Literal["reward_model", "implicit_reward", "likelihood", "per_token"]
 KINDS: tuple[Kind, ...] = ("reward_model", "implicit_reward", "likelihood", "per_token")
@@ -112,7 +113,7 @@ def model_scorer(kind: Kind, model: ModelConfig, *, beta: float | None, referenc
         return ModelScorer(kind, model, source)
     start = start_of_run(source, model)
     if reference is not None:
-        start = dataclasses.replace(model, model=reference, model_type=None, adapter=None)
+        start = dataclasses.replace(model, model=whole_model(reference), model_type=None, adapter=None)
         try:
             is_itself = require_model(start, REGISTERED_MODELS) == source
         except ValueError as error:
