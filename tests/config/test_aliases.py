@@ -115,7 +115,7 @@ def test_a_file_may_hold_another_tools_names_and_the_command_line_wins(tmp_path:
         (
             "--deepspeed zero3",
             "--deepspeed (ms-swift 2.6, ms-swift 4.6, TRL, LLaMA-Factory) is no flag here: pass --strategy fsdp, which shards "
-            "the language model over the workers (--num_workers); --strategy device_map spreads it over one worker's GPUs.",
+            "the model over the workers (--num_workers); --strategy device_map spreads it over one worker's GPUs.",
         ),
         (
             "--warmup-steps 10 --pref_ftx 1",
