@@ -3,6 +3,7 @@ continued."""
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.policy.saving import save_policy
 from tests.cluster import Cluster, running_cluster
 from tests.evaluation.benchmarks.twins import put_pictures, write_lines
+from tests.evaluation.test_judge import Handler, Server
 from tests.tiny_data import write_rows
 from tests.tiny_models import make_policy, save_tiny_model, wake_adapters
 
@@ -96,3 +98,26 @@ def test_scorers_are_evaluated_in_a_models_place(tiny_cluster: Cluster, tmp_path
     alone = json.loads((tmp_path / "own" / "metrics.json").read_text())["model"]["dataset"]["metrics"]
     assert metrics["margin/likelihood"]["value"] == pytest.approx(alone["margin/likelihood"]["value"], abs=1e-4)
     assert "characters of chosen" in (out / "evaluation.html").read_text()
+
+
+def test_a_judge_rates_the_answers_to_a_benchmark_and_is_not_asked_twice(tiny_cluster: Cluster, tmp_path: Path) -> None:
+    model, bench, out = save_tiny_model(tmp_path / "llava"), tmp_path / "bench", tmp_path / "out"
+    row = {"question_type": "attribute", "question_topic": "animal", "image_content": ["Cat"], "gt_answer": "A cat."}
+    rows = [row | {"image_id": str(n), "image_src": f"https://host/{n}.jpg", "question": f"Question {n}?"} for n in range(3)]
+    bench.mkdir()
+    (bench / "response_template.json").write_text(json.dumps([row | {"model_answer": ""} for row in rows]))
+    (bench / "eval_gpt4.py").write_text("template = '''Contents {}\nQ {}\nGold {}\nSaid {}'''\n")
+    put_pictures(bench / "images", "0.jpg", "1.jpg")
+    with Server(("127.0.0.1", 0), Handler) as judge:
+        judge.asked, judge.body = [], json.dumps({"choices": [{"message": {"content": "Good.\nRating: 4"}}]}).encode()
+        threading.Thread(target=judge.serve_forever, args=(0.02,), daemon=True).start()
+        words = ("--model", model, "--benchmarks", f"mmhal_bench:{bench}", "--judge_url", judge.url, "--judge_model", "judge")
+        for _ in range(2):
+            tiny_cluster.run("pipelines/evaluate.py", *words, "--output_dir", out)
+        judge.shutdown()
+    assert len(judge.asked) == 2
+    assert all("Gold A cat." in asked["messages"][0]["content"] for asked in judge.asked)
+    found = json.loads((out / "metrics.json").read_text())["model"]["benchmarks"]["mmhal_bench"]
+    # Of the two that were answered; the question whose picture is missing is told.
+    assert found["metrics"]["text"]["score"]["value"] == 4.0
+    assert len((out / "judgements" / "mmhal_bench_model.jsonl").read_text().splitlines()) == 2
