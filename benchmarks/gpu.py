@@ -28,6 +28,7 @@ from measuring import (
     DTYPES,
     in_turn,
     machine_facts,
+    parse_on_device,
     parser_of,
     peak_memory,
     ratios,
@@ -402,9 +403,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="of the frozen weights (default: bfloat16; on cpu float32)")
     parser.add_argument("--peak_tflops", type=float, help="dense bfloat16 peak of the device; known for some by their names")
     parser.add_argument("--rounds", type=int, help="timed steps of each way (default 5; tiny: 2)")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("There is no GPU here. A rehearsal without one: --device cpu --shape tiny")
+    arguments = parse_on_device(parser)
     arguments.rounds = arguments.rounds or (2 if arguments.shape == "tiny" else 5)
     arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     arguments.peak_tflops = arguments.peak_tflops or peak_tflops_of(torch.device(arguments.device))

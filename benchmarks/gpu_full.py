@@ -21,7 +21,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gpu_model import ALGORITHM, IMAGES, RESPONSES_OF, make_config
-from measuring import machine_facts, parser_of, peak_memory, seconds_of, set_up, show, spread, table, write_json
+from measuring import (
+    machine_facts,
+    parse_on_device,
+    parser_of,
+    peak_memory,
+    seconds_of,
+    set_up,
+    show,
+    spread,
+    table,
+    write_json,
+)
 from sides import Encoded, batch_facts
 from synthetic import draw_pairs, save_processor
 
@@ -112,10 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--freeze_vit", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("There is no GPU here. A rehearsal without one: --device cpu --shape tiny")
-    return arguments
+    return parse_on_device(parser)
 
 
 def main() -> None:

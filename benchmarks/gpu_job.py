@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from gpu_model import RESPONSES_OF, TUNER, make_config, make_model
 from job import ROOT, refuse_other_rays, run_command
-from measuring import machine_facts, parser_of, table, write_json
+from measuring import machine_facts, parse_on_device, parser_of, table, write_json
 from synthetic import PHOTO_SIZE, draw_pairs, save_processor, write_pairs
 
 
@@ -89,10 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=2, help="pairs of a step")
     parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("There is no GPU here. A rehearsal without one: --device cpu --shape tiny")
-    return arguments
+    return parse_on_device(parser)
 
 
 def main() -> None:

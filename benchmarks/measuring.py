@@ -49,6 +49,14 @@ def parser_of(
     return parser
 
 
+def parse_on_device(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a benchmark with --device; an error where that is a GPU and there is none."""
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("There is no GPU here. A rehearsal without one: --device cpu --shape tiny")
+    return arguments
+
+
 def set_up(threads: int) -> None:
     """Threads of this process, and no bars or known warnings between the figures."""
     torch.set_num_threads(threads)

@@ -33,6 +33,7 @@ ATTEMPTS = "attempts"
 READERS = 16
 """Files that are read at a time."""
 
+OF_ANOTHER = "which would be lost. Choose another folder."
 SHOWN = 5
 """Settings that a message lists."""
 
@@ -70,9 +71,6 @@ def open_output(output: Store, settings: Mapping[str, Any], *, overwrite: bool, 
     if before != now:
         lines = "".join(f"\n  {line}" for line in itertools.islice(_changes(before, now), SHOWN))
         raise ValueError(f"--output_dir {output.location} holds results that were made with other settings:{lines}\n{REMEDY}")
-
-
-OF_ANOTHER = "which would be lost. Choose another folder."
 
 
 def _verb(settings: Mapping[str, Any]) -> str:
