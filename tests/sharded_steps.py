@@ -86,7 +86,9 @@ def shard(policy: Policy, case: Case, folder: Path) -> Fillers:
     """Shards the policy over all processes; returns its fillers."""
     cpu = torch.device("cpu")
     needs = case.algorithm.needs
-    shard_policy(policy, mesh_of_workers(cpu, case.group_size), device=cpu, needs=needs, scattered=case.scattered)
+    mesh = mesh_of_workers(cpu, case.group_size)
+    for each in filter(None, (policy, policy.start)):
+        shard_policy(each, mesh, device=cpu, needs=needs, scattered=case.scattered)
     return Fillers(EncoderSpec(str(folder), "both"), needs)
 
 

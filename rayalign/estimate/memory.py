@@ -1,6 +1,7 @@
 """Memory of one worker, by part, for the largest micro-batch of a run."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from rayalign.estimate.dry_run import Activations, RowShape
 from rayalign.estimate.shapes import PairShape
 from rayalign.estimate.vision import VisionCosts
 from rayalign.policy.adapters import trainable_parts
+from rayalign.policy.prepare import needs_start
+from rayalign.policy.sharding import layer_matrices
 
 GB = 2**30
 OVERHEAD_BYTES = 3 * GB // 2
@@ -92,9 +95,9 @@ def memory_of(
     working = 0
     if blueprint.tuner.quant_bits is not None:
         frozen, working = _quantised(skeleton, frozen, double=blueprint.tuner.bnb_4bit_use_double_quant)
-    if holds_copy(blueprint):
-        # That needs the model as it was at the start.
-        frozen += sum(skeleton.sizes.values()) * torch.finfo(blueprint.dtype).bits // 8
+    if needs_start(blueprint.tuner, blueprint.needs):
+        # Weights that aren't trained are held once.
+        frozen += bytes_at_start(blueprint, skeleton, skeleton.trainable)
     working += activations.peak - activations.kept
     images = 0
     if vision is not None:
@@ -112,9 +115,10 @@ def memory_of(
     )
 
 
-def holds_copy(blueprint: Blueprint) -> bool:
-    """Whether a frozen copy of the model is held beside it."""
-    return blueprint.tuner.sft_type == "full" and blueprint.needs.runs_reference_in_step
+def bytes_at_start(blueprint: Blueprint, skeleton: Skeleton, parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Of some weights in the frozen copy of the model at the start, which holds layers' matrices rounded."""
+    rounded = set(layer_matrices(skeleton.base)) if blueprint.is_mixed else set()
+    return sum(p.numel() * (blueprint.dtype if p in rounded else p.dtype).itemsize for p in parameters)
 
 
 def _bytes(tensors: list[torch.nn.Parameter]) -> int:

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Iterable, Set
 
-import torch
 from torch import nn
 
-from rayalign.estimate.architecture import Skeleton
-from rayalign.estimate.memory import Memory
+from rayalign.estimate.architecture import Blueprint, Skeleton
+from rayalign.estimate.memory import Memory, bytes_at_start
+from rayalign.policy.prepare import needs_start
 from rayalign.policy.sharding import sharded_weights, vision_layers, vision_modules
 
 LAYERS_AT_A_TIME = 2
@@ -20,20 +20,17 @@ LAYERS_IN_A_FORWARD = 3
 def share_of(
     memory: Memory,
     skeleton: Skeleton,
+    blueprint: Blueprint,
     *,
     num_workers: int,
     below_head: int,
     tower: int | None = None,
-    copied: torch.dtype | None = None,
-    rounded: torch.dtype | None = None,
     quantised: Set[nn.Parameter] = frozenset(),
 ) -> Memory:
     """The memory of one of some workers over which the model is sharded.
 
     `below_head`: how many bytes fewer it works with once the output head's backward is done; `tower`: those that the vision
-    tower works with, where it runs; `copied`: the type of a frozen copy of the model that is held beside it, if there is one;
-    `rounded`: the type that layers' weights are rounded to before they are gathered, if they are. Weights that are `quantised`
-    have 4 bits, and scales that are not sharded.
+    tower works with, where it runs. Weights that are `quantised` have 4 bits, and scales that are not sharded.
 
     Whole are, as long as they are used, embeddings and output head, and a layer or two; of trained ones the gradients of output
     head and one layer are, too, until the workers have added them up, once there are any. (Those of embeddings come when
@@ -42,6 +39,7 @@ def share_of(
     head are still whole.
     """
     weights = set(sharded_weights(skeleton.model, skeleton.base))
+    rounded = blueprint.dtype if blueprint.rounds_layers else None
 
     def size(parameters: Iterable[nn.Parameter]) -> int:
         return sum(p.numel() // 2 if p in quantised else p.numel() * p.element_size() for p in parameters)
@@ -57,8 +55,11 @@ def share_of(
 
     frozen = size(p for p in weights if not p.requires_grad)
     trained = size(p for p in weights if p.requires_grad)
-    if copied is not None:
-        frozen += sum(p.numel() for p in weights) * torch.finfo(copied).bits // 8
+    held = memory.weights
+    if needs_start(blueprint.tuner, blueprint.needs):
+        # Of a copy that is sharded, what isn't trained is held, too.
+        held += bytes_at_start(blueprint, skeleton, (p for p in weights if not p.requires_grad))
+        frozen += bytes_at_start(blueprint, skeleton, weights)
     base = skeleton.base
     outside, layer = at_a_time([base.get_decoder(), base.get_output_embeddings()], base.get_decoder().layers)
     embeddings = base.get_input_embeddings().weight
@@ -82,7 +83,7 @@ def share_of(
     saved = 1 - 1 / num_workers
     return dataclasses.replace(
         memory,
-        weights=memory.weights - round(saved * frozen),
+        weights=held - round(saved * frozen),
         trainable=memory.trainable - round(saved * trained),
         gradients=memory.gradients - round(saved * trained),
         moments=memory.moments - round(saved * 2 * trained),

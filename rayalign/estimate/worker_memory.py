@@ -6,7 +6,7 @@ from functools import cached_property
 from rayalign.config.config import Config
 from rayalign.estimate.architecture import Blueprint, Skeleton
 from rayalign.estimate.dry_run import DryRuns
-from rayalign.estimate.memory import Memory, MicroBatch, holds_copy, memory_of, tower_bytes
+from rayalign.estimate.memory import Memory, MicroBatch, memory_of, tower_bytes
 from rayalign.estimate.sharding import share_of
 from rayalign.estimate.vision import VisionCosts
 
@@ -44,18 +44,16 @@ class WorkerMemory:
         cluster = self.config.cluster
         if not cluster.shards_models:
             return memory
-        copied = self.blueprint.dtype if holds_copy(self.blueprint) else None
         num_workers = sharded_over or cluster.num_shards
         quantised = set(self.skeleton.linears()) if self.blueprint.tuner.quant_bits is not None else frozenset()
         below_head = activations.peak - activations.peak_below_head
         return share_of(
             memory,
             self.skeleton,
+            self.blueprint,
             num_workers=num_workers,
             below_head=below_head,
             tower=tower_bytes(self._vision, batch, self.blueprint) if self._vision is not None else None,
-            copied=copied,
-            rounded=self.blueprint.dtype if self.blueprint.rounds_layers else None,
             quantised=quantised,
         )
 

@@ -26,8 +26,9 @@ from rayalign.policy.compat import quantise_skeleton
 from rayalign.policy.fused_norms import fuse_norms
 from rayalign.policy.kept_base import KeptBase
 from rayalign.policy.policy import Policy
-from rayalign.policy.prepare import model_options, prepare_model
+from rayalign.policy.prepare import model_options, needs_start, prepare_model
 from rayalign.policy.quantised import keep_as_they_are, shape_as_quantised
+from rayalign.policy.sharding import layer_matrices
 from rayalign.policy.tuner_checks import check_attention, check_tuner
 from rayalign.policy.weights import load_weights
 
@@ -45,16 +46,17 @@ def load_policy(
     spread_over_gpus: bool = False,
     stay_on_cpu: bool = False,
     without_weights: bool = False,
+    with_start: bool = True,
     seed: int = 42,
     kept: KeptBase | None = None,
 ) -> Policy:
     """Loads the weights and prepares them for training: adapters, or all weights, of the parts that are not frozen.
 
     Trainable weights are float32; all others have the type of `model.dtype`. A value head is that of the source's folder, or a
-    new one. Where all weights are trained and a companion's rows need a reference in the step, a frozen copy is kept as such.
-    With `stay_on_cpu` the weights wait there for `sharding` to put them on the device, share by share; `without_weights` they
-    are on the meta device, and `sharding` gets them from a worker that has them. Where a policy trains nothing of its base
-    model, that may be the one that this process has `kept`.
+    new one. Where all weights are trained and rows need a reference in the step, a frozen copy is kept as such, but not
+    without `with_start`. With `stay_on_cpu` the weights wait there for `sharding` to put them on the device, share by share;
+    `without_weights` they are on the meta device, and `sharding` gets them from a worker that has them. Where a policy trains
+    nothing of its base model, that may be the one that this process has `kept`.
     On a GPU, cuDNN's attention is switched off in this process. Raises ValueError for models of unknown families, for weights
     and adapters that are not whole or do not fit, for flags that do not fit the model or its adapter, and where the machine
     lacks what quantisation or the attention kernel needs.
@@ -101,14 +103,24 @@ def load_policy(
         value_head = load_value_head(Path(source.adapter or source.base), output_head.shape[1])
         value_head.to(device if without_weights else output_head.device)
     start = None
-    if tuner.sft_type == "full" and needs.runs_reference_in_step:
-        # In the same types, so that both give the same numbers at the start.
-        start = Policy(copy.deepcopy(prepared).requires_grad_(False), family, dtype=dtype)
-        start.base.activation_checkpointing_disable()
+    if with_start and needs_start(tuner, needs):
+        shared = {id(p): p for p in prepared.parameters() if not p.requires_grad}
+        start = frozen_start(copy.deepcopy(prepared, shared), family, dtype)
     if model.torch_compile:
         for layer in base.get_decoder().layers:
             layer.compile(dynamic=True)  # rows differ in length
     return Policy(prepared, family, value_head, dtype=dtype, start=start)
+
+
+def frozen_start(model: Any, family: Family, dtype: torch.dtype) -> Policy:
+    """The reference, of a model of its own as `load_policy` loads it to train all weights. Layers' matrices are held as the
+    arithmetic would round them: the same numbers, of half the bytes."""
+    start = Policy(model.requires_grad_(False), family, dtype=dtype)
+    start.base.activation_checkpointing_disable()
+    if start.is_mixed:
+        for matrix in layer_matrices(start.base):
+            matrix.data = matrix.data.to(dtype)
+    return start
 
 
 def _note_name(prepared: Any, base: Any, named: str) -> None:

@@ -69,6 +69,11 @@ def prepare_model(
     return prepared
 
 
+def needs_start(tuner: TunerConfig, needs: Needs) -> bool:
+    """Whether a frozen copy of the model at the start is held beside it, as reference."""
+    return tuner.sft_type == "full" and needs.runs_reference_in_step
+
+
 def recompute_layers(base: Any, count: int) -> None:
     """Lets the first so many layers of a language model with gradient checkpointing run again in the backward, and no others:
     the last ones let go of what they keep before the first ones run again."""

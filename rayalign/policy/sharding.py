@@ -78,20 +78,25 @@ def vision_layers(base: Any) -> list[nn.Module]:
     return [layer for part in vision_modules(base) for layer in part.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
+def layer_matrices(base: Any) -> list[nn.Parameter]:
+    """The weights of layers, of the vision tower, too, that the arithmetic rounds where they are used: all but vectors."""
+    layers = (*vision_layers(base), *base.get_decoder().layers)
+    return [parameter for layer in layers for parameter in layer.parameters() if parameter.ndim > 1]
+
+
 def _language(base: Any) -> tuple[nn.Module, nn.Module]:
     return base.get_decoder(), base.get_output_embeddings()
 
 
 def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, needs: Needs, scattered: bool = False) -> None:
-    """Spreads a policy, which has been loaded whole on the CPU or on the device, over the workers of a mesh, layer by layer.
+    """Spreads a policy, which has been loaded whole on the CPU or on the device, over the workers of a mesh, layer by layer;
+    its `start` is one by itself.
 
     All of them call it, with the same weights; `scattered`: rank 0 has them, all others have them on the meta device and get
     theirs from it, a tensor at a time. What is computed is what a whole model computes: where the arithmetic rounds weights,
     those of layers travel rounded, unless an algorithm of these `needs` has gradients of two forwards, which would be added up
     in the same type.
     """
-    if policy.start is not None:
-        shard_policy(policy.start, mesh, device=device, needs=needs, scattered=scattered)
     base = policy.base
     lay_bare(base, device, scattered=scattered)
     shares = _take_shares(policy.model, base, mesh, device) if scattered else {}

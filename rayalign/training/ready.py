@@ -12,9 +12,9 @@ from rayalign.estimate.recomputation import layers_to_recompute
 from rayalign.models.registry import FAMILIES
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.kept_base import KeptBase
-from rayalign.policy.loading import load_policy
+from rayalign.policy.loading import frozen_start, load_policy
 from rayalign.policy.policy import Policy
-from rayalign.policy.prepare import recompute_layers
+from rayalign.policy.prepare import needs_start, recompute_layers
 from rayalign.policy.sharding import mesh_of_workers, shard_policy
 from rayalign.training.distributed import gather, start_alike
 from rayalign.training.lockstep import Fillers
@@ -40,7 +40,7 @@ def ready_policy(
     scattered = cluster.shards_models and is_known and changes_type(config, data, device)
 
     def load() -> Policy:
-        policy = load_policy(
+        return load_policy(
             data.source,
             model=config.model,
             tuner=config.tuner,
@@ -49,25 +49,40 @@ def ready_policy(
             spread_over_gpus=cluster.spreads_models,
             stay_on_cpu=cluster.shards_models,
             without_weights=scattered and rank > 0,
+            with_start=not cluster.shards_models,
             seed=config.optimizer.seed,
             kept=kept,
         )
+
+    def load_and_try() -> Policy:
+        policy = load()
         if not is_known:
             check_forward(policy, data.spec)
         return policy
 
-    outcome = outcome_of(load, errors=(ValueError,))
-    stopped = [each for each in gather(outcome if isinstance(outcome, Stopped) else None) if each is not None]
-    policy = result_of(stopped[0] if stopped else outcome)
+    policy = _everywhere(load_and_try)
     fillers = None
     if cluster.shards_models:
         mesh = mesh_of_workers(device, cluster.shard_group_size)
         shard_policy(policy, mesh, device=device, needs=algorithm.needs, scattered=scattered)
+        if needs_start(config.tuner, algorithm.needs):
+            # Loaded again, so that no worker ever has two whole models.
+            loaded = _everywhere(load)
+            policy.start = frozen_start(loaded.model, loaded.family, loaded.dtype)
+            shard_policy(policy.start, mesh, device=device, needs=algorithm.needs, scattered=scattered)
         fillers = Fillers(data.spec, algorithm.needs)
     if config.model.gradient_checkpointing == "auto":
         say(settle_recomputation(policy, config, data, gpu_bytes=_memory_of(device, config), rank=rank))
     start_alike(policy)
     return policy, fillers
+
+
+def _everywhere(load: Callable[[], Policy]) -> Policy:
+    """What this worker loads; raises ValueError on all workers where one can't."""
+    outcome = outcome_of(load, errors=(ValueError,))
+    stopped = [each for each in gather(outcome if isinstance(outcome, Stopped) else None) if each is not None]
+    loaded: Policy = result_of(stopped[0] if stopped else outcome)
+    return loaded
 
 
 def changes_type(config: Config, data: RunData, device: torch.device) -> bool:

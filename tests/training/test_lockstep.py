@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,14 +17,17 @@ from rayalign.config.sections import ClusterConfig, ModelConfig, TunerConfig
 from rayalign.data.companions import Damaged, Mismatched
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.estimate.architecture import Blueprint
-from rayalign.estimate.memory import Memory
+from rayalign.estimate.dry_run import Activations
+from rayalign.estimate.memory import Memory, MicroBatch, memory_of
+from rayalign.estimate.shapes import PairShape
 from rayalign.estimate.sharding import share_of
 from rayalign.models.source import ModelSource
 from rayalign.policy.generation import as_trained, greedy_ids
+from rayalign.policy.loading import load_policy
 from rayalign.policy.policy import Policy
 from rayalign.policy.sharding import agreed
+from rayalign.training import ready
 from rayalign.training.lockstep import Fillers, in_step, is_filler
-from rayalign.training.ready import ready_policy
 from tests.sharded_steps import (
     FULL,
     IDLE,
@@ -63,6 +67,7 @@ CASES = {
     "dpo, adapters, rank 0's weights": Case(DPO(), recomputed=1, scattered=True),
     "kto, all weights, rank 0's": Case(KTO(), "qwen2_vl", tuner=FULL, scattered=True),
 }
+FSDP = ClusterConfig(strategy="fsdp", num_workers=2, gpus_per_worker=0.0)
 HELD = {
     name: Case(DPO(), tuner=tuner, dtype=torch.float32)
     for name, tuner in {"held, adapters": LORA, "held, all weights": FULL}.items()
@@ -106,17 +111,39 @@ def work_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
     case, folder = CASES["dpo, adapters"], folders["llava"]
     policy = trainer_of(case, folder, sharded=True, rank=rank).policy
     answers = {"answer": answer_of(policy, folder), "agreed": torch.tensor(agreed(policy, 5 + rank))}
-    return steps_of(CASES, rank, folders) | answers | held_of(rank, folder) | refused_of(rank, folders["broken"])
+    results = steps_of(CASES, rank, folders) | answers | held_of(rank, folder) | started_of(rank, folder)
+    return results | refused_of(rank, folders["broken"])
 
 
 def refused_of(rank: int, broken: Path) -> dict[str, Tensor]:
     """What a worker is told of a model that rank 0 can't load."""
-    cluster = ClusterConfig(strategy="fsdp", num_workers=2)
-    config = Config(DPO(), model=ModelConfig(dtype="bfloat16"), cluster=cluster)
+    config = Config(DPO(), model=ModelConfig(dtype="bfloat16"), cluster=FSDP)
     data: Any = SimpleNamespace(source=ModelSource(str(broken)), spec=EncoderSpec(str(broken), "both"))
     with pytest.raises(ValueError) as caught:
-        ready_policy(config, data, device=torch.device("cpu"), rank=rank, say=lambda message: None)
+        ready.ready_policy(config, data, device=torch.device("cpu"), rank=rank, say=lambda message: None)
     return {"told": torch.tensor(list(str(caught.value).encode()))}
+
+
+def started_of(rank: int, folder: Path) -> dict[str, Tensor]:
+    """Bytes of the weights that a worker holds before each time that it loads the model, and in the end, and of the start's."""
+    config = Config(KTO(), model=ModelConfig(dtype="bfloat16"), tuner=FULL, cluster=FSDP)
+    data: Any = SimpleNamespace(source=ModelSource(str(folder)), spec=EncoderSpec(str(folder), "both"))
+    loaded: list[Policy] = []
+    held: list[int] = []
+
+    def load(*args: Any, **options: Any) -> Policy:
+        held.append(sum(map(bytes_of, loaded)))
+        loaded.append(load_policy(*args, **options))
+        return loaded[-1]
+
+    with mock.patch.object(ready, "load_policy", load):
+        policy, _ = ready.ready_policy(config, data, device=torch.device("cpu"), rank=rank, say=lambda message: None)
+    assert policy.start is not None
+    return {"loading": torch.tensor([*held, bytes_of(policy), bytes_of(policy.start)])}
+
+
+def bytes_of(policy: Policy) -> int:
+    return sum(whole_or_own(p).nbytes for p in policy.model.parameters())
 
 
 def held_of(rank: int, folder: Path) -> dict[str, Tensor]:
@@ -172,11 +199,33 @@ def test_all_workers_are_told_what_keeps_rank_0_from_loading(
         assert told.startswith(f"{folders['broken']}/model.safetensors: is damaged or cut off")
 
 
+def test_no_worker_has_two_whole_models(folders: Mapping[str, Path], workers: list[dict[str, Tensor]]) -> None:
+    """Where a copy of the model at the start is held, it is loaded when the first is sharded."""
+    spec, source = EncoderSpec(str(folders["llava"]), "both"), ModelSource(str(folders["llava"]))
+    blueprint = Blueprint(spec.model_config, source, ModelConfig(dtype="bfloat16"), FULL, KTO().needs)
+    skeleton = blueprint.build()
+    shape = PairShape(1, 1, 1)
+    whole = sum(p.nbytes for p in skeleton.model.parameters())
+    plan = share_of(
+        memory_of(blueprint, skeleton, Activations(0, 0, 0), None, MicroBatch(1, shape, shape)),
+        skeleton,
+        blueprint,
+        num_workers=2,
+        below_head=0,
+    )
+    for worker in workers:
+        nothing, first, policy, start = worker["loading"].tolist()
+        assert (nothing, first) == (0, policy)
+        assert whole / 2 < policy < 0.6 * whole  # vectors are whole
+        assert plan.weights + plan.trainable == pytest.approx(policy + start, rel=0.01)
+
+
 @pytest.mark.parametrize("name", HELD)
 def test_a_plan_knows_what_each_worker_holds(folders: Mapping[str, Path], workers: list[dict[str, Tensor]], name: str) -> None:
     case, spec = HELD[name], EncoderSpec(str(folders["llava"]), "both")
     source = ModelSource(str(folders["llava"]))
-    skeleton = Blueprint(spec.model_config, source, ModelConfig(dtype="float32"), case.tuner, case.algorithm.needs).build()
+    blueprint = Blueprint(spec.model_config, source, ModelConfig(dtype="float32"), case.tuner, case.algorithm.needs)
+    skeleton = blueprint.build()
     quantised = skeleton.linears() if case.tuner.quant_bits is not None else []
 
     def size(parameters: Iterable[Tensor]) -> int:
@@ -186,7 +235,7 @@ def test_a_plan_knows_what_each_worker_holds(folders: Mapping[str, Path], worker
     frozen, trainable = (size(p for p in parameters if p.requires_grad == trained) for trained in (False, True))
     frozen += sum(4 * (p.numel() // 64) for p in quantised)  # scales
     whole = Memory(frozen, trainable, trainable, 2 * trainable, kept=0, working=0, images=0)
-    share = share_of(whole, skeleton, num_workers=2, below_head=0, quantised=set(quantised))
+    share = share_of(whole, skeleton, blueprint, num_workers=2, below_head=0, quantised=set(quantised))
     # A worker has a row more than another where their number is odd.
     held = {trained: sum(int(worker[f"{name} {trained}"]) for worker in workers) / 2 for trained in (False, True)}
     assert share.weights == pytest.approx(held[False], abs=2)
