@@ -70,10 +70,6 @@ class Config:
         unfit = {
             "torch_compile": (self.model.torch_compile, "compiled layers are not sharded here"),
             "dtype": (self.model.dtype == "float16" and "float16", "its loss scale is not kept for sharded gradients"),
-            "optim": (
-                self.tuner.sft_type == "full" and self.optimizer.optim == "adamw_8bit" and "adamw_8bit",
-                "moments of 8 bits are not sharded here",
-            ),
         }
         for name, (value, reason) in unfit.items():
             if value:

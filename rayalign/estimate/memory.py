@@ -1,7 +1,7 @@
 """Memory of one worker, by part, for the largest micro-batch of a run."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +108,7 @@ def memory_of(
         weights=frozen,
         trainable=trainable,
         gradients=trainable,
-        moments=_moments(skeleton.trainable) if optim == "adamw_8bit" else 2 * trainable,
+        moments=moment_bytes(skeleton.trainable, optim),
         kept=activations.kept,
         working=working,
         images=images,
@@ -125,10 +125,13 @@ def _bytes(tensors: list[torch.nn.Parameter]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _moments(tensors: list[torch.nn.Parameter]) -> int:
-    """Bytes of moments of 8 bits, with a scale of 32 bits for each 256; small tensors' stay float32."""
-    quantised = sum(tensor.numel() for tensor in tensors if tensor.numel() >= QUANTISED_FROM)
-    return round(2 * (quantised * (1 + 4 / 256) + 4 * (sum(tensor.numel() for tensor in tensors) - quantised)))
+def moment_bytes(trainable: Collection[torch.nn.Parameter], optim: str) -> int:
+    """Of AdamW's two moments of some weights by an --optim: those of 8 bits have a scale of 32 bits for each 256, and small
+    tensors' stay float32."""
+    if optim != "adamw_8bit":
+        return 2 * sum(weight.nbytes for weight in trainable)
+    quantised = sum(weight.numel() for weight in trainable if weight.numel() >= QUANTISED_FROM)
+    return round(2 * (quantised * (1 + 4 / 256) + 4 * (sum(weight.numel() for weight in trainable) - quantised)))
 
 
 def _quantised(skeleton: Skeleton, frozen: int, *, double: bool) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Set
 from torch import nn
 
 from rayalign.estimate.architecture import Blueprint, Skeleton
-from rayalign.estimate.memory import Memory, bytes_at_start
+from rayalign.estimate.memory import Memory, bytes_at_start, moment_bytes
 from rayalign.policy.prepare import needs_start
 from rayalign.policy.sharding import sharded_weights, vision_layers, vision_modules
 
@@ -24,6 +24,7 @@ def share_of(
     *,
     num_workers: int,
     below_head: int,
+    optim: str = "adamw_torch",
     tower: int | None = None,
     quantised: Set[nn.Parameter] = frozenset(),
 ) -> Memory:
@@ -86,7 +87,7 @@ def share_of(
         weights=held - round(saved * frozen),
         trainable=memory.trainable - round(saved * trained),
         gradients=memory.gradients - round(saved * trained),
-        moments=memory.moments - round(saved * 2 * trained),
+        moments=memory.moments - round(saved * moment_bytes([p for p in weights if p.requires_grad], optim)),
         working=working,
         images=images,
     )

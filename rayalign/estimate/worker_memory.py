@@ -53,6 +53,7 @@ class WorkerMemory:
             self.blueprint,
             num_workers=num_workers,
             below_head=below_head,
+            optim=optim,
             tower=tower_bytes(self._vision, batch, self.blueprint) if self._vision is not None else None,
             quantised=quantised,
         )

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rayalign.storage import Store
+from rayalign.training import codes
 from rayalign.training.best import Best, best_from
 from rayalign.training.checkpoint_files import (
     MOMENTS,
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NONE_YET = Best()
+WHOLE = {"step", *codes.TABLES}
+"""What an optimizer keeps of a weight that is the same for all of its rows."""
 REMEDY = "Continue the run with the flags that it began with, or choose another --output_dir."
 
 
@@ -67,18 +71,28 @@ class Snapshot:
     ) -> "Snapshot":
         """The trainable weights, the optimizer's moments, the number of steps done, float16's loss scale and the best
         evaluation so far. The tensors are those of the training, until they are `copied`."""
-        names = {id(p): name for name, p in policy.trainable.items()}
+        weights = policy.trainable
+        shards = {name: p for name, p in weights.items() if isinstance(p, DTensor)}
         moments = {
-            f"{names[id(p)]}|{key}": torch.as_tensor(value)
-            for p, state in optimizer.state.items()
-            for key, value in state.items()
+            f"{name}|{key}": torch.as_tensor(value)
+            for name, parameter in weights.items()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        of_rows = {
+            f"{name}|{key}": parameter
+            for name, parameter in shards.items()
+            for key in optimizer.state.get(parameter, {})
+            if key not in WHOLE
         }
         state: dict[str, Any] = {"step": step, "torch": torch.__version__}
         if scaler is not None and scaler.is_enabled():
             state["loss_scale"] = scaler.state_dict()
         if best != NONE_YET:
             state["best"] = best.to_dict()
-        tensors = {**files_of(policy.trainable, WEIGHTS, rank=rank), **files_of(moments, MOMENTS, rank=rank)}
+        tensors = {
+            **files_of(weights, WEIGHTS, rank=rank, shards=shards),
+            **files_of(moments, MOMENTS, rank=rank, shards=of_rows),
+        }
         return cls(step, tensors, state, best, rank, trains_shards(policy))
 
     @property
@@ -140,15 +154,7 @@ def load_checkpoint(
         if scaler is not None and scales_loss:
             scaler.load_state_dict(loss_scale)
         _restore(weights, parameters)
-        for key in sorted(moments.names):
-            name, moment = key.split("|")
-            parameter = parameters[name]
-            # AdamW keeps its step counts on the CPU unless it is fused or capturable.
-            optimizer.state[parameter][moment] = (
-                _on_device(moments.value(key), parameter, optimizer)
-                if moment == "step"
-                else like(parameter, moments.own_part(key, parameter))
-            )
+        _restore_moments(moments, parameters, optimizer)
 
 
 def load_weights(folder: Path, policy: "Policy") -> None:
@@ -163,6 +169,31 @@ def _restore(weights: SavedTensors, parameters: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             copy_own_part(parameter, weights.own_part(name, parameter))
+
+
+def _restore_moments(moments: SavedTensors, parameters: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    for key in sorted(moments.names):
+        name, moment = key.split("|")
+        parameter, state = parameters[name], optimizer.state[parameters[name]]
+        if moment == "step":
+            # AdamW keeps its step counts on the CPU unless it is fused or capturable.
+            state[moment] = _on_device(moments.value(key), parameter, optimizer)
+        elif moment in codes.TABLES:
+            state[moment] = moments.value(key).to(parameter.device)
+        elif moment in codes.MOMENTS:
+            state |= _own_8_bits(moments, name, codes.MOMENTS.index(moment), parameter)
+        elif moment not in codes.SCALES:  # which come with the moments
+            state[moment] = like(parameter, moments.own_part(key, parameter))
+
+
+def _own_8_bits(moments: SavedTensors, name: str, number: int, parameter: Tensor) -> dict[str, Tensor]:
+    """What bitsandbytes keeps of a worker's rows: a moment of 8 bits and its scales, or of a small weight the moment alone."""
+    moment, table, scales = (f"{name}|{kind[number]}" for kind in (codes.MOMENTS, codes.TABLES, codes.SCALES))
+    if scales not in moments.names:
+        own = [moments.own_part(moment, parameter)]
+    else:
+        own = [*codes.in_blocks(*moments.own_codes(moment, scales, parameter), moments.value(table))]
+    return {kind[number]: each.to(parameter.device) for kind, each in zip((codes.MOMENTS, codes.SCALES), own, strict=False)}
 
 
 def _require_fit(weights: SavedTensors, parameters: Mapping[str, Tensor], checkpoint: str) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from rayalign.training.codes import BLOCK
 
 KINDS = WEIGHTS, MOMENTS = "trainable", "optimizer"
 """Files whose names begin so hold the trainable weights, and what the optimizer keeps of each."""
@@ -57,15 +60,20 @@ def num_shards(names: Iterable[str]) -> int:
     return max((int(match[3]) for match in map(_SHARD.fullmatch, names) if match), default=0)
 
 
-def files_of(tensors: Mapping[str, Tensor], kind: str, *, rank: int) -> dict[str, dict[str, Tensor]]:
-    """What this worker writes of some tensors, by file and by name: rank 0 has all whole ones."""
-    shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+def files_of(
+    tensors: Mapping[str, Tensor], kind: str, *, rank: int, shards: Mapping[str, DTensor]
+) -> dict[str, dict[str, Tensor]]:
+    """What this worker writes of some tensors, by file and by name: rank 0 has all whole ones. Those named in `shards` belong
+    to rows of a weight that is sharded, of which this worker has its own."""
     files = {}
     if rank == 0:
         files[whole_file(kind)] = {name: tensor.detach() for name, tensor in tensors.items() if name not in shards}
     if shards and _is_of_first_group(next(iter(shards.values()))):
         number, count = _place(next(iter(shards.values())))
-        files[shard_file(kind, number, count)] = {name: tensor.to_local().detach() for name, tensor in shards.items()}
+        own = ((name, tensors[name]) for name in shards)
+        files[shard_file(kind, number, count)] = {
+            name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach() for name, tensor in own
+        }
     return files
 
 
@@ -121,25 +129,40 @@ class SavedTensors(contextlib.ExitStack):
     def own_part(self, name: str, like: Tensor) -> Tensor:
         """What a worker holds of a tensor: where `like` is sharded its rows of it, else all. Raises ValueError where the files
         that are there do not have them."""
-        rows = rows_of(len(like), *_place(like)) if isinstance(like, DTensor) else None
+        if name in self._in_whole and not isinstance(like, DTensor):
+            return self.value(name)  # which may have no rows
+        parts = [file.get_slice(name)[rows.start : rows.stop] for file, rows in self._places(name, like)]
+        return torch.cat(parts) if parts else torch.empty(0, *like.shape[1:], dtype=like.dtype)
+
+    def own_codes(self, name: str, scales: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What a worker holds of a tensor of 8-bit codes, and the scale [elements] of each of them: a file has one for each
+        `BLOCK` of its elements. Raises ValueError as `own_part`."""
+        per_row = math.prod(like.shape[1:])
+        found = [torch.empty(0)]
+        for file, rows in self._places(name, like):
+            of_elements = file.get_tensor(scales).repeat_interleave(BLOCK)
+            found.append(of_elements[rows.start * per_row : rows.stop * per_row])
+        return self.own_part(name, like), torch.cat(found)
+
+    def _places(self, name: str, like: Tensor) -> list[tuple[Any, range]]:
+        """The files that have rows of what a worker holds of a tensor, and which of theirs these are."""
+        rows = rows_of(len(like), *_place(like)) if isinstance(like, DTensor) else range(len(like))
         if name in self._in_whole:
-            tensor: Tensor = self._whole.get_tensor(name)
-            return tensor if rows is None else tensor[rows.start : rows.stop].clone()
-        rows = range(len(like)) if rows is None else rows
-        parts = []
+            return [(self._whole, rows)]
+        places = []
         for number, shard in self._shards.items():
             there = rows_of(len(like), number, self._count)
             first, last = max(rows.start, there.start), min(rows.stop, there.stop)
             if first < last:
-                parts.append(shard.get_slice(name)[first - there.start : last - there.start])
-        found = sum(map(len, parts))
+                places.append((shard, range(first - there.start, last - there.start)))
+        found = sum(len(rows) for _, rows in places)
         if found != len(rows):
             raise ValueError(
                 f"The checkpoint's shards that this worker has read hold {found} of the {len(rows)} rows of {name} that it "
                 "needs: a version of rayalign wrote it that sharded other weights. Go on with that version, or once with "
                 "another --num_workers: then each worker reads all shards."
             )
-        return torch.cat(parts) if parts else torch.empty(0, *like.shape[1:], dtype=like.dtype)
+        return places
 
     def value(self, name: str) -> Tensor:
         """A tensor that is whole."""

@@ -1,6 +1,5 @@
 """The optimizer of a run and the learning rate of each of its steps."""
 
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -45,9 +44,9 @@ def make_optimizer(policy: Policy, config: OptimizerConfig) -> Optimizer:
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig, *, fused: bool) -> Optimizer:
     betas, epsilon = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     if config.optim == "adamw_8bit":
-        bitsandbytes = importlib.import_module("bitsandbytes")
-        optimizer: Optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=epsilon)
-        return optimizer
+        from rayalign.training.adamw_8bit import AdamW8bit  # which needs bitsandbytes, an extra
+
+        return AdamW8bit(groups, betas=betas, eps=epsilon)
     return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=fused)
 
 

@@ -179,10 +179,6 @@ def test_equal_configs_have_one_hash_and_can_be_keys():
             {"model": ModelConfig(dtype="float16")},
             "--dtype float16 with --strategy fsdp: its loss scale is not kept for sharded gradients.",
         ),
-        (
-            {"tuner": TunerConfig(sft_type="full"), "optimizer": OptimizerConfig(optim="adamw_8bit")},
-            "--optim adamw_8bit with --strategy fsdp: moments of 8 bits are not sharded here.",
-        ),
     ],
 )
 def test_what_a_sharded_model_can_not_do_is_refused(sections, message):

@@ -108,14 +108,17 @@ def test_compiled_layers_compute_the_same(device: torch.device, model_folder: Ca
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("tuner", ["adapters", "all weights", "adapters over 4 bits"])
+@pytest.mark.parametrize(
+    ("tuner", "sharded"),
+    [("adapters", False), ("all weights", False), ("adapters over 4 bits", False), ("all weights", True)],
+)
 def test_training_with_moments_of_8_bits_lowers_the_loss(
-    device: torch.device, model_folder: Callable[[str], Path], tuner: str
+    device: torch.device, model_folder: Callable[[str], Path], tuner: str, sharded: bool
 ) -> None:
     folder = model_folder("llava")
     pairs = encode(folder)
     model = ModelConfig(dtype="bfloat16", gradient_checkpointing=True)
-    trainer = trainer_of(device, folder, TUNERS[tuner], model, optim="adamw_8bit")
+    trainer = trainer_of(device, folder, TUNERS[tuner], model, optim="adamw_8bit", sharded=sharded)
     losses = []
     for step in range(12):
         result = trainer.step(step, [make_batch(folder, pairs)], counts_of(pairs))
