@@ -108,6 +108,7 @@ def test_compiled_layers_compute_the_same(device: torch.device, model_folder: Ca
 
 
 @needs_bitsandbytes
+@pytest.mark.usefixtures("one_worker")
 @pytest.mark.parametrize(
     ("tuner", "sharded"),
     [("adapters", False), ("all weights", False), ("adapters over 4 bits", False), ("all weights", True)],
