@@ -61,6 +61,7 @@ class Case:
     """Whether rank 0 alone loads the weights."""
     group_size: int | None = None
     """Workers that have a model between them; None: all."""
+    sync_each_batch: bool = True
 
 
 def policy_of(case: Case, folder: Path, *, without_weights: bool = False) -> Policy:
@@ -86,9 +87,12 @@ def shard(policy: Policy, case: Case, folder: Path) -> Fillers:
     """Shards the policy over all processes; returns its fillers."""
     cpu = torch.device("cpu")
     needs = case.algorithm.needs
-    mesh = mesh_of_workers(cpu, case.group_size)
-    for each in filter(None, (policy, policy.start)):
-        shard_policy(each, mesh, device=cpu, needs=needs, scattered=case.scattered)
+    spread = functools.partial(
+        shard_policy, mesh=mesh_of_workers(cpu, case.group_size), device=cpu, needs=needs, scattered=case.scattered
+    )
+    spread(policy, sync_each_batch=case.sync_each_batch)
+    if policy.start is not None:
+        spread(policy.start)
     return Fillers(EncoderSpec(str(folder), "both"), needs)
 
 

@@ -47,11 +47,13 @@ OF_FOUR = {
         recomputed=1 if number % 6 == 1 else None,
         scattered=number % 4 > 1,
         group_size=2 if number % 5 > 2 else None,
+        sync_each_batch=number % 7 > 2,
     )
     for dtype in (torch.float64, torch.float32)
     for number, (family, tuner, algorithm) in enumerate(itertools.product(FAMILIES, TUNERS, ALGORITHMS))
 }
-"""Of four processes, with checkpointing and without, uneven micro-batches and idle processes, all four or two with a model."""
+"""Of four processes, with checkpointing and without, uneven micro-batches and idle processes, all four or two with a model, and
+gradients added up in each micro-batch or once a step."""
 
 
 def cases_of(num_workers: int) -> dict[str, Case]:

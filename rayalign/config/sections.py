@@ -338,6 +338,11 @@ class ClusterConfig:
         "groups only add up their gradients. It divides --num_workers. Default: all workers are one group.",
         at_least=2,
     )
+    sync_each_batch: bool = flag(
+        True,
+        "Of --strategy fsdp with --sft_type full: whether workers add up their gradients after each micro-batch. false: once a "
+        "step, which sends fewer bytes where a step has several, and each worker holds all gradients of the language model.",
+    )
     wait_for_nodes: float | None = flag(
         None,
         "Seconds that a run waits for nodes with room for its workers, which it asks the cluster's autoscaler for. Default: "
@@ -377,6 +382,11 @@ class ClusterConfig:
         self._check_groups()
 
     def _check_groups(self) -> None:
+        if not self.sync_each_batch and not self.shards_models:
+            raise ValueError(
+                f"--sync_each_batch false with --strategy {self.strategy}: gradients are added up once a step there anyway. "
+                "Leave the flag out, or pass --strategy fsdp."
+            )
         size = self.shard_group_size
         if size is None:
             return

@@ -25,13 +25,15 @@ def share_of(
     num_workers: int,
     below_head: int,
     optim: str = "adamw_torch",
+    sync_each_batch: bool = True,
     tower: int | None = None,
     quantised: Set[nn.Parameter] = frozenset(),
 ) -> Memory:
     """The memory of one of some workers over which the model is sharded.
 
     `below_head`: how many bytes fewer it works with once the output head's backward is done; `tower`: those that the vision
-    tower works with, where it runs. Weights that are `quantised` have 4 bits, and scales that are not sharded.
+    tower works with, where it runs. Without `sync_each_batch` it has whole gradients of the language model. Weights that are
+    `quantised` have 4 bits, and scales that are not sharded.
 
     Whole are, as long as they are used, embeddings and output head, and a layer or two; of trained ones the gradients of output
     head and one layer are, too, until the workers have added them up, once there are any. (Those of embeddings come when
@@ -56,6 +58,8 @@ def share_of(
 
     frozen = size(p for p in weights if not p.requires_grad)
     trained = size(p for p in weights if p.requires_grad)
+    in_tower = {p for module in vision_modules(skeleton.base) for p in module.parameters()}
+    shared = trained if sync_each_batch else size(p for p in weights if p.requires_grad and p in in_tower)
     held = memory.weights
     if needs_start(blueprint.tuner, blueprint.needs):
         # Of a copy that is sharded, what isn't trained is held, too.
@@ -86,7 +90,7 @@ def share_of(
         memory,
         weights=held - round(saved * frozen),
         trainable=memory.trainable - round(saved * trained),
-        gradients=memory.gradients - round(saved * trained),
+        gradients=memory.gradients - round(saved * shared),
         moments=memory.moments - round(saved * moment_bytes([p for p in weights if p.requires_grad], optim)),
         working=working,
         images=images,

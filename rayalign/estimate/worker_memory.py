@@ -54,6 +54,7 @@ class WorkerMemory:
             num_workers=num_workers,
             below_head=below_head,
             optim=optim,
+            sync_each_batch=cluster.sync_each_batch,
             tower=tower_bytes(self._vision, batch, self.blueprint) if self._vision is not None else None,
             quantised=quantised,
         )

@@ -46,7 +46,8 @@ class Policy:
     `value_head`, too. `dtype` is the type of the arithmetic, whatever the type of the trainable weights; `start` is a frozen
     copy as reference. Where `sharding` has put the weights on several workers, `sharded` runs a function with the embeddings
     and the output head whole, and `sharded_vision` one that makes images' features; every worker must then run the same
-    forwards in the same order."""
+    forwards in the same order. `add_up_shards` says whether the next backward adds up, over the workers, what those before it
+    left to it."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class Policy:
         self.start = start
         self.sharded: _Runner | None = None
         self.sharded_vision: _Runner | None = None
+        self.add_up_shards: Callable[[bool], None] = lambda now: None
         self.base: Any = self.model.get_base_model() if isinstance(model, PeftModel) else model
         self.family = family
         self.image_token_id: int | None = None if family.text_only else self.base.config.image_token_id

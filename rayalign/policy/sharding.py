@@ -2,8 +2,8 @@
 runs.
 
 Whole on every worker stay adapters and a value head, whose gradients `training.loop` adds up once a step. Those of sharded
-weights are added up in the backward of each micro-batch, so that no worker ever holds all of them; sums they are, not means,
-since losses are divided by the counts of the whole step.
+weights are added up in the backward of each micro-batch, so that no worker ever holds all of them, unless a run wants it
+otherwise; sums they are, not means, since losses are divided by the counts of the whole step.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -88,14 +88,23 @@ def _language(base: Any) -> tuple[nn.Module, nn.Module]:
     return base.get_decoder(), base.get_output_embeddings()
 
 
-def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, needs: Needs, scattered: bool = False) -> None:
+def shard_policy(
+    policy: Policy,
+    mesh: DeviceMesh,
+    *,
+    device: torch.device,
+    needs: Needs,
+    scattered: bool = False,
+    sync_each_batch: bool = True,
+) -> None:
     """Spreads a policy, which has been loaded whole on the CPU or on the device, over the workers of a mesh, layer by layer;
     its `start` is one by itself.
 
     All of them call it, with the same weights; `scattered`: rank 0 has them, all others have them on the meta device and get
     theirs from it, a tensor at a time. What is computed is what a whole model computes: where the arithmetic rounds weights,
     those of layers travel rounded, unless an algorithm of these `needs` has gradients of two forwards, which would be added up
-    in the same type.
+    in the same type. Of several groups of workers each adds up its own gradients in each backward, or, without
+    `sync_each_batch`, keeps them whole; all groups add up theirs in the last one of a step.
     """
     base = policy.base
     lay_bare(base, device, scattered=scattered)
@@ -120,6 +129,10 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, device: torch.device, need
         sharded.set_reduce_scatter_unused_params(True, recurse=False)
     if scattered:
         _fill((language, vision), policy.model, shares, device)
+    if any(parameter.requires_grad for parameter in language.parameters()) and (not sync_each_batch or mesh.ndim > 1):
+        # A step's last micro-batch may have no pictures, but it passes all layers of the language model.
+        add_up: Any = language
+        policy.add_up_shards = add_up.set_requires_all_reduce if sync_each_batch else add_up.set_requires_gradient_sync
     learns = any(parameter.requires_grad for parameter in policy.model.parameters())
     policy.sharded = language if learns else _forgetful(language)
     policy.sharded_vision = vision if policy.trains_vision else _forgetful(vision)

@@ -103,7 +103,7 @@ class Trainer:
         own = in_step(micro_batches, self.fillers)
         batches = list(map(self._with_features, own)) if self.algorithm.needs.statistics else own
         outputs, num_tokens = [], 0
-        for batch, statistics in self._with_statistics(lambda: self._seeded(step, batches)):
+        for batch, statistics in self._with_statistics(lambda: self._seeded(step, self._added_up_last(batches))):
             if is_filler(batch):
                 nothing = self._run_filler(batch, counts, statistics)
                 if nothing.requires_grad:
@@ -214,6 +214,16 @@ class Trainer:
         for batch in batches:
             torch.manual_seed(dropout_seed(self.config.seed, step, batch))
             yield batch
+
+    def _added_up_last(self, batches: Iterable[PairBatch]) -> Iterator[PairBatch]:
+        """The same batches; what gradients of sharded weights may wait for is the last one's backward."""
+        iterator = iter(batches)
+        batch = next(iterator, None)
+        while batch is not None:
+            following = next(iterator, None)
+            self.policy.add_up_shards(following is None)
+            yield batch
+            batch = following
 
     def _with_features(self, batch: PairBatch) -> PairBatch:
         """The batch with its images' features, which a frozen tower need not make twice."""

@@ -1,5 +1,6 @@
 """A worker's policy made ready for its first step: loaded, sharded, with no more layers recomputed than memory demands."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,12 +65,13 @@ def ready_policy(
     fillers = None
     if cluster.shards_models:
         mesh = mesh_of_workers(device, cluster.shard_group_size)
-        shard_policy(policy, mesh, device=device, needs=algorithm.needs, scattered=scattered)
+        spread = functools.partial(shard_policy, mesh=mesh, device=device, needs=algorithm.needs, scattered=scattered)
+        spread(policy, sync_each_batch=cluster.sync_each_batch)
         if needs_start(config.tuner, algorithm.needs):
             # Loaded again, so that no worker ever has two whole models.
             loaded = _everywhere(load)
             policy.start = frozen_start(loaded.model, loaded.family, loaded.dtype)
-            shard_policy(policy.start, mesh, device=device, needs=algorithm.needs, scattered=scattered)
+            spread(policy.start)
         fillers = Fillers(data.spec, algorithm.needs)
     if config.model.gradient_checkpointing == "auto":
         say(settle_recomputation(policy, config, data, gpu_bytes=_memory_of(device, config), rank=rank))

@@ -210,6 +210,16 @@ def test_a_rate_for_a_part_that_is_frozen_is_refused():
         Config(DPO(), tuner=tuner, optimizer=OptimizerConfig(aligner_lr=1e-3))
 
 
+def test_gradients_that_are_added_up_once_a_step_are_those_of_shards():
+    with pytest.raises(ValueError) as caught:
+        ClusterConfig(sync_each_batch=False)
+    assert str(caught.value) == (
+        "--sync_each_batch false with --strategy auto: gradients are added up once a step there anyway. Leave the flag out, or "
+        "pass --strategy fsdp."
+    )
+    assert not ClusterConfig(strategy="fsdp", sync_each_batch=False).sync_each_batch
+
+
 def test_groups_that_have_a_model_between_them_are_of_one_size():
     assert ClusterConfig(strategy="fsdp", num_workers=8, shard_group_size=4).num_shards == 4
     assert ClusterConfig(strategy="fsdp", num_workers=8).num_shards == 8

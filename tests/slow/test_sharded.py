@@ -160,6 +160,10 @@ PLANNED |= {
     f"full, {checkpointing}, bfloat16": Case(SimPO(), tuner=FULL, dtype=torch.bfloat16, checkpointing=checkpointing)
     for checkpointing in (True, False)
 }
+PLANNED |= {
+    f"full, {dtype}, once a step": Case(SimPO(), tuner=FULL, dtype=dtype, sync_each_batch=False)
+    for dtype in (torch.float32, torch.bfloat16)
+}
 
 
 def long_pair(folder: Path) -> EncodedPair:
@@ -177,9 +181,13 @@ def bytes_of(
         pair = make_pair(folder)
         batch, counts = make_batch(folder, [pair], needs=case.algorithm.needs), counts_of([pair] * 2)
         trainer.gradients([batch], counts)  # from here on gradients are there
+        batches = [batch]
+        if not case.sync_each_batch:  # they're whole behind the first micro-batch of a step, and there are none before
+            batches = [batch, batch]
+            trainer.optimizer.zero_grad()
         held = [whole_or_own(tensor) for tensor in tensors_of(trainer.policy.model)]
         with LiveBytes(held) as live:
-            trainer.gradients([batch], counts)
+            trainer.gradients(batches, counts)
         trainer.step(0, iter([batch]), counts)
         moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values() if tensor.ndim]
         held += map(whole_or_own, moments)
@@ -214,9 +222,8 @@ def test_a_plan_knows_the_memory_of_a_sharded_step(
 def assert_planned(folder: Path, case: Case, pair: EncodedPair, measured: Sequence[Tensor]) -> None:
     dtype: Any = str(case.dtype).removeprefix("torch.")
     model = ModelConfig(dtype=dtype, gradient_checkpointing=case.checkpointing)
-    config = Config(
-        case.algorithm, model=model, tuner=case.tuner, cluster=ClusterConfig(strategy="fsdp", num_workers=len(measured))
-    )
+    cluster = ClusterConfig(strategy="fsdp", num_workers=len(measured), sync_each_batch=case.sync_each_batch)
+    config = Config(case.algorithm, model=model, tuner=case.tuner, cluster=cluster)
     spec = EncoderSpec(str(folder), "both")
     blueprint = Blueprint(spec.model_config, ModelSource(str(folder)), model, case.tuner, case.algorithm.needs)
     worker = WorkerMemory(config, blueprint, has_images=bool(pair.images))

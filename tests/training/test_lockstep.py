@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rayalign.algorithms import DPO, KTO, MDPO, ORPO, RM, SFT, Needs, SimPO
 from rayalign.config.config import Config
@@ -42,7 +44,7 @@ from tests.sharded_steps import (
     trainer_of,
     whole_or_own,
 )
-from tests.tiny_models import make_batch
+from tests.tiny_models import counts_of, make_batch
 
 VISION = TunerConfig(sft_type="full", freeze_vit=False, freeze_aligner=False)
 TOWER = dataclasses.replace(VISION, freeze_llm=True)
@@ -111,7 +113,9 @@ def work_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
     case, folder = CASES["dpo, adapters"], folders["llava"]
     policy = trainer_of(case, folder, sharded=True, rank=rank).policy
     answers = {"answer": answer_of(policy, folder), "agreed": torch.tensor(agreed(policy, 5 + rank))}
-    results = steps_of(CASES, rank, folders) | answers | held_of(rank, folder) | started_of(rank, folder)
+    results = (
+        steps_of(CASES, rank, folders) | answers | held_of(rank, folder) | started_of(rank, folder) | sums_of(rank, folder)
+    )
     return results | refused_of(rank, folders["broken"])
 
 
@@ -122,6 +126,34 @@ def refused_of(rank: int, broken: Path) -> dict[str, Tensor]:
     with pytest.raises(ValueError) as caught:
         ready.ready_policy(config, data, device=torch.device("cpu"), rank=rank, say=lambda message: None)
     return {"told": torch.tensor(list(str(caught.value).encode()))}
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts what workers exchange, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.count[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+SUMS: dict[str, dict[str, Any]] = {"each": {}, "once": {"sync_each_batch": False}, "groups": {"group_size": 1}}
+
+
+def sums_of(rank: int, folder: Path) -> dict[str, Tensor]:
+    """How often a step of three micro-batches adds gradients up within groups of workers and over these."""
+    found = {}
+    for name, options in SUMS.items():
+        case = Case(SimPO(), tuner=FULL, deals=(((0,), (1,), (2,)), ((3,),)), **options)
+        trainer = trainer_of(case, folder, sharded=True, rank=rank)
+        with Exchanges() as exchanges:
+            trainer.gradients(batches_of(case, folder, case.deals[rank]), counts_of(pairs_of(folder)))
+        found[f"sums {name}"] = torch.tensor([exchanges.count[kind] for kind in ("_reduce_scatter_base_", "allreduce_")])
+    return found
 
 
 def started_of(rank: int, folder: Path) -> dict[str, Tensor]:
@@ -197,6 +229,15 @@ def test_all_workers_are_told_what_keeps_rank_0_from_loading(
     for worker in workers:
         told = bytes(worker["told"].tolist()).decode()
         assert told.startswith(f"{folders['broken']}/model.safetensors: is damaged or cut off")
+
+
+def test_gradients_are_added_up_as_often_as_a_run_says(workers: list[dict[str, Tensor]]) -> None:
+    """There are two layers, and a root beside them; vectors are added up once a step in any case."""
+    micro_batches, units = 3, 3
+    for worker in workers:
+        assert worker["sums each"].tolist() == [micro_batches * units, 1]
+        assert worker["sums once"].tolist() == [units, 1]
+        assert worker["sums groups"].tolist() == [0, units + 1]
 
 
 def test_no_worker_has_two_whole_models(folders: Mapping[str, Path], workers: list[dict[str, Tensor]]) -> None:
