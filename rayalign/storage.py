@@ -44,15 +44,25 @@ class Store:
         return cls(os.path.abspath(os.path.expanduser(location)))
 
     def __truediv__(self, name: str) -> "Store":
-        return Store(f"{self.location.rstrip('/')}/{name}")
+        place, options = self._parts
+        return Store(f"{place}/{name}{options}")
 
     @property
     def name(self) -> str:
-        return posixpath.basename(self.location.rstrip("/"))
+        return posixpath.basename(self._parts[0])
 
     @property
     def parent(self) -> "Store":
-        return Store(posixpath.dirname(self.location.rstrip("/")))
+        """The folder that it is in; of a bucket, or a first folder by file://, itself."""
+        place, options = self._parts
+        folder = posixpath.dirname(place)
+        return self if is_url(place) and not is_url(folder) else Store(f"{folder}{options}")
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        """The place, and a URL's options, such as ?region=eu-west-1, which are those of all that is in it."""
+        place, mark, options = self.location.partition("?") if is_url(self.location) else (self.location, "", "")
+        return place.rstrip("/"), mark + options
 
     @property
     def local_path(self) -> Path | None:

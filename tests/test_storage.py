@@ -153,12 +153,25 @@ def test_making_a_folder_twice_is_fine(folder: Store) -> None:
     assert (folder / "a" / "b").is_dir()
 
 
+def test_what_is_in_a_folder_has_the_options_of_its_url() -> None:
+    store = Store.at("s3://bucket/runs/first?region=eu-west-1&scheme=http")
+    inside = store / "model" / "config.json"
+    assert inside.location == "s3://bucket/runs/first/model/config.json?region=eu-west-1&scheme=http"
+    assert (store.name, inside.name) == ("first", "config.json")
+    assert inside.parent.parent == store
+    assert store.parent.location == "s3://bucket/runs?region=eu-west-1&scheme=http"
+    assert (Store.at("/data/what?") / "now").location == "/data/what?/now"
+
+
 def test_names_parents_and_children() -> None:
     store = Store.at("s3://bucket/run/")
     assert store.location == "s3://bucket/run"
     assert (store / "model").location == "s3://bucket/run/model"
     assert (store.name, store.parent.location) == ("run", "s3://bucket")
     assert store.local_path is None
+    bucket = Store.at("s3://bucket")
+    assert (bucket.name, bucket.parent) == ("bucket", bucket)
+    assert Store.at("file:///runs").parent.location == "file:///runs"
     assert is_url("gs://bucket")
     assert not is_url("/a/b")
 

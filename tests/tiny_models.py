@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from rayalign.algorithms import Needs
@@ -161,3 +162,10 @@ def _encoder(folder: Path) -> Encoder:
 def counts_of(pairs: Sequence[EncodedPair]) -> StepCounts:
     """The counts of a step of these pairs."""
     return StepCounts.of(TokenCounts.of(pairs))
+
+
+def peft_adapter(model: Path, folder: Path, targets: list[str]) -> Path:
+    """An adapter such as other tools make."""
+    base = make_policy(model, tuner=TunerConfig(sft_type="full")).model
+    get_peft_model(base, LoraConfig(r=4, target_modules=targets)).save_pretrained(str(folder), save_embedding_layers=False)
+    return folder

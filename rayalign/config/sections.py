@@ -379,6 +379,12 @@ class ClusterConfig:
                 f"--gpus_per_worker {self.gpus_per_worker:g} with --strategy fsdp: a worker has one GPU there, and the model "
                 "is sharded over workers. Pass --gpus_per_worker 1 and a higher --num_workers."
             )
+        if (self.gpus_per_worker or 0) > 1 and (self.strategy == "ddp" or not float(self.gpus_per_worker or 0).is_integer()):
+            raise ValueError(
+                f"--gpus_per_worker {self.gpus_per_worker:g} with --strategy {self.strategy}: a worker has a share of one GPU, "
+                "one, or several whole ones, which only --strategy device_map (or auto) makes use of. Pass --gpus_per_worker 1 "
+                "and a higher --num_workers, or a whole number with device_map."
+            )
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -403,7 +409,7 @@ class ClusterConfig:
         if self.fewest_workers % size:
             raise ValueError(
                 f"--shard_group_size {size} with --num_workers {self.num_workers}: workers are cut into groups of one size. "
-                "Pass numbers of which one divides the other."
+                "Pass a size that divides the number of workers."
             )
 
     @property

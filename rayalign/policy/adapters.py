@@ -60,6 +60,11 @@ def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Fam
     found = read_adapter(base, start)
     name = STACKED if tuner.stack_adapter else TRAINED
     model = found.wrap(base, name, trainable=not tuner.stack_adapter, fused=True)
+    if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            f"{start}: the adapter stands on the output head, too, whose weight is read apart from its layer here, so it would "
+            f"be left out. Merge it into its model first (rayalign export --model {start}), and go on from that."
+        )
     if tuner.stack_adapter:
         _check_stack(model, start)
         model.add_adapter(TRAINED, fuse_lora_linears(lora))

@@ -1,5 +1,6 @@
 """A policy to files: the adapter or the weights, and a value head beside them. `loading` reads them again."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ def save_policy(
     model = policy.model
     if gathered is not None:
         model.save_pretrained(str(folder), state_dict=dict(gathered))
+        model.config.dtype = policy.dtype  # not that of the weights under training
+        model.config.save_pretrained(str(folder))
     elif not isinstance(model, PeftModel):
         with _in_type(model, policy.dtype):
             model.save_pretrained(str(folder))
@@ -60,12 +63,14 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
     it gets the copy's path for as long as it writes."""
     config: Any = model.peft_config[TRAINED]
     named = config.base_model_name_or_path
+    # Without what an adapter on the embeddings stands on, which isn't trained, and may be sharded.
+    save = functools.partial(model.save_pretrained, str(folder), selected_adapters=[TRAINED], save_embedding_layers=False)
     if not is_url(str(named)):
-        model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+        save()
         return
     config.base_model_name_or_path = copy = model.get_base_model().name_or_path
     try:
-        model.save_pretrained(str(folder), selected_adapters=[TRAINED])
+        save()
     finally:
         config.base_model_name_or_path = named
     for file in folder.glob("*.*"):

@@ -6,7 +6,7 @@ the run's folder, names the checkpoint that is kept for it.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rayalign.config.flags import did_you_mean
@@ -47,6 +47,8 @@ class Best:
     value: float | None = None
     tie: float | None = None
     since: int = 0
+    judged_by: str | None = field(default=None, compare=False)
+    """The flags that said what is better."""
 
     def after(self, step: int, metrics: Mapping[str, float], run: RunConfig) -> "Best":
         """What is the best after one more evaluation. A value that is not finite is never better.
@@ -58,13 +60,13 @@ class Best:
             return self
         value, tie = metrics[metric], metrics.get(TIE_BREAKER)
         sign = 1 if is_greater_better(metric, run) else -1
-        known = self if self.metric == metric else Best(metric)
+        known = self if self.metric == metric else Best(metric, judged_by=_judged_by(run))
         is_better = math.isfinite(value) and (
             known.value is None
             or sign * value > sign * known.value
             or (value == known.value and tie is not None and known.tie is not None and tie > known.tie)
         )
-        return Best(metric, step, value, tie) if is_better else replace(known, since=known.since + 1)
+        return Best(metric, step, value, tie, judged_by=known.judged_by) if is_better else replace(known, since=known.since + 1)
 
     def verdict(self, step: int, run: RunConfig) -> Verdict:
         """What the evaluation at `step`, the last one that `after` has seen, means."""
@@ -85,9 +87,17 @@ class Best:
         return asdict(self)
 
 
-def best_from(state: Any) -> Best:
-    """What `to_dict` made; a checkpoint of a version without it knows no best."""
-    return Best(**state) if isinstance(state, dict) and set(state) == set(asdict(Best())) else Best()
+def best_from(state: Any, run: RunConfig) -> Best:
+    """What `to_dict` made. A checkpoint of a version without it knows no best, nor does one of a run that went by another
+    --metric_for_best_model or --greater_is_better."""
+    if not isinstance(state, dict) or {*state, "judged_by"} != set(asdict(Best())):
+        return Best()
+    best = Best(**state)
+    return best if best.judged_by in (None, _judged_by(run)) else Best()
+
+
+def _judged_by(run: RunConfig) -> str:
+    return f"{run.metric_for_best_model}, {run.greater_is_better}"
 
 
 def metric_name(asked: str | None, metrics: Mapping[str, float]) -> str | None:

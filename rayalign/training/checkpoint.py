@@ -20,6 +20,7 @@ from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from rayalign.config.sections import RunConfig
 from rayalign.storage import Store
 from rayalign.training import codes
 from rayalign.training.best import Best, best_from
@@ -210,9 +211,9 @@ def _require_fit(weights: SavedTensors, parameters: Mapping[str, Tensor], checkp
             )
 
 
-def load_best(checkpoint: FetchedCheckpoint) -> Best:
-    """The best evaluation of the run until this checkpoint."""
-    return best_from(json.loads((checkpoint.folder / STATE).read_text()).get("best"))
+def load_best(checkpoint: FetchedCheckpoint, run: RunConfig) -> Best:
+    """The best evaluation of the run until this checkpoint, as its flags now judge."""
+    return best_from(json.loads((checkpoint.folder / STATE).read_text()).get("best"), run)
 
 
 def _on_device(step: Tensor, parameter: Tensor, optimizer: Optimizer) -> Tensor | int:

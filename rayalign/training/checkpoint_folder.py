@@ -119,6 +119,11 @@ def settle_checkpoints(run_folder: Store, run: RunConfig, best: Best, loaded: Fe
             write_note(run_folder, best, found.store.name)
     if loaded is not None:
         delete_newer(checkpoints, loaded, best=kept)
+    else:
+        # What no worker could read must not outlast what the run writes now, as the newest would.
+        for checkpoint in _newest_first(checkpoints):
+            logger.warning("Deleting the damaged checkpoint %s.", checkpoint.store.location)
+            checkpoint.store.delete()
 
 
 def delete_newer(folder: Store, keep: FetchedCheckpoint, *, best: Store | None = None) -> None:

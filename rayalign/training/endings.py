@@ -17,7 +17,7 @@ from rayalign.config.endings import STORAGE_TROUBLE, TRACEBACK_VARIABLE, RunFail
 from rayalign.nodes import NodesLost
 from rayalign.ray_errors import RAY_ERRORS, cause_in_words, causes_of, is_lost_peer, user_error_in
 from rayalign.ray_lines import TRACEBACK_LOGGER
-from rayalign.retries import LASTING_WORDS
+from rayalign.retries import LASTING_WORDS, StorageFailed
 from rayalign.storage import Store
 from rayalign.training.checkpoint_folder import newest_complete
 from rayalign.training.metrics import read_metrics
@@ -77,6 +77,8 @@ def _failed(cause: str, reached: Callable[[], str]) -> RunFailed:
 def storage_trouble(error: Exception) -> str | None:
     """What is wrong with storage, where that is behind an error and lasts, in a sentence or two with what helps."""
     for cause in causes_of(error):
+        if isinstance(cause, StorageFailed):  # which is no disk, and says what it is
+            return f"{str(cause).rstrip('.')}."
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [""]
         text = lines[-1]
         found = [(cause.errno, text)] if isinstance(cause, OSError) and cause.errno else [(_number_in(text), text)]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from rayalign.policy.prepare import needs_start, recompute_layers
 from rayalign.policy.sharding import mesh_of_workers, shard_policy
 from rayalign.training.distributed import gather, start_alike
 from rayalign.training.lockstep import Fillers
+
+T = TypeVar("T")
 
 
 def ready_policy(
@@ -61,7 +63,7 @@ def ready_policy(
             check_forward(policy, data.spec)
         return policy
 
-    policy = _everywhere(load_and_try)
+    policy = everywhere(load_and_try)
     fillers = None
     if cluster.shards_models:
         mesh = mesh_of_workers(device, cluster.shard_group_size)
@@ -69,7 +71,7 @@ def ready_policy(
         spread(policy, sync_each_batch=cluster.sync_each_batch)
         if needs_start(config.tuner, algorithm.needs):
             # Loaded again, so that no worker ever has two whole models.
-            loaded = _everywhere(load)
+            loaded = everywhere(load)
             policy.start = frozen_start(loaded.model, loaded.family, loaded.dtype)
             spread(policy.start)
         fillers = Fillers(data.spec, algorithm.needs)
@@ -79,12 +81,13 @@ def ready_policy(
     return policy, fillers
 
 
-def _everywhere(load: Callable[[], Policy]) -> Policy:
-    """What this worker loads; raises ValueError on all workers where one can't."""
-    outcome = outcome_of(load, errors=(ValueError,))
+def everywhere(work: Callable[[], T]) -> T:
+    """What this worker makes of some work that exchanges nothing. Every worker calls it, and all raise ValueError where one
+    does."""
+    outcome = outcome_of(work, errors=(ValueError,))
     stopped = [each for each in gather(outcome if isinstance(outcome, Stopped) else None) if each is not None]
-    loaded: Policy = result_of(stopped[0] if stopped else outcome)
-    return loaded
+    made: T = result_of(stopped[0] if stopped else outcome)
+    return made
 
 
 def changes_type(config: Config, data: RunData, device: torch.device) -> bool:

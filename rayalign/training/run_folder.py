@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rayalign.config.config import Config
 from rayalign.config.flags import flags_of
 from rayalign.config.plugins import PLUGIN
+from rayalign.config.sections import ModelConfig
 from rayalign.config.workers import workers_of
 from rayalign.config.yaml_files import parse_flags, to_yaml
 from rayalign.reference.key import REFERENCE_NOTE
@@ -133,6 +134,8 @@ def _check_resumable(folder: Store, config: Config) -> list[str]:
     now = config.to_dict() | {"rlhf_type": config.algorithm.name}
     written = _flags_before(folder / "config.yaml")
     before = {**_defaults(config), **written}
+    for flags in (before, now):
+        flags["dtype"] = _arithmetic(flags)
     changed = {name: (before[name], now[name]) for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]}
     before_plugins = _plugins_before(folder, before.get(PLUGIN) or ())
     plugins = {plugin.name: plugin.text for plugin in config.plugins}
@@ -146,6 +149,12 @@ def _check_resumable(folder: Store, config: Config) -> list[str]:
         lines = "".join(f"\n  {name}: {old} -> {new}" for name, (old, new) in changed.items())
         raise ValueError(f"--output_dir {folder.location} holds an unfinished run with another configuration:{lines}\n{REMEDY}")
     return [name for name in now if name not in written]
+
+
+def _arithmetic(flags: Mapping[str, Any]) -> str:
+    """The type that a run computes in: what `auto` stands for follows from whether workers have GPUs."""
+    named: str = ModelConfig(dtype=flags["dtype"]).dtype_on("cuda" if flags["gpus_per_worker"] else "cpu")
+    return named
 
 
 def _defaults(config: Config) -> dict[str, Any]:

@@ -24,17 +24,17 @@ from rayalign.policy.saving import gather_weights, save_policy
 from rayalign.storage import Store
 from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.benchmark_results import BenchmarkResults
-from rayalign.training.best import GOES_ON, Verdict, best_checkpoint, is_of_benchmark
+from rayalign.training.best import GOES_ON, Best, Verdict, best_checkpoint, is_of_benchmark, metric_name
 from rayalign.training.changes import Changes
 from rayalign.training.checkpoint import NONE_YET, Snapshot, load_best, load_checkpoint, trains_shards
-from rayalign.training.checkpoint_folder import ALL_SHARDS, fetch, fetch_newest, settle_checkpoints
+from rayalign.training.checkpoint_folder import ALL_SHARDS, FetchedCheckpoint, fetch, fetch_newest, settle_checkpoints
 from rayalign.training.distributed import gather
 from rayalign.training.gauges import Gauges
 from rayalign.training.group import Group
 from rayalign.training.held_out import HeldOut
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.profiling import StepProfiler, profiled_steps
-from rayalign.training.ready import ready_policy
+from rayalign.training.ready import everywhere, ready_policy
 from rayalign.training.reference_pass import compute_reference, missing_reference
 from rayalign.training.run_log import RunLog, teller
 from rayalign.training.run_report import keep_scores
@@ -120,17 +120,15 @@ class _Worker:
             self.tables = tables()
         num_steps = self.sampler.num_steps
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=num_steps, rank=self.rank, fillers=fillers)
-        self.best = load_best(checkpoint) if checkpoint else NONE_YET
         self.benchmarks = BenchmarkResults(config)
-        if checkpoint:
-            load_checkpoint(checkpoint, policy, self.trainer.optimizer, scaler=self.trainer.scaler)
-        if self.rank == 0:
-            settle_checkpoints(self.folder, config.run, self.best, checkpoint)
+        self.best = everywhere(lambda: self._go_on_from(checkpoint))
         watched = self.watchdog.watched
         self.held_out = HeldOut(config, data, self.sampler, rank=self.rank, num_workers=self.num_workers, watched=watched)
         self._require_held_out()
         steps = (self.start_step, self.sampler.num_steps)
-        self.log = RunLog(config, data, policy, gauges, rank=self.rank, num_workers=self.num_workers, steps=steps)
+        self.log = everywhere(
+            lambda: RunLog(config, data, policy, gauges, rank=self.rank, num_workers=self.num_workers, steps=steps)
+        )
         chip = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         self._say("Training %s from step %d to %d, on %d x %s", algorithm.name.upper(), *steps, self.num_workers, chip)
         if self.device.type == "cpu" and policy.dtype == torch.float32 and multiplies_bfloat16():
@@ -151,6 +149,16 @@ class _Worker:
             waits=BenchmarkResults(config).waits,  # asked in the writer's thread
         )
 
+    def _go_on_from(self, checkpoint: FetchedCheckpoint | None) -> Best:
+        """Restores what a checkpoint holds; returns the best evaluation until then."""
+        best = NONE_YET
+        if checkpoint is not None:
+            best = load_best(checkpoint, self.config.run)
+            load_checkpoint(checkpoint, self.trainer.policy, self.trainer.optimizer, scaler=self.trainer.scaler)
+        if self.rank == 0:
+            settle_checkpoints(self.folder, self.config.run, best, checkpoint)
+        return best
+
     def _has_room(self) -> bool:
         """Whether an elastic run could have more workers than it has."""
         if self.rank != 0 or self.num_workers == self.config.cluster.most_workers:
@@ -160,12 +168,20 @@ class _Worker:
     def _require_held_out(self) -> None:
         """Raises ValueError where flags look at evaluations, of which there will be none."""
         run = self.config.run
-        asked = [name for name in ("early_stopping_patience", "load_best_model_at_end") if getattr(run, name)]
+        flags = ["early_stopping_patience", "load_best_model_at_end"]
+        if not is_of_benchmark(run):
+            flags.append("metric_for_best_model")
+        asked = [name for name in flags if getattr(run, name)]
         if asked and not len(self.held_out.rows):
             raise ValueError(
                 f"--{asked[0]} {getattr(run, asked[0])}: no record is held out, so nothing is evaluated. Pass --val_dataset or "
                 "a higher --dataset_test_ratio, or leave the flag out."
             )
+
+    def _require_metric(self) -> None:
+        """Raises ValueError on rank 0 where evaluations lack what decides on the best one."""
+        if self.rank == 0 and self.held_out.pairs and not is_of_benchmark(self.config.run):
+            metric_name(self.config.run.metric_for_best_model, self.log.latest)
 
     def train(self) -> WorkerResult:
         stream = pairs_in_order(
@@ -189,6 +205,7 @@ class _Worker:
         if self.start_step == 0:
             if self.config.run.eval_on_start:
                 self._evaluate(0)
+                self._require_metric()
             self._answer("before")
         with self.watch.stage("training"):
             # A run that was killed after it stopped early stays stopped.

@@ -210,6 +210,18 @@ def test_a_rate_for_a_part_that_is_frozen_is_refused():
         Config(DPO(), tuner=tuner, optimizer=OptimizerConfig(aligner_lr=1e-3))
 
 
+@pytest.mark.parametrize(("strategy", "gpus"), [("ddp", 2), ("auto", 1.5), ("device_map", 1.5)])
+def test_gpus_that_a_worker_would_not_use_are_refused(strategy, gpus):
+    with pytest.raises(ValueError) as caught:
+        ClusterConfig(strategy=strategy, gpus_per_worker=gpus)
+    assert str(caught.value) == (
+        f"--gpus_per_worker {gpus} with --strategy {strategy}: a worker has a share of one GPU, one, or several whole ones, "
+        "which only --strategy device_map (or auto) makes use of. Pass --gpus_per_worker 1 and a higher --num_workers, or a "
+        "whole number with device_map."
+    )
+    assert ClusterConfig(gpus_per_worker=2).spreads_models
+
+
 def test_gradients_that_are_added_up_once_a_step_are_those_of_shards():
     with pytest.raises(ValueError) as caught:
         ClusterConfig(sync_each_batch=False)
@@ -227,8 +239,8 @@ def test_groups_that_have_a_model_between_them_are_of_one_size():
     with pytest.raises(ValueError) as caught:
         ClusterConfig(strategy="fsdp", num_workers=8, shard_group_size=3)
     assert str(caught.value) == (
-        "--shard_group_size 3 with --num_workers 8: workers are cut into groups of one size. Pass numbers of which one divides "
-        "the other."
+        "--shard_group_size 3 with --num_workers 8: workers are cut into groups of one size. Pass a size that divides the "
+        "number of workers."
     )
     with pytest.raises(ValueError) as caught:
         ClusterConfig(strategy="fsdp", num_workers="4:8", shard_group_size=4)

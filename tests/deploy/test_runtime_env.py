@@ -27,7 +27,7 @@ def test_ray_takes_the_environment_and_would_refuse_an_unknown_option(env: dict[
 
 def test_the_working_directory_is_installed_at_the_locked_versions(env: dict[str, Any]) -> None:
     there = {"RAY_RUNTIME_ENV_CREATE_WORKING_DIR": str(REPOSITORY)}
-    assert [_expand_env_vars(package, there) for package in env["uv"]["packages"]] == [f"{REPOSITORY}[tune]"]
+    assert [_expand_env_vars(package, there) for package in env["uv"]["packages"]] == [f"{REPOSITORY}[tune,qlora]"]
     option, lock = (_expand_env_vars(word, there) for word in env["uv"]["uv_pip_install_options"])
     assert option == "--constraint"
     assert os.path.samefile(lock, REPOSITORY / "requirements.lock")

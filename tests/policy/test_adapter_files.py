@@ -29,6 +29,7 @@ from tests.tiny_models import (
     make_model,
     make_policy,
     noise_image,
+    peft_adapter,
 )
 
 WHOLE: Any = {"lora_target_modules": ("ALL",), "freeze_vit": False, "freeze_aligner": False}
@@ -302,6 +303,17 @@ def test_names_of_before_transformers_4_52_are_mapped_and_that_is_said_once(
         # A stack is saved as one adapter, which sums in another order: float32.
         torch.testing.assert_close(logps(saved, folder), expected, atol=0, rtol=1e-5 if tuner else 0)
         assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_an_adapter_on_the_output_head_is_refused(llava: Path, tmp_path: Path, stack: bool) -> None:
+    """Whose weight alone the log-probs are made of."""
+    adapter = peft_adapter(llava, tmp_path / "adapter", ["q_proj", "lm_head"])
+    assert complaint(llava, adapter, stack_adapter=stack) == (
+        f"{adapter}: the adapter stands on the output head, too, whose weight is read apart from its layer here, so it would "
+        f"be left out. Merge it into its model first (rayalign export --model {adapter}), and go on from that."
+    )
+    make_policy(ModelSource(str(llava), str(adapter)), tuner=TunerConfig(sft_type="full"))
 
 
 @pytest.mark.parametrize("targets", ["old names", ["q_proj"], r"^model\.layers.*\.q_proj$", "all-linear"])

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from rayalign.algorithms import Needs
 from rayalign.config.sections import ModelConfig, TunerConfig
+from rayalign.models.source import ModelSource
+from rayalign.policy.saving import save_policy
 from rayalign.policy.sharding import mesh_of_workers, shard_policy, vision_layers
 from tests.tiny_families import NOT_ON_THE_SHELF, TINY_FAMILIES, TINY_TEXT_MODELS
-from tests.tiny_models import encode_pair, make_batch, make_policy, noise_image, save_model
+from tests.tiny_models import encode_pair, make_batch, make_policy, noise_image, peft_adapter, save_model
 
 ALL_WEIGHTS = TunerConfig(sft_type="full", freeze_vit=False, freeze_aligner=False)
 WITHOUT_LAYERS = {"fast_vlm", "vipllava"}
@@ -57,3 +60,16 @@ def test_all_matrices_of_a_model_are_sharded_and_make_the_same(
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     sum(each.sum() for each in found).backward()
     assert all(p.grad is not None for layer in layers[:1] for p in layer.parameters())
+
+
+def test_an_adapter_on_sharded_embeddings_is_saved_without_them(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = model_folder("llava")
+    adapter = peft_adapter(folder, tmp_path / "adapter", ["q_proj", "embed_tokens"])
+    policy = make_policy(ModelSource(str(folder), str(adapter)))
+    save_policy(policy, tmp_path / "before")
+    cpu = torch.device("cpu")
+    shard_policy(policy, mesh_of_workers(cpu), device=cpu, needs=Needs())
+    save_policy(policy, tmp_path / "sharded")
+    before, sharded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "sharded"))
+    assert before.keys() == sharded.keys() == load_file(adapter / "adapter_model.safetensors").keys()
+    assert all(torch.equal(value, sharded[name]) for name, value in before.items())

@@ -118,7 +118,7 @@ def test_a_run_that_goes_on_decides_as_one_that_was_never_interrupted() -> None:
     evaluations = [{LIKELIHOOD: value, MARGIN: 0.1 * value} for value in (0.1 + 0.2, 0.7, 0.7, 0.6)]
     best = Best()
     for number, metrics in enumerate(evaluations):
-        best = best_from(json.loads(json.dumps(best.to_dict()))).after(number, metrics, run)
+        best = best_from(json.loads(json.dumps(best.to_dict())), run).after(number, metrics, run)
     assert best == Best(LIKELIHOOD, 1, 0.7, 0.1 * 0.7, since=2)
     assert best.stops(run)
     assert not best.stops(RunConfig(early_stopping_patience=3))
@@ -127,7 +127,19 @@ def test_a_run_that_goes_on_decides_as_one_that_was_never_interrupted() -> None:
 
 @pytest.mark.parametrize("state", [None, {}, [], {"metric": "eval_loss"}, {**Best().to_dict(), "more": 1}])
 def test_a_checkpoint_of_another_version_knows_no_best(state: Any) -> None:
-    assert best_from(state) == Best()
+    assert best_from(state, RunConfig()) == Best()
+
+
+def test_a_best_is_that_of_the_flags_which_judged_it() -> None:
+    run = RunConfig(metric_for_best_model="loss", early_stopping_patience=1)
+    best = Best().after(10, {LOSS: 0.5}, run).after(20, {LOSS: 0.6}, run)
+    state = json.loads(json.dumps(best.to_dict()))
+    assert best_from(state, run) == Best(LOSS, 10, 0.5, None, since=1)
+    assert best_from(state, RunConfig(metric_for_best_model="loss")).since == 1
+    for other in (RunConfig(), RunConfig(metric_for_best_model="loss", greater_is_better=True)):
+        assert best_from(state, other) == Best()
+    del state["judged_by"]  # as earlier versions wrote it
+    assert best_from(state, RunConfig()) == best
 
 
 def test_another_metric_begins_anew() -> None:

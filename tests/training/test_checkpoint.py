@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rayalign.algorithms import DPO
-from rayalign.config.sections import ModelConfig, OptimizerConfig, TunerConfig
+from rayalign.config.sections import ModelConfig, OptimizerConfig, RunConfig, TunerConfig
 from rayalign.data.batch import PairBatch
 from rayalign.data.sampler import StepCounts
 from rayalign.storage import Store
@@ -25,6 +25,7 @@ from rayalign.training.checkpoint_folder import (
     fetch_newest,
     has_checkpoint,
     prune_checkpoints,
+    settle_checkpoints,
     whole_at,
 )
 from rayalign.training.checkpoint_folder import fetch as fetch_one
@@ -261,6 +262,16 @@ def test_a_checkpoint_that_one_worker_cannot_read_is_taken_by_none(checkpoints: 
     assert calls == [None, None]
 
 
+def test_checkpoints_that_nobody_can_read_do_not_outlast_new_ones(checkpoints: Store, tmp_path: Path) -> None:
+    """As after a loss of power, which leaves files of the right size."""
+    for checkpoint in checkpoints.list():
+        weights = checkpoint / "trainable.safetensors"
+        weights.write_bytes(bytes(weights.info().size))
+    assert fetch_newest(checkpoints, tmp_path) is None
+    settle_checkpoints(checkpoints.parent, RunConfig(), Best(), None)
+    assert not checkpoints.list()
+
+
 def test_what_is_fetched_stays_readable_when_storage_loses_it(folder: Path, trained: Trainer, checkpoints: Store) -> None:
     newest = newest_of(checkpoints)
     newest.store.delete()
@@ -349,12 +360,13 @@ def test_pruning_keeps_the_best_one_beside_the_newest(checkpoints: Store) -> Non
 
 
 def test_the_best_evaluation_travels_in_a_checkpoint(tmp_path: Path, trained: Trainer, checkpoints: Store) -> None:
-    assert load_best(newest_of(checkpoints)) == Best()
+    run = RunConfig()
+    assert load_best(newest_of(checkpoints), run) == Best()
     best = Best("eval_loss", 2, 0.1 + 0.2, None, since=4)
     place = tmp_path / "with_best"
     place.mkdir()
     write_checkpoint(Store(str(place)), Snapshot.of(trained.policy, trained.optimizer, step=3, best=best))
-    assert load_best(FetchedCheckpoint(Store(str(place)), 3, place)) == best
+    assert load_best(FetchedCheckpoint(Store(str(place)), 3, place), run) == best
 
 
 def test_one_checkpoint_is_found_by_its_step_and_read_whole_or_refused(checkpoints: Store, tmp_path: Path) -> None:

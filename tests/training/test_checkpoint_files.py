@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from rayalign.algorithms import SimPO
 from rayalign.config.sections import TunerConfig
@@ -95,6 +97,8 @@ def work_of(out: Path, rank: int, folders: Mapping[str, Path]) -> dict[str, Tens
     assert len(fetched) == 4 + 2  # the other worker's shards stay where they are
     take_step(resumed, folder, 1, rank, 2)
     save_model(resumed.policy, out / "model", rank=rank)
+    rounded = trainer_of(dataclasses.replace(CASE, dtype=torch.bfloat16), folder, sharded=True, rank=rank)
+    save_model(rounded.policy, out / "rounded", rank=rank)
     one = blank(sharded=True, folder=folder, rank=rank)
     restore(one, out / "alone", out / f"of one, fetched by {rank}", (rank, 2))
     return (
@@ -170,6 +174,17 @@ def test_a_sharded_model_is_saved_as_a_whole_one_is(
     for name in files - {"model.safetensors"}:
         assert (out / "model" / name).read_text() == (tmp_path / "model" / name).read_text()
     assert equal(*(load_file(place / "model" / "model.safetensors") for place in (out, tmp_path)))
+
+
+def test_the_type_that_a_sharded_model_is_saved_in_is_told(
+    folder: Path, out: Path, workers: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    whole = trainer_of(dataclasses.replace(CASE, dtype=torch.bfloat16), folder, sharded=False)
+    save_model(whole.policy, tmp_path / "model")
+    assert (out / "rounded" / "config.json").read_text() == (tmp_path / "model" / "config.json").read_text()
+    found = load_file(out / "rounded" / "model.safetensors")
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert AutoConfig.from_pretrained(out / "rounded").dtype == torch.bfloat16
 
 
 def test_a_model_can_be_made_of_shards(folder: Path, out: Path, workers: list[dict[str, Tensor]], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rayalign.config.endings import RunFailed, Terminated
 from rayalign.config.sections import RunConfig
 from rayalign.nodes import NodesLost
 from rayalign.ray_lines import TRACEBACK_LOGGER
+from rayalign.retries import StorageFailed
 from rayalign.storage import Store
 from rayalign.training import endings
 from rayalign.training.checkpoint_folder import Checkpoint
@@ -172,6 +173,10 @@ def in_a_worker(error: BaseException) -> Exception:
             "what it asks for is refused or not there (When uploading: AWS Error ACCESS_DENIED during PutObject operation: "
             "Access Denied).",
         ),
+        (
+            StorageFailed("s3://data/a.png: the storage failed 6 times in 49 s, the last time with 503."),
+            "s3://data/a.png: the storage failed 6 times in 49 s, the last time with 503.",
+        ),
     ],
     ids=[
         "here",
@@ -185,6 +190,7 @@ def in_a_worker(error: BaseException) -> Exception:
         "limit",
         "a file there",
         "object store",
+        "object store that fails",
     ],
 )
 def test_storage_that_fails_for_good_ends_a_run_with_one_sentence_and_no_restart(

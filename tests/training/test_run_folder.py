@@ -95,6 +95,14 @@ def test_a_run_may_become_elastic_and_be_fixed_again_with_the_same_global_batch(
     open_run(config_of(unfinished, num_workers=2, gradient_accumulation_steps=8))
 
 
+def test_the_type_of_the_arithmetic_stays_whatever_says_it(unfinished: Path) -> None:
+    assert refusal(config_of(unfinished, gpus_per_worker=1)) == (
+        f"--output_dir {unfinished} holds an unfinished run with another configuration:\n"
+        f"  dtype: float32 -> bfloat16\n{WAY_OUT}"
+    )
+    open_run(config_of(unfinished, dtype="float32", gpus_per_worker=1))
+
+
 def test_a_changed_configuration_is_refused_flag_by_flag(unfinished: Path) -> None:
     config = config_of(unfinished, beta=0.5, learning_rate=1e-4, dataset=["d.jsonl", "e.jsonl"])
     assert refusal(config) == (
