@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from rayalign.training.checkpoint_files import (
 )
 from rayalign.training.checkpoint_folder import MANIFEST, STATE, FetchedCheckpoint, file_entry
 from rayalign.training.distributed import gather, is_sharded
+from rayalign.training.metrics import Unlogged
 
 if TYPE_CHECKING:
     from rayalign.policy.policy import Policy
@@ -68,10 +69,11 @@ class Snapshot:
         step: int,
         scaler: GradScaler | None = None,
         best: Best = NONE_YET,
+        unlogged: Sequence[Unlogged] = (),
         rank: int = 0,
     ) -> "Snapshot":
-        """The trainable weights, the optimizer's moments, the number of steps done, float16's loss scale and the best
-        evaluation so far. The tensors are those of the training, until they are `copied`."""
+        """The trainable weights, the optimizer's moments, the number of steps done, float16's loss scale, the best evaluation
+        so far and what no line of metrics has yet. The tensors are those of the training, until they are `copied`."""
         weights = policy.trainable
         shards = {name: p for name, p in weights.items() if isinstance(p, DTensor)}
         moments = {
@@ -90,6 +92,8 @@ class Snapshot:
             state["loss_scale"] = scaler.state_dict()
         if best != NONE_YET:
             state["best"] = best.to_dict()
+        if unlogged:
+            state["unlogged"] = [dataclasses.asdict(worker) for worker in unlogged]
         tensors = {
             **files_of(weights, WEIGHTS, rank=rank, shards=shards),
             **files_of(moments, MOMENTS, rank=rank, shards=of_rows),
@@ -209,6 +213,11 @@ def _require_fit(weights: SavedTensors, parameters: Mapping[str, Tensor], checkp
                 f"The checkpoint {checkpoint} has {name} of shape {shape}, and this run trains one of "
                 f"{tuple(parameter.shape)}. {REMEDY}"
             )
+
+
+def load_unlogged(checkpoint: FetchedCheckpoint) -> list[Unlogged]:
+    """What each worker had not logged yet, by rank; nothing in a checkpoint of a version that did not keep it."""
+    return [Unlogged(**worker) for worker in json.loads((checkpoint.folder / STATE).read_text()).get("unlogged", ())]
 
 
 def load_best(checkpoint: FetchedCheckpoint, run: RunConfig) -> Best:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from rayalign.training.distributed import clip_gradients, gather, is_sharded, su
 from rayalign.training.evaluation import WatchedForward, response_tokens, shuffled_accuracies, with_preferences
 from rayalign.training.lockstep import Fillers, RecordedForward, in_step, is_filler
 from rayalign.training.metric_names import PAIR_TOKENS
-from rayalign.training.metrics import Clock, MetricSums
+from rayalign.training.metrics import Clock, MetricSums, Unlogged
 from rayalign.training.optimizer import PEAK, learning_rate, make_optimizer
 
 REMEDY = "Lower --learning_rate, or use --dtype float32 or bfloat16."
@@ -274,12 +274,12 @@ class LoopEvents:
 
     `judge` says after an evaluation what it means for the run, the same to every worker. `is_urgent` says after each step
     whether a checkpoint must be written at once, the same to every worker, too. `around_step`: a context for each step, by its
-    number, counted from 1, and its pairs.
+    number, counted from 1, and its pairs. A checkpoint is saved with what each worker has not logged yet, by rank.
     """
 
     log: Callable[[Mapping[str, float]], None]
     evaluate: Callable[[int], None]
-    save: Callable[[int], None]
+    save: Callable[[int, Sequence[Unlogged]], None]
     judge: Callable[[int], Verdict] = lambda step: GOES_ON
     is_urgent: Callable[[int], bool] = lambda step: False
     around_step: Callable[[int, int], AbstractContextManager[None]] = lambda step, pairs: nullcontext()
@@ -294,16 +294,19 @@ def run_steps(
     *,
     start_step: int,
     tokens_before: float = 0,
+    unlogged: Unlogged | None = None,
 ) -> int:
     """Trains from `start_step` (steps already done) to the sampler's end, or to where the run is judged to stop; returns that
     step.
 
-    `stream` yields this worker's (step, micro-batch) in sampler order; `tokens_before` is what `num_tokens` counts on from.
+    `stream` yields this worker's (step, micro-batch) in sampler order; `tokens_before` is what `num_tokens` counts on from,
+    `unlogged` what this worker had not logged at its checkpoint.
     Raises FloatingPointError when the loss is no longer finite. Steps that float16 skips are counted as `skipped_steps`; they
     have no gradient norm.
     """
-    clock = Clock(tokens_before, trainer.policy.num_tokens_with_padding)
-    window, skipped_steps = MetricSums(), 0
+    before = unlogged or Unlogged()
+    clock = Clock(tokens_before, trainer.policy.num_tokens_with_padding, before=before)
+    window, skipped_steps = MetricSums(before=before.sums), before.skipped_steps
     for step in range(start_step, sampler.num_steps):
         count = len(sampler.micro_batches(step, trainer.rank))
         counts = sampler.counts(step)
@@ -338,7 +341,9 @@ def run_steps(
                 raise FloatingPointError(
                     f"The gradient norm is {float(result.grad_norm)} at step {done}, so no checkpoint is written. {REMEDY}"
                 )
-            events.save(done)
+            events.save(
+                done, trainer.gather(Unlogged(clock.steps, skipped_steps, window.local, *clock.tokens)) if clock.steps else ()
+            )
             clock.skip()
         if verdict.stops:
             return done

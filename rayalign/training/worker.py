@@ -5,7 +5,7 @@ import functools
 import logging
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from rayalign.training.answers import Moment, ask, sample_of
 from rayalign.training.benchmark_results import BenchmarkResults
 from rayalign.training.best import GOES_ON, Best, Verdict, best_checkpoint, is_of_benchmark, metric_name
 from rayalign.training.changes import Changes
-from rayalign.training.checkpoint import NONE_YET, Snapshot, load_best, load_checkpoint, trains_shards
+from rayalign.training.checkpoint import NONE_YET, Snapshot, load_best, load_checkpoint, load_unlogged, trains_shards
 from rayalign.training.checkpoint_folder import ALL_SHARDS, FetchedCheckpoint, fetch, fetch_newest, settle_checkpoints
 from rayalign.training.distributed import gather
 from rayalign.training.gauges import Gauges
 from rayalign.training.group import Group
 from rayalign.training.held_out import HeldOut
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
+from rayalign.training.metrics import Unlogged
 from rayalign.training.profiling import StepProfiler, profiled_steps
 from rayalign.training.ready import everywhere, ready_policy
 from rayalign.training.reference_pass import compute_reference, missing_reference
@@ -121,7 +122,7 @@ class _Worker:
         num_steps = self.sampler.num_steps
         self.trainer = Trainer(policy, algorithm, config.optimizer, num_steps=num_steps, rank=self.rank, fillers=fillers)
         self.benchmarks = BenchmarkResults(config)
-        self.best = everywhere(lambda: self._go_on_from(checkpoint))
+        self.best, self.unlogged = everywhere(lambda: self._go_on_from(checkpoint))
         watched = self.watchdog.watched
         self.held_out = HeldOut(config, data, self.sampler, rank=self.rank, num_workers=self.num_workers, watched=watched)
         self._require_held_out()
@@ -149,15 +150,16 @@ class _Worker:
             waits=BenchmarkResults(config).waits,  # asked in the writer's thread
         )
 
-    def _go_on_from(self, checkpoint: FetchedCheckpoint | None) -> Best:
-        """Restores what a checkpoint holds; returns the best evaluation until then."""
-        best = NONE_YET
+    def _go_on_from(self, checkpoint: FetchedCheckpoint | None) -> tuple[Best, Unlogged]:
+        """Restores what a checkpoint holds; returns the best evaluation until then, and what was not logged."""
+        best, unlogged = NONE_YET, Unlogged()
         if checkpoint is not None:
             best = load_best(checkpoint, self.config.run)
+            unlogged = Unlogged.of(load_unlogged(checkpoint), self.rank, self.num_workers)
             load_checkpoint(checkpoint, self.trainer.policy, self.trainer.optimizer, scaler=self.trainer.scaler)
         if self.rank == 0:
             settle_checkpoints(self.folder, self.config.run, best, checkpoint)
-        return best
+        return best, unlogged
 
     def _has_room(self) -> bool:
         """Whether an elastic run could have more workers than it has."""
@@ -221,6 +223,7 @@ class _Worker:
                     events,
                     start_step=self.start_step,
                     tokens_before=self.log.latest.get("num_tokens", 0),
+                    unlogged=self.unlogged,
                 )
             )
         self.profiler.close()
@@ -337,14 +340,20 @@ class _Worker:
             )
 
     @_timed("checkpoints")
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, unlogged: Sequence[Unlogged]) -> None:
         self.watchdog.tick()
         self._say("Saving the checkpoint of step %d", step)
         trainer = self.trainer
         with self.log.progress.pause("saving"):
             if self.rank == 0 or trains_shards(trainer.policy):
                 snapshot = Snapshot.of(
-                    trainer.policy, trainer.optimizer, step=step, scaler=trainer.scaler, best=self.best, rank=self.rank
+                    trainer.policy,
+                    trainer.optimizer,
+                    step=step,
+                    scaler=trainer.scaler,
+                    best=self.best,
+                    unlogged=unlogged,
+                    rank=self.rank,
                 )
                 self.writer.save(snapshot, is_best=self.best.step == step)
             self.group.saved(step, self.writer.whole)

@@ -23,11 +23,11 @@ from rayalign.policy.policy import Policy
 from rayalign.storage import Store
 from rayalign.training import distributed
 from rayalign.training.best import GOES_ON, Verdict
-from rayalign.training.checkpoint import Snapshot, load_checkpoint, write_checkpoint
+from rayalign.training.checkpoint import Snapshot, load_checkpoint, load_unlogged, write_checkpoint
 from rayalign.training.checkpoint_folder import FetchedCheckpoint
 from rayalign.training.distributed import start_alike, sum_over_workers
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
-from rayalign.training.metrics import MetricSums
+from rayalign.training.metrics import MetricSums, Unlogged
 from tests.tiny_models import counts_of, encode_pair, in_float64, make_batch, make_policy, wake_adapters
 
 SHORT = ("two", "a cat", "yes", "no", "The digit is two.", "A cat sits on the mat.", "the mat")
@@ -88,7 +88,9 @@ def equal(some: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def events(**functions: Callable[..., Any]) -> LoopEvents:
-    return LoopEvents(**{"log": lambda line: None, "evaluate": lambda step: None, "save": lambda step: None, **functions})
+    return LoopEvents(
+        **{"log": lambda line: None, "evaluate": lambda step: None, "save": lambda step, unlogged: None, **functions}
+    )
 
 
 def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(folder: Path) -> None:
@@ -135,34 +137,53 @@ def test_an_evaluation_may_ask_for_a_checkpoint_or_for_the_end(folder: Path) -> 
         calls: dict[str, list[int]] = {"evaluate": [], "save": []}
         trainer = trainer_of(folder, DPO(), num_steps=6)
         told = events(
-            evaluate=calls["evaluate"].append, save=calls["save"].append, judge=lambda step, of=judged: of.get(step, GOES_ON)
+            evaluate=calls["evaluate"].append,
+            save=lambda step, unlogged, of=calls: of["save"].append(step),
+            judge=lambda step, of=judged: of.get(step, GOES_ON),
         )
         assert run_steps(trainer, sampler, stream_of(folder, sampler, 0, DPO()), run, told, start_step=0) == end
         assert calls == {"evaluate": evaluated, "save": saved}
 
 
+@pytest.mark.parametrize("logging_steps", [1, 2])
 @pytest.mark.parametrize("algorithm", [SFT(), DPO(), KTO(), RM()], ids=lambda a: a.name)
-def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(folder: Path, tmp_path: Path, algorithm: Algorithm) -> None:
+def test_a_resumed_run_ends_with_the_weights_and_lines_of_an_undisturbed_one(
+    folder: Path, tmp_path: Path, algorithm: Algorithm, logging_steps: int
+) -> None:
+    """A line may be of steps before the checkpoint, too."""
     sampler = sampler_of(pairs_of(folder, algorithm))
-    run = RunConfig(logging_steps=1, save_steps=3)
+    run = RunConfig(logging_steps=logging_steps, save_steps=3)
     lines: dict[str, list[Any]] = {"undisturbed": [], "resumed": []}
     undisturbed = trainer_of(folder, algorithm)
 
-    def save(step: int) -> None:
+    def save(step: int, unlogged: Sequence[Unlogged]) -> None:
         if step == 3:
-            write_checkpoint(Store(str(tmp_path)), Snapshot.of(undisturbed.policy, undisturbed.optimizer, step=step))
+            assert len(unlogged) == logging_steps - 1
+            snapshot = Snapshot.of(undisturbed.policy, undisturbed.optimizer, step=step, unlogged=unlogged)
+            write_checkpoint(Store(str(tmp_path)), snapshot)
 
     stream = stream_of(folder, sampler, 0, algorithm)
     run_steps(undisturbed, sampler, stream, run, events(log=lines["undisturbed"].append, save=save), start_step=0)
     torch.manual_seed(1234)  # whatever the process did before it resumed
     resumed = trainer_of(folder, algorithm, seed=7)
-    load_checkpoint(FetchedCheckpoint(Store(str(tmp_path)), 3, tmp_path), resumed.policy, resumed.optimizer)
+    checkpoint = FetchedCheckpoint(Store(str(tmp_path)), 3, tmp_path)
+    load_checkpoint(checkpoint, resumed.policy, resumed.optimizer)
     stream = stream_of(folder, sampler, 3, algorithm)
-    run_steps(resumed, sampler, stream, run, events(log=lines["resumed"].append), start_step=3)
+    logged = [line for line in lines["undisturbed"] if line["step"] <= 3]
+    run_steps(
+        resumed,
+        sampler,
+        stream,
+        run,
+        events(log=lines["resumed"].append),
+        start_step=3,
+        tokens_before=logged[-1]["num_tokens"],
+        unlogged=Unlogged.of(load_unlogged(checkpoint), 0, 1),
+    )
     assert equal(weights_of(resumed.policy), weights_of(undisturbed.policy))
-    timing = {"pairs_per_second", "tokens_per_second", "data_wait_fraction", "padding_fraction", "num_tokens"}
+    timing = {"pairs_per_second", "tokens_per_second", "data_wait_fraction"}
     expected, again = ([{k: v for k, v in line.items() if k not in timing} for line in lines[run]] for run in lines)
-    assert again == expected[3:]
+    assert again == expected[len(logged) :]
     # A reward model's head has learned, and stands in the checkpoint beside the adapters.
     saved = load_file(tmp_path / "trainable.safetensors")
     assert ("v_head.summary.weight" in saved and bool(saved["v_head.summary.weight"].any())) == (
@@ -228,7 +249,14 @@ def test_steps_that_float16_skips_are_counted_and_do_not_stop_the_run(folder: Pa
             set_loss_scale(trainer, 2.0**10)
 
     run = RunConfig(logging_steps=2, save_steps=3)
-    run_steps(trainer, sampler, stream_of(folder, sampler, 0, DPO()), run, events(log=log, save=saved.append), start_step=0)
+    run_steps(
+        trainer,
+        sampler,
+        stream_of(folder, sampler, 0, DPO()),
+        run,
+        events(log=log, save=lambda step, unlogged: saved.append(step)),
+        start_step=0,
+    )
     assert [(line["step"], line["skipped_steps"], "grad_norm" in line) for line in lines] == [
         (2, 2, False),
         (4, 2, False),
@@ -259,7 +287,7 @@ def test_a_float16_run_resumes_with_its_loss_scale(folder: Path, tmp_path: Path)
     set_loss_scale(undisturbed, 2.0**17, growth_interval=1)  # doubles after every step until one overflows
     skipped: list[float] = []
 
-    def save(step: int) -> None:
+    def save(step: int, unlogged: Sequence[Unlogged]) -> None:
         if step == 4:
             write_checkpoint(
                 Store(str(tmp_path)),
@@ -330,7 +358,7 @@ def test_lines_evaluations_and_checkpoints_come_at_their_steps_and_at_the_end(fo
     seen: dict[str, list[Any]] = {"log": [], "evaluate": [], "save": []}
     trainer = trainer_of(folder, SFT(), num_steps=5)
     run = RunConfig(logging_steps=2, eval_steps=3, save_steps=4)
-    calls = events(**{name: calls.append for name, calls in seen.items()})
+    calls = events(**{name: lambda first, *rest, of=told: of.append(first) for name, told in seen.items()})
     run_steps(trainer, sampler, stream_of(folder, sampler, 0, SFT()), run, calls, start_step=0, tokens_before=1000)
     assert [line["step"] for line in seen["log"]] == [2, 4, 5]
     assert (seen["evaluate"], seen["save"]) == ([3, 5], [4, 5])

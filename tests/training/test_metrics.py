@@ -8,7 +8,7 @@ from rayalign.data.batch import assemble
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import ImageInputs, RowLayout
 from rayalign.storage import Store
-from rayalign.training.metrics import Clock, MetricsLog, MetricSums, read_metrics
+from rayalign.training.metrics import Clock, MetricsLog, MetricSums, Unlogged, read_metrics
 
 
 def output(loss: float, rewards: list[float], nll: float, tokens: int) -> LossOutput:
@@ -77,7 +77,7 @@ def test_no_graph_outlives_the_micro_batch() -> None:
     sums = MetricSums()
     given = output(1.0, [2.0], nll=0.0, tokens=1)
     sums.add(given)
-    assert not any(share.requires_grad for share in sums._loss)
+    assert not any(total.requires_grad for total, _ in sums._sums.values())
 
 
 @pytest.fixture(params=["path", "file URL"])
@@ -127,3 +127,12 @@ def test_the_share_of_padding_in_what_the_model_runs_over_is_told() -> None:
     list(clock.waited_for(iter([batch])))  # and anew after each line
     clock.count(pairs=2, tokens=batch.num_tokens)
     assert clock.reduce()["padding_fraction"] == pytest.approx(3 / 10)
+
+
+def test_what_was_not_logged_is_counted_on_by_any_number_of_workers() -> None:
+    workers = [Unlogged(3, 1, {"loss": (0.1, 0.0), "a": (1.0, 2.0)}, 10, 12), Unlogged(3, 1, {"loss": (0.2, 0.0)}, 5, 6)]
+    assert [Unlogged.of(workers, rank, 2) for rank in range(2)] == workers
+    whole = Unlogged(3, 1, {"loss": (0.1 + 0.2, 0.0), "a": (1.0, 2.0)}, 15, 18)
+    assert Unlogged.of(workers, 0, 1) == Unlogged.of(workers, 0, 3) == whole
+    assert Unlogged.of(workers, 2, 3) == Unlogged(3, 1)
+    assert Unlogged.of([], 0, 1) == Unlogged.of([], 1, 2) == Unlogged()
