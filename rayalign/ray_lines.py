@@ -45,20 +45,22 @@ NOISE = re.compile(
     "|Failed to load CPU gemm_4bit_forward"
     "|^USDT:|External init callback must run in same thread"
     "|No available node types can fulfill placement group requests"
+    r"|gcs_placement_group_scheduler\.cc:\d+: Failed to remove"
 )
 """Lines that are not shown. Ray says the first of actors of its own (PreemptionWatcher), whose restart nobody needs;
 bitsandbytes the second when it is imported, before it can be asked not to; torch's profiler the next two when it begins and
-ends; Ray's autoscaler the last, each second, of a sweep's trials that wait where it may bring no more nodes (`nodes` tells what
-a run waits for). Can go when they say so no more."""
+ends; Ray's autoscaler the next one, each second, of a sweep's trials that wait where it may bring no more nodes (`nodes` tells
+what a run waits for); its head the last one, of a node that was lost. Can go when they say so no more."""
 
-START_TIMEOUT = re.compile(
-    r"^.*Error in control loop iteration: The worker group startup timed out.*\n"
-    r"Traceback .*\n(?:  .*\n)*\S*WorkerGroupStartupTimeoutError: .*(?:\n|\Z)",
+EXPECTED_TRACEBACKS = re.compile(
+    r"^.*(?:Error in control loop iteration: The worker group startup timed out|Graceful shutdown of backend failed).*\n"
+    r"Traceback .*\n(?: .*\n)*\S.*(?:\n|\Z)",
     re.MULTILINE,
 )
-"""What Ray Train's controller logs each time that it asks anew for room (TRAIN_START_VARIABLE); `nodes` says what is missing.
-Can go when that is no error.
-https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/execution/controller/controller.py"""
+"""What Ray Train's controller logs each time that it asks anew for room (TRAIN_START_VARIABLE), of which `nodes` says what is
+missing, and when workers can't say goodbye to one that was lost, of which `ray_errors` does. Can go when these are no errors.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/execution/controller/controller.py
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/train/v2/_internal/callbacks/backend_setup.py"""
 
 
 def quiet_logging() -> None:
@@ -89,7 +91,7 @@ def print_worker_lines(logged: dict[str, Any]) -> None:
     """Prints lines of one process of the cluster, as Ray hands them over."""
     if logged.get("actor_name") in SILENT_ACTORS:
         return
-    text = START_TIMEOUT.sub("", "".join(f"{line}\n" for line in logged["lines"]))
+    text = EXPECTED_TRACEBACKS.sub("", "".join(f"{line}\n" for line in logged["lines"]))
     lines = (line for line in text.split("\n")[:-1] if not NOISE.search(line))
     for is_own, some in itertools.groupby(lines, key=lambda line: OWN_LINE.match(line) is not None):
         batch = {**logged, "lines": list(some)}
