@@ -81,12 +81,18 @@ def ready_policy(
     return policy, fillers
 
 
+class MetByAll(ValueError):
+    """An error that all workers of a run raise."""
+
+
 def everywhere(work: Callable[[], T]) -> T:
-    """What this worker makes of some work that exchanges nothing. Every worker calls it, and all raise ValueError where one
-    does."""
+    """What this worker makes of some work that exchanges nothing. Every worker calls it, and all raise MetByAll where one
+    raises ValueError."""
     outcome = outcome_of(work, errors=(ValueError,))
-    stopped = [each for each in gather(outcome if isinstance(outcome, Stopped) else None) if each is not None]
-    made: T = result_of(stopped[0] if stopped else outcome)
+    for met in gather(outcome if isinstance(outcome, Stopped) else None):
+        if met is not None:
+            raise MetByAll(str(met.error))
+    made: T = result_of(outcome)
     return made
 
 

@@ -35,7 +35,7 @@ from rayalign.training.held_out import HeldOut
 from rayalign.training.loop import LoopEvents, Trainer, run_steps
 from rayalign.training.metrics import Unlogged
 from rayalign.training.profiling import StepProfiler, profiled_steps
-from rayalign.training.ready import everywhere, ready_policy
+from rayalign.training.ready import MetByAll, everywhere, ready_policy
 from rayalign.training.reference_pass import compute_reference, missing_reference
 from rayalign.training.run_log import RunLog, teller
 from rayalign.training.run_report import keep_scores
@@ -59,7 +59,7 @@ def train_worker(config: Config, data: RunData, group: Group) -> WorkerResult | 
         return worker
     try:
         with worker.writer:
-            return outcome_of(worker.train, errors=(FloatingPointError,))
+            return outcome_of(worker.train, errors=(FloatingPointError, MetByAll))
     except SystemExit:  # a sweep's scheduler ends the run, whose process goes on with another one
         worker.log.close()
         raise
@@ -207,7 +207,7 @@ class _Worker:
         if self.start_step == 0:
             if self.config.run.eval_on_start:
                 self._evaluate(0)
-                self._require_metric()
+                everywhere(self._require_metric)
             self._answer("before")
         with self.watch.stage("training"):
             # A run that was killed after it stopped early stays stopped.
