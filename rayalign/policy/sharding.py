@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayalign.algorithms import Needs
@@ -122,7 +123,9 @@ def shard_policy(
     of_layers = rounded if policy.is_mixed and not needs.trains_companion else as_held
     for unit in (*vision_layers(base), vision, *base.get_decoder().layers, language):
         types = as_held if unit in (vision, language) else of_layers
-        sharded: FSDPModule = fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=types, ignored_params=whole)
+        # Embeddings and output head stay whole: the backward begins with them.
+        again = unit is not language
+        sharded: FSDPModule = fully_shard(unit, mesh=mesh, reshard_after_forward=again, mp_policy=types, ignored_params=whole)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
         # A worker whose pictures don't pass some module has zeros there: all add up the same tensors.
@@ -134,17 +137,21 @@ def shard_policy(
         add_up: Any = language
         policy.add_up_shards = add_up.set_requires_all_reduce if sync_each_batch else add_up.set_requires_gradient_sync
     learns = any(parameter.requires_grad for parameter in policy.model.parameters())
-    policy.sharded = language if learns else _forgetful(language)
-    policy.sharded_vision = vision if policy.trains_vision else _forgetful(vision)
+    policy.sharded = _runner(language, learns=learns)
+    policy.sharded_vision = _runner(vision, learns=policy.trains_vision)
     policy.device = device
 
 
-def _forgetful(root: Any) -> Callable[[Callable[[], Any]], Any]:
-    """A root that no backward passes: FSDP notes the order of forwards until one does."""
+def _runner(root: Any, *, learns: bool) -> Callable[[Callable[[], Any]], Any]:
+    """Runs a function as a root's forward. FSDP notes the order of forwards, and keeps weights whole, until a backward: where
+    none follows, that ends here."""
 
     def run(function: Callable[[], Any]) -> Any:
         result = root(function)
-        root.reset_iter_state()
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
+            root.reshard()
+        if not learns:
+            root.reset_iter_state()
         return result
 
     return run

@@ -145,14 +145,16 @@ SUMS: dict[str, dict[str, Any]] = {"each": {}, "once": {"sync_each_batch": False
 
 
 def sums_of(rank: int, folder: Path) -> dict[str, Tensor]:
-    """How often a step of three micro-batches adds gradients up within groups of workers and over these."""
+    """How often a step of three micro-batches adds gradients up within groups of workers and over these, and gathers
+    weights."""
     found = {}
     for name, options in SUMS.items():
         case = Case(SimPO(), tuner=FULL, deals=(((0,), (1,), (2,)), ((3,),)), **options)
         trainer = trainer_of(case, folder, sharded=True, rank=rank)
         with Exchanges() as exchanges:
             trainer.gradients(batches_of(case, folder, case.deals[rank]), counts_of(pairs_of(folder)))
-        found[f"sums {name}"] = torch.tensor([exchanges.count[kind] for kind in ("_reduce_scatter_base_", "allreduce_")])
+        kinds = ("_reduce_scatter_base_", "allreduce_", "_allgather_base_")
+        found[f"sums {name}"] = torch.tensor([exchanges.count[kind] for kind in kinds])
     return found
 
 
@@ -232,12 +234,14 @@ def test_all_workers_are_told_what_keeps_rank_0_from_loading(
 
 
 def test_gradients_are_added_up_as_often_as_a_run_says(workers: list[dict[str, Tensor]]) -> None:
-    """There are two layers, and a root beside them; vectors are added up once a step in any case."""
+    """There are two layers, and a root beside them; vectors are added up once a step in any case. Weights of a layer are
+    gathered in the forward and in the backward, those of the root once; the tower's where there is a picture."""
     micro_batches, units = 3, 3
+    gathers = micro_batches * (1 + 2 * 2) + units
     for worker in workers:
-        assert worker["sums each"].tolist() == [micro_batches * units, 1]
-        assert worker["sums once"].tolist() == [units, 1]
-        assert worker["sums groups"].tolist() == [0, units + 1]
+        assert worker["sums each"].tolist() == [micro_batches * units, 1, gathers]
+        assert worker["sums once"].tolist() == [units, 1, gathers]
+        assert worker["sums groups"].tolist() == [0, units + 1, 0]
 
 
 def test_no_worker_has_two_whole_models(folders: Mapping[str, Path], workers: list[dict[str, Tensor]]) -> None:
