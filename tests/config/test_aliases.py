@@ -76,6 +76,7 @@ OWN = "--model m --sft_type lora --dtype bfloat16 --lora_target_modules ALL"
             "--cutoff_len 512 --val_size 0.1 --truncation_mode keep_start",
             "--max_length 512 --dataset_test_ratio 0.1 --truncation_strategy right",
         ),
+        ("--target_modules=q_proj v_proj --custom_train_dataset_path=a b", "--lora_target_modules q_proj v_proj --dataset a b"),
         ("--disable_gradient_checkpointing True", "--gradient_checkpointing false"),
         ("--disable_gradient_checkpointing 1", "--gradient_checkpointing false"),
         ("--disable_gradient_checkpointing No", "--gradient_checkpointing true"),
@@ -112,6 +113,9 @@ def test_a_file_may_hold_another_tools_names_and_the_command_line_wins(tmp_path:
         ("--bf16 False", "--bf16 false: Name the type instead, such as --dtype float32."),
         ("--bf16 full", "--bf16 full: must be true or false."),
         ("--disable_gradient_checkpointing auto", "--disable_gradient_checkpointing auto: must be true or false."),
+        ("--use_peft=true x", "--use_peft x: must be true or false."),
+        ("--pref_beta=1 2", "Unexpected word '2': every value follows its --flag."),
+        ("--pref_beta 1 --pref_beta 2", "--beta is given more than once, as 1 and as 2: give it once."),
         (
             "--pref_loss orpo",
             "--pref_loss orpo: Pass sigmoid, hinge or ipo; orpo, simpo and kto are algorithms of their own (--rlhf_type).",

@@ -11,6 +11,7 @@ from rayalign.algorithms import ALGORITHMS as ALL
 from rayalign.algorithms import DPO, Needs
 from rayalign.config import command_line
 from rayalign.config.config import Config, config_from_mapping, section_types
+from rayalign.config.inference import InferenceConfig
 from rayalign.config.flags import check_bounds, flag, flags_of
 from rayalign.config.sections import ModelConfig, OptimizerConfig
 from rayalign.config.tune import TuneConfig
@@ -110,6 +111,24 @@ def test_list_flags_take_several_words_and_may_be_repeated():
     assert config.tuner.lora_target_modules == ("q_proj", "v_proj")
 
 
+def test_words_behind_an_equals_sign_belong_to_its_list():
+    config = parse("--dataset=a.jsonl", "b.jsonl", "--columns=a=images", "b=query", "--lora_target_modules=q", "v")
+    assert config.data.dataset == ("a.jsonl", "b.jsonl")
+    assert config.data.columns == ("a=images", "b=query")
+    assert config.tuner.lora_target_modules == ("q", "v")
+    assert parse("--dataset=a=1.jsonl", "b").data.dataset == ("a=1.jsonl", "b")
+    evaluation = command_line.parse_section(
+        InferenceConfig, ["--model=m", "--output_dir=out", "--dataset=a", "b"], prog="", description="", example=""
+    )
+    assert evaluation.dataset == ("a", "b")
+
+
+def test_all_files_behind_an_equals_sign_are_read(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("beta: 0.2\n")
+    (tmp_path / "b.yaml").write_text("beta: 0.3\n")
+    assert parse(f"--config={tmp_path}/a.yaml", f"{tmp_path}/b.yaml").algorithm.beta == 0.3
+
+
 def test_booleans_are_words_and_a_bare_one_is_true():
     assert parse("--gradient_checkpointing", "false").model.gradient_checkpointing is False
     assert parse("--overwrite", "--resume=false").run.overwrite is True
@@ -183,6 +202,16 @@ def test_the_guides_commands_work_as_they_stand(own: str, expected: object):
             "has sft, dpo, simpo, cpo.",
         ),
         (["--batch_size", "1", "2"], "Unexpected word '2': every value follows its --flag."),
+        (["--beta=0.5", "0.7"], "Unexpected word '0.7': every value follows its --flag."),
+        (["--overwrite=true", "x"], "Unexpected word 'x': every value follows its --flag."),
+        (["--dataset=-a", "b"], "Unexpected word 'b': every value follows its --flag."),
+        (["--beta", "0.1", "--beta", "0.5"], "--beta is given more than once, as 0.1 and as 0.5: give it once."),
+        (["--beta=0.1", "--beta=0.1"], "--beta is given more than once, as 0.1 and as 0.1: give it once."),
+        (["--overwrite", "--overwrite=false"], "--overwrite is given more than once, as true and as false: give it once."),
+        (
+            ["--rlhf_type", "dpo", "--rlhf_type", "simpo"],
+            "--rlhf_type is given more than once, as dpo and as simpo: give it once.",
+        ),
         (["--batch_size", "x"], "--batch_size x: must be a whole number."),
         (["--beta", "-1"], "--beta -1.0: must be above 0."),
         (["--beta"], "argument --beta: expected one argument"),
