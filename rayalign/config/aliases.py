@@ -20,7 +20,8 @@ class Alias:
     """Another tool's name of a flag of ours.
 
     `values` turns its words into ours; what it doesn't list is passed on as it is, or, where `refused` says what to do instead,
-    refused. Where it lists `true`, the alias is a switch, and takes what any other one does. `separator` stands between the values of a list written as one word.
+    refused. One that lists `true` is a switch, whose words are those of any flag of true and false. `separator` stands between
+    the values of a list written as one word.
     """
 
     name: str

@@ -11,8 +11,8 @@ from rayalign.algorithms import ALGORITHMS as ALL
 from rayalign.algorithms import DPO, Needs
 from rayalign.config import command_line
 from rayalign.config.config import Config, config_from_mapping, section_types
-from rayalign.config.inference import InferenceConfig
 from rayalign.config.flags import check_bounds, flag, flags_of
+from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ModelConfig, OptimizerConfig
 from rayalign.config.tune import TuneConfig
 from rayalign.config.yaml_files import to_yaml
@@ -287,6 +287,20 @@ def test_a_file_may_name_the_algorithm_and_a_flag_wins_over_it(tmp_path: Path):
     assert isinstance(parse("--config", str(file), "--rlhf_type", "sft").algorithm, Sft)
 
 
+def test_words_of_a_file_are_read_as_on_the_command_line(tmp_path: Path):
+    """Which YAML 1.1 takes for numbers of base 60 and 8, and for dates."""
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "num_workers: 2:4\nprofile_steps: 10:12\nseed: 010\ndata_seed: 1_000\ndataset: [010, 2024-01-01, 1:30, 0b11]\n"
+        "learning_rate: 1e-5\noutput_dir: 2024-01-01\nbeta: 1.5\nbatch_size: 4\nadam_epsilon: 1.0e-08\n"
+    )
+    words = "--num_workers 2:4 --profile_steps 10:12 --seed 010 --data_seed 1_000 --dataset 010 2024-01-01 1:30 0b11 "
+    words += "--learning_rate 1e-5 --output_dir 2024-01-01 --beta 1.5 --batch_size 4 --adam_epsilon 1.0e-08"
+    config = parse("--config", str(file))
+    assert config == parse(*words.split())
+    assert (config.cluster.num_workers, config.optimizer.seed, config.data.dataset[2]) == ("2:4", 10, "1:30")
+
+
 def test_a_file_is_read_by_url(tmp_path: Path):
     (tmp_path / "a.yaml").write_text("beta: 0.7\n")
     assert parse("--config", f"file://{tmp_path}/a.yaml").algorithm.beta == 0.7
@@ -304,7 +318,10 @@ def test_a_file_is_read_by_url(tmp_path: Path):
         ("batch_size: true\n", "--batch_size True: must be a whole number."),
         ("a: " + "[" * 900, "--config FILE: is nested too deep."),
         ("{a: " * 900, "--config FILE: is nested too deep."),
-        ("a: 2024-13-45\n", "--config FILE: is not YAML (month must be in 1..12)."),
+        ("learning_rate: 1:30\n", "--learning_rate 1:30: must be a number."),
+        ("batch_size: 0x10\n", "--batch_size 0x10: must be a whole number."),
+        ("beta: 1:30.5\n", "--beta 1:30.5: must be a number."),
+        ("a: !!timestamp 2024-13-45\n", "--config FILE: is not YAML (month must be in 1..12)."),
         ("a: !!bool maybe\n", "--config FILE: is not YAML ('maybe')."),
         ("a: !!int ''\n", "--config FILE: is not YAML (string index out of range)."),
         ("a: !!timestamp soon\n", "--config FILE: is not YAML ('NoneType' object has no attribute 'groupdict')."),
@@ -349,7 +366,7 @@ def test_help_shows_every_flag_by_section_and_fits_the_terminal(
 
 
 AWKWARD = {
-    "dataset": ["a: b#10", "null", 'it\'s "quoted", yes', "1e-3", "ünïcode", "two\nlines"],
+    "dataset": ["a: b#10", "null", 'it\'s "quoted", yes', "1e-3", "ünïcode", "two\nlines", "010", "2:4", "2024-01-01", ".5"],
     "output_dir": "123",
     "learning_rate": 1.0000000000000002e-05,
     "max_steps": None,
