@@ -163,6 +163,11 @@ def _check_tuner(tuner: TunerConfig) -> None:
         raise ValueError(
             "--freeze_llm true: with --freeze_vit and --freeze_aligner nothing is left to train. Turn one of the three off."
         )
+    if tuner.sft_type == "lora" and not any(tuner.lora_target_modules):
+        raise ValueError(
+            "--lora_target_modules is empty: there is no layer to put an adapter into. Pass DEFAULT, ALL, module names or a "
+            "regular expression, or leave the flag out."
+        )
     if tuner.quant_bits not in (None, 4):
         raise ValueError(f"--quant_bits {tuner.quant_bits}: only 4 is supported. Pass 4, or leave the flag out.")
     if tuner.sft_type == "full":
@@ -298,6 +303,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(
+                f"--report_to {' '.join(self.report_to)}: none is for no sink at all. Leave it out, or the others."
+            )
 
 
 @dataclass(frozen=True)
