@@ -33,13 +33,13 @@ from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, write_task
 from rayalign.data.sampler import nothing_held_out
 from rayalign.data.shards import shard_name
 from rayalign.data.store import PreparedData
-from rayalign.data.tasks import cut_into_tasks, has_pictures, memory_of_a_task, processes_for
+from rayalign.data.tasks import cut_into_tasks, has_pictures, memory_of_a_task, processes_for, require_apart
 from rayalign.formats.columns import parse_renames
 from rayalign.formats.parse import own_formats
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, resolve_model
 from rayalign.progress import Progress, per_second
-from rayalign.sources.files import resolve_dataset
+from rayalign.sources.several import resolve_datasets
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class RunData:
 
 
 def prepare_run(config: Config) -> RunData:
-    """The run's training and held-out records, encoded now or found in the cache.
+    """The run's training and held-out records, encoded now or found in the cache; none is both.
 
     Raises ValueError for what the user can fix.
     """
@@ -79,6 +79,9 @@ def prepare_run(config: Config) -> RunData:
         trust_remote_code=config.model.trust_remote_code,
     )
     cache = cache_of(config)
+    if config.data.val_dataset:
+        sides = (_sources_of(side, config.data, config.plugins) for side in (config.data.dataset, config.data.val_dataset))
+        require_apart(*sides, seed=config.data.data_seed)
     training = prepare(config.data.dataset, spec, config.data, cache, config.plugins)
     if spec.lent_template:
         logger.warning(
@@ -109,10 +112,7 @@ def prepare(
 
     Raises ValueError where a data set can't be found, and where more than `max_dropped_fraction` of its rows are unusable.
     """
-    reading = tuple(plugin for plugin in plugins if plugin.formats)
-    renames = parse_renames(config.columns, own_formats(reading))
-    datasets = tuple(resolve_dataset(a) for a in arguments)
-    sources = Sources(datasets, config.image_root, config.allow_image_urls, reading, renames)
+    sources = _sources_of(arguments, config, plugins)
     store = cache / cache_key(sources, spec, config)
     found = PreparedData.find(store)
     found = _mended(found, sources, spec, config) if found is not None else None
@@ -122,6 +122,12 @@ def prepare(
         logger.info("Data: %d records of %s, encoded before, from %s", found.num_rows, " ".join(arguments), store.location)
     _say_remarks(found)
     return found
+
+
+def _sources_of(arguments: Sequence[str], config: DataConfig, plugins: tuple[Plugin, ...]) -> Sources:
+    reading = tuple(plugin for plugin in plugins if plugin.formats)
+    renames = parse_renames(config.columns, own_formats(reading))
+    return Sources(resolve_datasets(arguments), config.image_root, config.allow_image_urls, reading, renames)
 
 
 def _say_remarks(data: PreparedData) -> None:

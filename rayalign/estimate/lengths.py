@@ -21,7 +21,8 @@ from rayalign.formats.records import Message, PreferenceRecord, RecordError, Res
 from rayalign.images.fetch import fetch_images, image_hash, open_image
 from rayalign.models.family import Family
 from rayalign.models.processors import describe_images
-from rayalign.sources.files import count_rows, read_rows, resolve_dataset
+from rayalign.sources.files import count_rows, read_rows
+from rayalign.sources.several import resolve_datasets
 from rayalign.storage import Store
 
 LOOKED_AT = 1000
@@ -86,8 +87,7 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
     parse_renames(config.data.columns, own_formats(config.plugins))
     pairs: list[PairShape] = []
     total, unusable, too_long = 0, 0, 0
-    for argument in config.data.dataset:
-        dataset = resolve_dataset(argument)
+    for dataset in resolve_datasets(config.data.dataset):
         counts = [count_rows(file) for file in dataset.files]
         total += dataset.num_drawn(sum(counts))
         first = 0
@@ -119,7 +119,7 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
     if not config.data.val_dataset:
         held_out = held_out_of(config, total=total)
         return DataShapes(tuple(pairs), total, held_out, held_out, origin)
-    others = [resolve_dataset(argument) for argument in config.data.val_dataset]
+    others = resolve_datasets(config.data.val_dataset)
     evaluated = sum(dataset.num_drawn(sum(count_rows(file) for file in dataset.files)) for dataset in others)
     return DataShapes(tuple(pairs), total, 0, evaluated, origin)
 

@@ -53,7 +53,11 @@ def test_a_run_that_holds_nothing_out_says_so(
     num_rows: int,
     val_dataset: tuple[str, ...],
     said: bool,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").touch()
     data = PreparedData(Store("/nowhere"), "attempt", num_rows)
     monkeypatch.setattr(prepare, "prepare", lambda *_: data)  # which would need a cluster
     flags = DataConfig(dataset=("a.jsonl",), val_dataset=val_dataset)
@@ -69,6 +73,18 @@ def test_a_run_that_holds_nothing_out_says_so(
         if said
         else []
     )
+
+
+def test_a_run_that_would_train_on_held_out_records_is_refused_before_anything_is_encoded(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prepare, "prepare", lambda *_: pytest.fail("nothing is encoded"))
+    (tmp_path / "rows.jsonl").write_text('{"query": "a"}\n' * 3)
+    flags = DataConfig(dataset=(f"{tmp_path}",), val_dataset=(f"{tmp_path}/rows.jsonl#2",))
+    with pytest.raises(ValueError, match="2 of its 2 records of files that --dataset reads, too, are trained on"):
+        prepare.prepare_run(
+            Config(DPO(), model=ModelConfig(model=str(model_folder("llava"))), data=flags, run=RunConfig(output_dir="out"))
+        )
 
 
 @pytest.fixture
