@@ -75,7 +75,7 @@ def test_a_file_that_two_data_sets_hold_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as caught:
             resolve_datasets([str(one), str(other)])
         assert str(caught.value) == (
-            f"Datasets '{one}' and '{other}' both hold {file}, whose records would be read twice. Name it once; NAME#N says how "
-            "many of a data set's records there are."
+            f"Datasets '{one}' and '{other}' both hold {file}, whose records would be read twice. Name it once; NAME#N says "
+            "how many of a data set's records there are."
         )
     assert [len(dataset.files) for dataset in resolve_datasets([str(file), f"{tmp_path}/b.jsonl"])] == [1, 1]
