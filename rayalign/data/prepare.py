@@ -41,7 +41,7 @@ from rayalign.formats.parse import own_formats
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, resolve_model
 from rayalign.progress import Progress, per_second
-from rayalign.sources.several import resolve_datasets
+from rayalign.sources.several import require_records, resolve_datasets
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -173,11 +173,9 @@ def _rows_now(tasks: Sequence[PrepareTask], sources: Sources) -> dict[str, int]:
     counts = Counter[int]()
     for part in (part for task in tasks for part in task.parts):
         counts[part.dataset] += part.num_rows
-    rows = {dataset.argument: counts[number] for number, dataset in enumerate(sources.datasets)}
-    for argument, count in rows.items():
-        if not count:
-            raise ValueError(f"Dataset '{argument}' holds no records. Name another, or leave it out.")
-    return rows
+    for number, dataset in enumerate(sources.datasets):
+        require_records(dataset, counts[number])
+    return {dataset.argument: counts[number] for number, dataset in enumerate(sources.datasets)}
 
 
 def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store: Store) -> PreparedData:

@@ -1,4 +1,4 @@
-"""Several data sets side by side: no file is read twice."""
+"""Several data sets side by side: no file is read twice, and none of them is empty."""
 
 import os
 from collections.abc import Sequence
@@ -21,6 +21,12 @@ def resolve_datasets(arguments: Sequence[str]) -> tuple[Dataset, ...]:
                     "read twice. Name it once; NAME#N says how many of a data set's records there are."
                 )
     return datasets
+
+
+def require_records(dataset: Dataset, count: int) -> None:
+    """Raises ValueError for a data set with so many records, if that is none."""
+    if not count:
+        raise ValueError(f"Dataset '{dataset.argument}' holds no records. Name another, or leave it out.")
 
 
 def real_place(file: SourceFile) -> str:
