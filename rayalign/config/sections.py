@@ -42,7 +42,7 @@ class DataConfig:
     )
     max_dropped_fraction: float = flag(
         0.05,
-        "The run stops with a table of reasons when more than this fraction of the rows is unusable.",
+        "The run stops with a table of reasons when more than this fraction of a data set's rows is unusable.",
         at_least=0,
         at_most=1,
     )
@@ -246,7 +246,7 @@ class RunConfig:
     )
     profile_steps: str | None = flag(
         None,
-        "Trace these optimizer steps with torch.profiler, FIRST:LAST as the log counts them (10:12; quoted in YAML): a file "
+        "Trace these optimizer steps with torch.profiler, FIRST:LAST as the log counts them (10:12): a file "
         "for each worker in profile/, which Perfetto opens. Default: none.",
     )
     eval_steps: int = flag(50, "Steps between two passes over the held-out records (also at the end).", at_least=1)
