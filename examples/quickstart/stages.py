@@ -8,10 +8,11 @@ import os
 # Nothing is downloaded, and the pipelines join this process's cluster.
 os.environ.update({"HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"})
 
+import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,10 +102,16 @@ def command(name: str, *words: object) -> list[str]:
     return line
 
 
+def beside(usual: Sequence[object], words: Sequence[object]) -> tuple[object, ...]:
+    """The usual flags, each with its value, that `words` do not give, and these."""
+    kept = [pair for pair in zip(usual[::2], usual[1::2], strict=True) if pair[0] not in words]
+    return (*itertools.chain.from_iterable(kept), *words)
+
+
 def pipeline(name: str, *words: object) -> float:
     """Runs a training, with two workers if no other number is given; returns the seconds that it took."""
     started = time.monotonic()
-    subprocess.run(command(name, *TWO_WORKERS, *WHOLE, *RARELY, *words), cwd=ROOT, check=True)
+    subprocess.run(command(name, *beside((*TWO_WORKERS, *WHOLE, *RARELY), words)), cwd=ROOT, check=True)
     return time.monotonic() - started
 
 
@@ -150,4 +157,4 @@ def align(task: Task, name: str, run: str, *words: object, records: str = "pairs
     model = ("--model", task.folder / "sft" / "model")
     data = ("--dataset", task.folder / records, "--val_dataset", task.folder / "held_out_pairs.jsonl")
     usual = ("--learning_rate", RATE, "--max_steps", STEPS)
-    return pipeline(name, *model, *data, "--output_dir", task.folder / run, *usual, *words)
+    return pipeline(name, *model, *data, "--output_dir", task.folder / run, *beside(usual, words))

@@ -8,6 +8,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayalign.config.flags import Flag
+
 SWIFT2, SWIFT3, SWIFT4, TRL, FACTORY = "ms-swift 2.6", "ms-swift 3", "ms-swift 4.6", "TRL", "LLaMA-Factory"
 SWIFT, HF, ALL = (SWIFT2, SWIFT4), (SWIFT4, TRL, FACTORY), (SWIFT2, SWIFT4, TRL, FACTORY)
 """HF: those that take all flags of transformers' TrainingArguments; ms-swift 2.6 takes most of them."""
@@ -18,7 +20,8 @@ class Alias:
     """Another tool's name of a flag of ours.
 
     `values` turns its words into ours; what it doesn't list is passed on as it is, or, where `refused` says what to do instead,
-    refused. `separator` stands between the values of a list written as one word.
+    refused. One that lists `true` is a switch, whose words are those of any flag of true and false. `separator` stands between
+    the values of a list written as one word.
     """
 
     name: str
@@ -29,11 +32,23 @@ class Alias:
     refused: str = ""
     separator: str | None = None
 
+    @property
+    def is_switch(self) -> bool:
+        """Whether it takes true and false."""
+        return "true" in self.values
+
+    @property
+    def bare(self) -> list[str]:
+        """The values that its name alone stands for."""
+        return ["true"] if self.is_switch else []
+
     def convert(self, value: Any) -> Any:
         """Our flag's value for the alias's; raises ValueError where there is none."""
         if isinstance(value, list):
             converted = [self.convert(item) for item in value]
             return [part for item in converted for part in (item if isinstance(item, list) else [item])]
+        if self.is_switch:
+            value = Flag(self.name, bool, None, "", "").convert(value)
         word = str(value).lower() if isinstance(value, bool) else str(value)
         if word in self.values:
             return self.values[word]
@@ -74,7 +89,7 @@ ALIASES: Sequence[Alias] = (
     Alias("tuner_type", "sft_type", (SWIFT4,)),
     Alias("train_type", "sft_type", (SWIFT3,)),
     Alias("finetuning_type", "sft_type", (FACTORY,)),
-    Alias("use_peft", "sft_type", (TRL,), values={"true": "lora", "false": "full"}, refused="It is true or false."),
+    Alias("use_peft", "sft_type", (TRL,), values={"true": "lora", "false": "full"}),
     Alias("lora_r", "lora_rank", (TRL,)),
     Alias("lora_dropout_p", "lora_dropout", (SWIFT2,)),
     Alias("target_modules", "lora_target_modules", SWIFT, values={"all-linear": "ALL"}),
@@ -86,7 +101,7 @@ ALIASES: Sequence[Alias] = (
     Alias("freeze_multi_modal_projector", "freeze_aligner", (FACTORY,)),
     Alias("freeze_language_model", "freeze_llm", (FACTORY,)),
     Alias("quantization_bit", "quant_bits", (SWIFT2, FACTORY), "4 only.", values={"0": "none"}),
-    Alias("load_in_4bit", "quant_bits", (TRL,), values={"true": "4", "false": "none"}, refused="It is true or false."),
+    Alias("load_in_4bit", "quant_bits", (TRL,), values={"true": "4", "false": "none"}),
     Alias("quantization_type", "bnb_4bit_quant_type", (FACTORY,)),
     Alias("double_quantization", "bnb_4bit_use_double_quant", (FACTORY,)),
     Alias("use_bnb_nested_quant", "bnb_4bit_use_double_quant", (TRL,)),

@@ -18,7 +18,7 @@ from rayalign.config.methods import advice_for_method
 from rayalign.config.parser import Parser, add_config_flag, add_section, add_steering_flags, new_parser, started_as
 from rayalign.config.plan import PlanConfig
 from rayalign.config.plugins import PLUGIN, Plugin, load_plugins
-from rayalign.config.translate import translate_values, translate_words
+from rayalign.config.translate import separate, translate_values, translate_words
 from rayalign.config.tune import TuneConfig
 from rayalign.config.yaml_files import Extra, plugins_in, read_files, to_yaml
 
@@ -180,7 +180,7 @@ class _Command:
         first = Parser(prog=self.prog, add_help=False, allow_abbrev=False)
         add_steering_flags(first, self.algorithms)
         try:
-            early, _ = first.parse_known_args(words)  # a plugin's flags are known once it is loaded
+            early, _ = first.parse_known_args(separate(words))  # a plugin's flags are known once it is loaded
             command = self._with_plugins(early.plugin or plugins_in(early.config))
             own = command._own_names()
             words = translate_words(words, own)

@@ -23,6 +23,18 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _Once(argparse.Action):
+    """Stores the value of a flag that takes one; refuses a second value, for one of the two would be lost."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest, None)
+        if before is not None:
+            parser.error(f"--{self.dest} is given more than once, as {before} and as {values}: give it once.")
+        setattr(namespace, self.dest, values)
+
+
 def started_as(prog: str) -> str:
     """How a program is started: `python pipelines/dpo.py`, or the command `rayalign dpo`."""
     return f"python {prog}" if prog.endswith(".py") else prog
@@ -53,7 +65,11 @@ def add_section(parser: argparse.ArgumentParser, section: type[Section]) -> None
 def add_steering_flags(parser: argparse.ArgumentParser, algorithms: Iterable[str]) -> None:
     """The flags that say where the others come from."""
     parser.add_argument(
-        "--rlhf_type", default=None, metavar="|".join(algorithms), help="What is trained; decides which flags there are."
+        "--rlhf_type",
+        default=None,
+        action=_Once,
+        metavar="|".join(algorithms),
+        help="What is trained; decides which flags there are.",
     )
     add_config_flag(parser)
     parser.add_argument(
@@ -91,6 +107,6 @@ def _add_flag(group: Any, flag: Flag) -> None:
     if flag.is_list:
         group.add_argument(f"--{flag.name}", nargs="+", action="extend", metavar=metavar, help=help_text)
     elif flag.is_switch:
-        group.add_argument(f"--{flag.name}", nargs="?", const="true", metavar=metavar, help=help_text)
+        group.add_argument(f"--{flag.name}", nargs="?", const="true", action=_Once, metavar=metavar, help=help_text)
     else:
-        group.add_argument(f"--{flag.name}", metavar=metavar, help=help_text)
+        group.add_argument(f"--{flag.name}", action=_Once, metavar=metavar, help=help_text)

@@ -42,7 +42,7 @@ class DataConfig:
     )
     max_dropped_fraction: float = flag(
         0.05,
-        "The run stops with a table of reasons when more than this fraction of the rows is unusable.",
+        "The run stops with a table of reasons when more than this fraction of a data set's rows is unusable.",
         at_least=0,
         at_most=1,
     )
@@ -163,6 +163,11 @@ def _check_tuner(tuner: TunerConfig) -> None:
         raise ValueError(
             "--freeze_llm true: with --freeze_vit and --freeze_aligner nothing is left to train. Turn one of the three off."
         )
+    if tuner.sft_type == "lora" and not any(tuner.lora_target_modules):
+        raise ValueError(
+            "--lora_target_modules is empty: there is no layer to put an adapter into. Pass DEFAULT, ALL, module names or a "
+            "regular expression, or leave the flag out."
+        )
     if tuner.quant_bits not in (None, 4):
         raise ValueError(f"--quant_bits {tuner.quant_bits}: only 4 is supported. Pass 4, or leave the flag out.")
     if tuner.sft_type == "full":
@@ -241,7 +246,7 @@ class RunConfig:
     )
     profile_steps: str | None = flag(
         None,
-        "Trace these optimizer steps with torch.profiler, FIRST:LAST as the log counts them (10:12; quoted in YAML): a file "
+        "Trace these optimizer steps with torch.profiler, FIRST:LAST as the log counts them (10:12): a file "
         "for each worker in profile/, which Perfetto opens. Default: none.",
     )
     eval_steps: int = flag(50, "Steps between two passes over the held-out records (also at the end).", at_least=1)
@@ -298,6 +303,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(
+                f"--report_to {' '.join(self.report_to)}: none is for no sink at all. Leave it out, or the others."
+            )
 
 
 @dataclass(frozen=True)

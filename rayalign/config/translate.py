@@ -26,23 +26,33 @@ def translate_words(words: Sequence[str], own: Container[str]) -> list[str]:
     """The words of a command line under our names; raises ValueError as `translate_values`."""
     translated: list[str] = []
     given: dict[str, str] = {}
-    for flag_words in _by_flag(words):
-        if not flag_words[0].startswith("--"):
-            translated += flag_words
+    for first, *values in _by_flag(separate(words)):
+        if not first.startswith("--"):
+            translated += [first, *values]
             continue
-        written, equals, value = flag_words[0][2:].partition("=")
+        written, equals, value = first[2:].partition("=")
         name = _normalised(written)
         alias = alias_of(name, own)
         flag = alias.flag if alias else name
-        if given.get(flag) != written:
+        if given.get(flag) != written:  # argparse knows which flags may be repeated
             _refuse_twice(given, flag, written)
-        values = [value] if equals else flag_words[1:]
-        bare = ["true"] if alias and "true" in alias.values else []  # --bf16 alone
-        if alias is None:
-            translated += [f"--{flag}={value}"] if equals else [f"--{flag}", *values]
+        if alias is not None:
+            given_values = [value, *values] if equals else values
+            translated += [f"--{flag}", *map(str, alias.convert(given_values or alias.bare))]
         else:
-            translated += [f"--{flag}", *map(str, alias.convert(values or bare))]
+            translated += [f"--{flag}{equals}{value}", *values]
     return translated
+
+
+def separate(words: Sequence[str]) -> list[str]:
+    """`--flag=value` as two words, so that more may follow where the flag takes a list, and are refused where it doesn't.
+    A value that begins with a hyphen stays: alone it would be no value."""
+    separated: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        is_separable = word.startswith("--") and equals and not value.startswith("-")
+        separated += [flag, value] if is_separable else [word]
+    return separated
 
 
 def _normalised(name: str) -> str:

@@ -1,6 +1,7 @@
 """A run's flags as YAML: files that `--config` names -> flat values, and a Config -> the commented YAML that runs it again."""
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,24 @@ RUN_CONFIG = "config.yaml"
 
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError)
 """What PyYAML raises for a text that is no YAML, or whose values are not of the type that their form or tag says."""
+
+DECIMAL = {
+    "tag:yaml.org,2002:int": re.compile("[-+]?(?:0|[1-9][0-9]*)$"),
+    "tag:yaml.org,2002:float": re.compile(r"[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?$"),
+}
+"""The numbers that a file's plain words may be, which are numbers on the command line, too."""
+
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what only YAML 1.1 takes for numbers and dates, such as 2:4 (124), 010 (8) and 2024-01-01: it stays text, as
+    it is on the command line."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
+        first: [(tag, DECIMAL.get(tag, pattern)) for tag, pattern in resolvers if tag != TIMESTAMP]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def to_yaml(config: Config, extra: Extra | None = None) -> str:
@@ -77,8 +96,8 @@ def parse_flags(content: bytes) -> dict[str, Any]:
     """The flags in the bytes of a YAML file; raises ValueError that says what is wrong with the file, without its name."""
     try:
         text = content.decode()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise ValueError("is nested too deep.") from None
     except YAML_ERRORS as error:

@@ -26,20 +26,22 @@ from rayalign.config.config import Config
 from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig
 from rayalign.data.attempts import Attempt
+from rayalign.data.drops import TooManyDropped as TooManyDropped  # what others have of a preparation, they have from here
+from rayalign.data.drops import check_drops
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.index import INDEX_SCHEMA, write_index
-from rayalign.data.remarks import RowsSeen, remarks, unread_pictures
+from rayalign.data.remarks import RowsSeen, remarks
 from rayalign.data.rows import OUTCOME_SCHEMA, PrepareTask, Sources, write_task
 from rayalign.data.sampler import nothing_held_out
 from rayalign.data.shards import shard_name
 from rayalign.data.store import PreparedData
-from rayalign.data.tasks import cut_into_tasks, has_pictures, memory_of_a_task, processes_for
+from rayalign.data.tasks import cut_into_tasks, has_pictures, memory_of_a_task, processes_for, require_apart
 from rayalign.formats.columns import parse_renames
 from rayalign.formats.parse import own_formats
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, resolve_model
 from rayalign.progress import Progress, per_second
-from rayalign.sources.files import resolve_dataset
+from rayalign.sources.several import require_records, resolve_datasets
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class RunData:
 
 
 def prepare_run(config: Config) -> RunData:
-    """The run's training and held-out records, encoded now or found in the cache.
+    """The run's training and held-out records, encoded now or found in the cache; none is both.
 
     Raises ValueError for what the user can fix.
     """
@@ -79,6 +81,9 @@ def prepare_run(config: Config) -> RunData:
         trust_remote_code=config.model.trust_remote_code,
     )
     cache = cache_of(config)
+    if config.data.val_dataset:
+        sides = (_sources_of(side, config.data, config.plugins) for side in (config.data.dataset, config.data.val_dataset))
+        require_apart(*sides, seed=config.data.data_seed)
     training = prepare(config.data.dataset, spec, config.data, cache, config.plugins)
     if spec.lent_template:
         logger.warning(
@@ -107,12 +112,10 @@ def prepare(
     """The encoded data set for some --dataset arguments: from the cache, or made now on the cluster. Rows are read by the
     record formats of plugins, too.
 
-    Raises ValueError where a data set can't be found, and where more than `max_dropped_fraction` of its rows are unusable.
+    Raises ValueError where a data set can't be found or is empty, and where more than `max_dropped_fraction` of the rows of one
+    are unusable, whenever they were encoded.
     """
-    reading = tuple(plugin for plugin in plugins if plugin.formats)
-    renames = parse_renames(config.columns, own_formats(reading))
-    datasets = tuple(resolve_dataset(a) for a in arguments)
-    sources = Sources(datasets, config.image_root, config.allow_image_urls, reading, renames)
+    sources = _sources_of(arguments, config, plugins)
     store = cache / cache_key(sources, spec, config)
     found = PreparedData.find(store)
     found = _mended(found, sources, spec, config) if found is not None else None
@@ -120,8 +123,16 @@ def prepare(
         found = _prepare_now(sources, spec, config, store)
     else:
         logger.info("Data: %d records of %s, encoded before, from %s", found.num_rows, " ".join(arguments), store.location)
+        advice = f"(So it was when they were encoded; after a change of pictures alone, delete {store.location}.)"
+        check_drops(*_drops_before(found, sources), limit=config.max_dropped_fraction, advice=advice)
     _say_remarks(found)
     return found
+
+
+def _sources_of(arguments: Sequence[str], config: DataConfig, plugins: tuple[Plugin, ...]) -> Sources:
+    reading = tuple(plugin for plugin in plugins if plugin.formats)
+    renames = parse_renames(config.columns, own_formats(reading))
+    return Sources(resolve_datasets(arguments), config.image_root, config.allow_image_urls, reading, renames)
 
 
 def _say_remarks(data: PreparedData) -> None:
@@ -148,37 +159,38 @@ def cache_key(sources: Sources, spec: EncoderSpec, config: DataConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def table_of_reasons(dropped: Iterable[Mapping[str, Any]], num_rows: int) -> str:
-    """A few lines that say how many records were dropped for which reason."""
-    reasons = Counter(line["reason"] for line in dropped)
-    lines = [f"  {count:>8}  {reason}" for reason, count in reasons.most_common()]
-    total = sum(reasons.values())
-    share = total / num_rows if num_rows else 0.0
-    return "\n".join([f"{total} of {num_rows} records dropped ({share:.1%}):", *lines])
+def _drops_before(data: PreparedData, sources: Sources) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Of data that were encoded before, maybe under other names of the same files: the records dropped, and the rows of each
+    data set."""
+    names = {file.location: dataset.argument for dataset in sources.datasets for file in dataset.files}
+    dropped = [line | {"dataset": names[line["file"]]} for line in data.dropped()]
+    counts, kept = Counter(line["dataset"] for line in dropped), data.rows_of_datasets()
+    return dropped, {d.argument: kept[number] + counts[d.argument] for number, d in enumerate(sources.datasets)}
+
+
+def _rows_now(tasks: Sequence[PrepareTask], sources: Sources) -> dict[str, int]:
+    """The rows of each data set, by its argument. Raises ValueError where one has none."""
+    counts = Counter[int]()
+    for part in (part for task in tasks for part in task.parts):
+        counts[part.dataset] += part.num_rows
+    for number, dataset in enumerate(sources.datasets):
+        require_records(dataset, counts[number])
+    return {dataset.argument: counts[number] for number, dataset in enumerate(sources.datasets)}
 
 
 def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store: Store) -> PreparedData:
     started = time.monotonic()
     _ = spec.layout  # a processor that can't be loaded is told before any process starts
     tasks = cut_into_tasks(sources, config.data_seed)
-    total = sum(task.num_rows for task in tasks)
+    num_rows = _rows_now(tasks, sources)
+    total = sum(num_rows.values())
     arguments = [dataset.argument for dataset in sources.datasets]
     logger.info("Data: encoding %d records of %s", total, " ".join(arguments))
     attempt = uuid.uuid4().hex[:12]
     outcomes = Outcomes(sources)
     index = write_index(store / attempt, outcomes.kept(_encode(tasks, sources, spec, store / attempt, Progress(total))))
     dropped = sorted(outcomes.dropped, key=lambda line: (line["dataset"], line["file"], line["row"]))
-    words = unread_pictures(dropped, outcomes.num_rows(), limit=config.max_dropped_fraction)
-    if words is not None:
-        raise TooManyDropped(words, dropped)
-    if len(dropped) > config.max_dropped_fraction * total or not index.num_rows:
-        raise TooManyDropped(
-            f"{table_of_reasons(dropped, total)}\nThat is more than --max_dropped_fraction {config.max_dropped_fraction:g} "
-            f"allows. First: {_first_dropped(dropped)}. Fix the data, or raise the limit.",
-            dropped,
-        )
-    if dropped:
-        logger.warning("Data: %s", table_of_reasons(dropped, total))
+    check_drops(dropped, num_rows, limit=config.max_dropped_fraction)
     looks_at_pictures = None if spec.family.text_only else spec.model
     said = remarks(outcomes.seen, arguments, sources.columns, looks_at_pictures=looks_at_pictures)
     data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped, remarks=said)
@@ -253,25 +265,6 @@ class Outcomes:
             is_dropped = pc.is_valid(outcome["reason"])
             self.dropped += [_dropped_line(line, self._sources) for line in outcome.filter(is_dropped).to_pylist()]
             yield outcome.filter(pc.invert(is_dropped)).select(INDEX_SCHEMA.names)
-
-    def num_rows(self) -> Mapping[str, int]:
-        """The rows of each data set, by its argument."""
-        rows: Counter[str] = Counter()
-        for dataset, seen in zip(self._sources.datasets, self.seen, strict=True):
-            rows[dataset.argument] += seen.num_rows
-        return rows
-
-
-class TooManyDropped(ValueError):
-    """More records are unusable than allowed; `dropped` lists them."""
-
-    def __init__(self, message: str, dropped: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__(message)
-        self.dropped = list(dropped)
-
-
-def _first_dropped(dropped: Sequence[Mapping[str, Any]]) -> str:
-    return "{file}, row {row}: {reason} ({detail})".format(**dropped[0]) if dropped else "the data sets are empty"
 
 
 def _dropped_line(line: Mapping[str, Any], sources: Sources) -> dict[str, Any]:

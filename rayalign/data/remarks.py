@@ -91,7 +91,8 @@ def remarks(
     for own, argument in zip(seen, arguments, strict=True):
         unread = sorted(own.unread)
         if unread:
-            said.append((logging.INFO, f"{argument}: columns that are not read: {_listed(unread)}.{_misspelt(unread)}"))
+            words = f"{argument}: columns that are not read: {_listed(unread)}.{_of_other_formats(unread)}{_misspelt(unread)}"
+            said.append((logging.INFO, words))
         if looks_at_pictures is not None and own.kept and not own.num_images:
             words = (
                 f"{argument}: NO RECORD HAS A PICTURE, and {looks_at_pictures} is a vision-language model: of these records it "
@@ -138,7 +139,14 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_NAMES]) + (" and others" if len(names) > MOST_NAMES else "")
 
 
+def _of_other_formats(unread: Sequence[str]) -> str:
+    """A sentence on the columns that record formats read, but not those of the rows that have them."""
+    known = [name for name in unread if name in (known_columns() or ())]
+    return f" Only other record formats read {_listed(known)}." if known else ""
+
+
 def _misspelt(unread: Sequence[str]) -> str:
     """Advice on the columns whose names are almost those of columns that are read."""
-    meant = [(name, near) for name in unread if (near := nearest(name, known_columns() or ()))]
+    known = known_columns() or ()
+    meant = [(name, near) for name in unread if name not in known and (near := nearest(name, known))]
     return f" Did you mean --columns {' '.join(f'{name}={near}' for name, near in meant)}?" if meant else ""

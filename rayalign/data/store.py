@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,16 @@ class PreparedData:
         file, sha256, _ = self._index_file
         with opened_index(file, sha256) as index:
             return index.read_all()
+
+    def rows_of_datasets(self) -> Counter[int]:
+        """How many pairs there are of each data set, by its number. Raises DamagedFile."""
+        file, sha256, _ = self._index_file
+        counts = Counter[int]()
+        with opened_index(file, sha256) as index:
+            for number in range(index.num_record_batches):
+                for found in pc.value_counts(index.get_batch(number)["dataset"]).to_pylist():
+                    counts[found["values"]] += found["counts"]
+        return counts
 
     def rows_of(self, ids: frozenset[str]) -> Mapping[str, int]:
         """The row numbers of some pairs, of those that are there, in the order of the data. The index is read for them once."""

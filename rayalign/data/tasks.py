@@ -6,7 +6,7 @@ side by side.
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from rayalign.data.rows import FilePart, PrepareTask, Sources, record_of, rows_o
 from rayalign.formats.records import RecordError
 from rayalign.sources.files import Dataset, SourceFile, spans_of
 from rayalign.sources.rows import Span
+from rayalign.sources.several import real_place
 
 T = TypeVar("T")
 
@@ -52,6 +53,36 @@ def cut_into_tasks(sources: Sources, seed: int) -> list[PrepareTask]:
     for number, dataset in enumerate(sources.datasets):
         parts += _parts_of(number, dataset, list(itertools.islice(spans, len(dataset.files))), seed)
     return [_task_of(some) for some in _in_groups(parts, -(-len(parts) // MOST_TASKS))]
+
+
+def require_apart(training: Sources, held_out: Sources, *, seed: int) -> None:
+    """Raises ValueError for held-out rows that are trained on, too: of files that both sides read, as the draws take them."""
+    files, others = ({real_place(file) for d in sources.datasets for file in d.files} for sources in (training, held_out))
+    both = files & others
+    if not both:
+        return
+    trained, evaluated = (_rows_taken(sources, both, seed) for sources in (training, held_out))
+    shared = {place: np.intersect1d(trained[place], rows) for place, rows in evaluated.items() if place in trained}
+    count = sum(len(rows) for rows in shared.values())
+    if count:
+        place, rows = next((place, rows) for place, rows in shared.items() if len(rows))
+        raise ValueError(
+            f"--val_dataset {' '.join(dataset.argument for dataset in held_out.datasets)}: {count} of its "
+            f"{sum(map(len, evaluated.values()))} records of files that --dataset reads, too, are trained on, such as row "
+            f"{rows[0]} of {place}. Name other files, or leave --val_dataset out: --dataset_test_ratio of the records is held "
+            "out then, and none of these is trained on."
+        )
+
+
+def _rows_taken(sources: Sources, places: Set[str], seed: int) -> dict[str, Rows]:
+    """The rows that are read of the files in some places."""
+    taken: dict[str, list[Rows]] = {}
+    for part in (part for task in cut_into_tasks(sources, seed) for part in task.parts):
+        place = real_place(sources.datasets[part.dataset].files[part.file])
+        if place in places:
+            whole = [np.arange(span.first_row, span.first_row + span.num_rows) for span in part.spans]
+            taken.setdefault(place, []).extend(whole if part.rows is None else [part.rows])
+    return {place: np.concatenate(rows) for place, rows in taken.items()}
 
 
 def _parts_of(number: int, dataset: Dataset, spans: Sequence[Sequence[Span]], seed: int) -> Iterator[FilePart]:

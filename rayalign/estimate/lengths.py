@@ -2,6 +2,7 @@
 themselves, by their characters."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,14 @@ from rayalign.estimate.vision import ImageLoad, VisionCosts
 from rayalign.formats.columns import parse_renames, renamed, require_pictures_read
 from rayalign.formats.parse import own_formats, parse_row
 from rayalign.formats.records import Message, PreferenceRecord, RecordError, Responses, record_errors, require
-from rayalign.images.fetch import fetch_images, image_hash, open_image
+from rayalign.images.fetch import check_pixels, fetch_images, image_hash, image_size, open_image
 from rayalign.models.family import Family
 from rayalign.models.processors import describe_images
-from rayalign.sources.files import count_rows, read_rows, resolve_dataset
+from rayalign.sources.files import count_rows, read_rows
+from rayalign.sources.several import require_records, resolve_datasets
 from rayalign.storage import Store
+
+logger = logging.getLogger(__name__)
 
 LOOKED_AT = 1000
 """Records of a data set that are looked at; more would not change the figures."""
@@ -30,6 +34,10 @@ CHARACTERS_PER_TOKEN = 4.0
 """Assumed of Latin text, as is one token for every other character."""
 TOKENS_PER_MESSAGE = 6
 """Assumed of chat templates: role and marks around a message."""
+
+
+class ImageTokensUnknown(ValueError):
+    """How many tokens an image becomes can't be told, of whichever record."""
 
 
 class ImageLook:
@@ -86,19 +94,23 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
     parse_renames(config.data.columns, own_formats(config.plugins))
     pairs: list[PairShape] = []
     total, unusable, too_long = 0, 0, 0
-    for argument in config.data.dataset:
-        dataset = resolve_dataset(argument)
+    for dataset in resolve_datasets(config.data.dataset):
         counts = [count_rows(file) for file in dataset.files]
+        require_records(dataset, sum(counts))
         total += dataset.num_drawn(sum(counts))
         first = 0
         picked = _spread(sum(counts))
         for file, count in zip(dataset.files, counts, strict=True):
             rows = [int(row - first) for row in picked if first <= row < first + count]
             first += count
-            for _, content in read_rows(file, None, rows):
+            for number, content in read_rows(file, None, rows):
                 try:
                     pair = _estimate(content, Store(file.location).parent, config, look)
-                except RecordError:
+                except RecordError as error:
+                    if not unusable:
+                        logger.warning(
+                            "A record that can't be used: %s, row %d: %s (%s)", file.name, number, error.reason, error
+                        )
                     unusable += 1
                     continue
                 too_long += pair is None
@@ -119,7 +131,7 @@ def estimated(config: Config, look: ImageLook | None) -> DataShapes:
     if not config.data.val_dataset:
         held_out = held_out_of(config, total=total)
         return DataShapes(tuple(pairs), total, held_out, held_out, origin)
-    others = [resolve_dataset(argument) for argument in config.data.val_dataset]
+    others = resolve_datasets(config.data.val_dataset)
     evaluated = sum(dataset.num_drawn(sum(count_rows(file) for file in dataset.files)) for dataset in others)
     return DataShapes(tuple(pairs), total, 0, evaluated, origin)
 
@@ -151,9 +163,11 @@ def _estimate(row: Any, folder: Store, config: Config, look: ImageLook | None) -
             require_pictures_read(row, record, own)
         require(record, config.algorithm.needs.responses)
         contents = fetch_images(record.images, folder=folder, image_root=root, allow_urls=config.data.allow_image_urls)
+        check_pixels([image_size(content) for content in contents], max_pixels=config.data.max_pixels)
     messages, limit, strategy = list(record.messages), config.data.max_length, config.data.truncation_strategy
     while True:
-        pair = _shape(messages, contents, _responses(record, config.algorithm.needs.responses), look)
+        with record_errors(passing=(OSError, ImageTokensUnknown)):  # a processor refuses pictures that it can't resize
+            pair = _shape(messages, contents, _responses(record, config.algorithm.needs.responses), look)
         response, rounds = max(pair.chosen, pair.rejected), count_older_rounds(messages)
         match next_cut(pair.prompt, response, older_rounds=rounds, max_length=limit, strategy=strategy):
             case "nothing":
@@ -173,7 +187,7 @@ def _shape(
     """The shape of a pair with these messages, images and numbers of response tokens."""
     loads = {image_hash(content): look(content) for content in contents} if look else {}
     if not all(load.features for load in loads.values()):
-        raise ValueError(
+        raise ImageTokensUnknown(
             "How many tokens an image becomes is not known of this kind of model without its processor. Give the model's "
             "folder, with its tokenizer."
         )

@@ -23,12 +23,12 @@ from rayalign.estimate.advice import held_out_of, schedule_of
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.catalogue import shipped_config, shipped_configs
 from rayalign.estimate.estimate import Estimate
-from rayalign.estimate.lengths import ImageLook, estimated, measured
+from rayalign.estimate.lengths import ImageLook, ImageTokensUnknown, estimated, measured
 from rayalign.estimate.shapes import DataShapes
 from rayalign.estimate.table import plan_text
 from rayalign.estimate.vision import VisionCosts
 from rayalign.joining import start_ray
-from rayalign.models.processors import load_processor, process_images
+from rayalign.models.processors import check_resized, load_processor, process_images
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, require_description, resolve_model
 from rayalign.nodes import wait_for_cpus
@@ -101,8 +101,10 @@ def _image_look(blueprint: Blueprint, processor: Any | None, folder: str, max_pi
     def process(image: Image.Image) -> Mapping[str, Tensor]:
         if processor is not None:
             return process_images(processor, family, config, [image], alone=[True]).tensors
+        image_processor = _image_processor(folder)
+        check_resized(image_processor, *image.size)  # as preparation does
         given = [[image]] if family.one_sample_an_image else [image]
-        inputs: Mapping[str, Tensor] = _image_processor(folder)(given, return_tensors="pt")
+        inputs: Mapping[str, Tensor] = image_processor(given, return_tensors="pt")
         return inputs
 
     return ImageLook(process, family, config, VisionCosts(blueprint.build(), config), max_pixels=max_pixels)
@@ -113,7 +115,7 @@ def _image_processor(folder: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(folder)
     except (OSError, ValueError):
-        raise ValueError(
+        raise ImageTokensUnknown(
             f"{folder}: has no preprocessor_config.json, which says how many tokens an image becomes. Put the model's "
             "beside its config.json."
         ) from None

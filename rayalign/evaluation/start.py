@@ -26,7 +26,8 @@ from rayalign.nodes import resolve_cluster, wait_for_workers
 from rayalign.ops.value_head import find_value_head
 from rayalign.reference.key import hashed_files, is_hashed
 from rayalign.shared_paths import check_shared_paths
-from rayalign.sources.files import Dataset, resolve_dataset, whole_argument
+from rayalign.sources.files import Dataset, whole_argument
+from rayalign.sources.several import resolve_datasets
 from rayalign.sources.whole_paths import whole_model
 from rayalign.storage import Store, is_url
 
@@ -100,7 +101,7 @@ def sources_of(config: Config) -> Sources:
     if not config.data.dataset:
         raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
     data = config.data
-    datasets = tuple(resolve_dataset(argument) for argument in data.dataset)
+    datasets = resolve_datasets(data.dataset)
     if config.run.output_dir:
         for dataset in datasets:
             _require_apart(dataset, Store.at(config.run.output_dir))

@@ -37,9 +37,9 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def check_resized(processor: Any, width: int, height: int) -> None:
-    """Raises RecordError for a picture that the processor would blow up: where only the shorter side is set, the longer one
-    grows with it."""
-    size = getattr(getattr(processor, "image_processor", None), "size", None) or {}
+    """Raises RecordError for a picture that the processor, or image processor, would blow up: where only the shorter side is
+    set, the longer one grows with it."""
+    size = getattr(getattr(processor, "image_processor", processor), "size", None) or {}
     shortest = size.get("shortest_edge") if "longest_edge" not in size else None
     if not shortest:
         return

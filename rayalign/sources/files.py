@@ -19,6 +19,7 @@ from rayalign.sources import rows as raw
 from rayalign.sources.catalogue import CATALOGUE, registered_files
 from rayalign.sources.rows import SUFFIXES, Row, Span
 from rayalign.sources.saved_datasets import without_their_notes
+from rayalign.sources.splits import require_one_split
 from rayalign.storage import Store, is_url
 
 
@@ -62,6 +63,7 @@ def resolve_dataset(argument: str) -> Dataset:
         files = _find(store, argument=argument)
     except pa.ArrowInvalid as error:
         raise ValueError(f"Dataset '{argument}': {error}. Give a path, s3://..., gs://... or file://...") from None
+    require_one_split(argument, [file.location for file in files])
     return Dataset(argument, store.name, files, sample)
 
 

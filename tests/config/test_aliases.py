@@ -76,6 +76,12 @@ OWN = "--model m --sft_type lora --dtype bfloat16 --lora_target_modules ALL"
             "--cutoff_len 512 --val_size 0.1 --truncation_mode keep_start",
             "--max_length 512 --dataset_test_ratio 0.1 --truncation_strategy right",
         ),
+        ("--target_modules=q_proj v_proj --custom_train_dataset_path=a b", "--lora_target_modules q_proj v_proj --dataset a b"),
+        ("--disable_gradient_checkpointing True", "--gradient_checkpointing false"),
+        ("--disable_gradient_checkpointing 1", "--gradient_checkpointing false"),
+        ("--disable_gradient_checkpointing No", "--gradient_checkpointing true"),
+        ("--bf16 True --use_peft yes --load_in_4bit 1", "--dtype bfloat16 --sft_type lora --quant_bits 4"),
+        ("--fp16 on --use_peft False --load_in_4bit 0", "--dtype float16 --sft_type full"),
         ("--eval_dataset a.jsonl,b.jsonl --ray_num_workers 4", "--val_dataset a.jsonl b.jsonl --num_workers 4"),
         ("--custom_train_dataset_path a --custom_train_dataset_path b", "--dataset a b"),
     ],
@@ -104,6 +110,12 @@ def test_a_file_may_hold_another_tools_names_and_the_command_line_wins(tmp_path:
         ),
         ("--bf16 --torch_dtype float16", "--bf16 and --torch_dtype are one flag here, --dtype: give it once."),
         ("--bf16 false", "--bf16 false: Name the type instead, such as --dtype float32."),
+        ("--bf16 False", "--bf16 false: Name the type instead, such as --dtype float32."),
+        ("--bf16 full", "--bf16 full: must be true or false."),
+        ("--disable_gradient_checkpointing auto", "--disable_gradient_checkpointing auto: must be true or false."),
+        ("--use_peft=true x", "--use_peft x: must be true or false."),
+        ("--pref_beta=1 2", "Unexpected word '2': every value follows its --flag."),
+        ("--pref_beta 1 --pref_beta 2", "--beta is given more than once, as 1 and as 2: give it once."),
         (
             "--pref_loss orpo",
             "--pref_loss orpo: Pass sigmoid, hinge or ipo; orpo, simpo and kto are algorithms of their own (--rlhf_type).",
@@ -127,6 +139,14 @@ def test_a_file_may_hold_another_tools_names_and_the_command_line_wins(tmp_path:
 )
 def test_what_is_not_the_same_is_told(capsys: pytest.CaptureFixture[str], words: str, message: str):
     assert complaint(capsys, *words.split()) == message
+
+
+@pytest.mark.parametrize("value", ["True", "'True'", "1", "yes", "on"])
+def test_an_aliass_true_in_a_file_is_read_as_any_flags_true(tmp_path: Path, value: str):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"disable_gradient_checkpointing: {value}\nbf16: {value}\nload_in_4bit: {value}\n")
+    config = parse("--config", str(file))
+    assert (config.model.gradient_checkpointing, config.model.dtype, config.tuner.quant_bits) == (False, "bfloat16", 4)
 
 
 def test_two_names_of_a_flag_in_a_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -154,14 +174,10 @@ def test_a_flag_of_ours_keeps_its_name_where_another_tool_has_it_for_something_e
 
 
 def test_values_of_an_alias_are_turned_one_by_one():
-    alias = Alias("a", "b", ("TRL",), values={"true": "yes"}, separator=",")
-    assert [alias.convert(value) for value in (True, "true", False, "x,y", ["true", "z"])] == [
-        "yes",
-        "yes",
-        False,
-        ["x", "y"],
-        ["yes", "z"],
-    ]
+    alias = Alias("a", "b", ("TRL",), values={"all": "ALL"}, separator=",")
+    assert [alias.convert(value) for value in ("all", 1, "x,y", ["all", "z"])] == ["ALL", 1, ["x", "y"], ["ALL", "z"]]
+    switch = Alias("a", "b", ("TRL",), values={"true": "yes"})
+    assert [switch.convert(value) for value in (True, "TRUE", 1, False, [True])] == ["yes", "yes", "yes", False, ["yes"]]
 
 
 def test_the_table_has_a_line_for_every_entry():

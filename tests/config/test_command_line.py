@@ -12,6 +12,7 @@ from rayalign.algorithms import DPO, Needs
 from rayalign.config import command_line
 from rayalign.config.config import Config, config_from_mapping, section_types
 from rayalign.config.flags import check_bounds, flag, flags_of
+from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ModelConfig, OptimizerConfig
 from rayalign.config.tune import TuneConfig
 from rayalign.config.yaml_files import to_yaml
@@ -110,6 +111,24 @@ def test_list_flags_take_several_words_and_may_be_repeated():
     assert config.tuner.lora_target_modules == ("q_proj", "v_proj")
 
 
+def test_words_behind_an_equals_sign_belong_to_its_list():
+    config = parse("--dataset=a.jsonl", "b.jsonl", "--columns=a=images", "b=query", "--lora_target_modules=q", "v")
+    assert config.data.dataset == ("a.jsonl", "b.jsonl")
+    assert config.data.columns == ("a=images", "b=query")
+    assert config.tuner.lora_target_modules == ("q", "v")
+    assert parse("--dataset=a=1.jsonl", "b").data.dataset == ("a=1.jsonl", "b")
+    evaluation = command_line.parse_section(
+        InferenceConfig, ["--model=m", "--output_dir=out", "--dataset=a", "b"], prog="", description="", example=""
+    )
+    assert evaluation.dataset == ("a", "b")
+
+
+def test_all_files_behind_an_equals_sign_are_read(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("beta: 0.2\n")
+    (tmp_path / "b.yaml").write_text("beta: 0.3\n")
+    assert parse(f"--config={tmp_path}/a.yaml", f"{tmp_path}/b.yaml").algorithm.beta == 0.3
+
+
 def test_booleans_are_words_and_a_bare_one_is_true():
     assert parse("--gradient_checkpointing", "false").model.gradient_checkpointing is False
     assert parse("--overwrite", "--resume=false").run.overwrite is True
@@ -183,6 +202,16 @@ def test_the_guides_commands_work_as_they_stand(own: str, expected: object):
             "has sft, dpo, simpo, cpo.",
         ),
         (["--batch_size", "1", "2"], "Unexpected word '2': every value follows its --flag."),
+        (["--beta=0.5", "0.7"], "Unexpected word '0.7': every value follows its --flag."),
+        (["--overwrite=true", "x"], "Unexpected word 'x': every value follows its --flag."),
+        (["--dataset=-a", "b"], "Unexpected word 'b': every value follows its --flag."),
+        (["--beta", "0.1", "--beta", "0.5"], "--beta is given more than once, as 0.1 and as 0.5: give it once."),
+        (["--beta=0.1", "--beta=0.1"], "--beta is given more than once, as 0.1 and as 0.1: give it once."),
+        (["--overwrite", "--overwrite=false"], "--overwrite is given more than once, as true and as false: give it once."),
+        (
+            ["--rlhf_type", "dpo", "--rlhf_type", "simpo"],
+            "--rlhf_type is given more than once, as dpo and as simpo: give it once.",
+        ),
         (["--batch_size", "x"], "--batch_size x: must be a whole number."),
         (["--beta", "-1"], "--beta -1.0: must be above 0."),
         (["--beta"], "argument --beta: expected one argument"),
@@ -258,6 +287,20 @@ def test_a_file_may_name_the_algorithm_and_a_flag_wins_over_it(tmp_path: Path):
     assert isinstance(parse("--config", str(file), "--rlhf_type", "sft").algorithm, Sft)
 
 
+def test_words_of_a_file_are_read_as_on_the_command_line(tmp_path: Path):
+    """Which YAML 1.1 takes for numbers of base 60 and 8, and for dates."""
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "num_workers: 2:4\nprofile_steps: 10:12\nseed: 010\ndata_seed: 1_000\ndataset: [010, 2024-01-01, 1:30, 0b11]\n"
+        "learning_rate: 1e-5\noutput_dir: 2024-01-01\nbeta: 1.5\nbatch_size: 4\nadam_epsilon: 1.0e-08\n"
+    )
+    words = "--num_workers 2:4 --profile_steps 10:12 --seed 010 --data_seed 1_000 --dataset 010 2024-01-01 1:30 0b11 "
+    words += "--learning_rate 1e-5 --output_dir 2024-01-01 --beta 1.5 --batch_size 4 --adam_epsilon 1.0e-08"
+    config = parse("--config", str(file))
+    assert config == parse(*words.split())
+    assert (config.cluster.num_workers, config.optimizer.seed, config.data.dataset[2]) == ("2:4", 10, "1:30")
+
+
 def test_a_file_is_read_by_url(tmp_path: Path):
     (tmp_path / "a.yaml").write_text("beta: 0.7\n")
     assert parse("--config", f"file://{tmp_path}/a.yaml").algorithm.beta == 0.7
@@ -275,7 +318,10 @@ def test_a_file_is_read_by_url(tmp_path: Path):
         ("batch_size: true\n", "--batch_size True: must be a whole number."),
         ("a: " + "[" * 900, "--config FILE: is nested too deep."),
         ("{a: " * 900, "--config FILE: is nested too deep."),
-        ("a: 2024-13-45\n", "--config FILE: is not YAML (month must be in 1..12)."),
+        ("learning_rate: 1:30\n", "--learning_rate 1:30: must be a number."),
+        ("batch_size: 0x10\n", "--batch_size 0x10: must be a whole number."),
+        ("beta: 1:30.5\n", "--beta 1:30.5: must be a number."),
+        ("a: !!timestamp 2024-13-45\n", "--config FILE: is not YAML (month must be in 1..12)."),
         ("a: !!bool maybe\n", "--config FILE: is not YAML ('maybe')."),
         ("a: !!int ''\n", "--config FILE: is not YAML (string index out of range)."),
         ("a: !!timestamp soon\n", "--config FILE: is not YAML ('NoneType' object has no attribute 'groupdict')."),
@@ -320,7 +366,7 @@ def test_help_shows_every_flag_by_section_and_fits_the_terminal(
 
 
 AWKWARD = {
-    "dataset": ["a: b#10", "null", 'it\'s "quoted", yes', "1e-3", "ünïcode", "two\nlines"],
+    "dataset": ["a: b#10", "null", 'it\'s "quoted", yes', "1e-3", "ünïcode", "two\nlines", "010", "2:4", "2024-01-01", ".5"],
     "output_dir": "123",
     "learning_rate": 1.0000000000000002e-05,
     "max_steps": None,

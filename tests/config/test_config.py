@@ -61,6 +61,18 @@ def test_lists_of_choices_and_numbers_may_hold_commas_but_paths_keep_theirs():
         ({"loss_weights": [1, -1]}, "--loss_weights -1.0: must be at least 0."),
         ({"loss_type": "sigmiod"}, "--loss_type sigmiod: must be one of sigmoid, hinge, sft. Did you mean sigmoid?"),
         ({"sft_type": "qqq"}, "--sft_type qqq: must be one of lora, full."),
+        (
+            {"report_to": ["none", "wandb"]},
+            "--report_to none wandb: none is for no sink at all. Leave it out, or the others.",
+        ),
+        *(
+            (
+                {"lora_target_modules": empty},
+                "--lora_target_modules is empty: there is no layer to put an adapter into. Pass DEFAULT, ALL, module names or "
+                "a regular expression, or leave the flag out.",
+            )
+            for empty in ([], "", [""])
+        ),
         ({"bata": 1}, "Unknown flag --bata. Did you mean --beta?"),
         ({"bata": 1, "qqqq": 1}, "Unknown flag --bata. Did you mean --beta? Unknown flag --qqqq."),
     ],
@@ -69,6 +81,10 @@ def test_a_bad_value_is_refused_in_words(values: dict, message: str):
     with pytest.raises(ValueError) as error:
         config_from_mapping(Toy, values)
     assert str(error.value) == message
+
+
+def test_full_fine_tuning_needs_no_place_for_adapters():
+    assert config_from_mapping(Toy, {"lora_target_modules": [], "sft_type": "full"}).tuner.lora_target_modules == ()
 
 
 def test_replace_changes_flags_wherever_they_live():

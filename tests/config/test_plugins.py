@@ -77,6 +77,12 @@ def test_a_files_algorithm_is_trained_by_name_with_its_own_flags(plugin_file: Pa
     assert config.replace({"kind": "soft"}).plugins == config.plugins
 
 
+def test_all_files_behind_an_equals_sign_are_loaded(plugin_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_format.py").write_text(FORMAT)
+    config = parse(f"--plugin={tmp_path}/my_format.py", plugin_file, "--rlhf_type=mine", "--kind=hard")
+    assert [plugin.name for plugin in config.plugins] == ["my_format", "my_loss"]
+
+
 def test_help_lists_a_plugins_flags(plugin_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--plugin", plugin_file, "--rlhf_type", "mine", "--help")

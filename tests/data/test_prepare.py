@@ -4,6 +4,7 @@ tests/integration)."""
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,11 @@ def test_a_run_that_holds_nothing_out_says_so(
     num_rows: int,
     val_dataset: tuple[str, ...],
     said: bool,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").touch()
     data = PreparedData(Store("/nowhere"), "attempt", num_rows)
     monkeypatch.setattr(prepare, "prepare", lambda *_: data)  # which would need a cluster
     flags = DataConfig(dataset=("a.jsonl",), val_dataset=val_dataset)
@@ -69,6 +74,18 @@ def test_a_run_that_holds_nothing_out_says_so(
         if said
         else []
     )
+
+
+def test_a_run_that_would_train_on_held_out_records_is_refused_before_anything_is_encoded(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prepare, "prepare", lambda *_: pytest.fail("nothing is encoded"))
+    (tmp_path / "rows.jsonl").write_text('{"query": "a"}\n' * 3)
+    flags = DataConfig(dataset=(f"{tmp_path}",), val_dataset=(f"{tmp_path}/rows.jsonl#2",))
+    with pytest.raises(ValueError, match="2 of its 2 records of files that --dataset reads, too, are trained on"):
+        prepare.prepare_run(
+            Config(DPO(), model=ModelConfig(model=str(model_folder("llava"))), data=flags, run=RunConfig(output_dir="out"))
+        )
 
 
 @pytest.fixture
@@ -134,5 +151,103 @@ def test_dropped_rows_are_listed_and_counted_whatever_task_met_them(model_folder
     assert [words for _, words in data.remarks() if "not read" in words] == [
         f"{name}: columns that are not read: source." for name in arguments
     ]
-    with pytest.raises(prepare.TooManyDropped, match="4 of 16 records dropped"):
-        prepare.prepare(arguments, spec, DataConfig(max_dropped_fraction=0.1), Store(str(tmp_path / "other")))
+
+
+ROW = {"query": "Which?", "response": "a", "rejected_response": "b"}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Prepares files of a folder for one model, with one cache."""
+
+    folder: Path
+    spec: EncoderSpec
+
+    def write(self, name: str, *rows: object) -> None:
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(self, *names: str, limit: float = 0.05) -> PreparedData:
+        config = DataConfig(max_dropped_fraction=limit)
+        return prepare.prepare([f"{self.folder}/{name}" for name in names], self.spec, config, Store(f"{self.folder}/cache"))
+
+    def refusal(self, *names: str, limit: float = 0.05) -> str:
+        with pytest.raises(ValueError) as caught:
+            self.run(*names, limit=limit)
+        return str(caught.value).replace(f"{self.folder}/", "")
+
+
+@pytest.fixture
+def preparation(without_a_cluster: None, model_folder: Callable[..., Path], tmp_path: Path) -> Preparation:
+    return Preparation(tmp_path, EncoderSpec(str(model_folder("llava")), responses="both"))
+
+
+def test_each_data_set_of_a_mix_is_held_to_the_limit(preparation: Preparation, caplog: pytest.LogCaptureFixture) -> None:
+    preparation.write("big.jsonl", *[ROW] * 99, ROW | {"response": "b"})
+    preparation.write("bad.jsonl", *[ROW] * 9, {"instruction": "x"})
+    table = (
+        "big.jsonl: 1 of 100 records dropped (1.0%):\n         1  identical responses\n"
+        "bad.jsonl: 1 of 10 records dropped (10.0%):\n         1  unknown format"
+    )
+    said = preparation.refusal("big.jsonl", "bad.jsonl")
+    assert said.startswith(
+        f"{table}\nThat is more of bad.jsonl than --max_dropped_fraction 0.05 allows. First: bad.jsonl, row 9: unknown format ("
+    )
+    assert said.endswith("Fix the data, or raise the limit.")
+    assert preparation.run("big.jsonl", "bad.jsonl", limit=0.1).num_rows == 108
+    assert f"Data: {table}" in caplog.text.replace(f"{preparation.folder}/", "")
+
+
+@pytest.mark.parametrize("limit", [0.05, 1.0])
+def test_a_data_set_of_which_nothing_is_left_is_refused(preparation: Preparation, limit: float) -> None:
+    preparation.write("big.jsonl", *[ROW] * 100)
+    preparation.write("bad.jsonl", *[{"instruction": "x"}] * 4)
+    said = preparation.refusal("big.jsonl", "bad.jsonl", limit=limit)
+    assert said.startswith(
+        "bad.jsonl: 4 of 4 records dropped (100.0%):\n         4  unknown format\nNothing is left of bad.jsonl. First: "
+        "bad.jsonl, row 0: unknown format ("
+    )
+    assert said.endswith("Fix the data, or leave this data set out.")
+
+
+@pytest.mark.parametrize("names", [("a.jsonl",), ("full.jsonl", "a.jsonl"), ("full.jsonl", "header.csv")])
+def test_a_data_set_without_records_is_refused_before_anything_is_encoded(
+    preparation: Preparation, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(prepare, "_encode", lambda *_, **__: pytest.fail("nothing is encoded"))
+    preparation.write("full.jsonl", ROW)
+    preparation.write("a.jsonl")
+    (preparation.folder / "header.csv").write_text("query,response,rejected_response\n")
+    assert preparation.refusal(*names) == f"Dataset '{names[-1]}' holds no records. Name another, or leave it out."
+
+
+def test_what_was_encoded_before_is_held_to_the_limit_of_now(
+    preparation: Preparation, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preparation.write("rows/a.jsonl", *[ROW] * 6, *[{"instruction": "x"}] * 2)
+    preparation.write("b.jsonl", *[ROW] * 3, "no object")
+    first = preparation.run("rows", "b.jsonl", limit=0.5)
+    monkeypatch.setattr(prepare, "_encode", lambda *_, **__: pytest.fail("it is encoded already"))
+    caplog.clear()
+    table = (
+        "rows/*.jsonl: 2 of 8 records dropped (25.0%):\n         2  unknown format\n"
+        "b.jsonl: 1 of 4 records dropped (25.0%):\n         1  not an object"
+    )
+    assert preparation.run("rows/*.jsonl", "b.jsonl", limit=0.25) == first  # the same files under another name
+    assert f"Data: {table}" in caplog.text.replace(f"{preparation.folder}/", "")
+    said = preparation.refusal("rows", "b.jsonl", limit=0.2)
+    assert "That is more of rows than --max_dropped_fraction 0.2 allows. First: rows/a.jsonl, row 6: unknown format (" in said
+    assert said.endswith(
+        "Fix the data, or raise the limit. (So it was when they were encoded; after a change of pictures alone, delete "
+        f"cache/{first.store.name}.)"
+    )
+
+
+def test_pictures_that_nothing_reads_end_a_run_on_data_encoded_before(preparation: Preparation) -> None:
+    preparation.write("a.jsonl", *[ROW] * 8, *[ROW | {"image_path": "0.png"}] * 2)
+    first = preparation.run("a.jsonl", limit=0.5)
+    assert preparation.refusal("a.jsonl") == (
+        "a.jsonl: 2 of 10 records have what looks like their picture in a column that no record format reads: image_path. Pass "
+        "--columns image_path=images, or take the column out of the rows. (So it was when they were encoded; after a change of "
+        f"pictures alone, delete cache/{first.store.name}.)"
+    )

@@ -238,6 +238,17 @@ def test_what_is_left_out_is_said_once_for_a_data_set(outcome_of_rows: Outcome) 
     ]
 
 
+def test_a_column_of_another_record_format_is_not_taken_for_a_slip_of_the_hand(outcome_of_rows: Outcome) -> None:
+    row = {"prompt": "Which?", "chosen": "a", "rejected": "b", "history": [["Hi.", "Hello."]], "query": "?", "sytem": "x"}
+    assert said(outcome_of_rows([row]), model=None) == [
+        (
+            logging.INFO,
+            "a.jsonl: columns that are not read: history, query, sytem. Only other record formats read history, query. Did you "
+            "mean --columns sytem=system?",
+        )
+    ]
+
+
 def test_records_in_which_a_token_would_cross_into_a_response_are_counted(outcome_of_rows: Outcome) -> None:
     crossing = [PAIR | {"response": "is"}, PAIR | {"rejected_response": "is"}]  # " is" is one token, behind "ASSISTANT: "
     table = outcome_of_rows([PAIR, *crossing, PAIR | {"response": "is "}, {"query": "?"}])

@@ -122,3 +122,52 @@ def test_a_draw_is_the_same_today_as_when_a_run_was_started(tmp_path: Path, monk
         number for part in parts for number in [part.spans[0].first_row // 256] * part.num_rows
     ]
     assert isinstance(parts[0].rows, np.ndarray)  # not a Python number each
+
+
+@pytest.fixture
+def two_files(tmp_path: Path) -> Path:
+    """a.jsonl and b.jsonl of 300 rows each."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"query": "a"}\n' * 300)
+    return tmp_path
+
+
+def sides(folder: Path, training: str, held_out: str) -> tuple[Sources, Sources]:
+    one, other = (Sources((resolve_dataset(f"{folder}/{name}"),), None, False) for name in (training, held_out))
+    return one, other
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "count", "total", "first"),
+    [
+        ("a.jsonl", "a.jsonl", 300, 300, 0),
+        ("*.jsonl", "b.jsonl", 300, 300, 0),
+        ("a.jsonl#100", "a.jsonl#100", 100, 100, None),  # the same draw
+        ("a.jsonl#200", "a.jsonl#200", 200, 200, None),
+        ("a.jsonl#299", "a.jsonl", 299, 300, None),
+        ("*.jsonl", "link.jsonl", 300, 300, 0),
+    ],
+)
+def test_held_out_rows_that_are_trained_on_are_refused(
+    two_files: Path, training: str, held_out: str, count: int, total: int, first: int | None
+) -> None:
+    (two_files / "link.jsonl").symlink_to(two_files / "b.jsonl")
+    with pytest.raises(ValueError) as caught:
+        tasks.require_apart(*sides(two_files, training, held_out), seed=3)
+    said = str(caught.value)
+    assert said.startswith(
+        f"--val_dataset {two_files}/{held_out}: {count} of its {total} records of files that --dataset reads, too, are trained "
+        "on, such as row "
+    )
+    assert first is None or f"such as row {first} of {two_files}/" in said
+    assert said.endswith(
+        "Name other files, or leave --val_dataset out: --dataset_test_ratio of the records is held out then, and none of these "
+        "is trained on."
+    )
+
+
+def test_other_files_and_other_rows_may_be_held_out(two_files: Path) -> None:
+    tasks.require_apart(*sides(two_files, "a.jsonl", "b.jsonl"), seed=3)
+    drawn = [tasks._draw(300, side.datasets[0], 3) for side in sides(two_files, "a.jsonl#2", "a.jsonl#1")]
+    assert not set(drawn[0].tolist()) & set(drawn[1].tolist())  # of this seed
+    tasks.require_apart(*sides(two_files, "a.jsonl#2", "a.jsonl#1"), seed=3)

@@ -21,7 +21,7 @@ from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.catalogue import shipped_configs
 from rayalign.estimate.lengths import ImageLook, estimated, estimated_tokens, measured
 from rayalign.estimate.memory import GB, Memory, MicroBatch
-from rayalign.estimate.plan import plan_run
+from rayalign.estimate.plan import estimate_run, plan_run
 from rayalign.estimate.shapes import DataShapes, PairShape
 from rayalign.estimate.vision import VisionCosts
 from rayalign.models.source import ModelSource
@@ -230,6 +230,45 @@ def test_a_config_without_image_settings_is_told_what_lacks(tmp_path: Path):
         f"{tmp_path}/model: has no preprocessor_config.json, which says how many tokens an image becomes. Put the "
         "model's beside its config.json."
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        (LLAVA, (1, 8000), "image too long (images: a picture of 1 x 8000 pixels would be resized to 336 x 2688000; crop it)"),
+        (QWEN, (1, 250), "unusable record (ValueError: absolute aspect ratio must be smaller than 200, got 250.0)"),
+    ],
+)
+def test_a_picture_that_no_processor_takes_is_left_out_of_a_plan_as_of_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, size: tuple[int, int], words: str
+):
+    file = write_pairs(tmp_path)
+    (tmp_path / "thin.png").write_bytes(noise_image(*size))
+    with Path(file).open("a") as rows:
+        rows.write(json.dumps({**PAIR, "images": ["thin.png"]}) + "\n")
+    config = Config(DPO, data=DataConfig(dataset=(file,), dataset_test_ratio=0), model=ModelConfig(model_type=name))
+    found = estimate_run(config).data
+    assert (found.total, found.origin.partition("rules; ")[2]) == (4, "1 of 5 left out as unusable")
+    (said,) = (line for line in caplog.messages if line.startswith("A record"))
+    assert said == f"A record that can't be used: prefs.jsonl, row 4: {words}"
+
+
+def test_pictures_that_are_too_many_pixels_together_are_left_out_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write_pairs(tmp_path)
+    with Path(file).open("a") as rows:
+        rows.write(json.dumps({**PAIR, "images": ["red.png", "red.png"]}) + "\n")
+    monkeypatch.setattr("rayalign.images.fetch.MAX_RECORD_PIXELS", 500_000)
+    found = estimated(Config(DPO, data=DataConfig(dataset=(file,))), look_of(LLAVA))
+    assert found.origin.endswith("; 1 of 5 left out as unusable")
+
+
+def test_a_data_set_without_records_has_no_plan(tmp_path: Path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="holds no records"):
+        estimate(tmp_path, [])
+    with pytest.raises(ValueError) as error:
+        estimated(Config(DPO, data=DataConfig(dataset=(write_pairs(tmp_path), f"{tmp_path}/empty.jsonl"))), None)
+    assert str(error.value) == f"Dataset '{tmp_path}/empty.jsonl' holds no records. Name another, or leave it out."
 
 
 def test_more_records_are_asked_for_than_there_are(tmp_path: Path):

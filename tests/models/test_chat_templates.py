@@ -171,8 +171,12 @@ def test_a_run_says_once_that_a_template_is_lent(
     model_folder: Callable[..., Path],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(prepare, "prepare", lambda *_: None)  # the records don't matter here, and would need a cluster
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").touch()
     folder = without_template("llava_next")
     for model in (folder, model_folder("llava_next")):
         data = DataConfig(dataset=("a.jsonl",), val_dataset=("b.jsonl",))
