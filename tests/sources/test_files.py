@@ -428,3 +428,63 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, where: str) -> None:
     with pytest.raises(ValueError) as caught:
         list(read_rows(resolve_dataset(str(path)).files[0]))
     assert str(caught.value).startswith(f"{path} is not a readable parquet file: ")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            'Hi\rthere,"First.\nSecond, that"',
+            "line 2: a carriage return stands in a cell without quotes; put cells that hold one into quotes",
+        ),
+        (
+            '"a" b,"line1\nline2,X"',
+            "line 2: ',' expected after '\"'; long texts and images are better kept in .jsonl or .parquet files",
+        ),
+        # Quotes inside of a cell without quotes are text, and open nothing.
+        (
+            'a 5" pipe\r,b',
+            "line 2: a carriage return stands in a cell without quotes; put cells that hold one into quotes",
+        ),
+        (
+            '"a" b" c,"""d"" e\n""f\n",g\r,h',
+            "line 2: ',' expected after '\"'; long texts and images are better kept in .jsonl or .parquet files",
+        ),
+    ],
+)
+def test_a_broken_csv_row_ends_where_its_last_quoted_cell_does(tmp_path: Path, row: str, words: str) -> None:
+    file = write(tmp_path / "a.csv", f"query,response\n{row}\nQ2,A2\n")
+    assert reasons(file) == [(0, words), (1, {"query": "Q2", "response": "A2"})]
+    assert [(span.first_row, span.num_rows) for span in spans_of(file, 1)] == [(0, 1), (1, 1)]
+
+
+def test_blanks_around_the_names_of_a_csv_header_do_not_count(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", ", query, response ,\n0,Q,A,x\n")
+    assert reasons(file) == [(0, {"(column 1)": "0", "query": "Q", "response": "A", "(column 4)": "x"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.csv",
+            b"query,response\rQ,A\r",
+            "{}: its lines end in carriage returns (\\r), which aren't read as line ends. Save it with line feeds (\\n or \\r\\n).",
+        ),
+        (
+            "a.csv",
+            b'"query","response"\r"Q","A"\r',
+            "{}: its lines end in carriage returns (\\r), which aren't read as line ends. Save it with line feeds (\\n or \\r\\n).",
+        ),
+        ("a.csv", "query,response\nQ,A\n".encode("utf-16"), "{} is UTF-16 text, which isn't read. Save it as UTF-8."),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "{} is UTF-16 text, which isn't read. Save it as UTF-8."),
+        ("a.json", b"\xfe\xff" + '[{"a": 1}]'.encode("utf-16-be"), "{} is UTF-16 text, which isn't read. Save it as UTF-8."),
+    ],
+)
+def test_a_text_file_in_another_encoding_or_with_other_line_ends_says_so(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    file = write(tmp_path / name, content)
+    with pytest.raises(ValueError) as caught:
+        count_rows(file)
+    assert str(caught.value) == words.replace("{}", file.location)
