@@ -3,12 +3,12 @@
 `data.prepare` renames, parses, and collects what is left out, to say it once for each data set.
 """
 
-import json
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from rayalign.config.flags import did_you_mean
 from rayalign.formats.cells import plain
+from rayalign.formats.json_text import parse_json
 from rayalign.formats.parse import UNSUPPORTED_COLUMNS, Format, format_of, known_columns
 from rayalign.formats.pictures import looks_like_picture
 from rayalign.formats.records import PreferenceRecord, RecordError
@@ -79,10 +79,7 @@ def from_text(column: str, text: str) -> Any:
     Raises ValueError where it is none.
     """
     if column in JSON_COLUMNS and text.startswith(("[", "{")):
-        try:
-            return json.loads(text)
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        return parse_json(text)
     if column == "margin":
         return float(text)
     if column == "label":

@@ -488,3 +488,51 @@ def test_a_text_file_in_another_encoding_or_with_other_line_ends_says_so(
     with pytest.raises(ValueError) as caught:
         count_rows(file)
     assert str(caught.value) == words.replace("{}", file.location)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".arrow"])
+def test_two_columns_of_one_name_are_an_error_of_the_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    table = pa.Table.from_arrays([pa.array(["Q"]), pa.array(["A"]), pa.array(["B"])], ["query", "response", "response"])
+    match suffix:
+        case ".csv":
+            path.write_text("query,response, response\nQ,A,B\n")
+        case ".parquet":
+            pq.write_table(table, path)
+        case ".arrow":
+            with pa.ipc.new_stream(path, table.schema) as stream:
+                stream.write_table(table)
+    with pytest.raises(ValueError) as caught:
+        list(read_rows(source(path)))
+    assert str(caught.value) == f"{path} has several columns named response. Give each a name of its own, or take one out."
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_json_object_with_two_keys_of_one_name_is_an_error_of_its_row(tmp_path: Path, suffix: str) -> None:
+    rows = ['{"a": "x", "a": "y"}', '{"b": [{"role": "user", "c": 1, "role": "user"}]}', '{"a": 1, "b": {"a": 1}}']
+    file = write(tmp_path / f"a{suffix}", "\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]")
+    where = ("line 1", "line 2") if suffix == ".jsonl" else ("element 0", "element 1")
+    assert reasons(file) == [
+        (0, f"{where[0]}: an object has several keys 'a'; keep one of them"),
+        (1, f"{where[1]}: an object has several keys 'role'; keep one of them"),
+        (2, {"a": 1, "b": {"a": 1}}),
+    ]
+
+
+def test_json_in_a_csv_cell_has_each_key_once(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", 'query,images\nQ,"{""path"": ""a.png"", ""path"": ""b.png""}"\n')
+    assert reasons(file) == [(0, "images: line 2: an object has several keys 'path'; keep one of them")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            '[{"a": 1}, {"a": 2}]\n{"a": 3}',
+            "line 1: expected a JSON object {...}, found list; if the file holds a JSON array, call it .json",
+        ),
+        ('[\n{"a": 1}\n]', "line 1, column 2: Expecting value; if the file holds a JSON array, call it .json"),
+    ],
+)
+def test_a_json_array_in_a_file_of_lines_is_told_how_to_be_called(tmp_path: Path, content: str, words: str) -> None:
+    assert reasons(write(tmp_path / "a.jsonl", content))[0] == (0, words)
