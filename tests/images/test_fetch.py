@@ -527,9 +527,7 @@ def test_a_store_that_fails_is_no_fault_of_the_record(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("error", [OSError("AWS Error NETWORK_CONNECTION"), TimeoutError("timed out")])
-def test_a_store_elsewhere_that_fails_drops_the_record_that_names_it(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_a_store_elsewhere_that_fails_drops_the_record_that_names_it(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(Store, "resolve", lambda store: (FakeStore(error), "bucket"))
     with pytest.raises(RecordError) as caught:
         fetch_images(["s3://elsewhere/a.png"], folder=Store("/data"), image_root=None, allow_urls=True)
