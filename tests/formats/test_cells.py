@@ -169,7 +169,7 @@ def test_the_system_column_and_a_system_message_are_one(name: str) -> None:
     assert (expected.messages[0].content, expected.chosen, expected.rejected) == ("Be brief.", "A.", "B.")
     assert record(SYSTEM) == expected
     assert record(EMPTY_SYSTEM) == expected
-    with pytest.raises(RecordError, match="the row has both 'system' and a system message in '.*', and they differ") as caught:
+    with pytest.raises(RecordError, match=r"the row has both 'system' and a system message in '.*', and they differ") as caught:
         record(OTHER_SYSTEM)
     assert (caught.value.reason, caught.value.field) == ("ambiguous system", "system")
 

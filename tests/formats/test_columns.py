@@ -46,8 +46,8 @@ def test_several_renames_in_one_word_are_refused(argument: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_renames((argument,))
     assert str(caught.value) == (
-        f"--columns {argument}: these are several renames in one word. Make each a word of its own (--columns a=images b=query), "
-        "and in YAML an item of a list ([a=images, b=query])."
+        f"--columns {argument}: these are several renames in one word. Make each a word of its own (--columns a=images "
+        "b=query), and in YAML an item of a list ([a=images, b=query])."
     )
     assert parse_renames(("my image=images",)) == (("my image", "images"),)
 

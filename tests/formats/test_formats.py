@@ -292,7 +292,8 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [USER, {**CHOSEN, "tool_calls": [{}]}]},
         "unsupported content",
-        "messages: a message holds 'tool_calls', which can't be trained on; take it out, or write what it says into the content",
+        "messages: a message holds 'tool_calls', which can't be trained on; take it out, or write what it says into the "
+        "content",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "video"}]}, CHOSEN]},

@@ -469,12 +469,14 @@ def test_blanks_around_the_names_of_a_csv_header_do_not_count(tmp_path: Path) ->
         (
             "a.csv",
             b"query,response\rQ,A\r",
-            "{}: its lines end in carriage returns (\\r), which aren't read as line ends. Save it with line feeds (\\n or \\r\\n).",
+            "{}: its lines end in carriage returns (\\r), which aren't read as line ends. Save it with line feeds (\\n or "
+            "\\r\\n).",
         ),
         (
             "a.csv",
             b'"query","response"\r"Q","A"\r',
-            "{}: its lines end in carriage returns (\\r), which aren't read as line ends. Save it with line feeds (\\n or \\r\\n).",
+            "{}: its lines end in carriage returns (\\r), which aren't read as line ends. Save it with line feeds (\\n or "
+            "\\r\\n).",
         ),
         ("a.csv", "query,response\nQ,A\n".encode("utf-16"), "{} is UTF-16 text, which isn't read. Save it as UTF-8."),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "{} is UTF-16 text, which isn't read. Save it as UTF-8."),
