@@ -6,7 +6,7 @@ IMAGE_PLACEHOLDER = re.compile(
     r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?"
     r"|(?:<\|begin_of_image\|>)?<\|image[ _-]?\d*\|>(?:<\|end_of_image\|>)?"
     r"|(?:<img>)?<IMG_CONTEXT>(?:</img>)?"
-    r"|<(?i:image)[ _-]?\d+>"
+    r"|<(?i:image)(?:[ _-]?\d+| ?/)>"
     r"|<(?i:image)[ _-]?(?i:here|pad|placeholder|soft_token|token)>"
     r"|<start_of_image>"
     r"|<(?:Image|IMAGE)>"

@@ -100,6 +100,7 @@ PLACEHOLDERS = (
     "<|image_1|>",
     "<image_1>",
     "<image 1>",
+    "<image/>",
     "<Image>",
     "<image_placeholder>",
     "<ImageHere>",
@@ -120,8 +121,8 @@ def test_what_others_write_for_an_image_is_a_mark_where_there_is_one(format: str
             parse(row | {"images": images})
         assert caught.value.reason == "image mark count"
         assert caught.value.words == (
-            f"{placeholder} stands for an image in the text, and the number of images is {len(images)}; write <image> where each "
-            "image goes, or take it out"
+            f"{placeholder} stands for an image in the text, and the number of images is {len(images)}; write <image> where "
+            "each image goes, or take it out"
         )
 
 

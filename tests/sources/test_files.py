@@ -329,6 +329,48 @@ def test_a_glob_is_the_data_files_that_match(tree: Path, pattern: str, found: li
     assert names(f"{tree}/{pattern}", tree) == found
 
 
+HOW_TO_READ = "Unpack what is compressed, write other kinds as .jsonl or .parquet, and name an Arrow file by its own path."
+
+
+@pytest.mark.parametrize("pattern", ["", "/*", "/**/*"])
+def test_what_looks_like_data_and_is_not_read_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pattern: str
+) -> None:
+    for name in ("a.jsonl", "b.jsonl.gz", "c.ndjson", "d.TSV", "deep/e.csv.zst", "deep/f.xlsx", "old.jsonl.bak"):
+        write(tmp_path / name, "")
+    for name in ("README.md", "cat.png", "images.tar.gz", "images.zip", "notes.txt", ".g.tsv", "tsv"):
+        write(tmp_path / name, "")
+    for _ in range(2):
+        assert names(f"{tmp_path}{pattern}", tmp_path) == ["a.jsonl"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Data: {tmp_path}{pattern}: passed over, and they look like data: b.jsonl.gz, c.ndjson, d.TSV and 3 more. "
+        f"{HOW_TO_READ}"
+    ]
+    caplog.clear()
+    assert names(f"{tmp_path}/*.jsonl", tmp_path) == ["a.jsonl"]
+    assert caplog.records == []
+
+
+def test_an_arrow_file_by_itself_in_a_folder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "x.arrow", "")
+    write(tmp_path / "cache" / "cache-1.arrow", "")  # as `datasets` writes
+    kinds = ".jsonl, .json, .parquet, .csv, .arrow"
+    with pytest.raises(ValueError) as caught:
+        resolve_dataset(str(tmp_path))
+    assert str(caught.value) == (
+        f"Dataset '{tmp_path}': the folder {tmp_path} holds no file that ends in {kinds}, but x.arrow. {HOW_TO_READ}"
+    )
+    write(tmp_path / "a.jsonl", "")
+    assert names(str(tmp_path), tmp_path) == ["a.jsonl"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Data: {tmp_path}: passed over, and they look like data: x.arrow. {HOW_TO_READ}"
+    ]
+    assert names(f"{tmp_path}/*.*", tmp_path) == ["a.jsonl", "x.arrow"]
+    write(tmp_path / "b" / "c.tsv.gz", "")
+    with pytest.raises(ValueError, match=r"and ends in .*, but b/c\.tsv\.gz\. Unpack"):
+        resolve_dataset(f"{tmp_path}/b*")
+
+
 def test_a_relative_path_starts_from_the_current_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
     assert names("b.jsonl#5", tree) == ["b.jsonl"]
