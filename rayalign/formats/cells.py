@@ -209,19 +209,22 @@ def role_of(message: Mapping[str, Any], *, column: str) -> Any:
 
     Raises RecordError where both name one, and these differ.
     """
-    named = {key: message.get(key) for key in ("role", "from")}
-    ours = {key: ROLES.get(role, role) if isinstance(role, str) else role for key, role in named.items()}
-    return _either(ours, ("role", "from"), column=column)
+    named = [message.get(key) for key in ("role", "from")]
+    ours = [ROLES.get(role, role) if isinstance(role, str) else role for role in named]
+    return _either({"role": ours[0], "from": ours[1]}, ("role", "from"), column=column)
 
 
 def _either(message: Mapping[str, Any], keys: tuple[str, str], *, column: str) -> Any:
     """The filled one of two keys of a message that mean the same; raises RecordError where both are, and differ."""
-    given = [message[key] for key in keys if not is_missing(message.get(key))]
-    filled = [value for value in given if not is_empty(value)] or given
-    if len(filled) == 2 and filled[0] != filled[1]:
+    first, second = message.get(keys[0]), message.get(keys[1])
+    if second is None or (is_empty(second) and not is_missing(first)):
+        return first
+    if is_empty(first):
+        return second
+    if first != second:
         words = f"a message has both {keys[0]!r} and {keys[1]!r}, and they differ; keep one"
         raise RecordError("ambiguous message", words, field=column)
-    return filled[0] if filled else None
+    return first
 
 
 def _refuse_beside(item: Mapping[str, Any], read: Set[str], *, of: str, column: str) -> None:

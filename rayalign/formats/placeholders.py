@@ -3,14 +3,15 @@
 import re
 
 IMAGE_PLACEHOLDER = re.compile(
-    r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?"
-    r"|(?:<\|begin_of_image\|>)?<\|image[ _-]?\d*\|>(?:<\|end_of_image\|>)?"
-    r"|(?:<img>)?<IMG_CONTEXT>(?:</img>)?"
-    r"|<(?i:image)(?:[ _-]?\d+| ?/)>"
-    r"|<(?i:image)[ _-]?(?i:here|pad|placeholder|soft_token|token)>"
-    r"|<start_of_image>"
-    r"|<(?:Image|IMAGE)>"
-    r"|\[IMG\](?!\s*https?:)"  # else a forum's picture
+    r"<(?:"
+    r"\|vision_start\|><\|image_pad\|>(?:<\|vision_end\|>)?|\|image_pad\|>"
+    r"|(?:\|begin_of_image\|><)?\|image[ _-]?\d*\|>(?:<\|end_of_image\|>)?"
+    r"|(?:img><)?IMG_CONTEXT>(?:</img>)?"
+    r"|(?i:image)(?:[ _-]?\d+| ?/)>"
+    r"|(?i:image)[ _-]?(?i:here|pad|placeholder|soft_token|token)>"
+    r"|start_of_image>"
+    r"|(?:Image|IMAGE)>"
+    r")|\[IMG\](?!\s*https?:)"  # else a forum's picture
 )
 """Those of Qwen, Phi, Llama and GLM, InternVL, MMMU, DeepSeek and InternLM, Gemma, and Pixtral. HTML and Markdown are no such
 thing: a question may be about them."""
