@@ -47,7 +47,7 @@ from rayalign.storage import Store
 logger = logging.getLogger(__name__)
 
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Part of every cache key; raised when the meaning of cached data changes."""
 
 

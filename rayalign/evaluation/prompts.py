@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from rayalign.config.plugins import Plugin
 from rayalign.data.rows import Sources
-from rayalign.formats.cells import ROLES, plain
-from rayalign.formats.columns import renamed, require_pictures_read, unread_columns
+from rayalign.formats.cells import is_missing, plain, role_of
+from rayalign.formats.columns import columns_beside, renamed, require_pictures_read
 from rayalign.formats.parse import Format, own_formats, parse_row
 from rayalign.formats.records import PreferenceRecord, record_errors
 from rayalign.images.fetch import looks_like_base64
@@ -45,8 +45,9 @@ def formats_of(plugins: tuple[Plugin, ...]) -> tuple[Format, ...]:
 
 def with_response(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row with PLACEHOLDER as its only response, where its format has one: its own ones don't count, whatever they are."""
-    filled = {name: value for name, value in row.items() if value is not None and name not in OF_RESPONSES}
+    filled = {name: value for name, value in row.items() if not is_missing(value) and name not in OF_RESPONSES}
     if "chosen" in filled:
+        filled.pop("completion", None)  # which would be another response
         if isinstance(filled["chosen"], str) and not {"prompt", "question", "conversations"} & filled.keys():
             return row  # two texts that hold their prompt: where it ends, only both together tell
         return {**filled, "chosen": _answered(filled, "chosen") if "conversations" not in filled else PLACEHOLDER}
@@ -81,7 +82,7 @@ def _turns(value: Any) -> list[Any]:
 
 
 def _ends_with_response(turns: Sequence[Mapping[str, Any]]) -> bool:
-    return bool(turns) and ROLES.get(turns[-1].get("role", turns[-1].get("from"))) == "assistant"
+    return bool(turns) and role_of(turns[-1], column="messages") == "assistant"
 
 
 def prompt_of(row: Mapping[str, Any], sources: Sources, *, text_only: bool) -> PreferenceRecord:
@@ -98,7 +99,7 @@ def prompt_of(row: Mapping[str, Any], sources: Sources, *, text_only: bool) -> P
 
 def _filled(raw: Mapping[str, Any], own: Sequence[Format]) -> Mapping[str, Any]:
     """`with_response`, but of a plugin's format the row as it is, which only the plugin knows how to fill."""
-    columns = {name for name, value in raw.items() if value is not None}
+    columns = {name for name, value in raw.items() if not is_missing(value)}
     return raw if any(format.matches(columns) for format in own) else with_response(raw)
 
 
@@ -134,7 +135,7 @@ def _extra(row: Mapping[str, Any], sources: Sources) -> str | None:
     own = formats_of(sources.plugins)
     raw = renamed(row, sources.columns)
     raw = {**raw, **_filled(raw, own)}
-    names = [name for name in unread_columns(raw, own) if name not in ("id", "position")]
+    names = [name for name in columns_beside(raw, own) if name not in ("id", "position")]
     kept = {}
     for name in names:
         try:

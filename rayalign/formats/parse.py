@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rayalign.config.plugins import Plugin
 from rayalign.formats import rlaif_v, sharegpt, swift2, swift4, trl
-from rayalign.formats.cells import COMMON_COLUMNS, plain, refuse_other_rejected_images
+from rayalign.formats.cells import COMMON_COLUMNS, is_missing, plain, refuse_other_rejected_images
 from rayalign.formats.records import PreferenceRecord, RecordError
 
 
@@ -55,9 +55,9 @@ def own_formats(plugins: Sequence[Plugin]) -> tuple[Format, ...]:
 
 
 def parse_row(row: Mapping[str, Any], *, id: str, own: Sequence[Format] = ()) -> PreferenceRecord:
-    """The record of a raw row, by the formats of plugins (`own`) before those that come along; a cell that holds None counts as
-    absent. Raises RecordError where the row can't be used."""
-    cells = {name: value for name, cell in row.items() if (value := plain(cell, column=name)) is not None}
+    """The record of a raw row, by the formats of plugins (`own`) before those that come along; a cell that holds None or
+    NaN counts as absent. Raises RecordError where the row can't be used."""
+    cells = {name: value for name, cell in row.items() if not is_missing(value := plain(cell, column=name))}
     for column in UNSUPPORTED_COLUMNS:
         if cells.get(column):
             raise RecordError("unsupported content", "records hold text and images only", field=column)

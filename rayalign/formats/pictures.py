@@ -19,6 +19,8 @@ AFFIXES = r"(?:(?:path|url|uri|file|name|byte|list|link|ref|src|data|local|input
 PICTURE_NAME = re.compile(rf"{AFFIXES}(?:image|img|picture|pic|photo|screenshot)s?{AFFIXES}")
 """A column's name in small letters, without what stands between its words."""
 
+VIDEO_OR_AUDIO_NAME = re.compile(rf"{AFFIXES}(?:video|audio)s?{AFFIXES}")
+
 PICTURE_PATH = re.compile(
     r"(?:(?:\w+:/)?\.{0,2}/[^\n<>]*|[^\s<>]+)\.(?:png|jpe?g|webp|gif|bmp|tiff?)(?:[?#]\S*)?", re.IGNORECASE
 )
@@ -31,10 +33,19 @@ def looks_like_picture(name: str, value: Any) -> bool:
         value = value.strip()
     if not value or not isinstance(value, (str, bytes, list, Mapping)):
         return False
-    words = re.sub(r"[\W_]+", "", name[: LONGEST_NAME + 1].lower())
-    if len(words) <= LONGEST_NAME and PICTURE_NAME.fullmatch(words):
+    if _is_called(PICTURE_NAME, name):
         return True
     return all(map(_is_picture, value)) if isinstance(value, list) else _is_picture(value)
+
+
+def names_video_or_audio(name: str) -> bool:
+    """Whether the column or key `name` seems to name or hold videos or sounds."""
+    return _is_called(VIDEO_OR_AUDIO_NAME, name)
+
+
+def _is_called(pattern: re.Pattern[str], name: str) -> bool:
+    words = re.sub(r"[\W_]+", "", name[: LONGEST_NAME + 1].lower())
+    return len(words) <= LONGEST_NAME and pattern.fullmatch(words) is not None
 
 
 def _is_picture(value: Any) -> bool:

@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 import pydantic
 
+from rayalign.formats.placeholders import IMAGE_PLACEHOLDER, VIDEO_OR_AUDIO_PLACEHOLDER, with_marks
+
 IMAGE_MARK = "<image>"
 """Marks in a user message where an image goes."""
 
-IMAGE_TAG = re.compile(r"<img>([^<>\n]*)</img>")
+IMAGE_TAG = re.compile(r"<img>([^<>\n]*)</img>", re.IGNORECASE)
 """An image's path inside of the text, as ms-swift 1 and Qwen-VL write it."""
 
 LARGEST_MARGIN = 1e6
@@ -124,7 +126,7 @@ def build_record(
     columns: Mapping[str, str] | None = None,
 ) -> PreferenceRecord:
     """Makes a record, with missing `<image>` marks put in front of the first round's query. An `<img>path</img>` in the text
-    becomes a mark, and its path an image.
+    becomes a mark, and its path an image; what other tools write for an image becomes a mark, too.
 
     `columns` says what the row calls `system`, `query`, `history`, `images`, `chosen`, `rejected` and `margin`, for the errors.
     Raises RecordError.
@@ -136,6 +138,30 @@ def build_record(
             raise RecordError("ambiguous images", words, field=(columns or {}).get("images", "images"))
         images = tagged
         messages = [m.model_copy(update={"content": IMAGE_TAG.sub(IMAGE_MARK, m.content)}) for m in messages]
+    return record_of_plain_texts(
+        id=id,
+        messages=_with_marks(messages, len(images), columns or {}),
+        images=images,
+        chosen=chosen,
+        rejected=rejected,
+        margin=margin,
+        label=label,
+        columns=columns,
+    )
+
+
+def record_of_plain_texts(
+    *,
+    id: str,
+    messages: Sequence[Message],
+    images: Sequence[str | bytes],
+    chosen: str,
+    rejected: str | None = None,
+    margin: float | None = None,
+    label: bool | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> PreferenceRecord:
+    """As `build_record`, for messages in whose texts `<image>` alone stands for an image."""
     values = {
         "id": id,
         "messages": place_marks(messages, len(images)),
@@ -162,6 +188,28 @@ def _paths_in(text: str, columns: Mapping[str, str]) -> list[str]:
     if not all(paths):
         raise RecordError("image missing", "an <img></img> in the text is empty", field=columns.get("query", "query"))
     return paths
+
+
+def _with_marks(messages: Sequence[Message], num_images: int, columns: Mapping[str, str]) -> Sequence[Message]:
+    """The messages with `<image>` marks where the user's texts hold what other tools write for an image; where every image has
+    a mark, as they are. Raises RecordError where that can't be done, and for what stands for a video or a sound."""
+    texts, field = [m.content for m in messages if m.role == "user"], columns.get("query", "query")
+    if other := next(filter(None, map(VIDEO_OR_AUDIO_PLACEHOLDER.search, texts)), None):
+        words = f"{other.group()} stands for a video or a sound, and records hold text and images only"
+        raise RecordError("unsupported content", words, field=field)
+    num_marks = sum(text.count(IMAGE_MARK) for text in texts)
+    found = next(filter(None, map(IMAGE_PLACEHOLDER.search, texts)), None)
+    if found is None or (num_images and num_marks >= num_images):
+        return messages
+    marked = None if num_marks else with_marks(texts, IMAGE_MARK, num_images)
+    if marked is None:
+        words = (
+            f"{found.group()} stands for an image in the text, and the number of images is {num_images}; write {IMAGE_MARK} "
+            "where each image goes, or take it out"
+        )
+        raise RecordError("image mark count", words, field=field)
+    contents = iter(marked)
+    return [m.model_copy(update={"content": next(contents)}) if m.role == "user" else m for m in messages]
 
 
 def place_marks(messages: Sequence[Message], num_images: int) -> tuple[Message, ...]:

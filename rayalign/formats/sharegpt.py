@@ -16,19 +16,20 @@ def matches(columns: Set[str]) -> bool:
 
 def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
     messages, inline = cells.conversation(row["conversations"], column="conversations")
-    if messages and messages[0].role != "system":
-        messages = cells.system_message(row) + messages
     if "chosen" in row:
         prompt, chosen = messages, _response(row["chosen"], column="chosen")
     else:
         prompt, chosen = cells.split_response(messages, column="conversations")
-    rejected_column = "rejected" if "rejected" in row else "rejected_response"
+    found = cells.one_of(
+        row, ("rejected", "rejected_response"), lambda column: _response(row[column], column=column), what="rejected responses"
+    )
+    rejected_column, rejected = found or ("rejected_response", None)
     return build_record(
         id=id,
-        messages=prompt,
+        messages=cells.with_system(row, prompt, column="conversations"),
         images=cells.all_images(row, inline),
         chosen=chosen,
-        rejected=_response(row[rejected_column], column=rejected_column) if rejected_column in row else None,
+        rejected=rejected,
         margin=cells.margin(row),
         label=cells.label(row),
         columns={

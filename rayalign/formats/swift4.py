@@ -16,30 +16,37 @@ def matches(columns: Set[str]) -> bool:
 
 def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
     messages, inline = cells.conversation(row["messages"], column="messages")
-    if messages and messages[0].role != "system":
-        messages = cells.system_message(row) + messages
     prompt, chosen = cells.split_response(messages, column="messages")
+    prompt = cells.with_system(row, prompt, column="messages")
     images = cells.all_images(row, inline)
-    column = "rejected_messages" if "rejected_messages" in row else "rejected_response"
+    found = cells.one_of(
+        row,
+        ("rejected_messages", "rejected_response"),
+        lambda column: _rejected(row, column, prompt, inline),
+        what="rejected responses",
+    )
+    column, rejected = found or ("rejected_response", None)
     return build_record(
         id=id,
         messages=prompt,
         images=images,
         chosen=chosen,
-        rejected=_rejected(row[column], prompt, inline, column=column) if column in row else None,
+        rejected=rejected,
         margin=cells.margin(row),
         label=cells.label(row),
         columns={"system": "messages", "query": "messages", "history": "messages", "chosen": "messages", "rejected": column},
     )
 
 
-def _rejected(value: Any, prompt: list[Message], images: cells.Images, *, column: str) -> str:
+def _rejected(row: Mapping[str, Any], column: str, prompt: list[Message], images: cells.Images) -> str:
     """The rejected response: text, its message alone, or the whole conversation, which must agree with `messages` before it,
     and with the images inside of them."""
+    value = row[column]
     if isinstance(value, str):
         return cells.as_text(value, column=column)
     conversation, inline = cells.conversation(value, column=column)
     before, response = cells.split_response(conversation, column=column)
+    before = cells.with_system(row, before, column=column) if before else []
     without_system = [m for m in prompt if m.role != "system"]
     if before not in ([], prompt, without_system):
         raise RecordError("prompts differ", "only the last response may differ from 'messages'", field=column)

@@ -4,11 +4,11 @@ TRL's own code splits responses in plain text that hold their prompt. Importing 
 only rows of that kind do; in responses of messages the prompt is the messages before the last, and no splitting is needed.
 """
 
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 from rayalign.formats import cells
-from rayalign.formats.records import Message, PreferenceRecord, RecordError, build_record
+from rayalign.formats.records import IMAGE_MARK, Message, PreferenceRecord, RecordError, build_record
 
 NEEDS = "prompt, chosen, rejected"
 READS = frozenset(("prompt", "chosen", "rejected", "completion", "chat_template_kwargs"))
@@ -24,57 +24,73 @@ def matches(columns: Set[str]) -> bool:
 def parse(row: Mapping[str, Any], *, id: str) -> PreferenceRecord:
     if row.get("chat_template_kwargs"):
         raise RecordError("unsupported content", "a row can't change the chat template", field="chat_template_kwargs")
-    column = "chosen" if "chosen" in row else "completion"
     if "prompt" not in row and all(isinstance(row.get(side), str) for side in ("chosen", "rejected")):
         row = {**row, **_split_texts(row)}
-    given, given_images = _prompt(row)
-    prompt, chosen, inline = _response(row, column, given)
-    rejected = None
-    if "rejected" in row:
-        rejected_prompt, rejected, rejected_inline = _response(row, "rejected", given)
-        if rejected_prompt != prompt or rejected_inline not in ((), inline):
-            raise RecordError("prompts differ", f"only the last response may differ from {column!r}", field="rejected")
+    given = _prompt(row)
+    read = cells.one_of(row, ("chosen", "completion"), lambda column: _response(row, column, *given), what="responses")
+    assert read is not None  # by `matches`
+    column, chosen = read
+    rejected = _response(row, "rejected", *given) if "rejected" in row else None
+    if rejected is not None and (rejected.prompt != chosen.prompt or rejected.images not in ((), given[1], chosen.images)):
+        raise RecordError("prompts differ", f"only the last response may differ from {column!r}", field="rejected")
     source = "prompt" if "prompt" in row else column
     return build_record(
         id=id,
-        messages=prompt,
-        images=cells.all_images(row, given_images or inline),
-        chosen=chosen,
-        rejected=rejected,
+        messages=chosen.prompt,
+        images=cells.all_images(row, chosen.images),
+        chosen=chosen.text,
+        rejected=rejected.text if rejected is not None else None,
         margin=cells.margin(row),
         label=cells.label(row),
         columns={"query": source, "history": source, "chosen": column},
     )
 
 
+class Response(NamedTuple):
+    """A response with all that stands before it, and the images inside of that."""
+
+    prompt: list[Message]
+    text: str
+    images: cells.Images
+
+
 def _prompt(row: Mapping[str, Any]) -> tuple[list[Message], cells.Images]:
     """The `prompt` cell as messages; nothing where the responses hold it."""
     value = row.get("prompt", [])
     if isinstance(value, str):
-        return [*cells.system_message(row), Message(role="user", content=cells.text(row, "prompt"))], ()
-    messages, inline = cells.conversation(value, column="prompt")
-    has_system = any(m.role == "system" for m in messages)
-    return [*([] if has_system else cells.system_message(row)), *messages], inline
+        return [Message(role="user", content=cells.text(row, "prompt"))], ()
+    return cells.conversation(value, column="prompt")
 
 
-def _response(row: Mapping[str, Any], column: str, given: list[Message]) -> tuple[list[Message], str, cells.Images]:
-    """The messages before a response, the response, and the images inside a conversation that holds its own prompt."""
+def _response(row: Mapping[str, Any], column: str, given: list[Message], images: cells.Images) -> Response:
+    """What a column of responses holds: a text, a message, or a conversation that has the prompt in it, whole or in part.
+    `given` and `images` are the `prompt` cell's."""
     value = row[column]
     if isinstance(value, str):
         if "prompt" not in row:
             raise RecordError(
                 "missing field", f"{column!r} is plain text, so the question must stand in a column of its own", field="prompt"
             )
-        return given, cells.text(row, column), ()
+        return Response(cells.with_system(row, given, column="prompt"), cells.text(row, column), images)
     conversation, inline = cells.conversation(value, column=column)
-    before, response = cells.split_response(conversation, column=column)
-    if before[: len(given)] == given:
-        return before, response, inline
-    if (
-        isinstance(row.get("prompt"), str) and before
-    ):  # the text repeats the conversation's question; of it, only a system message is new
-        return given[:-1] + before, response, inline
-    return given + before, response, inline
+    before, text = cells.split_response(conversation, column=column)
+    if isinstance(row.get("prompt"), str) and before:
+        _require_same_question(given[0].content, before, column=column)
+    elif before[: len(given)] == given:  # the conversation holds the whole prompt
+        if images and inline and inline[: len(images)] != images:
+            raise RecordError("prompts differ", f"its images are others than those of {column!r}", field="prompt")
+        inline = inline or images
+    else:
+        before, inline = given + before, images + inline
+    return Response(cells.with_system(row, before, column=column), text, inline)
+
+
+def _require_same_question(prompt: str, before: Sequence[Message], *, column: str) -> None:
+    """Raises RecordError where a text that repeats a conversation's question, its first or its last one, is another."""
+    questions = [message.content.replace(IMAGE_MARK, "").strip() for message in before if message.role == "user"]
+    if prompt.replace(IMAGE_MARK, "").strip() not in questions[:1] + questions[-1:]:
+        words = f"the text is neither the first nor the last question of {column!r}; take it out, or make them the same"
+        raise RecordError("prompts differ", words, field="prompt")
 
 
 def _split_texts(row: Mapping[str, Any]) -> dict[str, str]:

@@ -68,7 +68,8 @@ def fetch_images(refs: Sequence[str | bytes], *, folder: Store, image_root: Stor
 
     Relative paths start from `image_root`, or from `folder`, the data set's own; no path may lead out of both, nor may the URL
     of a remote store, unless `allow_urls`.
-    Raises RecordError for what is wrong with a reference or its target; an OSError of failing storage passes through.
+    Raises RecordError for what is wrong with a reference or its target, which any failure of a store elsewhere counts as; an
+    OSError of failing storage of their own passes through.
     """
     deadline = time.monotonic() + URL_SECONDS
     if len(refs) > MAX_RECORD_IMAGES:
@@ -93,7 +94,12 @@ def _fetch(ref: str | bytes, *, folder: Store, image_root: Store | None, allow_u
         content = fetch_url(ref, max_bytes=MAX_IMAGE_BYTES, deadline=deadline)
     elif ref.startswith(STORE_SCHEMES):
         store, inner = _place_of(ref, folder=folder, image_root=image_root, allow_urls=allow_urls)
-        content = _read_remote(store, inner, ref=ref, deadline=deadline)
+        try:
+            content = _read_remote(store, inner, ref=ref, deadline=deadline)
+        except OSError as error:
+            if inner:  # below the data set's own folder, or the image root: no other record fares better
+                raise
+            raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
     elif is_url(ref) and not ref.startswith("file://"):
         known = ", ".join(("http://", "https://", "file://", *STORE_SCHEMES))
         raise RecordError("image URL refused", f"{_short(ref)}: known are {known}", field="images")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 BAND_PIXELS = 2**20
 
@@ -22,11 +23,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     known range."""
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers, whose range isn't known")
+    if isinstance(image, TiffImageFile) and image.mode.startswith("I") and not _has_16_bits(image):
+        raise ValueError("pixels are integers, but not of 8 or 16 bits without a sign, so that their range isn't known")
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scaling
         return _by_bands(image, "L", _upper_byte).convert("RGB")
     if image.has_transparency_data:
         return _by_bands(image, "RGB", _on_white)
     return image.convert("RGB")
+
+
+def _has_16_bits(image: TiffImageFile) -> bool:
+    """Whether these pixels lie between 0 and 65535; mode I holds 32 bits and signs, and I;16 holds 12 bits as they are, too."""
+    return image.mode != "I" and image.tag_v2.get(BITSPERSAMPLE) == (16,)
 
 
 def _by_bands(image: Image.Image, mode: str, change: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from rayalign.formats.records import RecordError
+from rayalign.sources.names import require_distinct
 from rayalign.sources.parquet_rows import row_of
 from rayalign.storage import Store
 
@@ -87,9 +88,11 @@ def _batches(location: str) -> Iterator[Place]:
 
 
 def _stream(file: Any, location: str) -> Any:
-    """The reader of a file's stream, at its first batch. Raises ValueError for columns that can't be read batch by batch."""
+    """The reader of a file's stream, at its first batch. Raises ValueError for columns that can't be read batch by batch, and
+    for two of one name."""
     file.seek(len(FILE_MAGIC) if file.read(len(FILE_MAGIC)) == FILE_MAGIC else 0)
     stream = pa.ipc.open_stream(file)
+    require_distinct(stream.schema.names, location)
     encoded = [field.name for field in stream.schema if "dictionary<" in str(field.type)]
     if encoded:
         raise ValueError(

@@ -1,17 +1,22 @@
 """Rows of CSV files; lists such as images and history stand in their cells as JSON."""
 
 import csv
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rayalign.formats.columns import from_text
 from rayalign.formats.records import RecordError
 from rayalign.sources.lines import Item, raw_lines
+from rayalign.sources.names import require_distinct
 
 UNCLOSED = "unexpected end of data"
 """What the csv module says where a quote is open at the end."""
-TOO_LONG = "field larger than field limit"
-"""How it begins where a cell has more than 131,072 characters; it stops in the middle of the row."""
+CARRIAGE_RETURN = "new-line character seen in unquoted field"
+"""How it begins where a carriage return stands inside of a cell."""
+
+OPENING, CLOSING = re.compile('(?:^|,)"'), re.compile('[^"]*(?:""[^"]*)*"(?!")')
+"""A quote at the beginning of a cell, and the text up to the next quote that isn't doubled."""
 
 
 def items(location: str, *, start: int = 0, end: int | None = None, line: int = 1) -> Iterator[Item]:
@@ -27,12 +32,12 @@ def items(location: str, *, start: int = 0, end: int | None = None, line: int = 
 
 def parser(location: str) -> Callable[[Item], dict[str, Any] | RecordError]:
     """The function that names the cells of a row of this file; empty cells count as absent."""
-    header: list[str] = _header(location).raw
+    header = [name.strip() or f"(column {number})" for number, name in enumerate(_header(location).raw, start=1)]
+    require_distinct(header, location)
 
     def parse(item: Item) -> dict[str, Any] | RecordError:
         if isinstance(item.raw, csv.Error):
-            words = f"line {item.line}: {item.raw}; long texts and images are better kept in .jsonl or .parquet files"
-            return RecordError("broken CSV", words)
+            return RecordError("broken CSV", f"line {item.line}: {_words(item.raw)}")
         if len(item.raw) > len(header):
             return RecordError(
                 "broken CSV", f"line {item.line}: {len(item.raw)} cells, but the header names {len(header)} columns"
@@ -51,38 +56,56 @@ def parser(location: str) -> Callable[[Item], dict[str, Any] | RecordError]:
     return parse
 
 
+def _words(error: csv.Error) -> str:
+    """What is wrong with a row, and what helps."""
+    if str(error).startswith(CARRIAGE_RETURN):
+        return "a carriage return stands in a cell without quotes; put cells that hold one into quotes"
+    return f"{error}; long texts and images are better kept in .jsonl or .parquet files"
+
+
 def _header(location: str) -> Item:
     """The column names; `end` and `line` say where the rows begin. Raises ValueError where there are none."""
     for item in _split(location, start=0, end=None, line=1):
-        if isinstance(item.raw, csv.Error):
-            break
-        return item
+        if not isinstance(item.raw, csv.Error):
+            return item
+        if str(item.raw).startswith(CARRIAGE_RETURN):
+            raise ValueError(
+                f"{location}: its lines end in carriage returns (\\r), which aren't read as line ends. Save it with line feeds "
+                "(\\n or \\r\\n)."
+            )
+        break
     raise ValueError(f"{location}: expected a first line with the names of the columns.")
 
 
 def _split(location: str, *, start: int, end: int | None, line: int) -> Iterator[Item]:
-    """Rows as the csv module splits them; it takes lines one by one, so that each row's bytes are known."""
-    taken, quotes = Item(start, start, line - 1, b""), 0
+    """Rows as the csv module splits them; it takes lines one by one, so that each row's bytes are known. Of a row that it can't
+    split it stops at any character: the row ends where its last quoted cell does."""
+    taken, held = Item(start, start, line - 1, b""), list[str]()
 
     def texts() -> Iterator[str]:
-        nonlocal taken, quotes
+        nonlocal taken
         for item in raw_lines(location, start=start, end=end, line=line):
             taken = item
-            quotes += (item.raw or b"").count(b'"')
             # Bytes that aren't UTF-8 become lone surrogates, which `parse` reports for their row alone.
-            yield (item.raw or b"").decode(errors="surrogateescape") + "\n"
+            held.append((item.raw or b"").decode(errors="surrogateescape") + "\n")
+            yield held[-1]
 
     lines = texts()
     reader = csv.reader(lines, strict=True)
     while True:
-        begin, first_line, quotes = taken.end, taken.line + 1, 0
+        begin, first_line = taken.end, taken.line + 1
+        held.clear()
         try:
             cells: list[str] | csv.Error | None = next(reader, None)
         except csv.Error as error:
             cells = error
-            if str(error).startswith(TOO_LONG):  # the rest of its row: up to where each quote is closed
-                while quotes % 2 and cells is error:
-                    cells = error if next(lines, None) is not None else csv.Error(UNCLOSED)
+            is_open = False
+            for text in held:
+                is_open = _ends_in_quotes(text, is_open)
+            while is_open and cells is error:
+                held.clear()
+                cells = error if next(lines, None) is not None else csv.Error(UNCLOSED)
+                is_open = any(_ends_in_quotes(text, True) for text in held)
         if isinstance(cells, csv.Error) and str(cells) == UNCLOSED:
             raise ValueError(
                 f"{location}: a quote that is opened in the row of line {first_line} is never closed. Close it, or double it "
@@ -92,3 +115,11 @@ def _split(location: str, *, start: int, end: int | None, line: int) -> Iterator
             return
         if cells:
             yield Item(begin, taken.end, first_line, cells)
+
+
+def _ends_in_quotes(line: str, starts_in_quotes: bool) -> bool:
+    """Whether a cell that stands in quotes goes on in the next line."""
+    place, is_open = 0, starts_in_quotes
+    while found := CLOSING.match(line, place) if is_open else OPENING.search(line, place):
+        place, is_open = found.end(), not is_open
+    return is_open

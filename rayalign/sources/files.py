@@ -5,12 +5,15 @@
 
 import difflib
 import fnmatch
+import functools
+import logging
 import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -21,6 +24,19 @@ from rayalign.sources.rows import SUFFIXES, Row, Span
 from rayalign.sources.saved_datasets import without_their_notes
 from rayalign.sources.splits import require_one_split
 from rayalign.storage import Store, is_url
+
+logger = logging.getLogger(__name__)
+
+NOT_READ = re.compile(
+    r"(?:\.(?:ndjson|jsonlines|tsv|arrow|feather|parq|pq|orc|avro|xlsx?|ods|pkl|pickle|msgpack|tfrecords?)"
+    r"|(?<!\.tar)\.(?:gz|zst|bz2|xz|lz4)"
+    r"|\.(?:jsonl?|csv|parquet)\.\w+)$",
+    re.IGNORECASE,
+)
+"""Endings of files that seem to hold rows, and are none of SUFFIXES; .arrow files of a folder are read where a saved data set
+lists them. Archives beside the rows hold pictures as a rule."""
+
+TO_BE_READ = "Unpack what is compressed, write other kinds as .jsonl or .parquet, and name an Arrow file by its own path."
 
 
 @dataclass(frozen=True)
@@ -112,38 +128,65 @@ def _split_sample(argument: str) -> tuple[str, int | None]:
 
 def _find(store: Store, *, argument: str) -> tuple[SourceFile, ...]:
     info = store.info()
+    kinds = ", ".join(SUFFIXES)
     if info.type == pafs.FileType.Directory:
-        files = _inside(store)
-        if not files:
-            raise ValueError(
-                f"Dataset '{argument}': the folder {store.location} holds no file that ends in {', '.join(SUFFIXES)}."
-            )
-        return files
-    if info.type == pafs.FileType.File:
+        found, nothing = _inside(store), f"the folder {store.location} holds no file that ends in {kinds}"
+    elif info.type == pafs.FileType.File:
         if not store.name.lower().endswith(SUFFIXES):
-            raise ValueError(f"Dataset '{argument}': {store.location} must end in {', '.join(SUFFIXES)}.")
+            raise ValueError(f"Dataset '{argument}': {store.location} must end in {kinds}.")
         return (_source(store, info),)
-    if any(sign in store.location for sign in "*?["):
-        files = _glob(store)
-        if not files:
-            raise ValueError(f"Dataset '{argument}': nothing matches {store.location} and ends in {', '.join(SUFFIXES)}.")
-        return files
+    elif any(sign in store.location for sign in "*?["):
+        found, nothing = _glob(store), f"nothing matches {store.location} and ends in {kinds}"
+    else:
+        raise _not_there(store, argument=argument)
+    if not found.files:
+        instead = f", but {_listed(found.not_read)}. {TO_BE_READ}" if found.not_read else "."
+        raise ValueError(f"Dataset '{argument}': {nothing}{instead}")
+    if found.not_read:
+        _warn_once(f"Data: {argument}: passed over, and they look like data: {_listed(found.not_read)}. {TO_BE_READ}")
+    return found.files
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@functools.cache
+def _warn_once(words: str) -> None:
+    """Logs a warning; a data set is looked for several times in a run."""
+    logger.warning("%s", words)
+
+
+def _not_there(store: Store, *, argument: str) -> ValueError:
     near = _near_names(store)
     hint = f" Did you mean {near}?" if near else ""
     names = ", ".join(CATALOGUE)
-    raise ValueError(
+    return ValueError(
         f"Dataset '{argument}': there is no file or folder {store.location}, nor a registered name (these are: {names}).{hint}"
     )
 
 
-def _inside(folder: Store) -> tuple[SourceFile, ...]:
-    """The data files at any depth of a folder, sorted; hidden files and folders are skipped. Of a local folder each real file
-    counts once, whatever links lead to it, and what is no file (a pipe, a socket) not at all."""
+class _Found(NamedTuple):
+    """The data files of a place, sorted, and what seems to hold rows beside them and isn't read, by its path inside."""
+
+    files: tuple[SourceFile, ...]
+    not_read: Sequence[str]
+
+
+def _inside(folder: Store) -> _Found:
+    """The data files at any depth of a folder; hidden files and folders are skipped. Of a local folder each real file counts
+    once, whatever links lead to it, and what is no file (a pipe, a socket) not at all."""
     inner = [store.location[len(folder.location) :].lstrip("/") for store in _below(folder)]
-    visible = without_their_notes(folder, [name for name in inner if not any(part.startswith(".") for part in name.split("/"))])
-    visible = [name for name in visible if name.lower().endswith(SUFFIXES)]
-    found = [(store, store.info()) for store in (folder / name for name in visible)]
-    return tuple(_source(store, info) for store, info in found if info.type == pafs.FileType.File)
+    visible = [name for name in inner if not any(part.startswith(".") for part in name.split("/"))]
+    wanted = {name for name in without_their_notes(folder, visible) if name.lower().endswith(SUFFIXES)}
+    found = [(store, store.info()) for store in (folder / name for name in visible if name in wanted)]
+    files = tuple(_source(store, info) for store, info in found if info.type == pafs.FileType.File)
+    return _Found(files, [name for name in visible if name not in wanted and _seems_to_hold_rows(name)])
+
+
+def _seems_to_hold_rows(path: str) -> bool:
+    name = posixpath.basename(path)
+    return NOT_READ.search(name) is not None and not name.startswith("cache-")  # what `datasets` keeps beside a saved data set
 
 
 def _below(folder: Store) -> list[Store]:
@@ -167,20 +210,26 @@ def _walk(folder: Path) -> Iterator[str]:
                 folders.remove(name)  # so that it isn't walked through again
 
 
-def _glob(pattern: Store) -> tuple[SourceFile, ...]:
-    """The data files that match a pattern, or lie in a folder that does, sorted; `**` stands for any depth."""
+def _glob(pattern: Store) -> _Found:
+    """The data files that match a pattern, or lie in a folder that does; `**` stands for any depth."""
     parts = pattern.location.split("/")
     first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     base, rest = Store("/".join(parts[:first]) or "/"), parts[first:]
-    found: list[SourceFile] = []
+    found: set[SourceFile] = set()
+    not_read: set[str] = set()
     for store in _below(base) if len(rest) > 1 else base.list():
-        if _matches(store.location[len(base.location) :].strip("/").split("/"), rest):
+        path = store.location[len(base.location) :].strip("/")
+        if _matches(path.split("/"), rest):
             info = store.info()
             if info.type == pafs.FileType.Directory:
-                found.extend(_inside(store))
+                inside = _inside(store)
+                found.update(inside.files)
+                not_read.update(f"{path}/{name}" for name in inside.not_read)
             elif store.name.lower().endswith(SUFFIXES):
-                found.append(_source(store, info))
-    return tuple(sorted(set(found), key=lambda file: file.location))
+                found.add(_source(store, info))
+            elif _seems_to_hold_rows(path):
+                not_read.add(path)
+    return _Found(tuple(sorted(found, key=lambda file: file.location)), sorted(not_read))
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from rayalign.formats.json_text import RepeatedKey, parse_json, parse_start
 from rayalign.formats.records import RecordError
 from rayalign.sources.lines import BOM, MAX_ROW_BYTES, Item, raw_lines, read_range
 
 PEEK_BYTES = 4096
+IF_ARRAY = "; if the file holds a JSON array, call it .json"
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -30,16 +32,17 @@ def line_items(location: str, *, start: int = 0, end: int | None = None, line: i
 def parse_line(item: Item) -> dict[str, Any] | RecordError:
     if item.raw is None:
         return RecordError("too long", f"line {item.line}: more than {MAX_ROW_BYTES // 2**20} MiB")
+    hint = IF_ARRAY if item.line == 1 and item.raw.lstrip().startswith(b"[") else ""
     try:
-        return as_object(parse_json(item.raw.decode()), f"line {item.line}")
+        return as_object(parse_json(item.raw.decode()), f"line {item.line}", hint)
     except UnicodeDecodeError as error:
         return RecordError(
             "not UTF-8", f"line {item.line}: byte {error.start + 1} is {item.raw[error.start]:#04x}, {error.reason}"
         )
     except json.JSONDecodeError as error:
-        return RecordError("broken JSON", f"line {item.line}, column {error.colno}: {error.msg}")
+        return RecordError("broken JSON", f"line {item.line}, column {error.colno}: {error.msg}{hint}")
     except ValueError as error:
-        return RecordError("broken JSON", f"line {item.line}: {error}")
+        return RecordError("broken JSON", f"line {item.line}: {error}{hint}")
 
 
 def array_items(location: str, *, start: int = 0, end: int | None = None, line: int = 1) -> Iterator[Item]:
@@ -63,7 +66,7 @@ def array_items(location: str, *, start: int = 0, end: int | None = None, line: 
                 if text[position + 1 :].strip():
                     raise ValueError("there is more after the closing ]")
                 return
-            value, after = _decode(text, position)
+            value, after = parse_start(text, position)
             size = len(text[position:after].encode())
             yield Item(start, start + size, line, value)
             position, start = _skip_space(text, after, start + size)
@@ -77,28 +80,16 @@ def array_items(location: str, *, start: int = 0, end: int | None = None, line: 
 
 
 def parse_element(item: Item) -> dict[str, Any] | RecordError:
-    return as_object(item.raw, f"element {item.line - 1}")
+    where = f"element {item.line - 1}"
+    if isinstance(item.raw, RepeatedKey):
+        return RecordError("broken JSON", f"{where}: {item.raw}")
+    return as_object(item.raw, where)
 
 
-def parse_json(text: str) -> Any:
-    """Parses JSON; raises ValueError for whatever can't be parsed."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(_words(error)) from None
-
-
-def as_object(value: Any, where: str) -> dict[str, Any] | RecordError:
+def as_object(value: Any, where: str, hint: str = "") -> dict[str, Any] | RecordError:
     if isinstance(value, dict):
         return value
-    return RecordError("not an object", f"{where}: expected a JSON object {{...}}, found {type(value).__name__}")
-
-
-def _decode(text: str, position: int) -> tuple[Any, int]:
-    return _DECODER.raw_decode(text, position)
-
-
-_DECODER = json.JSONDecoder()
+    return RecordError("not an object", f"{where}: expected a JSON object {{...}}, found {type(value).__name__}{hint}")
 
 
 def _skip_space(text: str, position: int, start: int) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from rayalign.storage import Store
 MAX_ROW_BYTES = 256 * 2**20
 BLOCK_BYTES = 4 * 2**20
 BOM = b"\xef\xbb\xbf"
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+"""How UTF-16 text begins, as Excel and PowerShell write it, and UTF-8 never does."""
 
 
 class Item(NamedTuple):
@@ -47,12 +49,16 @@ def _item(start: int, num_bytes: int, line: int, parts: list[bytes]) -> Item:
 
 
 def _blocks(location: str, start: int, end: int | None) -> Iterator[bytes]:
+    """The bytes of a range. Raises ValueError where the file is UTF-16 text."""
     filesystem, path = Store(location).resolve()
     with filesystem.open_input_file(path) as file:
         file.seek(start)
         left = (file.size() if end is None else end) - start
         while left > 0 and (block := file.read(min(BLOCK_BYTES, left))):
+            if not start and block.startswith(UTF_16_MARKS):
+                raise ValueError(f"{location} is UTF-16 text, which isn't read. Save it as UTF-8.")
             left -= len(block)
+            start += len(block)
             yield block
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayalign.formats.records import Unreadable
+from rayalign.sources.names import require_distinct
 from rayalign.storage import Store
 
 BATCH_ROWS = 32
@@ -61,13 +62,17 @@ def _group_rows(
 
 
 def _open(location: str) -> pq.ParquetFile:
+    """The file. Raises ValueError where it is none of parquet's, and where two columns have one name."""
     filesystem, path = Store(location).resolve()
     try:
-        return pq.ParquetFile(filesystem.open_input_file(path))
+        file = pq.ParquetFile(filesystem.open_input_file(path))
+        names = file.schema_arrow.names
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the storage's own, not what was found in the file
             raise
         raise ValueError(f"{location} is not a readable parquet file: {error}") from None
+    require_distinct(names, location)
+    return file
 
 
 def row_of(batch: pa.RecordBatch, i: int) -> dict[str, Any]:

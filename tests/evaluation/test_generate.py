@@ -1,6 +1,7 @@
 """Prompts of any record format are responded to; what can't be used is named; what comes out is a data set again."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def test_the_columns_of_a_prompt_are_a_record_again_with_whole_paths_and_what_el
 
 TURN = {"role": "user", "content": "Which?"}
 ANSWER = {"role": "assistant", "content": ""}
+MERGED_TURN = {"role": None, "content": None, "from": "human", "value": "Which?"}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,10 @@ ANSWER = {"role": "assistant", "content": ""}
         {"prompt": [TURN], "completion": [ANSWER], "label": True},
         {"prompt": "Which?", "completion": ""},
         {"question": "Which?", "chosen": "", "rejected": ""},
+        {"prompt": "Which?", "chosen": "One.", "completion": "Two."},
+        {"query": "Which?", "response": "One.", "chosen": math.nan},
+        {"messages": [MERGED_TURN, {**MERGED_TURN, "from": "gpt"}]},
+        {"conversations": [MERGED_TURN, {**MERGED_TURN, "from": "gpt"}]},
     ],
 )
 def test_what_is_wrong_with_a_rows_own_responses_costs_no_prompt(raw: Mapping[str, Any]) -> None:

@@ -41,6 +41,30 @@ def test_a_new_name_that_no_format_reads_is_refused_with_those_that_are_read() -
         parse_renames(("a=images", "a=query"))
 
 
+@pytest.mark.parametrize("argument", ["a=images b=query", "a=images,b=query", "a=images\nb=query"])
+def test_several_renames_in_one_word_are_refused(argument: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_renames((argument,))
+    assert str(caught.value) == (
+        f"--columns {argument}: these are several renames in one word. Make each a word of its own (--columns a=images "
+        "b=query), and in YAML an item of a list ([a=images, b=query])."
+    )
+    assert parse_renames(("my image=images",)) == (("my image", "images"),)
+
+
+@pytest.mark.parametrize("name", ["video_path", "audio_paths", "Video URL"])
+def test_a_column_called_after_videos_or_sounds_drops_a_record_without_pictures(name: str) -> None:
+    record, row = parse_row(PAIR, id="a"), {**PAIR, name: "a.mp4"}
+    with pytest.raises(RecordError) as caught:
+        require_pictures_read(row, record)
+    assert caught.value.reason == "unsupported content"
+    assert str(caught.value) == (
+        f"{name}: this looks like a video or a sound, and records hold text and images only; take the column out of the rows"
+    )
+    require_pictures_read(row, parse_row({**PAIR, "images": "frame.png"}, id="a"))
+    require_pictures_read({**PAIR, name: 5, "video_id": "x"}, record)
+
+
 def test_a_plugins_format_takes_new_names_of_its_own() -> None:
     def format_with(reads: frozenset[str] | None) -> Format:
         return Format("mine", "ask", {"ask"}.issubset, lambda row, id: None, reads)  # type: ignore[arg-type, return-value]

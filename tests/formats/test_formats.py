@@ -269,9 +269,9 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     ({"query": "a", "response": "b", "margin": "big"}, "wrong type", "margin: expected a number, found 'big'"),
     ({"query": "a", "response": "b", "margin": 10**400}, "bad margin", "margin: the number is too large"),
     (
-        {"query": "a", "response": "b", "margin": float("nan")},
+        {"query": "a", "response": "b", "margin": float("inf")},
         "bad margin",
-        "margin: nan is no number between -1e+06 and 1e+06",
+        "margin: inf is no number between -1e+06 and 1e+06",
     ),
     ({"query": "a", "response": "b", "videos": ["x.mp4"]}, "unsupported content", "videos: records hold text and images only"),
     ({"messages": "a"}, "wrong type", "messages: expected a list of messages, found str 'a'"),
@@ -292,7 +292,8 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
     (
         {"messages": [USER, {**CHOSEN, "tool_calls": [{}]}]},
         "unsupported content",
-        "messages: tool calls can't be trained on",
+        "messages: a message holds 'tool_calls', which can't be trained on; take it out, or write what it says into the "
+        "content",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "video"}]}, CHOSEN]},

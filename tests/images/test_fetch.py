@@ -526,6 +526,17 @@ def test_a_store_that_fails_is_no_fault_of_the_record(monkeypatch: pytest.Monkey
     assert caught.value is error
 
 
+@pytest.mark.parametrize("error", [OSError("AWS Error NETWORK_CONNECTION"), TimeoutError("timed out")])
+def test_a_store_elsewhere_that_fails_drops_the_record_that_names_it(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(Store, "resolve", lambda store: (FakeStore(error), "bucket"))
+    with pytest.raises(RecordError) as caught:
+        fetch_images(["s3://elsewhere/a.png"], folder=Store("/data"), image_root=None, allow_urls=True)
+    assert (caught.value.reason, str(caught.value)) == ("image missing", f"images: s3://elsewhere/a.png: {error}")
+    with pytest.raises(OSError) as own:
+        fetch_images(["s3://bucket/a.png"], folder=Store("s3://bucket"), image_root=None, allow_urls=True)
+    assert own.value is error
+
+
 def test_images_of_a_remote_store_have_seconds_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch_remote(PNG, monkeypatch, num_refs=3) == [PNG] * 3
     monkeypatch.setattr(fetching, "URL_SECONDS", 0.3)

@@ -1,6 +1,7 @@
 """Pictures of every mode as RGB: the same pixels as if the whole picture were changed at once, in less memory."""
 
 import io
+import struct
 import tracemalloc
 from typing import Any
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rayalign.formats.records import RecordError
 from rayalign.images import rgb
+from rayalign.images.fetch import open_image
 from rayalign.images.rgb import to_rgb
 from tests.hostile.pictures import photo, png, sound_pictures
 
@@ -55,3 +58,43 @@ def test_sixteen_bits_a_pixel_take_no_memory_beside_the_picture() -> None:
 def test_pixels_without_a_known_range_are_refused() -> None:
     with pytest.raises(ValueError, match="floating-point numbers"):
         to_rgb(Image.new("F", (2, 2)))
+
+
+def tiff(values: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, "TIFF")
+    return content.getvalue()
+
+
+def of_12_bits() -> bytes:
+    """A TIFF of 2 x 1 pixels of 12 bits: 0 and 4095."""
+    tags = [
+        (256, 4, 2),
+        (257, 4, 1),
+        (258, 3, 12),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8),
+        (277, 3, 1),
+        (278, 4, 1),
+        (279, 4, 3),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<I", 12) + b"\x00\x0f\xff\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("content", [tiff(np.array([[0, 2**31 - 1]], np.int32)), of_12_bits()], ids=["32 bits", "12 bits"])
+def test_integers_of_a_tiff_whose_range_is_not_known_are_refused(content: bytes) -> None:
+    with pytest.raises(RecordError) as caught:
+        open_image(content)
+    assert caught.value.words.endswith(
+        "pixels are integers, but not of 8 or 16 bits without a sign, so that their range isn't known"
+    )
+
+
+def test_sixteen_bits_of_a_tiff_are_scaled_as_those_of_a_png_are() -> None:
+    values = np.array([[0, 2**15, 2**16 - 1]], np.uint16)
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, "PNG")
+    assert open_image(tiff(values)).tobytes() == open_image(content.getvalue()).tobytes()
+    assert np.asarray(open_image(tiff(values)))[0, :, 0].tolist() == [0, 128, 255]

@@ -329,6 +329,48 @@ def test_a_glob_is_the_data_files_that_match(tree: Path, pattern: str, found: li
     assert names(f"{tree}/{pattern}", tree) == found
 
 
+HOW_TO_READ = "Unpack what is compressed, write other kinds as .jsonl or .parquet, and name an Arrow file by its own path."
+
+
+@pytest.mark.parametrize("pattern", ["", "/*", "/**/*"])
+def test_what_looks_like_data_and_is_not_read_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pattern: str
+) -> None:
+    for name in ("a.jsonl", "b.jsonl.gz", "c.ndjson", "d.TSV", "deep/e.csv.zst", "deep/f.xlsx", "old.jsonl.bak"):
+        write(tmp_path / name, "")
+    for name in ("README.md", "cat.png", "images.tar.gz", "images.zip", "notes.txt", ".g.tsv", "tsv"):
+        write(tmp_path / name, "")
+    for _ in range(2):
+        assert names(f"{tmp_path}{pattern}", tmp_path) == ["a.jsonl"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Data: {tmp_path}{pattern}: passed over, and they look like data: b.jsonl.gz, c.ndjson, d.TSV and 3 more. "
+        f"{HOW_TO_READ}"
+    ]
+    caplog.clear()
+    assert names(f"{tmp_path}/*.jsonl", tmp_path) == ["a.jsonl"]
+    assert caplog.records == []
+
+
+def test_an_arrow_file_by_itself_in_a_folder_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "x.arrow", "")
+    write(tmp_path / "cache" / "cache-1.arrow", "")  # as `datasets` writes
+    kinds = ".jsonl, .json, .parquet, .csv, .arrow"
+    with pytest.raises(ValueError) as caught:
+        resolve_dataset(str(tmp_path))
+    assert str(caught.value) == (
+        f"Dataset '{tmp_path}': the folder {tmp_path} holds no file that ends in {kinds}, but x.arrow. {HOW_TO_READ}"
+    )
+    write(tmp_path / "a.jsonl", "")
+    assert names(str(tmp_path), tmp_path) == ["a.jsonl"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Data: {tmp_path}: passed over, and they look like data: x.arrow. {HOW_TO_READ}"
+    ]
+    assert names(f"{tmp_path}/*.*", tmp_path) == ["a.jsonl", "x.arrow"]
+    write(tmp_path / "b" / "c.tsv.gz", "")
+    with pytest.raises(ValueError, match=r"and ends in .*, but b/c\.tsv\.gz\. Unpack"):
+        resolve_dataset(f"{tmp_path}/b*")
+
+
 def test_a_relative_path_starts_from_the_current_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree)
     assert names("b.jsonl#5", tree) == ["b.jsonl"]
@@ -428,3 +470,113 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, where: str) -> None:
     with pytest.raises(ValueError) as caught:
         list(read_rows(resolve_dataset(str(path)).files[0]))
     assert str(caught.value).startswith(f"{path} is not a readable parquet file: ")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            'Hi\rthere,"First.\nSecond, that"',
+            "line 2: a carriage return stands in a cell without quotes; put cells that hold one into quotes",
+        ),
+        (
+            '"a" b,"line1\nline2,X"',
+            "line 2: ',' expected after '\"'; long texts and images are better kept in .jsonl or .parquet files",
+        ),
+        # Quotes inside of a cell without quotes are text, and open nothing.
+        (
+            'a 5" pipe\r,b',
+            "line 2: a carriage return stands in a cell without quotes; put cells that hold one into quotes",
+        ),
+        (
+            '"a" b" c,"""d"" e\n""f\n",g\r,h',
+            "line 2: ',' expected after '\"'; long texts and images are better kept in .jsonl or .parquet files",
+        ),
+    ],
+)
+def test_a_broken_csv_row_ends_where_its_last_quoted_cell_does(tmp_path: Path, row: str, words: str) -> None:
+    file = write(tmp_path / "a.csv", f"query,response\n{row}\nQ2,A2\n")
+    assert reasons(file) == [(0, words), (1, {"query": "Q2", "response": "A2"})]
+    assert [(span.first_row, span.num_rows) for span in spans_of(file, 1)] == [(0, 1), (1, 1)]
+
+
+def test_blanks_around_the_names_of_a_csv_header_do_not_count(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", ", query, response ,\n0,Q,A,x\n")
+    assert reasons(file) == [(0, {"(column 1)": "0", "query": "Q", "response": "A", "(column 4)": "x"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.csv",
+            b"query,response\rQ,A\r",
+            "{}: its lines end in carriage returns (\\r), which aren't read as line ends. Save it with line feeds (\\n or "
+            "\\r\\n).",
+        ),
+        (
+            "a.csv",
+            b'"query","response"\r"Q","A"\r',
+            "{}: its lines end in carriage returns (\\r), which aren't read as line ends. Save it with line feeds (\\n or "
+            "\\r\\n).",
+        ),
+        ("a.csv", "query,response\nQ,A\n".encode("utf-16"), "{} is UTF-16 text, which isn't read. Save it as UTF-8."),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "{} is UTF-16 text, which isn't read. Save it as UTF-8."),
+        ("a.json", b"\xfe\xff" + '[{"a": 1}]'.encode("utf-16-be"), "{} is UTF-16 text, which isn't read. Save it as UTF-8."),
+    ],
+)
+def test_a_text_file_in_another_encoding_or_with_other_line_ends_says_so(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    file = write(tmp_path / name, content)
+    with pytest.raises(ValueError) as caught:
+        count_rows(file)
+    assert str(caught.value) == words.replace("{}", file.location)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".arrow"])
+def test_two_columns_of_one_name_are_an_error_of_the_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    table = pa.Table.from_arrays([pa.array(["Q"]), pa.array(["A"]), pa.array(["B"])], ["query", "response", "response"])
+    match suffix:
+        case ".csv":
+            path.write_text("query,response, response\nQ,A,B\n")
+        case ".parquet":
+            pq.write_table(table, path)
+        case ".arrow":
+            with pa.ipc.new_stream(path, table.schema) as stream:
+                stream.write_table(table)
+    with pytest.raises(ValueError) as caught:
+        list(read_rows(source(path)))
+    assert str(caught.value) == f"{path} has several columns named response. Give each a name of its own, or take one out."
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_json_object_with_two_keys_of_one_name_is_an_error_of_its_row(tmp_path: Path, suffix: str) -> None:
+    rows = ['{"a": "x", "a": "y"}', '{"b": [{"role": "user", "c": 1, "role": "user"}]}', '{"a": 1, "b": {"a": 1}}']
+    file = write(tmp_path / f"a{suffix}", "\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]")
+    where = ("line 1", "line 2") if suffix == ".jsonl" else ("element 0", "element 1")
+    assert reasons(file) == [
+        (0, f"{where[0]}: an object has several keys 'a'; keep one of them"),
+        (1, f"{where[1]}: an object has several keys 'role'; keep one of them"),
+        (2, {"a": 1, "b": {"a": 1}}),
+    ]
+
+
+def test_json_in_a_csv_cell_has_each_key_once(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", 'query,images\nQ,"{""path"": ""a.png"", ""path"": ""b.png""}"\n')
+    assert reasons(file) == [(0, "images: line 2: an object has several keys 'path'; keep one of them")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            '[{"a": 1}, {"a": 2}]\n{"a": 3}',
+            "line 1: expected a JSON object {...}, found list; if the file holds a JSON array, call it .json",
+        ),
+        ('[\n{"a": 1}\n]', "line 1, column 2: Expecting value; if the file holds a JSON array, call it .json"),
+    ],
+)
+def test_a_json_array_in_a_file_of_lines_is_told_how_to_be_called(tmp_path: Path, content: str, words: str) -> None:
+    assert reasons(write(tmp_path / "a.jsonl", content))[0] == (0, words)
