@@ -185,18 +185,19 @@ def test_full_fine_tuning_starts_with_rewards_of_zero_and_keeps_the_start_as_its
     assert after["loss"] < metrics["loss"]
 
 
-@pytest.mark.parametrize(("algorithm", "models"), [(DPO(), 1), (MDPO(), 1), (KTO(), 2)], ids=["dpo", "mdpo", "kto"])
-def test_only_mismatched_rows_take_a_second_model(
-    model_folder: Callable[..., Path], prepare_pairs: Prepare, algorithm: Algorithm, models: int
+@pytest.mark.parametrize(("algorithm", "copies"), [(DPO(), 0), (MDPO(), 0), (KTO(), 1)], ids=["dpo", "mdpo", "kto"])
+def test_only_mismatched_rows_take_a_copy_of_what_is_trained(
+    model_folder: Callable[..., Path], prepare_pairs: Prepare, algorithm: Algorithm, copies: int
 ) -> None:
     folder = model_folder("llava")
-    one = sum(p.numel() for p in make_policy(folder, tuner=FULL).model.parameters())
+    whole = make_policy(folder, tuner=FULL)
+    one, trained = (sum(p.numel() for p in some) for some in (whole.model.parameters(), whole.trainable.values()))
 
     def held_by(policy: Policy) -> int:
         found = {p.data_ptr(): p.numel() for some in (policy, policy.start) if some for p in some.model.parameters()}
         return sum(found.values())
 
-    assert held_by(make_policy(folder, tuner=FULL, needs=algorithm.needs)) == models * one
+    assert held_by(make_policy(folder, tuner=FULL, needs=algorithm.needs)) == one + copies * trained
     records = prepare_pairs(pairs_of(folder, algorithm))
     assert held_by(scorer_of(ModelSource(str(folder)), algorithm, records, sft_type="full")._policy) == one
 
