@@ -25,6 +25,7 @@ from rayalign.formats.pictures import SIGNATURES
 from rayalign.formats.records import RecordError
 from rayalign.images.rgb import require_rgb, to_rgb
 from rayalign.images.urls import fetch_url
+from rayalign.retries import StorageFailed
 from rayalign.storage import Store, is_url
 
 T = TypeVar("T")
@@ -44,7 +45,9 @@ JPEG_SCAN = b"\xff\xda"
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 STORE_SCHEMES = ("s3://", "gs://")
 URL_SECONDS = 60
-"""For all the URLs and the objects of remote stores of a record together."""
+"""For all that a record fetches from elsewhere together: web addresses, and stores that aren't the data set's own."""
+STORE_SECONDS = 180
+"""For each object of the data set's own store, or the image root's, its further attempts included."""
 
 OF_THE_OBJECT = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "NO_SUCH_KEY", "Not a regular file")
 """Words of a remote store's errors that are about the one object, and not about the storage."""
@@ -306,7 +309,8 @@ def _read_path(path: str, *, folder: Store, image_root: Store | None, deadline: 
 
 
 def _read_remote(store: Store, inner: str, *, ref: str, deadline: float) -> bytes:
-    """An object at or below a remote store; `inner` stays a plain path, so that it can't hold URL options."""
+    """An object at or below a remote store; `inner` stays a plain path, so that it can't hold URL options. Without it the store
+    is one elsewhere, which has the time of the record; one that is the run's own, and silent, is failing storage."""
 
     def read() -> bytes:
         filesystem, path = store.resolve()
@@ -316,8 +320,12 @@ def _read_remote(store: Store, inner: str, *, ref: str, deadline: float) -> byte
             return bytes(file.read())
 
     try:
-        return _until(deadline, read, ref=ref)
-    except RecordError:
+        if inner:
+            late: Exception = StorageFailed(f"{store.location}{inner}: the storage gave no answer in {STORE_SECONDS} s.")
+            return _until(time.monotonic() + STORE_SECONDS, read, late=late)
+        words = f"{_short(ref)}: the {URL_SECONDS} seconds for a record's images are over"
+        return _until(deadline, read, late=RecordError("image URL failed", words, field="images"))
+    except (RecordError, StorageFailed):
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:
         raise RecordError("image missing", f"{_short(ref)}: {error}", field="images") from None
@@ -327,8 +335,8 @@ def _read_remote(store: Store, inner: str, *, ref: str, deadline: float) -> byte
         raise
 
 
-def _until(deadline: float, work: Callable[[], bytes], *, ref: str) -> bytes:
-    """The result of some work, waited for until `deadline` (of time.monotonic, seconds); raises RecordError where it is late.
+def _until(deadline: float, work: Callable[[], bytes], *, late: Exception) -> bytes:
+    """The result of some work, waited for until `deadline` (of time.monotonic, seconds); raises `late` after it.
 
     The clients of object stores try again for minutes, and can't be told to stop: the thread is left to end by itself, and does
     not keep the process.
@@ -344,8 +352,7 @@ def _until(deadline: float, work: Callable[[], bytes], *, ref: str) -> bytes:
     threading.Thread(target=run, daemon=True).start()
     wait([result], timeout=max(0.0, deadline - time.monotonic()))
     if not result.done():
-        words = f"{_short(ref)}: the {URL_SECONDS} seconds for a record's images are over"
-        raise RecordError("image URL failed", words, field="images")
+        raise late
     return result.result()
 
 

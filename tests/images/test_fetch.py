@@ -20,6 +20,7 @@ from PIL import Image
 from rayalign.formats.records import RecordError
 from rayalign.images import fetch as fetching
 from rayalign.images.fetch import check_pixels, decoded_size, fetch_images, image_hash, image_size, open_image
+from rayalign.retries import StorageFailed
 from rayalign.storage import Store
 from tests.hostile.pictures import hostile_pictures, photo, sound_pictures
 
@@ -537,13 +538,25 @@ def test_a_store_elsewhere_that_fails_drops_the_record_that_names_it(monkeypatch
     assert own.value is error
 
 
-def test_images_of_a_remote_store_have_seconds_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fetch_remote(PNG, monkeypatch, num_refs=3) == [PNG] * 3
+def test_images_of_a_store_elsewhere_have_seconds_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "URL_SECONDS", 0.3)
     for seconds, num_refs in ((30.0, 1), (0.2, 5)):
         started = time.monotonic()
+        monkeypatch.setattr(Store, "resolve", lambda store, outcome=seconds: (FakeStore(outcome), "bucket"))
         with pytest.raises(RecordError) as caught:
-            fetch_remote(seconds, monkeypatch, num_refs=num_refs)
+            fetch_images(["s3://elsewhere/a.png"] * num_refs, folder=Store("/data"), image_root=None, allow_urls=True)
         assert time.monotonic() - started < 5
         assert (caught.value.reason, caught.value.field) == ("image URL failed", "images")
         assert caught.value.words.endswith("the 0.3 seconds for a record's images are over")
+
+
+def test_a_silent_store_of_the_data_set_is_failing_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little time the record's other images have left; a slow one is not silent."""
+    monkeypatch.setattr(fetching, "URL_SECONDS", 0.0)
+    monkeypatch.setattr(fetching, "STORE_SECONDS", 0.5)
+    assert fetch_remote(PNG, monkeypatch, num_refs=3) == [PNG] * 3
+    assert len(fetch_remote(0.2, monkeypatch, num_refs=4)) == 4
+    started = time.monotonic()
+    with pytest.raises(StorageFailed, match=r"s3://bucket/.*: the storage gave no answer in 0\.5 s\."):
+        fetch_remote(30.0, monkeypatch)
+    assert time.monotonic() - started < 5
