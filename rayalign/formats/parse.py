@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rayalign.config.plugins import Plugin
 from rayalign.formats import rlaif_v, sharegpt, swift2, swift4, trl
-from rayalign.formats.cells import COMMON_COLUMNS, is_missing, plain, refuse_other_rejected_images
+from rayalign.formats.cells import COMMON_COLUMNS, is_empty, is_missing, plain, refuse_other_rejected_images
 from rayalign.formats.records import PreferenceRecord, RecordError
 
 
@@ -34,6 +34,8 @@ FORMATS = (
 
 UNSUPPORTED_COLUMNS = ("videos", "video", "audios", "audio", "tools", "objects")
 """Columns that would change what the model sees, so that a row can't be read without them."""
+HISTORY = "history"
+"""The same where a format doesn't read it."""
 
 
 def own_formats(plugins: Sequence[Plugin]) -> tuple[Format, ...]:
@@ -65,6 +67,9 @@ def parse_row(row: Mapping[str, Any], *, id: str, own: Sequence[Format] = ()) ->
     if format is None:
         known = "; ".join(f"{format.name} ({format.needs})" for format in (*own, *FORMATS))
         raise RecordError("unknown format", f"the row has the columns {', '.join(cells) or '(none)'}; known formats: {known}")
+    if format.reads is not None and HISTORY not in format.reads and not is_empty(cells.get(HISTORY)):
+        words = f"{format.name}'s records have none, so the turns before would be left out; put them into the messages"
+        raise RecordError("unsupported content", words, field=HISTORY)
     record = format.parse(cells, id=id)
     if format in FORMATS:
         refuse_other_rejected_images(cells, record.images)

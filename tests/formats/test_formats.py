@@ -273,6 +273,11 @@ HOSTILE: list[tuple[dict[str, Any], str, str]] = [
         "bad margin",
         "margin: inf is no number between -1e+06 and 1e+06",
     ),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "history": [["d", "e"]]},
+        "unsupported content",
+        "history: TRL's records have none, so the turns before would be left out; put them into the messages",
+    ),
     ({"query": "a", "response": "b", "videos": ["x.mp4"]}, "unsupported content", "videos: records hold text and images only"),
     ({"messages": "a"}, "wrong type", "messages: expected a list of messages, found str 'a'"),
     ({"messages": [USER]}, "missing field", "messages: the last message must be the assistant's response"),
