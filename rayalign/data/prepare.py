@@ -124,7 +124,8 @@ def prepare(
     else:
         logger.info("Data: %d records of %s, encoded before, from %s", found.num_rows, " ".join(arguments), store.location)
         advice = f"(So it was when they were encoded; after a change of pictures alone, delete {store.location}.)"
-        check_drops(*_drops_before(found, sources), limit=config.max_dropped_fraction, advice=advice)
+        limit = config.max_dropped_fraction
+        check_drops(*_drops_before(found, sources), limit=limit, advice=advice, say=logger.info)
     _say_remarks(found)
     return found
 
