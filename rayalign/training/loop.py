@@ -217,6 +217,9 @@ class Trainer:
 
     def _added_up_last(self, batches: Iterable[PairBatch]) -> Iterator[PairBatch]:
         """The same batches; what gradients of sharded weights may wait for is the last one's backward."""
+        if self.fillers is None:  # nothing is sharded
+            yield from batches
+            return
         iterator = iter(batches)
         batch = next(iterator, None)
         while batch is not None:
