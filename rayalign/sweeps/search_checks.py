@@ -96,9 +96,7 @@ def _check_metric(space: SearchSpace, tune: TuneConfig) -> None:
         )
     chosen = [{ALGORITHM: name} if ALGORITHM in space.ranges else {} for name in space.algorithms]
     if tune.metric.startswith(REWARDS) and all(space.config(c).algorithm.needs.responses == "chosen" for c in chosen):
-        raise ValueError(
-            f"--metric {tune.metric}: {', '.join(space.algorithms)} has no rewards. Pass --metric eval_loss --mode min."
-        )
+        raise ValueError(f"--metric {tune.metric}: {', '.join(space.algorithms)} has no rewards. Pass --metric eval_loss.")
 
 
 def _check_values(space: SearchSpace, algorithm: str, name: str) -> None:

@@ -114,7 +114,7 @@ def test_values_that_a_flag_does_not_take_are_refused_before_the_sweep(entries: 
         (
             Config(SFT()),
             TuneConfig(search=("learning_rate=grid:1e-3,1e-4",)),
-            "--metric eval_rewards/accuracies: sft has no rewards. Pass --metric eval_loss --mode min.",
+            "--metric eval_rewards/accuracies: sft has no rewards. Pass --metric eval_loss.",
         ),
         (
             Config(DPO(), data=DataConfig(dataset_test_ratio=0)),
