@@ -1,15 +1,25 @@
 """By which metric a sweep's trials are ranked, and whether a high or a low value of it is good."""
 
+import dataclasses
 import logging
 from typing import Literal
 
 from rayalign.config.sections import RunConfig
 from rayalign.config.tune import TuneConfig
 from rayalign.training.best import is_greater_better
+from rayalign.training.metric_names import EVALUATED
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["max", "min"]
+
+
+def with_whole_names(sweep: TuneConfig) -> TuneConfig:
+    """The same sweep whose metrics have their `eval_`, with or without which they may be given: trials are compared on held-out
+    records, and the metrics of a step's training records have the same names without it."""
+    return dataclasses.replace(
+        sweep, metric=_whole_name(sweep.metric), cost_metric=sweep.cost_metric and _whole_name(sweep.cost_metric)
+    )
 
 
 def mode_of(sweep: TuneConfig) -> Mode:
@@ -28,6 +38,10 @@ def tell_odd_mode(sweep: TuneConfig) -> None:
             sweep.mode,
             *(("high", "lowest") if by_name == "max" else ("low", "highest")),
         )
+
+
+def _whole_name(metric: str) -> str:
+    return metric if metric.startswith(EVALUATED) else f"{EVALUATED}{metric}"
 
 
 def _mode_by_name(metric: str) -> Mode:

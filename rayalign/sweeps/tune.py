@@ -27,7 +27,7 @@ from rayalign.storage import Store
 from rayalign.sweeps.hparams import write_hparams
 from rayalign.sweeps.in_place import why_apart
 from rayalign.sweeps.population import check_population
-from rayalign.sweeps.ranking import mode_of, tell_odd_mode
+from rayalign.sweeps.ranking import mode_of, tell_odd_mode, with_whole_names
 from rayalign.sweeps.results import (
     BEST,
     BEST_MODEL,
@@ -75,7 +75,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     Raises ValueError for search spaces and folders that can't work, and where no trial finished.
     """
     config.check_inputs()
-    space = check_search(config, sweep)
+    space, sweep = check_search(config, sweep), with_whole_names(sweep)
     _check_trials(space, sweep)
     tell_odd_mode(sweep)
     if sweep.scheduler == "pbt":

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from rayalign.config.tune import TuneConfig
-from rayalign.sweeps.ranking import mode_of, tell_odd_mode
+from rayalign.sweeps.ranking import mode_of, tell_odd_mode, with_whole_names
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,13 @@ def test_a_mode_that_contradicts_the_metrics_name_is_told(caplog: pytest.LogCapt
         "--metric eval_loss with --mode max: by its name a low value of it is good, and the trial with the highest one will be "
         "the best, as asked. Leave --mode out unless this is meant"
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [("loss", "eval_loss"), ("rewards/accuracies", "eval_rewards/accuracies"), ("eval_loss", "eval_loss")],
+)
+def test_trials_are_compared_by_evaluations_with_or_without_eval_in_the_name(given: str, whole: str):
+    sweep = with_whole_names(TuneConfig(metric=given, cost_metric=given))
+    assert (sweep.metric, sweep.cost_metric) == (whole, whole)
+    assert with_whole_names(TuneConfig()).cost_metric is None

@@ -123,6 +123,11 @@ def test_values_that_a_flag_does_not_take_are_refused_before_the_sweep(entries: 
             "compared. Hold some out, or pass --val_dataset.",
         ),
         (
+            Config(SFT()),
+            TuneConfig(search=("learning_rate=grid:1e-3,1e-4",), metric="rewards/margins"),
+            "--metric eval_rewards/margins: sft has no rewards. Pass --metric eval_loss.",
+        ),
+        (
             Config(DPO(), tuner=TunerConfig(sft_type="full")),
             TuneConfig(search=("lora_rank=grid:4,8",)),
             "--search lora_rank with --sft_type full: full trains no adapter. Leave one of the two out.",
