@@ -92,7 +92,7 @@ class SweepLines:
             self.lack_metric = True
             known = sorted(name for name in result if name.startswith(EVALUATED))
             logger.warning(
-                "--metric %s: the evaluations have no such metric.%s Those that run go on to their end, and no other one begins",
+                "--metric %s: the evaluations have no such metric.%s Those that run go on to their end, and no other begins",
                 self._sweep.metric,
                 did_you_mean(self._sweep.metric, known),
             )
