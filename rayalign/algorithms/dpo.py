@@ -68,7 +68,11 @@ class DPO:
         at_least=0,
         at_most=1,
     )
-    reference_free: bool = flag(False, "Compare with a uniform reference, which costs nothing, instead of the start model.")
+    reference_free: bool = flag(
+        False,
+        "Compare with a uniform reference, which costs nothing, instead of the start model; for losses of the difference "
+        "between chosen and rejected, with reverse_kl or js_divergence.",
+    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -175,4 +179,23 @@ def _check_losses(dpo: DPO) -> None:
         raise ValueError(
             f"--f_divergence_type {dpo.f_divergence_type} with --loss_type {' '.join(odd)}: this loss is derived for "
             f"reverse_kl. Other divergences go with {', '.join(sorted(dpo_losses.BY_DIVERGENCE))}."
+        )
+    if dpo.reference_free:
+        _check_reference_free(dpo)
+
+
+def _check_reference_free(dpo: DPO) -> None:
+    """Raises ValueError for what needs the log-ratios to a real reference, which begin at 0."""
+    held = sorted(set(dpo.loss_type) - dpo_losses.REFERENCE_FREE)
+    if held:
+        raise ValueError(
+            f"--reference_free true with --loss_type {' '.join(held)}: it holds each response's log-ratio against 0, where "
+            "only a real reference puts it, and would train nothing or the wrong way. Leave --reference_free out, or take "
+            f"one of {', '.join(sorted(dpo_losses.REFERENCE_FREE))}."
+        )
+    if dpo.f_divergence_type not in dpo_losses.REFERENCE_FREE_DIVERGENCES:
+        raise ValueError(
+            f"--reference_free true with --f_divergence_type {dpo.f_divergence_type}: it grows exponentially with the "
+            "log-ratio, which is near 0 only beside a real reference, and is cut off: nothing would be trained. Leave "
+            f"--reference_free out, or take {' or '.join(dpo_losses.REFERENCE_FREE_DIVERGENCES)}."
         )

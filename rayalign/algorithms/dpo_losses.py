@@ -184,6 +184,14 @@ BY_DIVERGENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair"
 RANKED = frozenset({"aot", "aot_unpaired"})
 """Losses that compare a pair with others of the step."""
 
+REFERENCE_FREE = BY_DIVERGENCE | RANKED
+"""Losses that see chosen log-ratios only beside rejected ones. The others hold each log-ratio against 0, and without a
+reference it is a log-prob, far below: their gradients vanish or have a wrong sign."""
+
+REFERENCE_FREE_DIVERGENCES = ("reverse_kl", "js_divergence")
+"""Divergences that stay near the log-ratio itself where it is far below 0; the others grow exponentially there, and are cut off
+(LARGEST_EXPONENT)."""
+
 
 LARGEST_EXPONENT = 40.0
 """Log-ratios are cut off here before the exponential: the square of e^40 is still far below float32's largest number, e^88."""

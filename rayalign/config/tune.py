@@ -41,8 +41,12 @@ class TuneConfig:
     max_concurrent_trials: int | None = flag(
         None, "Trials that run at a time. Default: as many as fit the cluster.", at_least=1
     )
-    metric: str = flag("eval_rewards/accuracies", "Metric that ranks the trials; SFT has eval_loss (with --mode min).")
-    mode: Literal["max", "min"] = flag("max", "Whether a high or a low --metric is good.")
+    metric: str = flag("eval_rewards/accuracies", "Metric that ranks the trials; SFT has eval_loss.")
+    mode: Literal["max", "min"] | None = flag(
+        None,
+        "Whether a high or a low --metric is good. Default: by its name (min for losses, perplexity, KL and rates of "
+        "hallucination, else max).",
+    )
     cost_metric: str | None = flag(
         None,
         "What a good --metric may cost; near 0 is good. The page draws one against the other, and --search_alg optuna looks "

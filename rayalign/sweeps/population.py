@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 from rayalign.config.flags import flags_of
 from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
+from rayalign.sweeps.ranking import mode_of
 from rayalign.sweeps.search_space import LISTED, SearchSpace, class_of
 from rayalign.sweeps.searcher import QueueSearcher
 from rayalign.sweeps.trial_process import MEMBER
@@ -78,7 +79,7 @@ def population_scheduler(space: SearchSpace, sweep: TuneConfig) -> PopulationBas
     return PopulationBasedTraining(
         time_attr="step",
         metric=sweep.metric,
-        mode=sweep.mode,
+        mode=mode_of(sweep),
         perturbation_interval=space.base.run.eval_steps,
         custom_explore_fn=lambda sampled: explore(space, sampled, generator),
         log_config=False,

@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.study import StudyDirection
 
 from rayalign.config.tune import TuneConfig
+from rayalign.sweeps.ranking import mode_of
 from rayalign.sweeps.search_space import ALGORITHM, SearchSpace, Setting
 from rayalign.sweeps.trials import Outcome
 
@@ -32,7 +33,7 @@ def propose(space: SearchSpace, tune: TuneConfig, settings: Sequence[Setting], o
     random_ones = min(max(int(tune.num_samples * RANDOM_SHARE), LEAST_RANDOM), MOST_RANDOM)
     # One seed for each place in the order: what is drawn at random differs from what was before.
     sampler = optuna.samplers.TPESampler(seed=tune.search_seed * 10_007 + len(settings), n_startup_trials=random_ones)
-    directions = [StudyDirection.MAXIMIZE if tune.mode == "max" else StudyDirection.MINIMIZE]
+    directions = [StudyDirection.MAXIMIZE if mode_of(tune) == "max" else StudyDirection.MINIMIZE]
     directions += [StudyDirection.MINIMIZE] if tune.cost_metric else []
     study = optuna.create_study(directions=directions, sampler=sampler)
     results: dict[int, list[list[float]]] = {}

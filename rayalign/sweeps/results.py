@@ -18,6 +18,7 @@ from rayalign.report.drawn_trial import DrawnTrial
 from rayalign.report.sweep_page import DrawnSweep, render_sweep
 from rayalign.storage import Store
 from rayalign.sweeps.importance import importance
+from rayalign.sweeps.ranking import mode_of
 from rayalign.sweeps.search_space import LISTED, parse_search
 from rayalign.sweeps.trials import COSTS, TRIALS, Outcome, short
 
@@ -171,7 +172,7 @@ def page(folder: Store, standings: Sequence[Standing], sweep: TuneConfig, words:
         DrawnSweep(
             title=folder.name,
             metric=sweep.metric,
-            mode=sweep.mode,
+            mode=mode_of(sweep),
             words=words,
             heads=heads,
             rows=rows,

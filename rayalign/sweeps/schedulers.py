@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
 from rayalign.config.tune import TuneConfig
+from rayalign.sweeps.ranking import mode_of
 from rayalign.sweeps.search_space import SearchSpace
 from rayalign.sweeps.trials import Outcome
 
@@ -39,7 +40,7 @@ def ray_scheduler(
 ) -> TrialScheduler | None:
     """Ray Tune's scheduler of a name, for trials that are evaluated `every` so many steps; None runs all to their end. It
     compares them with those that have ended `before`, too."""
-    ranking: Any = {"time_attr": "step", "metric": sweep.metric, "mode": sweep.mode, "grace_period": every}
+    ranking: Any = {"time_attr": "step", "metric": sweep.metric, "mode": mode_of(sweep), "grace_period": every}
     endless: Any = math.inf
     if name == "asha":
         # Without stop_last_trials a trial of more steps than most is not taken for one that has come to its end.

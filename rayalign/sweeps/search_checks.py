@@ -6,6 +6,7 @@ from rayalign.config.config import Config
 from rayalign.config.flags import did_you_mean, flags_of
 from rayalign.config.sections import ClusterConfig, RunConfig
 from rayalign.config.tune import TuneConfig
+from rayalign.sweeps.ranking import with_whole_names
 from rayalign.sweeps.search_space import (
     ALGORITHM,
     LISTED,
@@ -16,7 +17,6 @@ from rayalign.sweeps.search_space import (
     parse_search,
     searchable,
 )
-from rayalign.training.metric_names import EVALUATED
 
 REWARDS = "eval_rewards/"
 
@@ -83,22 +83,20 @@ def _check_together(space: SearchSpace, tune: TuneConfig) -> None:
         raise ValueError(
             f"--price_per_hour {tune.price_per_hour:g}: only --dry_run true tells costs. Pass it, or leave this out."
         )
-    _check_metric(space, tune)
+    _check_metric(space, with_whole_names(tune))
 
 
 def _check_metric(space: SearchSpace, tune: TuneConfig) -> None:
     """Raises ValueError for a metric that no trial can have."""
     data = space.base.data
-    if tune.metric.startswith(EVALUATED) and not data.val_dataset and data.dataset_test_ratio == 0:
+    if not data.val_dataset and data.dataset_test_ratio == 0:
         raise ValueError(
             f"--metric {tune.metric} with --dataset_test_ratio 0: no record is held out, so that trials can't be compared. "
             "Hold some out, or pass --val_dataset."
         )
     chosen = [{ALGORITHM: name} if ALGORITHM in space.ranges else {} for name in space.algorithms]
     if tune.metric.startswith(REWARDS) and all(space.config(c).algorithm.needs.responses == "chosen" for c in chosen):
-        raise ValueError(
-            f"--metric {tune.metric}: {', '.join(space.algorithms)} has no rewards. Pass --metric eval_loss --mode min."
-        )
+        raise ValueError(f"--metric {tune.metric}: {', '.join(space.algorithms)} has no rewards. Pass --metric eval_loss.")
 
 
 def _check_values(space: SearchSpace, algorithm: str, name: str) -> None:

@@ -13,6 +13,7 @@ from rayalign.config.flags import did_you_mean
 from rayalign.config.tune import TuneConfig
 from rayalign.progress import duration
 from rayalign.storage import Store
+from rayalign.sweeps.ranking import mode_of
 from rayalign.sweeps.results import aligned, figure
 from rayalign.sweeps.search_space import ALGORITHM
 from rayalign.sweeps.trials import FAILED_NOTE, STOPPED_NOTE, TRIAL_NOTE, TRIALS, Outcome, Queue, Trial, short
@@ -91,7 +92,7 @@ class SweepLines:
             self.lack_metric = True
             known = sorted(name for name in result if name.startswith(EVALUATED))
             logger.warning(
-                "--metric %s: the trials have no such metric.%s Those that run go on to their end, and no other one begins",
+                "--metric %s: the evaluations have no such metric.%s Those that run go on to their end, and no other begins",
                 self._sweep.metric,
                 did_you_mean(self._sweep.metric, known),
             )
@@ -123,7 +124,7 @@ class SweepLines:
         words += [outcome.error.rstrip(".")] if outcome.error else []
         values = [other.value for other in outcomes if other.state == "finished" and other.value is not None]
         if values:
-            words.append(f"best so far {max(values) if self._sweep.mode == 'max' else min(values):.4g}")
+            words.append(f"best so far {max(values) if mode_of(self._sweep) == 'max' else min(values):.4g}")
         left = self._total - ended
         if left > 0:
             seconds = (self._clock() - self._started) / self._ended * left

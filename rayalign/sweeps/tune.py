@@ -27,6 +27,7 @@ from rayalign.storage import Store
 from rayalign.sweeps.hparams import write_hparams
 from rayalign.sweeps.in_place import why_apart
 from rayalign.sweeps.population import check_population
+from rayalign.sweeps.ranking import mode_of, tell_odd_mode, with_whole_names
 from rayalign.sweeps.results import (
     BEST,
     BEST_MODEL,
@@ -74,8 +75,9 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     Raises ValueError for search spaces and folders that can't work, and where no trial finished.
     """
     config.check_inputs()
-    space = check_search(config, sweep)
+    space, sweep = check_search(config, sweep), with_whole_names(sweep)
     _check_trials(space, sweep)
+    tell_odd_mode(sweep)
     if sweep.scheduler == "pbt":
         check_population(space, sweep, apart=why_apart(space))
     _require_optuna(sweep)
@@ -150,7 +152,7 @@ def _queue(space: SearchSpace, sweep: TuneConfig, folder: Store) -> Queue:
 
     def read(trial: Trial) -> Outcome:
         return read_outcome(
-            folder / TRIALS / trial.name, trial, metric=sweep.metric, mode=sweep.mode, cost_metric=sweep.cost_metric
+            folder / TRIALS / trial.name, trial, metric=sweep.metric, mode=mode_of(sweep), cost_metric=sweep.cost_metric
         )
 
     def propose(outcomes: list[Outcome]) -> list[Trial]:
@@ -183,11 +185,11 @@ def _prepared_steps(config: Config) -> int:
 
 
 def _finish(space: SearchSpace, sweep: TuneConfig, folder: Store, outcomes: list[Outcome]) -> Sweep:
-    standings = ranked(outcomes, mode=sweep.mode)
+    standings = ranked(outcomes, mode=mode_of(sweep))
     seed = space.base.optimizer.seed
     write_tables(folder, standings, sweep.metric, seed=seed)
     saved = saved_in_words(outcomes, "The scheduler")
-    words = f"Ranked by {sweep.metric} ({sweep.mode}). {saved + '.' if saved else ''}"
+    words = f"Ranked by {sweep.metric} ({mode_of(sweep)}). {saved + '.' if saved else ''}"
     (folder / PAGE).write_bytes(page(folder, standings, sweep, words).encode())
     if "tensorboard" in space.base.run.report_to:
         write_hparams(folder, outcomes, sweep.metric)
@@ -205,7 +207,7 @@ def _finish(space: SearchSpace, sweep: TuneConfig, folder: Store, outcomes: list
     (folder / BEST).write_bytes(to_yaml(config).encode())
     lines = trial_lines(standings, sweep.metric, seed=seed)
     settings = setting_lines(standings, sweep.metric)
-    (folder / SWEEP).write_json({"metric": sweep.metric, "mode": sweep.mode, "trials": lines, "settings": settings})
+    (folder / SWEEP).write_json({"metric": sweep.metric, "mode": mode_of(sweep), "trials": lines, "settings": settings})
     places = [(folder / name).location for name in (BEST, BEST_MODEL)]
     logger.info("Best: %s; its %sflags are in %s, its model in %s", best.words, "last " if found.handed else "", *places)
     return Sweep(folder, tuple(lines), config)

@@ -7,7 +7,21 @@ import torch
 
 from rayalign.algorithms import DPO, StepStatistics
 from rayalign.algorithms.dpo import LossType
-from rayalign.algorithms.dpo_losses import BY_DIVERGENCE, PAIR_LOSSES, RANKED, SFT_LOSS, SMOOTHED, rank_partners
+from rayalign.algorithms.dpo_losses import (
+    BY_DIVERGENCE,
+    PAIR_LOSSES,
+    RANKED,
+    REFERENCE_FREE,
+    REFERENCE_FREE_DIVERGENCES,
+    SFT_LOSS,
+    SMOOTHED,
+    Divergence,
+    LossSettings,
+    PairScores,
+    RankPartners,
+    divergence_score,
+    rank_partners,
+)
 from rayalign.data.batch import assemble
 from rayalign.data.store import EncodedPair
 from rayalign.models.family import ImageInputs, RowLayout
@@ -15,7 +29,7 @@ from rayalign.models.family import ImageInputs, RowLayout
 
 def test_the_flag_names_every_loss_of_the_table_and_sft() -> None:
     assert get_args(LossType) == (*PAIR_LOSSES, SFT_LOSS)
-    assert {*SMOOTHED, *RANKED, *BY_DIVERGENCE} <= set(get_args(LossType))
+    assert {*SMOOTHED, *RANKED, *BY_DIVERGENCE, *REFERENCE_FREE} <= set(get_args(LossType))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +79,18 @@ def test_the_flag_names_every_loss_of_the_table_and_sft() -> None:
             "--f_divergence_type forward_kl with --loss_type aot apo_zero: this loss is derived for reverse_kl. "
             "Other divergences go with discopop, exo_pair, hinge, ipo, robust, sft, sigmoid, sigmoid_norm.",
         ),
+        (
+            {"loss_type": ("sigmoid", "sppo_hard", "apo_zero"), "reference_free": True},
+            "--reference_free true with --loss_type apo_zero sppo_hard: it holds each response's log-ratio against 0, where "
+            "only a real reference puts it, and would train nothing or the wrong way. Leave --reference_free out, or take one "
+            "of aot, aot_unpaired, discopop, exo_pair, hinge, ipo, robust, sft, sigmoid, sigmoid_norm.",
+        ),
+        (
+            {"f_divergence_type": "forward_kl", "reference_free": True},
+            "--reference_free true with --f_divergence_type forward_kl: it grows exponentially with the log-ratio, which is "
+            "near 0 only beside a real reference, and is cut off: nothing would be trained. Leave --reference_free out, or "
+            "take reverse_kl or js_divergence.",
+        ),
     ],
 )
 def test_losses_that_do_not_go_together_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -82,6 +108,7 @@ def test_losses_that_do_not_go_together_are_refused(settings: dict[str, Any], wo
         {"loss_type": ("robust",), "label_smoothing": 0.499},
         {"loss_type": ("hinge", "sigmoid"), "label_smoothing": 0.1},
         {"loss_type": ("sft",), "rpo_alpha": 0.0, "f_divergence_type": "js_divergence"},
+        {"loss_type": ("sigmoid", "discopop", "hinge"), "reference_free": True, "f_divergence_type": "js_divergence"},
     ],
 )
 def test_what_goes_together_is_accepted(settings: dict[str, Any]) -> None:
@@ -100,6 +127,31 @@ def test_what_goes_together_is_accepted(settings: dict[str, Any]) -> None:
 def test_dpo_asks_for_what_its_losses_use(settings: dict[str, Any], reference: bool, statistics: bool) -> None:
     needs = DPO(**settings).needs
     assert (needs.reference, needs.statistics, needs.responses, needs.companion) == (reference, statistics, "both", None)
+
+
+@pytest.mark.parametrize("divergence", get_args(Divergence))
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_what_goes_without_a_reference_trains_both_responses_the_right_way(loss: str, divergence: Divergence) -> None:
+    smoothing = 0.1 if loss in ("exo_pair", "robust") else 0.0
+    try:
+        dpo = DPO(loss_type=(loss,), label_smoothing=smoothing, f_divergence_type=divergence, reference_free=True)  # type: ignore[arg-type]
+    except ValueError:
+        is_seen = loss in BY_DIVERGENCE or divergence == "reverse_kl"
+        assert not is_seen or loss not in REFERENCE_FREE or divergence not in REFERENCE_FREE_DIVERGENCES
+        return
+    # Two pairs as long responses have them: -60 and -75 nats, alike by how much the policy already prefers the chosen one.
+    chosen, rejected = (
+        torch.tensor(sums, dtype=torch.float64, requires_grad=True) for sums in ([-60.0, -75.0], [-61.0, -76.0])
+    )
+    seen = [divergence_score(side, divergence=divergence, alpha=0.5) for side in (chosen, rejected)]
+    zeros, tokens = torch.zeros(2, dtype=torch.float64), torch.full((2,), 10.0, dtype=torch.float64)
+    partners = RankPartners(zeros, chosen.detach(), rejected.detach())
+    scores = PairScores(chosen, rejected, *seen, tokens, tokens, chosen - rejected, partners)
+    PAIR_LOSSES[loss](scores, LossSettings(dpo.beta, smoothing, dpo.discopop_tau)).sum().backward()
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert (chosen.grad < -1e-3).all()
+    assert (rejected.grad > 1e-3).all()
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 3), (0, 1), (1, 2), (2, 1)])

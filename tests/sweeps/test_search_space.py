@@ -114,13 +114,18 @@ def test_values_that_a_flag_does_not_take_are_refused_before_the_sweep(entries: 
         (
             Config(SFT()),
             TuneConfig(search=("learning_rate=grid:1e-3,1e-4",)),
-            "--metric eval_rewards/accuracies: sft has no rewards. Pass --metric eval_loss --mode min.",
+            "--metric eval_rewards/accuracies: sft has no rewards. Pass --metric eval_loss.",
         ),
         (
             Config(DPO(), data=DataConfig(dataset_test_ratio=0)),
             TuneConfig(search=("beta=grid:1,2",)),
             "--metric eval_rewards/accuracies with --dataset_test_ratio 0: no record is held out, so that trials can't be "
             "compared. Hold some out, or pass --val_dataset.",
+        ),
+        (
+            Config(SFT()),
+            TuneConfig(search=("learning_rate=grid:1e-3,1e-4",), metric="rewards/margins"),
+            "--metric eval_rewards/margins: sft has no rewards. Pass --metric eval_loss.",
         ),
         (
             Config(DPO(), tuner=TunerConfig(sft_type="full")),

@@ -53,8 +53,8 @@ def test_no_other_trial_begins_where_trials_lack_the_metric(tmp_path: Path, capl
         searcher.on_trial_result("a", {"step": 1, "loss": 0.5, "eval_mm": 1.0})
         searcher.on_trial_result("a", {"step": 2, "loss": 0.5, "eval_mm": 1.0})
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "--metric eval_m: the trials have no such metric. Did you mean eval_mm? Those that run go on to their end, and no "
-        "other one begins"
+        "--metric eval_m: the evaluations have no such metric. Did you mean eval_mm? Those that run go on to their end, "
+        "and no other begins"
     ]
     assert searcher.suggest("b") == Searcher.FINISHED
 

@@ -1,5 +1,6 @@
 """What a sweep decides without a cluster: the scheduler, the trials' configurations, and whether a folder goes on."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,16 @@ def test_the_best_trials_model_is_copied_when_another_one_is_the_best(tmp_path: 
     assert (tmp_path / "model" / "mark").exists()
     tune._finish(space, replace(SWEEP, mode="min"), folder, outcomes)
     assert [(file.name, file.read_text()) for file in (tmp_path / "model").iterdir()] == [("adapter", "beta 1.25")]
+
+
+def test_the_best_of_losses_is_the_lowest_without_a_word_about_it(tmp_path: Path):
+    space, sweep = check_search(base(tmp_path), SWEEP), replace(SWEEP, metric="eval_loss")
+    outcomes = [finished(tmp_path, 1, 1.25, 0.5), finished(tmp_path, 2, 1.75, 0.8)]
+    found = tune._finish(space, sweep, Store.at(str(tmp_path)), outcomes)
+    assert [line["trial"] for line in found.trials] == ["001_beta=1.25", "002_beta=1.75"]
+    assert (tmp_path / "model" / "adapter").read_text() == "beta 1.25"
+    assert json.loads((tmp_path / "sweep.json").read_text())["mode"] == "min"
+    assert "Ranked by eval_loss (min)." in (tmp_path / "sweep.html").read_text()
 
 
 SWEEP = TuneConfig(search=("beta=uniform:1:2",))
