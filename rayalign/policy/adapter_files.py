@@ -45,13 +45,16 @@ class Adapter:
     shapes: Mapping[str, tuple[int, ...]]
     renames: Mapping[str, str]
 
-    def wrap(self, base: Any, name: str, *, trainable: bool, fused: bool) -> PeftModel:
-        """The model with this adapter on. Raises ValueError where they do not fit each other."""
+    def wrap(self, base: Any, name: str, *, trainable: bool, fused: bool, dropout: float | None = None) -> PeftModel:
+        """The model with this adapter on, with another rate of dropout where one is given. Raises ValueError where they do not
+        fit each other."""
         modules = {module for module, _ in base.named_modules()}
         strange = {key for key in self.shapes if ".lora_" in key and _module_of(key) not in modules}
         if strange and base.device.type != "meta":
             self._refuse(base, unexpected=strange)
         config = copy.deepcopy(self.config)
+        if dropout is not None:
+            config.lora_dropout = dropout
         with _peft_errors(self.folder, base), _without_key_warnings():
             model = PeftModel.from_pretrained(
                 base,

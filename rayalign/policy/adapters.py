@@ -59,7 +59,8 @@ def add_adapters(base: Any, source: ModelSource, tuner: TunerConfig, family: Fam
         return new
     found = read_adapter(base, start)
     name = STACKED if tuner.stack_adapter else TRAINED
-    model = found.wrap(base, name, trainable=not tuner.stack_adapter, fused=True)
+    goes_on = not tuner.stack_adapter
+    model = found.wrap(base, name, trainable=goes_on, fused=True, dropout=tuner.lora_dropout if goes_on else None)
     if isinstance(base.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(
             f"{start}: the adapter stands on the output head, too, whose weight is read apart from its layer here, so it would "

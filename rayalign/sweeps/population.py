@@ -41,6 +41,12 @@ def check_population(space: SearchSpace, sweep: TuneConfig, *, apart: str | None
             f"{given}: takes --num_samples of at least 2, --search_alg random, one seed and no --max_concurrent_trials: all "
             "trials take turns."
         )
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if value := getattr(space.base.run, name):
+            raise ValueError(
+                f"{given} with --{name} {str(value).lower()}: a trial goes on with another one's weights, so its evaluations "
+                "are not of one run. Leave one of the two out; the sweep's model is the best trial's as it is."
+            )
     own = {flag.name: flag for flag in flags_of(class_of(space.base, space.base.algorithm.name))}
     for name, values in space.ranges.items():
         may_change = name in RATES or (name in own and own[name].item_type is float and not own[name].is_list)

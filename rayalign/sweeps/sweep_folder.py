@@ -1,5 +1,6 @@
 """A sweep's folder: whether its trials are those of the same sweep, so that it goes on with them."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,13 +9,19 @@ from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
 from rayalign.sweeps.search_space import ALGORITHM
 from rayalign.sweeps.trials import TRIALS
-from rayalign.training.run_folder import FREE_TO_CHANGE
+from rayalign.training.run_folder import FREE_TO_CHANGE, arithmetic
 
 SEARCH_NOTE = "search.json"
 
 SEARCHED = ("search", "search_alg", "search_seed")
 """The flags of a sweep that decide which trials there are; more of them (--num_samples, --num_seeds), another ranking and
 another scheduler go on from those that are there."""
+
+RANKING = {
+    *("max_eval_records", "eval_steps", "load_best_model_at_end"),
+    *("metric_for_best_model", "greater_is_better", "early_stopping_patience"),
+}
+"""Flags that a run may change and a sweep may not: trials are compared by what these measure."""
 
 REMEDY = "Pass --overwrite true to delete it, or another --output_dir."
 
@@ -29,7 +36,8 @@ def check_sweep_folder(folder: Store, config: Config, sweep: TuneConfig) -> None
             raise ValueError(f"--output_dir {folder.location} holds a run. Pass another --output_dir.")
         return
     before, now = note.read_json_object(), _identity(config, sweep)
-    changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
+    # A note of an earlier version lacks what it did not compare.
+    changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
     if changed and (folder / TRIALS).list():
         lines = "".join(f"\n  {name}: {old} -> {new}" for name, (old, new) in changed.items())
         raise ValueError(f"--output_dir {folder.location} holds a sweep with other flags:{lines}\n{REMEDY}")
@@ -42,8 +50,11 @@ def write_search(folder: Store, config: Config, sweep: TuneConfig) -> None:
 
 def _identity(config: Config, sweep: TuneConfig) -> Mapping[str, Any]:
     """What the trials depend on, as JSON has it."""
-    fixed = {name: value for name, value in config.to_dict().items() if name not in FREE_TO_CHANGE}
+    free = FREE_TO_CHANGE - RANKING
+    fixed = {name: value for name, value in config.to_dict().items() if name not in free}
     batch = "batch_size x gradient_accumulation_steps x num_workers"
     searched = {name: getattr(sweep, name) for name in SEARCHED}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in searched.items()}
-    return {**listed, ALGORITHM: config.algorithm.name, **fixed, batch: config.global_batch_size}
+    whole = {ALGORITHM: config.algorithm.name, batch: config.global_batch_size, "arithmetic": arithmetic(config.to_dict())}
+    texts = [hashlib.sha256((plugin.source or "").encode()).hexdigest() for plugin in config.plugins]
+    return {**listed, **fixed, **whole, "texts of plugins": texts}

@@ -135,7 +135,7 @@ def _check_resumable(folder: Store, config: Config) -> list[str]:
     written = _flags_before(folder / "config.yaml")
     before = {**_defaults(config), **written}
     for flags in (before, now):
-        flags["dtype"] = _arithmetic(flags)
+        flags["dtype"] = arithmetic(flags)
     changed = {name: (before[name], now[name]) for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]}
     before_plugins = _plugins_before(folder, before.get(PLUGIN) or ())
     plugins = {plugin.name: plugin.text for plugin in config.plugins}
@@ -151,7 +151,7 @@ def _check_resumable(folder: Store, config: Config) -> list[str]:
     return [name for name in now if name not in written]
 
 
-def _arithmetic(flags: Mapping[str, Any]) -> str:
+def arithmetic(flags: Mapping[str, Any]) -> str:
     """The type that a run computes in: what `auto` stands for follows from whether workers have GPUs."""
     named: str = ModelConfig(dtype=flags["dtype"]).dtype_on("cuda" if flags["gpus_per_worker"] else "cpu")
     return named

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rayalign
+from rayalign.algorithms import SFT
 from rayalign.config.sections import ModelConfig, TunerConfig
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import ModelSource, resolve_model
@@ -379,3 +380,11 @@ def test_embeddings_saved_beside_their_adapter_are_taken_where_they_are_the_mode
     make_policy(ModelSource(str(llava), str(tmp_path)), needs=REFERRED)
     write(tmp_path, {name: value + (name == own[0]) for name, value in tensors(tmp_path).items()})
     assert f"it holds 1 tensor that the model has no place for: {own[0]}" in complaint(llava, tmp_path)
+
+
+def test_dropout_is_that_of_the_run_that_goes_on(llava: Path, adapter: Path) -> None:
+    set_config(adapter, lora_dropout=0.5)
+    tuner = TunerConfig(lora_dropout=0.25, freeze_vit=False, freeze_aligner=False)
+    policy = make_policy(ModelSource(str(llava), str(adapter)), tuner=tuner, needs=SFT().needs)
+    rates = {module.p for name, module in policy.model.named_modules() if ".lora_dropout." in name}
+    assert rates == {0.25}

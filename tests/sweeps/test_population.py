@@ -57,6 +57,13 @@ def test_what_can_not_change_while_a_run_goes_on_is_refused(changes: dict[str, A
     check_population(space_of(PBT), PBT, apart=None)
 
 
+@pytest.mark.parametrize("flags", [{"load_best_model_at_end": True}, {"early_stopping_patience": 2}])
+def test_what_looks_back_on_one_runs_evaluations_is_refused(flags: dict[str, Any]):
+    space = check_search(Config(DPO(), run=RunConfig(**flags)), PBT)
+    with pytest.raises(ValueError, match="a trial goes on with another one's weights"):
+        check_population(space, PBT, apart=None)
+
+
 def checkpoint_in(folder: Path, text: str) -> Path:
     """A checkpoint's files, as far as a run's folder looks at them."""
     folder.mkdir(parents=True)

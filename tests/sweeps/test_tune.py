@@ -11,13 +11,14 @@ import pytest
 from rayalign.algorithms import ALGORITHMS, DPO
 from rayalign.config import command_line
 from rayalign.config.config import Config
+from rayalign.config.plugins import Plugin
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
 from rayalign.sweeps import tune
 from rayalign.sweeps.schedulers import asha_share, plan_in_words, scheduler_of
 from rayalign.sweeps.search_checks import check_search
-from rayalign.sweeps.sweep_folder import check_sweep_folder, write_search
+from rayalign.sweeps.sweep_folder import SEARCH_NOTE, check_sweep_folder, write_search
 from rayalign.sweeps.trial_process import trial_config
 from rayalign.sweeps.trials import Outcome, Trial
 
@@ -193,6 +194,28 @@ def test_a_sweep_does_not_go_on_with_other_flags(tmp_path: Path):
         "  learning_rate: 5e-05 -> 0.001\n"
         "Pass --overwrite true to delete it, or another --output_dir."
     )
+
+
+@pytest.mark.parametrize(
+    "flags", [{"max_eval_records": 3}, {"load_best_model_at_end": True}, {"early_stopping_patience": 1}, {"eval_steps": 7}]
+)
+def test_a_sweep_goes_on_only_with_what_its_trials_were_ranked_by(tmp_path: Path, flags: dict[str, Any]):
+    folder = begun(tmp_path / "a")
+    other = base(tmp_path / "a", **flags)
+    with pytest.raises(ValueError, match=f"holds a sweep with other flags:\n  {next(iter(flags))}: "):
+        check_sweep_folder(folder, other, SWEEP)
+    note = folder / SEARCH_NOTE
+    note.write_json({name: value for name, value in note.read_json_object().items() if name not in flags})
+    check_sweep_folder(folder, other, SWEEP)  # that of a version which did not compare it
+
+
+def test_a_sweep_goes_on_with_the_texts_that_its_plugins_had(tmp_path: Path):
+    before, edited = (replace(base(tmp_path), plugins=(Plugin("a.py", text),)) for text in ("FORMATS = ()", "FORMATS = []"))
+    (tmp_path / "trials" / "001").mkdir(parents=True)
+    write_search(Store.at(str(tmp_path)), before, SWEEP)
+    check_sweep_folder(Store.at(str(tmp_path)), before, SWEEP)
+    with pytest.raises(ValueError, match="texts of plugins: "):
+        check_sweep_folder(Store.at(str(tmp_path)), edited, SWEEP)
 
 
 def test_folders_of_earlier_versions_and_of_runs_are_refused(tmp_path: Path):
