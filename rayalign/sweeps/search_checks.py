@@ -1,6 +1,8 @@
 """Whether a sweep can be what its flags ask for: told before anything starts. `search_space` is what comes out."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from rayalign.config.config import Config
 from rayalign.config.flags import did_you_mean, flags_of
@@ -10,6 +12,7 @@ from rayalign.sweeps.ranking import with_whole_names
 from rayalign.sweeps.search_space import (
     ALGORITHM,
     LISTED,
+    SearchRange,
     SearchSpace,
     algorithms_of,
     changed_flags,
@@ -19,6 +22,7 @@ from rayalign.sweeps.search_space import (
 )
 
 REWARDS = "eval_rewards/"
+MOST_OTHERS = 200
 
 
 def check_search(config: Config, tune: TuneConfig) -> SearchSpace:
@@ -106,12 +110,36 @@ def _check_values(space: SearchSpace, algorithm: str, name: str) -> None:
             raise ValueError(f"--search {name}={values.kind}: --{name} takes no range of numbers; use grid or choice.")
         if flag.item_type is int and any(number != int(number) for number in values.values):
             raise ValueError(f"--search {name}={values.kind}: --{name} takes whole numbers, and these are not.")
+    for value in _ends(values):
+        errors = []
+        for others in _others(space, algorithm, name):
+            try:
+                space.config({**others, name: space.value(name, algorithm, value)})
+            except ValueError as error:
+                errors.append(error)
+                continue
+            break
+        else:
+            raise ValueError(f"--search {name}={values.kind}: {errors[0]}") from None
+
+
+def _ends(values: SearchRange) -> tuple[Any, ...]:
+    """All values of a list, and the lowest and the highest number of a range."""
+    return values.values if values.kind in LISTED else (values.values[0], values.last)
+
+
+def _others(space: SearchSpace, algorithm: str, name: str) -> Iterator[dict[str, Any]]:
+    """What may stand beside a searched flag: first nothing, then values of the other ones, at most MOST_OTHERS times: a value
+    may only be allowed beside another one."""
     chosen = {ALGORITHM: algorithm} if ALGORITHM in space.ranges else {}
-    for value in values.values if values.kind in LISTED else values.values[:2]:
+    yield chosen
+    names = [other for other in space.ranges if other not in (name, ALGORITHM) and space.has(other, algorithm)]
+    for some in itertools.islice(itertools.product(*(_ends(space.ranges[other]) for other in names)), MOST_OTHERS):
         try:
-            space.config({**chosen, name: space.value(name, algorithm, value)})
-        except ValueError as error:
-            raise ValueError(f"--search {name}={values.kind}: {error}") from None
+            beside = {other: space.value(other, algorithm, value) for other, value in zip(names, some, strict=True)}
+        except ValueError:  # of a value that is refused when its own flag is looked at
+            continue
+        yield chosen | beside
 
 
 def _require_algorithm(space: SearchSpace, name: str) -> None:

@@ -241,3 +241,20 @@ def test_a_changed_flag_that_no_searched_algorithm_has_is_refused():
     assert str(error.value) == (
         "--ld_alpha: none of the algorithms that --search rlhf_type names has it (simpo, cpo). Leave it out."
     )
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        ("loss_type=grid:exo_pair", "label_smoothing=grid:0.01,0.1"),
+        ("f_divergence_type=grid:alpha_divergence", "f_alpha_divergence_coef=uniform:0.1:0.9"),
+        ("label_smoothing=quniform:0:0.49:0.25",),  # whose last number is 0.25
+    ],
+)
+def test_a_value_may_be_one_that_only_another_searched_one_allows(search: tuple[str, ...]):
+    check_search(Config(DPO(rpo_alpha=0.0)), TuneConfig(search=search))
+
+
+def test_a_value_that_nothing_searched_allows_is_refused():
+    with pytest.raises(ValueError, match=r"--search loss_type=grid: .*exo_pair needs a --label_smoothing above 0"):
+        check_search(Config(DPO(rpo_alpha=0.0)), TuneConfig(search=("loss_type=grid:exo_pair", "label_smoothing=grid:0")))
