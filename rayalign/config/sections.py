@@ -315,7 +315,7 @@ class ClusterConfig:
 
     num_workers: int | str = flag(
         1,
-        "Train workers. MIN:MAX (quoted in YAML): as many as there is room for, more when nodes join and fewer when they are "
+        "Train workers. MIN:MAX: as many as there is room for, more when nodes join and fewer when they are "
         "lost; the global batch stays that of MAX workers, and the weights come out the same.",
     )
     gpus_per_worker: float | None = flag(
