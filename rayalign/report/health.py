@@ -18,6 +18,9 @@ SMALL_RELIANCE = 0.05
 SATURATED = 0.995
 """A held-out accuracy with nothing left to gain."""
 
+JUDGED = ("rewards/", "logps/", "accuracy/", "nll_loss")
+"""How the names begin of what a policy says of responses: numbers in every sound run."""
+
 FEW_PAIRS = 20
 """Of fewer pairs nothing is said that the next few could turn round."""
 
@@ -70,7 +73,8 @@ def _start_and_end(metrics: Metrics, name: str) -> tuple[float, float] | None:
 
 
 def _not_finite(metrics: Metrics) -> str:
-    for name in ("loss", "eval_loss", "grad_norm"):
+    names = sorted({name for line in metrics for name in line if name.removeprefix("eval_").startswith(JUDGED)})
+    for name in ("loss", "eval_loss", "grad_norm", *names):
         points = curve(metrics, name)
         steps = [step for step, value in points if not math.isfinite(value)]
         if steps:

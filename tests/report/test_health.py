@@ -34,6 +34,13 @@ def test_a_loss_that_is_not_finite_is_named_with_its_first_step() -> None:
     assert words.startswith("Not finite (NaN or infinite): loss, at 2 of 3 logged steps, first at step 10.")
 
 
+@pytest.mark.parametrize("name", ["eval_rewards/margins", "eval_accuracy/likelihood", "rewards/chosen", "eval_nll_loss"])
+def test_what_a_policy_says_of_responses_is_named_where_it_is_no_number(name: str) -> None:
+    line = {"loss": 0.4, "eval_loss": 0.5, "grad_norm": 1.0, name: math.nan}
+    words = problems({**line, name: 0.6}, line, margins=MANY)["not finite"]
+    assert words.startswith(f"Not finite (NaN or infinite): {name}, at 1 of 2 logged steps, first at step 10.")
+
+
 def test_a_zero_gradient_at_every_step_is_reported() -> None:
     assert "gradient was exactly zero" in problems({"grad_norm": 0.0}, {"grad_norm": 0.0})["no gradient"]
     assert problems({"grad_norm": 0.0}, {"grad_norm": 0.1}) == {}
