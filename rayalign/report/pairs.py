@@ -156,5 +156,5 @@ def _card(pair: ScoredPair, shown: Conversation, *, score_name: str) -> str:
 
 
 def _accuracy(margins: Sequence[float]) -> float:
-    """The fraction of pairs whose chosen response has the larger reward."""
-    return sum(margin > 0 for margin in margins) / len(margins)
+    """The fraction of pairs whose chosen response has the larger reward; a tie counts one half."""
+    return sum((margin > 0) + (margin == 0) / 2 for margin in margins) / len(margins)
