@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rayalign.report.charts import Point, format_number
+from rayalign.report.pairs import ScoredPair, accuracy_of, correlation
 
 Metrics = Sequence[Mapping[str, float]]
 
@@ -14,6 +15,9 @@ in one that did so at five times the rate, and by 30 to 223 in those that could 
 
 SMALL_RELIANCE = 0.05
 """An accuracy that falls by less than this on shuffled pictures (two standard errors included) does not come from them."""
+
+ACCURACIES_APART = 0.5
+"""So far apart are the accuracies on longer and on shorter chosen responses of a policy that goes by length."""
 
 SATURATED = 0.995
 """A held-out accuracy with nothing left to gain."""
@@ -30,12 +34,10 @@ def curve(metrics: Metrics, name: str) -> list[Point]:
     return sorted({line["step"]: line[name] for line in metrics if name in line}.items())
 
 
-def find_problems(
-    metrics: Metrics, *, margins: Sequence[float], length_correlation: float, is_finished: bool = True
-) -> dict[str, str]:
-    """A sentence or two for all that looks unhealthy, by kind; `margins` are the held-out pairs', nan for single responses.
-    What more steps may still mend is told of a finished run only."""
-    num_pairs = sum(map(math.isfinite, margins))
+def find_problems(metrics: Metrics, *, pairs: Sequence[ScoredPair], is_finished: bool = True) -> dict[str, str]:
+    """A sentence or two for all that looks unhealthy, by kind; `pairs` are the held-out records as the last evaluation scored
+    them. What more steps may still mend is told of a finished run only."""
+    num_pairs = sum(math.isfinite(pair.margin) for pair in pairs)
     found = {
         "not finite": _not_finite(metrics),
         "no gradient": _no_gradient(metrics),
@@ -45,7 +47,7 @@ def find_problems(
         "memorised": _memorised(metrics, num_pairs=num_pairs),
         "eval loss rises": _eval_loss_rises(metrics),
         "saturated": _saturated(metrics, num_pairs=num_pairs),
-        "length": _follows_length(length_correlation, num_pairs=num_pairs) if curve(metrics, "eval_rewards/margins") else "",
+        "length": _follows_length(pairs) if curve(metrics, "eval_rewards/margins") else "",
         "picture ignored": _picture_ignored(metrics),
         "waits": _waits_for_data(metrics),
     }
@@ -207,12 +209,27 @@ def _saturated(metrics: Metrics, *, num_pairs: int) -> str:
     )
 
 
-def _follows_length(correlation: float, *, num_pairs: int) -> str:
-    if num_pairs < FEW_PAIRS or not abs(correlation) >= 0.5:
+def _follows_length(pairs: Sequence[ScoredPair]) -> str:
+    """By the correlation, or by the accuracies: a few margins or lengths far off hide the one, a common bias the other."""
+    known = [pair for pair in pairs if math.isfinite(pair.margin)]
+    if len(known) < FEW_PAIRS:
         return ""
-    kind = "longer" if correlation > 0 else "shorter"
+    found = correlation([(pair.extra_tokens, pair.margin) for pair in known])
+    if abs(found) >= 0.5:
+        leaning, evidence = found, f"correlation {found:+.2f}"
+    else:
+        longer, shorter = ([pair.margin for pair in known if sign * pair.extra_tokens > 0] for sign in (1, -1))
+        if min(len(longer), len(shorter)) < FEW_PAIRS:
+            return ""
+        right, wrong = accuracy_of(longer), accuracy_of(shorter)
+        leaning = right - wrong
+        noise = 2 * math.sqrt(right * (1 - right) / len(longer) + wrong * (1 - wrong) / len(shorter))
+        if abs(leaning) < ACCURACIES_APART or abs(leaning) <= noise:
+            return ""
+        evidence = f"accuracy {right:.2f} where the chosen response is longer, {wrong:.2f} where it is shorter"
+    kind = "longer" if leaning > 0 else "shorter"
     return (
-        f"Margins follow length (correlation {correlation:+.2f}): much of what was learned is to prefer {kind} responses. "
+        f"Margins follow length ({evidence}): much of what was learned is to prefer {kind} responses. "
         "Compare the accuracies in the section on length."
     )
 

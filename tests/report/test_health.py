@@ -1,8 +1,10 @@
 import math
+from typing import Any
 
 import pytest
 
 from rayalign.report.health import curve, find_problems
+from rayalign.report.pairs import ScoredPair
 
 MANY = (1.0,) * 400
 
@@ -10,18 +12,20 @@ MANY = (1.0,) * 400
 def problems(
     *lines: dict[str, float],
     margins: tuple[float, ...] = (),
-    length_correlation: float = 0.0,
+    extra_tokens: tuple[int, ...] | None = None,
     is_finished: bool = True,
 ) -> dict[str, str]:
-    """Lines of metrics, the first of step 0."""
+    """Lines of metrics, the first of step 0; pairs have these margins, and chosen responses that are so much longer."""
     numbered = [{"step": 10 * number, **line} for number, line in enumerate(lines)]
-    return find_problems(numbered, margins=margins, length_correlation=length_correlation, is_finished=is_finished)
+    longer = extra_tokens or (0,) * len(margins)
+    pairs = [ScoredPair(str(i), margin, 0.0, 500 + longer[i], 500) for i, margin in enumerate(margins)]
+    return find_problems(numbered, pairs=pairs, is_finished=is_finished)
 
 
 def test_a_healthy_run_has_no_problems() -> None:
     start = {"loss": 0.7, "eval_loss": 0.7, "eval_rewards/accuracies": 0.5, "eval_nll_loss": 1.0, "grad_norm": 1.0}
     end = {"loss": 0.4, "eval_loss": 0.5, "eval_rewards/accuracies": 0.8, "eval_nll_loss": 0.9, "grad_norm": 0.5}
-    assert problems(start, end, margins=MANY, length_correlation=0.2) == {}
+    assert problems(start, end, margins=MANY) == {}
 
 
 def test_a_repeated_step_counts_once_with_its_later_value() -> None:
@@ -129,11 +133,38 @@ def test_pairs_that_were_decided_early_and_then_only_stretched_are_reported() ->
 
 def test_margins_that_follow_length_are_reported_from_twenty_pairs_on() -> None:
     line = {"eval_rewards/margins": 1.0}
-    assert "prefer longer" in problems(line, margins=(1.0,) * 20, length_correlation=0.7)["length"]
-    assert "prefer shorter" in problems(line, margins=(1.0,) * 20, length_correlation=-0.7)["length"]
-    assert problems(line, margins=(1.0,) * 19, length_correlation=0.7) == {}
-    assert problems(line, margins=(1.0,) * 20, length_correlation=math.nan) == {}
-    assert problems(margins=(1.0,) * 20, length_correlation=0.7) == {}  # SFT
+    margins, lengths = (1.0, 2.0) * 10, (3, 6) * 10
+    assert (
+        "(correlation +1.00): much of what was learned is to prefer longer"
+        in problems(line, margins=margins, extra_tokens=lengths)["length"]
+    )
+    assert "prefer shorter" in problems(line, margins=margins, extra_tokens=lengths[::-1])["length"]
+    assert problems(line, margins=margins[1:], extra_tokens=lengths[1:]) == {}
+    assert problems(line, margins=(1.0,) * 20, extra_tokens=lengths) == {}  # margins don't vary
+    assert problems(margins=margins, extra_tokens=lengths) == {}  # SFT
+
+
+def by_length(*, right_longer: int, longer: int, right_shorter: int, shorter: int) -> dict[str, tuple[Any, ...]]:
+    """Pairs of margin 1 and -1 whose chosen response is longer, then shorter, some of them by far."""
+    margins = [1.0] * right_longer + [-1.0] * (longer - right_longer)
+    margins += [1.0] * right_shorter + [-1.0] * (shorter - right_shorter)
+    lengths = [400 if i % 20 == 0 else 2 for i in range(longer)] + [-400 if i % 20 == 0 else -2 for i in range(shorter)]
+    return {"margins": tuple(margins), "extra_tokens": tuple(lengths)}
+
+
+def test_accuracies_that_lie_far_apart_by_length_are_reported_though_a_few_long_responses_hide_the_correlation() -> None:
+    line = {"eval_rewards/margins": 0.5}
+    ruled_by_length = by_length(right_longer=150, longer=150, right_shorter=0, shorter=50)
+    assert problems(line, **ruled_by_length)["length"] == (
+        "Margins follow length (accuracy 1.00 where the chosen response is longer, 0.00 where it is shorter): much of what was "
+        "learned is to prefer longer responses. Compare the accuracies in the section on length."
+    )
+    swapped = by_length(right_longer=10, longer=100, right_shorter=90, shorter=100)
+    assert "accuracy 0.10 where the chosen response is longer, 0.90 where" in problems(line, **swapped)["length"]
+    assert "prefer shorter" in problems(line, **swapped)["length"]
+    sound = by_length(right_longer=95, longer=100, right_shorter=50, shorter=100)
+    assert problems(line, **sound) == {}
+    assert problems(line, **by_length(right_longer=100, longer=100, right_shorter=0, shorter=19)) == {}
 
 
 def relying(fall: float, error: float, *, accuracy: float = 0.9, pairs: int = 400) -> dict[str, float]:
