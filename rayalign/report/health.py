@@ -1,6 +1,7 @@
 """What looks wrong in a run, in plain words and with what to do about it: warnings for the log and for the page of `report`."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from rayalign.report.charts import Point, format_number
@@ -38,11 +39,12 @@ def find_problems(metrics: Metrics, *, pairs: Sequence[ScoredPair], is_finished:
     """A sentence or two for all that looks unhealthy, by kind; `pairs` are the held-out records as the last evaluation scored
     them. What more steps may still mend is told of a finished run only."""
     num_pairs = sum(math.isfinite(pair.margin) for pair in pairs)
+    num_chosen = sum(pair.tokens_chosen > 0 for pair in pairs)
     found = {
         "not finite": _not_finite(metrics),
         "no gradient": _no_gradient(metrics),
         "chosen falls": _chosen_falls(metrics),
-        "answers change": _answers_change(metrics, num_pairs=num_pairs),
+        "answers change": _answers_change(metrics, num_chosen=num_chosen),
         "likelihood accuracy falls": _likelihood_accuracy_falls(metrics, num_pairs=num_pairs),
         "memorised": _memorised(metrics, num_pairs=num_pairs),
         "eval loss rises": _eval_loss_rises(metrics),
@@ -52,7 +54,7 @@ def find_problems(metrics: Metrics, *, pairs: Sequence[ScoredPair], is_finished:
         "waits": _waits_for_data(metrics),
     }
     if is_finished:
-        found["coin toss"] = _coin_toss(metrics, num_pairs=num_pairs)
+        found["coin toss"] = _coin_toss(metrics, num_pairs=num_pairs) or _prefers_bad(pairs)
     return {kind: words for kind, words in found.items() if words}
 
 
@@ -110,6 +112,22 @@ def _coin_toss(metrics: Metrics, *, num_pairs: int) -> str:
     return ""
 
 
+def _prefers_bad(pairs: Sequence[ScoredPair]) -> str:
+    """Of records that are single responses all: whether bad ones have the higher reward, by more than two standard errors."""
+    good = [pair.reward_chosen for pair in pairs if math.isfinite(pair.reward_chosen)]
+    bad = [pair.reward_rejected for pair in pairs if math.isfinite(pair.reward_rejected)]
+    if any(pair.has_both for pair in pairs) or min(len(good), len(bad)) < FEW_PAIRS:
+        return ""
+    means = statistics.fmean(good), statistics.fmean(bad)
+    noise = 2 * math.sqrt(statistics.variance(good) / len(good) + statistics.variance(bad) / len(bad))
+    if means[1] - means[0] <= noise:
+        return ""
+    return (
+        f"Held-out bad responses have the higher reward: {format_number(means[1])} in the mean, good ones "
+        f"{format_number(means[0])}. Are good and bad swapped in the data?"
+    )
+
+
 def _chosen_falls(metrics: Metrics) -> str:
     """Preference losses lower the chosen responses' log-probs in sound runs, too, within bounds."""
     losses = _start_and_end(metrics, "nll_loss")
@@ -134,8 +152,8 @@ def _chosen_falls(metrics: Metrics) -> str:
     )
 
 
-def _answers_change(metrics: Metrics, *, num_pairs: int) -> str:
-    shares = _fallen_share(metrics, "eval_exact_match", num_pairs=num_pairs)
+def _answers_change(metrics: Metrics, *, num_chosen: int) -> str:
+    shares = _fallen_share(metrics, "eval_exact_match", num_records=num_chosen)
     if shares is None:
         return ""
     return (
@@ -145,7 +163,7 @@ def _answers_change(metrics: Metrics, *, num_pairs: int) -> str:
 
 
 def _likelihood_accuracy_falls(metrics: Metrics, *, num_pairs: int) -> str:
-    shares = _fallen_share(metrics, "eval_accuracy/likelihood", num_pairs=num_pairs)
+    shares = _fallen_share(metrics, "eval_accuracy/likelihood", num_records=num_pairs)
     if shares is None:
         return ""
     return (
@@ -155,14 +173,14 @@ def _likelihood_accuracy_falls(metrics: Metrics, *, num_pairs: int) -> str:
     )
 
 
-def _fallen_share(metrics: Metrics, name: str, *, num_pairs: int) -> tuple[float, float] | None:
-    """The first and the last value of a share of the held-out records, where it fell by more than 0.03 and two standard
+def _fallen_share(metrics: Metrics, name: str, *, num_records: int) -> tuple[float, float] | None:
+    """The first and the last value of a share of some held-out records, where it fell by more than 0.03 and two standard
     errors."""
     points = _finite(metrics, name)
-    if len(points) < 2 or num_pairs < FEW_PAIRS:
+    if len(points) < 2 or num_records < FEW_PAIRS:
         return None
     (_, start), (_, end) = points[0], points[-1]
-    noise = 2 * math.sqrt((start * (1 - start) + end * (1 - end)) / num_pairs)
+    noise = 2 * math.sqrt((start * (1 - start) + end * (1 - end)) / num_records)
     return (start, end) if start - end > max(0.03, noise) else None
 
 

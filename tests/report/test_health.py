@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -100,6 +101,33 @@ def test_answers_that_were_right_and_no_longer_are_are_reported() -> None:
     assert "in 15% of the held-out records, and did so in 38% before" in words
     assert problems(start, {"eval_exact_match": 18 / 60}, margins=(1.0,) * 60) == {}
     assert problems(start, end, margins=(1.0,) * 15) == {}
+
+
+def singles(*, good: Sequence[float] = (), bad: Sequence[float] = ()) -> list[ScoredPair]:
+    """Single responses with these rewards."""
+    return [ScoredPair(f"good-{i}", reward, math.nan, 10, 0) for i, reward in enumerate(good)] + [
+        ScoredPair(f"bad-{i}", math.nan, reward, 0, 10) for i, reward in enumerate(bad)
+    ]
+
+
+def test_answers_of_single_responses_that_get_worse_are_reported() -> None:
+    metrics = [{"step": 0, "eval_exact_match": 0.9}, {"step": 100, "eval_exact_match": 0.05}]
+    words = find_problems(metrics, pairs=singles(good=[-1.0] * 60))["answers change"]
+    assert "in 5% of the held-out records, and did so in 90% before" in words
+    assert find_problems(metrics, pairs=singles(good=[-1.0] * 19, bad=[1.0] * 60)) == {}  # of bad ones there is no answer
+
+
+def test_single_bad_responses_with_a_higher_reward_than_good_ones_are_reported_once_the_run_has_ended() -> None:
+    metrics = [{"step": 100, "eval_rewards/chosen": 0.0}]
+    low, high = [-1.0, 1.0] * 30, [0.0, 2.0] * 30
+    swapped = singles(good=low, bad=high)
+    assert find_problems(metrics, pairs=swapped)["coin toss"] == (
+        "Held-out bad responses have the higher reward: 1 in the mean, good ones 0. Are good and bad swapped in the data?"
+    )
+    assert find_problems(metrics, pairs=swapped, is_finished=False) == {}
+    assert find_problems(metrics, pairs=singles(good=high, bad=low)) == {}
+    assert find_problems(metrics, pairs=singles(good=low, bad=low)) == {}
+    assert find_problems(metrics, pairs=singles(good=low[:19], bad=high)) == {}
 
 
 def test_likelihoods_that_prefer_the_chosen_responses_less_than_at_the_start_are_reported() -> None:
