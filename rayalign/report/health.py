@@ -14,6 +14,10 @@ WORSE_PERPLEXITY, FAR_WORSE_PERPLEXITY = 1.25, 10
 quickstart's task, whose chosen responses are often wrong, it rose by up to 3 in models that answered better than before, by 4.8
 in one that did so at five times the rate, and by 30 to 223 in those that could no longer answer."""
 
+FEWER_FIRST_CHOICES = 0.15
+"""By more than this fell the share of the chosen responses' tokens that are the policy's first choice in models that could no
+longer answer (by 0.56); in sound runs of the same task by up to 0.05."""
+
 SMALL_RELIANCE = 0.05
 """An accuracy that falls by less than this on shuffled pictures (two standard errors included) does not come from them."""
 
@@ -43,7 +47,7 @@ def find_problems(metrics: Metrics, *, pairs: Sequence[ScoredPair], is_finished:
     found = {
         "not finite": _not_finite(metrics),
         "no gradient": _no_gradient(metrics),
-        "chosen falls": _chosen_falls(metrics),
+        "chosen falls": _chosen_falls(metrics, num_chosen=num_chosen),
         "answers change": _answers_change(metrics, num_chosen=num_chosen),
         "likelihood accuracy falls": _likelihood_accuracy_falls(metrics, num_pairs=num_pairs),
         "memorised": _memorised(metrics, num_pairs=num_pairs),
@@ -128,13 +132,14 @@ def _prefers_bad(pairs: Sequence[ScoredPair]) -> str:
     )
 
 
-def _chosen_falls(metrics: Metrics) -> str:
+def _chosen_falls(metrics: Metrics, *, num_chosen: int) -> str:
     """Preference losses lower the chosen responses' log-probs in sound runs, too, within bounds."""
     losses = _start_and_end(metrics, "nll_loss")
     if losses is None:
         return ""
     rise, choices = losses[1] - losses[0], _start_and_end(metrics, "mean_token_accuracy")
-    if not rise >= math.log(FAR_WORSE_PERPLEXITY):
+    fewer_choices = choices is not None and num_chosen >= FEW_PAIRS and choices[0] - choices[1] > FEWER_FIRST_CHOICES
+    if not (rise >= math.log(FAR_WORSE_PERPLEXITY) or (rise > 0 and fewer_choices)):
         return ""
     perplexities = [format_number(round(math.exp(min(loss, 50)), 2)) for loss in losses]
     words = (

@@ -80,6 +80,15 @@ def test_chosen_responses_that_become_less_likely_within_bounds_are_no_problem(e
     assert problems(START, end, margins=MANY) == {}
 
 
+def test_a_policy_that_would_seldom_write_the_chosen_responses_is_reported_below_the_bound_of_perplexity_too() -> None:
+    start = {"eval_nll_loss": 0.4, "eval_mean_token_accuracy": 0.9}
+    worse = {"eval_nll_loss": 2.6, "eval_mean_token_accuracy": 0.2}
+    words = problems(start, worse, margins=MANY)["chosen falls"]
+    assert "(perplexity 1.49 to 13.46); 90.0% of their tokens were the policy's first choice, 20.0% are now" in words
+    assert problems(start, {**worse, "eval_mean_token_accuracy": 0.76}, margins=MANY) == {}
+    assert problems(start, worse, margins=(1.0,) * 19) == {}  # of few responses' tokens
+
+
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_chosen_responses_that_the_policy_would_no_longer_write_are_reported(is_finished: bool) -> None:
     found = problems(START, HARMED, margins=MANY, is_finished=is_finished)
