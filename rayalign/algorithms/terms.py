@@ -32,8 +32,9 @@ def nll_metric(chosen: SequenceLogps) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def wins(margins: Tensor) -> Tensor:
-    """1 where a margin is above 0, 0 where it is below, and a half for a tie: their mean is an accuracy."""
-    return (torch.sign(margins) + 1) / 2
+    """1 where a margin is above 0, 0 where it is below, and a half for a tie: their mean is an accuracy. NaN stays NaN, whose
+    sign torch calls 0."""
+    return torch.where(margins.isnan(), margins, (torch.sign(margins) + 1) / 2)
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """What looks wrong in a run, in plain words and with what to do about it: warnings for the log and for the page of `report`."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from rayalign.report.charts import Point, format_number
+from rayalign.report.pairs import ScoredPair, accuracy_of, correlation
 
 Metrics = Sequence[Mapping[str, float]]
 
@@ -12,11 +14,21 @@ WORSE_PERPLEXITY, FAR_WORSE_PERPLEXITY = 1.25, 10
 quickstart's task, whose chosen responses are often wrong, it rose by up to 3 in models that answered better than before, by 4.8
 in one that did so at five times the rate, and by 30 to 223 in those that could no longer answer."""
 
+FEWER_FIRST_CHOICES = 0.15
+"""By more than this fell the share of the chosen responses' tokens that are the policy's first choice in models that could no
+longer answer (by 0.56); in sound runs of the same task by up to 0.05."""
+
 SMALL_RELIANCE = 0.05
 """An accuracy that falls by less than this on shuffled pictures (two standard errors included) does not come from them."""
 
+ACCURACIES_APART = 0.5
+"""So far apart are the accuracies on longer and on shorter chosen responses of a policy that goes by length."""
+
 SATURATED = 0.995
 """A held-out accuracy with nothing left to gain."""
+
+JUDGED = ("rewards/", "logps/", "accuracy/", "nll_loss")
+"""How the names begin of what a policy says of responses: numbers in every sound run."""
 
 FEW_PAIRS = 20
 """Of fewer pairs nothing is said that the next few could turn round."""
@@ -27,27 +39,26 @@ def curve(metrics: Metrics, name: str) -> list[Point]:
     return sorted({line["step"]: line[name] for line in metrics if name in line}.items())
 
 
-def find_problems(
-    metrics: Metrics, *, margins: Sequence[float], length_correlation: float, is_finished: bool = True
-) -> dict[str, str]:
-    """A sentence or two for all that looks unhealthy, by kind; `margins` are the held-out pairs', nan for single responses.
-    What more steps may still mend is told of a finished run only."""
-    num_pairs = sum(map(math.isfinite, margins))
+def find_problems(metrics: Metrics, *, pairs: Sequence[ScoredPair], is_finished: bool = True) -> dict[str, str]:
+    """A sentence or two for all that looks unhealthy, by kind; `pairs` are the held-out records as the last evaluation scored
+    them. What more steps may still mend is told of a finished run only."""
+    num_pairs = sum(math.isfinite(pair.margin) for pair in pairs)
+    num_chosen = sum(pair.tokens_chosen > 0 for pair in pairs)
     found = {
         "not finite": _not_finite(metrics),
         "no gradient": _no_gradient(metrics),
-        "chosen falls": _chosen_falls(metrics),
-        "answers change": _answers_change(metrics, num_pairs=num_pairs),
+        "chosen falls": _chosen_falls(metrics, num_chosen=num_chosen),
+        "answers change": _answers_change(metrics, num_chosen=num_chosen),
         "likelihood accuracy falls": _likelihood_accuracy_falls(metrics, num_pairs=num_pairs),
         "memorised": _memorised(metrics, num_pairs=num_pairs),
         "eval loss rises": _eval_loss_rises(metrics),
         "saturated": _saturated(metrics, num_pairs=num_pairs),
-        "length": _follows_length(length_correlation, num_pairs=num_pairs) if curve(metrics, "eval_rewards/margins") else "",
+        "length": _follows_length(pairs) if curve(metrics, "eval_rewards/margins") else "",
         "picture ignored": _picture_ignored(metrics),
         "waits": _waits_for_data(metrics),
     }
     if is_finished:
-        found["coin toss"] = _coin_toss(metrics, num_pairs=num_pairs)
+        found["coin toss"] = _coin_toss(metrics, num_pairs=num_pairs) or _prefers_bad(pairs)
     return {kind: words for kind, words in found.items() if words}
 
 
@@ -70,7 +81,8 @@ def _start_and_end(metrics: Metrics, name: str) -> tuple[float, float] | None:
 
 
 def _not_finite(metrics: Metrics) -> str:
-    for name in ("loss", "eval_loss", "grad_norm"):
+    names = sorted({name for line in metrics for name in line if name.removeprefix("eval_").startswith(JUDGED)})
+    for name in ("loss", "eval_loss", "grad_norm", *names):
         points = curve(metrics, name)
         steps = [step for step, value in points if not math.isfinite(value)]
         if steps:
@@ -104,13 +116,30 @@ def _coin_toss(metrics: Metrics, *, num_pairs: int) -> str:
     return ""
 
 
-def _chosen_falls(metrics: Metrics) -> str:
+def _prefers_bad(pairs: Sequence[ScoredPair]) -> str:
+    """Of records that are single responses all: whether bad ones have the higher reward, by more than two standard errors."""
+    good = [pair.reward_chosen for pair in pairs if math.isfinite(pair.reward_chosen)]
+    bad = [pair.reward_rejected for pair in pairs if math.isfinite(pair.reward_rejected)]
+    if any(pair.has_both for pair in pairs) or min(len(good), len(bad)) < FEW_PAIRS:
+        return ""
+    means = statistics.fmean(good), statistics.fmean(bad)
+    noise = 2 * math.sqrt(statistics.variance(good) / len(good) + statistics.variance(bad) / len(bad))
+    if means[1] - means[0] <= noise:
+        return ""
+    return (
+        f"Held-out bad responses have the higher reward: {format_number(means[1])} in the mean, good ones "
+        f"{format_number(means[0])}. Are good and bad swapped in the data?"
+    )
+
+
+def _chosen_falls(metrics: Metrics, *, num_chosen: int) -> str:
     """Preference losses lower the chosen responses' log-probs in sound runs, too, within bounds."""
     losses = _start_and_end(metrics, "nll_loss")
     if losses is None:
         return ""
     rise, choices = losses[1] - losses[0], _start_and_end(metrics, "mean_token_accuracy")
-    if not rise >= math.log(FAR_WORSE_PERPLEXITY):
+    fewer_choices = choices is not None and num_chosen >= FEW_PAIRS and choices[0] - choices[1] > FEWER_FIRST_CHOICES
+    if not (rise >= math.log(FAR_WORSE_PERPLEXITY) or (rise > 0 and fewer_choices)):
         return ""
     perplexities = [format_number(round(math.exp(min(loss, 50)), 2)) for loss in losses]
     words = (
@@ -128,8 +157,8 @@ def _chosen_falls(metrics: Metrics) -> str:
     )
 
 
-def _answers_change(metrics: Metrics, *, num_pairs: int) -> str:
-    shares = _fallen_share(metrics, "eval_exact_match", num_pairs=num_pairs)
+def _answers_change(metrics: Metrics, *, num_chosen: int) -> str:
+    shares = _fallen_share(metrics, "eval_exact_match", num_records=num_chosen)
     if shares is None:
         return ""
     return (
@@ -139,7 +168,7 @@ def _answers_change(metrics: Metrics, *, num_pairs: int) -> str:
 
 
 def _likelihood_accuracy_falls(metrics: Metrics, *, num_pairs: int) -> str:
-    shares = _fallen_share(metrics, "eval_accuracy/likelihood", num_pairs=num_pairs)
+    shares = _fallen_share(metrics, "eval_accuracy/likelihood", num_records=num_pairs)
     if shares is None:
         return ""
     return (
@@ -149,14 +178,14 @@ def _likelihood_accuracy_falls(metrics: Metrics, *, num_pairs: int) -> str:
     )
 
 
-def _fallen_share(metrics: Metrics, name: str, *, num_pairs: int) -> tuple[float, float] | None:
-    """The first and the last value of a share of the held-out records, where it fell by more than 0.03 and two standard
+def _fallen_share(metrics: Metrics, name: str, *, num_records: int) -> tuple[float, float] | None:
+    """The first and the last value of a share of some held-out records, where it fell by more than 0.03 and two standard
     errors."""
     points = _finite(metrics, name)
-    if len(points) < 2 or num_pairs < FEW_PAIRS:
+    if len(points) < 2 or num_records < FEW_PAIRS:
         return None
     (_, start), (_, end) = points[0], points[-1]
-    noise = 2 * math.sqrt((start * (1 - start) + end * (1 - end)) / num_pairs)
+    noise = 2 * math.sqrt((start * (1 - start) + end * (1 - end)) / num_records)
     return (start, end) if start - end > max(0.03, noise) else None
 
 
@@ -203,12 +232,27 @@ def _saturated(metrics: Metrics, *, num_pairs: int) -> str:
     )
 
 
-def _follows_length(correlation: float, *, num_pairs: int) -> str:
-    if num_pairs < FEW_PAIRS or not abs(correlation) >= 0.5:
+def _follows_length(pairs: Sequence[ScoredPair]) -> str:
+    """By the correlation, or by the accuracies: a few margins or lengths far off hide the one, a common bias the other."""
+    known = [pair for pair in pairs if math.isfinite(pair.margin)]
+    if len(known) < FEW_PAIRS:
         return ""
-    kind = "longer" if correlation > 0 else "shorter"
+    found = correlation([(pair.extra_tokens, pair.margin) for pair in known])
+    if abs(found) >= 0.5:
+        leaning, evidence = found, f"correlation {found:+.2f}"
+    else:
+        longer, shorter = ([pair.margin for pair in known if sign * pair.extra_tokens > 0] for sign in (1, -1))
+        if min(len(longer), len(shorter)) < FEW_PAIRS:
+            return ""
+        right, wrong = accuracy_of(longer), accuracy_of(shorter)
+        leaning = right - wrong
+        noise = 2 * math.sqrt(right * (1 - right) / len(longer) + wrong * (1 - wrong) / len(shorter))
+        if abs(leaning) < ACCURACIES_APART or abs(leaning) <= noise:
+            return ""
+        evidence = f"accuracy {right:.2f} where the chosen response is longer, {wrong:.2f} where it is shorter"
+    kind = "longer" if leaning > 0 else "shorter"
     return (
-        f"Margins follow length (correlation {correlation:+.2f}): much of what was learned is to prefer {kind} responses. "
+        f"Margins follow length ({evidence}): much of what was learned is to prefer {kind} responses. "
         "Compare the accuracies in the section on length."
     )
 

@@ -20,7 +20,7 @@ from rayalign.report.conversations import Answers, Conversation, answers_section
 from rayalign.report.curves import curves_section
 from rayalign.report.health import Metrics, curve, find_problems
 from rayalign.report.markup import section, table
-from rayalign.report.pairs import ScoredPair, correlation, distributions, examples, length_bias, what_they_are
+from rayalign.report.pairs import ScoredPair, distributions, examples, length_bias, what_they_are
 
 STAGES = {
     "ray_start": "starting Ray",
@@ -184,10 +184,7 @@ def benchmarks_of(config: Mapping[str, Any]) -> list[str]:
 def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair], *, is_finished: bool) -> str:
     if not metrics:
         return '<p class="soft">No metrics have been logged yet.</p>'
-    lengths = correlation([(pair.extra_tokens, pair.margin) for pair in pairs])
-    problems = find_problems(
-        metrics, margins=[pair.margin for pair in pairs], length_correlation=lengths, is_finished=is_finished
-    )
+    problems = find_problems(metrics, pairs=pairs, is_finished=is_finished)
     if not problems:
         return f'<p class="fine">✓ No warning signs in the metrics{"" if is_finished else " so far"}.</p>'
     items = "".join(f"<li>{escape(words)}</li>" for words in problems.values())

@@ -92,14 +92,14 @@ def length_bias(pairs: Sequence[ScoredPair], unit: str = "tokens") -> str:
         "equally long": [pair.margin for pair in known if pair.extra_tokens == 0],
     }
     rows = [
-        (f"chosen is {name}", f"{len(found):,}", format_number(_accuracy(found)), format_number(statistics.fmean(found)))
+        (f"chosen is {name}", f"{len(found):,}", format_number(accuracy_of(found)), format_number(statistics.fmean(found)))
         for name, found in groups.items()
         if found
     ]
     r = correlation(points)
     strength = "cannot be computed: one of the two does not vary" if math.isnan(r) else f"is <b>{r:+.2f}</b>"
     by_length = (len(groups["longer"]) + len(groups["equally long"]) / 2) / len(known)
-    accuracy = _accuracy([pair.margin for pair in known])
+    accuracy = accuracy_of([pair.margin for pair in known])
     words = (
         f"<p>The correlation of margin and length difference {strength}. Always preferring the longer response would have an "
         f"accuracy of {format_number(by_length)}; the scores have {format_number(accuracy)}.</p>"
@@ -155,6 +155,6 @@ def _card(pair: ScoredPair, shown: Conversation, *, score_name: str) -> str:
     return card(f"{score}<code>{escape(pair.id)}</code>", shown, responses)
 
 
-def _accuracy(margins: Sequence[float]) -> float:
-    """The fraction of pairs whose chosen response has the larger reward."""
-    return sum(margin > 0 for margin in margins) / len(margins)
+def accuracy_of(margins: Sequence[float]) -> float:
+    """The fraction of pairs whose chosen response has the larger reward; a tie counts one half."""
+    return sum((margin > 0) + (margin == 0) / 2 for margin in margins) / len(margins)

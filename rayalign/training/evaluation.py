@@ -127,7 +127,8 @@ def image_metrics(true: PairValues, shuffled: PairValues) -> dict[str, float]:
         if not falls:
             continue
         accuracy = statistics.fmean(values[name] for values in shuffled.values() if name in values)
-        deviation = statistics.pstdev(falls) / math.sqrt(len(falls))
-        metrics |= {name + SHUFFLED: accuracy, "image_reliance": statistics.fmean(falls)}
+        mean = statistics.fmean(falls)
+        deviation = math.sqrt(statistics.fmean((fall - mean) ** 2 for fall in falls) / len(falls))  # NaN ends statistics.pstdev
+        metrics |= {name + SHUFFLED: accuracy, "image_reliance": mean}
         metrics |= {"image_reliance/stderr": deviation, "image_reliance/pairs": len(falls)}
     return metrics

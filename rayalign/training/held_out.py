@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -14,11 +13,10 @@ from rayalign.data.shuffled_pictures import Pictures, shuffle_pictures
 from rayalign.data.store import PreparedData, Rows
 from rayalign.data.stream import evaluated_rows, held_out_pairs, held_out_rows, with_pictures_of_others
 from rayalign.report.health import Metrics, find_problems
-from rayalign.report.pairs import correlation
 from rayalign.training.distributed import gather
 from rayalign.training.evaluation import image_metrics
 from rayalign.training.loop import Trainer
-from rayalign.training.metric_names import BY_SUM, CHOSEN_TOKENS, REJECTED_TOKENS
+from rayalign.training.run_report import scored_pair
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +100,8 @@ class HeldOut:
 
     def problems(self, metrics: Metrics, *, is_finished: bool) -> dict[str, str]:
         """What looks wrong by the run's lines of metrics and the pairs' own values, in words, by kind."""
-        pairs = self.pairs.values()
-        margins = [values.get("rewards/margins", values.get(BY_SUM, math.nan)) for values in pairs]
-        extra_tokens = [values[CHOSEN_TOKENS] - values[REJECTED_TOKENS] for values in pairs]
-        lengths = correlation(list(zip(extra_tokens, margins, strict=True)))
-        return find_problems(metrics, margins=margins, length_correlation=lengths, is_finished=is_finished)
+        pairs = [scored_pair(pair_id, values) for pair_id, values in self.pairs.items()]
+        return find_problems(metrics, pairs=pairs, is_finished=is_finished)
 
 
 def _together(mine: Mapping[K, T]) -> dict[K, T]:

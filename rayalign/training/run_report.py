@@ -92,7 +92,7 @@ def write_report(
     held_out = data.held_out or data.training
     answers = read_answers(folder)
     rows = held_out.rows_of(frozenset([*scores, *answers.records]))
-    pairs = _scored_pairs(rows, scores)
+    pairs = [scored_pair(pair_id, scores[pair_id]) for pair_id in rows if pair_id in scores]
     shown = [pair.id for side in extremes(pairs) for pair in side]
     page = render_report(
         title=folder.name,
@@ -117,22 +117,16 @@ def dropped_lines(data: "RunData") -> list[dict[str, Any]]:
     return [line for some in (data.training, data.held_out) if some for line in some.dropped()]
 
 
-def _scored_pairs(rows: Mapping[str, int], scores: Scores) -> list[ScoredPair]:
-    """The held-out pairs that have scores, in the order of the data, which `rows` have."""
-    pairs = []
-    for pair_id in filter(scores.__contains__, rows):
-        score = scores[pair_id]
-        chosen_tokens, rejected_tokens = (int(score[name]) for name in PAIR_TOKENS)
-        pairs.append(
-            ScoredPair(
-                id=pair_id,
-                reward_chosen=_reward(score, "chosen", chosen_tokens),
-                reward_rejected=_reward(score, "rejected", rejected_tokens),
-                tokens_chosen=chosen_tokens,
-                tokens_rejected=rejected_tokens,
-            )
-        )
-    return pairs
+def scored_pair(pair_id: str, score: Mapping[str, float]) -> ScoredPair:
+    """A held-out record with its own values by metric, as the page and the warnings look at it."""
+    chosen_tokens, rejected_tokens = (int(score[name]) for name in PAIR_TOKENS)
+    return ScoredPair(
+        id=pair_id,
+        reward_chosen=_reward(score, "chosen", chosen_tokens),
+        reward_rejected=_reward(score, "rejected", rejected_tokens),
+        tokens_chosen=chosen_tokens,
+        tokens_rejected=rejected_tokens,
+    )
 
 
 def _reward(score: Mapping[str, float], side: str, tokens: int) -> float:

@@ -199,8 +199,8 @@ def test_the_length_table_tells_accuracy_by_which_response_is_longer() -> None:
         pair(4, reward_chosen=1, reward_rejected=1, tokens_chosen=3, tokens_rejected=3),  # equal, tie
     ]
     text = Page(render(pairs=pairs)).text
-    assert "chosen is longer20.50chosen is shorter113chosen is equally long100" in text
-    assert "the longer response would have an accuracy of 0.625; the scores have 0.5." in text
+    assert "chosen is longer20.50chosen is shorter113chosen is equally long10.50" in text
+    assert "the longer response would have an accuracy of 0.625; the scores have 0.625." in text
 
 
 def test_worst_and_best_pairs_are_eight_each_and_never_the_same() -> None:

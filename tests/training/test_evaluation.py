@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from rayalign.algorithms import CPO, DPO, KTO, MDPO, ORPO, RM, SFT, Algorithm, SimPO
-from rayalign.config.sections import OptimizerConfig, TunerConfig
+from rayalign.algorithms.terms import wins
+from rayalign.config.sections import OptimizerConfig, RunConfig, TunerConfig
 from rayalign.data.encoder_spec import EncoderSpec, image_processing
 from rayalign.data.shuffled_pictures import with_pictures_of
 from rayalign.data.store import EncodedPair
+from rayalign.training.best import Best
 from rayalign.training.evaluation import image_metrics, response_tokens
 from rayalign.training.loop import Trainer
 from rayalign.training.metric_names import BY_REWARD_MODEL, BY_SUM, BY_TOKEN, IMPLICIT_REWARD, PAIR_TOKENS
@@ -118,6 +120,24 @@ def test_a_tie_counts_one_half(folder: Path, pairs: list[EncodedPair]) -> None:
     assert metrics["rewards/margins"] == metrics["drift"] == 0
 
 
+def test_a_policy_whose_scores_are_no_numbers_has_no_accuracy_and_is_never_the_best(
+    folder: Path, pairs: list[EncodedPair]
+) -> None:
+    trainer = trainer_of(folder, DPO())
+    with torch.no_grad():
+        next(iter(trainer.policy.trainable.values())).fill_(math.nan)
+    metrics, _ = trainer.evaluate(lambda: [make_batch(folder, pairs)], counts_of(pairs))
+    for name in (BY_SUM, BY_TOKEN, IMPLICIT_REWARD):
+        assert math.isnan(metrics[name])
+    evaluation = {f"eval_{name}": value for name, value in metrics.items()}
+    assert Best().after(5, evaluation, RunConfig()).step is None
+
+
+def test_a_tie_counts_half_a_win_and_nan_is_no_tie() -> None:
+    assert wins(torch.tensor([2.0, -1.0, 0.0, math.inf, -math.inf])).tolist() == [1.0, 0.0, 0.5, 1.0, 0.0]
+    assert wins(torch.tensor([math.nan])).isnan().all()
+
+
 def test_a_single_response_is_compared_with_nothing(folder: Path, pairs: list[EncodedPair]) -> None:
     single = [dataclasses.replace(pairs[0], rejected_ids=[]), dataclasses.replace(pairs[1], chosen_ids=[]), *pairs[2:]]
     metrics, by_pair = evaluated(folder, KTO(), single)
@@ -165,6 +185,13 @@ def test_image_reliance_is_the_fall_of_accuracy_over_the_pairs_that_have_other_p
         "image_reliance/pairs": 4,
     }
     assert image_metrics(true, {}) == {}
+
+
+def test_accuracies_that_are_no_numbers_have_no_reliance() -> None:
+    metrics = image_metrics({"a": {BY_SUM: math.nan}, "b": {BY_SUM: 1.0}}, {"a": {BY_SUM: math.nan}, "b": {BY_SUM: 0.5}})
+    assert all(
+        math.isnan(metrics[name]) for name in ("accuracy/likelihood/shuffled", "image_reliance", "image_reliance/stderr")
+    )
 
 
 def test_reliance_is_that_of_the_implicit_reward_where_it_was_measured() -> None:
