@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from rayalign.report.charts import Point, format_number
-from rayalign.report.pairs import ScoredPair, accuracy_of, correlation
+from rayalign.report.pairs import ScoredPair, accuracy_of, correlation, what_they_are
 
 Metrics = Sequence[Mapping[str, float]]
 
@@ -60,6 +60,22 @@ def find_problems(metrics: Metrics, *, pairs: Sequence[ScoredPair], is_finished:
     if is_finished:
         found["coin toss"] = _coin_toss(metrics, num_pairs=num_pairs) or _prefers_bad(pairs)
     return {kind: words for kind, words in found.items() if words}
+
+
+def what_cannot_be_told(pairs: Sequence[ScoredPair]) -> str:
+    """A sentence for what the held-out records are too few to show; empty where they are enough."""
+    if not pairs:
+        return (
+            "No held-out record was evaluated (--val_dataset, --dataset_test_ratio): whether the policy is better on records "
+            "that it has not seen can't be told."
+        )
+    if len(pairs) >= FEW_PAIRS:
+        return ""
+    noise = 1 / math.sqrt(len(pairs))
+    return (
+        f"Held-out {what_they_are(pairs)}: only {len(pairs):,}, of which an accuracy is known to ± {noise:.2f} at best. "
+        " What fewer than 20 can't show is not warned of."
+    )
 
 
 def _finite(metrics: Metrics, name: str) -> list[Point]:

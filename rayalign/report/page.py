@@ -18,7 +18,7 @@ from typing import Any
 from rayalign.report.charts import format_number
 from rayalign.report.conversations import Answers, Conversation, answers_section
 from rayalign.report.curves import curves_section
-from rayalign.report.health import Metrics, curve, find_problems
+from rayalign.report.health import Metrics, curve, find_problems, what_cannot_be_told
 from rayalign.report.markup import section, table
 from rayalign.report.pairs import ScoredPair, distributions, examples, length_bias, what_they_are
 
@@ -133,7 +133,7 @@ def _tiles(
     score_name: str,
 ) -> str:
     names = [(name.format(reward=reward_name(config)), metric) for name, metric in TILES]
-    tiles = [tile for name, metric in names if (tile := _course(name, metric, metrics))]
+    tiles = [tile for name, metric in names if (tile := _course(name, metric, metrics, pairs))]
     scores = [pair.reward_chosen for pair in pairs if math.isfinite(pair.reward_chosen)]
     if scores and not any(pair.tokens_rejected for pair in pairs):
         tiles.append((f"Mean {score_name}", "", format_number(statistics.fmean(scores)), "held-out"))
@@ -155,10 +155,13 @@ def _tiles(
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def _course(name: str, metric: str, metrics: Metrics) -> tuple[str, str, str, str] | None:
-    """A tile (name, value at the start, value now, note) of a metric: the held-out one, else the training's."""
+def _course(name: str, metric: str, metrics: Metrics, pairs: Sequence[ScoredPair]) -> tuple[str, str, str, str] | None:
+    """A tile (name, value at the start, value now, note) of a metric: the held-out one, else the training's. Of a held-out
+    accuracy the note says of how many pairs."""
     held_out = curve(metrics, f"eval_{metric}")
-    points, kind = (held_out, "held-out") if held_out else (curve(metrics, metric), "training")
+    num_pairs = sum(pair.has_both for pair in pairs)
+    of = f"{num_pairs:,} held-out pairs" if num_pairs and "accura" in metric else "held-out"
+    points, kind = (held_out, of) if held_out else (curve(metrics, metric), "training")
     if not points:
         return None
     (first, start), (last, now) = points[0], points[-1]
@@ -185,10 +188,14 @@ def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair], *, is_finished: boo
     if not metrics:
         return '<p class="soft">No metrics have been logged yet.</p>'
     problems = find_problems(metrics, pairs=pairs, is_finished=is_finished)
+    gap = what_cannot_be_told(pairs)
+    note = f'<p class="soft">{escape(gap)}</p>' if gap else ""
+    if not problems and gap:
+        return f'<p class="soft">No warning signs in the metrics{"" if is_finished else " so far"}. {escape(gap)}</p>'
     if not problems:
         return f'<p class="fine">✓ No warning signs in the metrics{"" if is_finished else " so far"}.</p>'
     items = "".join(f"<li>{escape(words)}</li>" for words in problems.values())
-    return f'<section class="warnings" role="alert"><b>This run needs a look</b><ul>{items}</ul></section>'
+    return f'<section class="warnings" role="alert"><b>This run needs a look</b><ul>{items}</ul>{note}</section>'
 
 
 def _times(times: Times) -> str:

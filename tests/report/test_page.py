@@ -99,7 +99,7 @@ def test_the_page_shows_the_values_given() -> None:
         "some/model",
         "rlaif-v#1000",
         "Wall time1 h 12 minof the whole command",
-        "Accuracy of the implicit reward0.5 → 0.8125held-out, start → 10",
+        "Accuracy of the implicit reward0.5 → 0.812540 held-out pairs, start → 10",
         "Margin0 → 1.357",
         "Loss0.6931 → 0.5432",
         "3.21",
@@ -372,6 +372,19 @@ def test_a_reward_models_page_has_rewards_and_no_log_probs() -> None:
     assert "Log-probs of the responses" not in page
     assert histogram_of(page, "Distribution of reward")
     assert "✓ No warning signs in the metrics." in page
+
+
+def test_without_held_out_records_or_with_few_the_page_says_what_cannot_be_told() -> None:
+    training = [{"step": 5, "loss": 0.6}, {"step": 10, "loss": 0.5}]
+    text = Page(render(pairs=[], metrics=training)).text
+    assert "No warning signs in the metrics. No held-out record was evaluated" in text
+    assert "✓" not in text
+    text = Page(render(pairs=[pair(k) for k in range(6)], metrics=training)).text
+    assert "Held-out pairs: only 6, of which an accuracy is known to ± 0.41 at best." in text
+    assert "✓" not in text
+    text = Page(render(pairs=[], metrics=[{"step": 5, "loss": math.nan}])).text
+    assert "This run needs a look" in text
+    assert "No held-out record was evaluated" in text
 
 
 def test_what_mdpo_makes_of_damaged_images_is_drawn() -> None:
