@@ -73,10 +73,11 @@ def render_report(
 
     An empty `summary` says that the run has not finished; `algorithm` is read from it where it is there.
     """
+    model_step = summary.get("model_step", math.inf)
     body = [
         _header(title, config, summary, metrics, num_steps),
-        _tiles(config, metrics, dropped, pairs, times, score_name=score_name),
-        _warnings(metrics, pairs, is_finished=bool(summary)),
+        _tiles(config, [line for line in metrics if line["step"] <= model_step], dropped, pairs, times, score_name=score_name),
+        _warnings(metrics, pairs, is_finished=bool(summary), model_step=model_step),
         curves_section(metrics, reward_name=reward_name(config), benchmarks=benchmarks_of(config)),
         answers_section(answers, conversations),
         distributions(pairs, score_name=score_name),
@@ -120,6 +121,15 @@ def _header(title: str, config: Mapping[str, Any], summary: Mapping[str, Any], m
             f'<p class="state"><b>Not finished, step {format_number(step)} of {format_number(num_steps)}.</b> This page is '
             "written anew at every evaluation; load it again to see a newer one.</p>"
         )
+    told = []
+    if stopped := summary.get("stopped_early"):
+        told.append(f"{stopped[:1].upper()}{stopped[1:]}.")
+    if summary.get("model_step", num_steps) < num_steps:
+        told.append(
+            f"The model is that of step {format_number(summary['model_step'])}, the best one; tiles and warnings are of it."
+        )
+    if told:
+        state = f'<p class="state">{escape(" ".join(told))}</p>'
     return f'<header><h1>{escape(title)}</h1><dl class="facts">{"".join(rows)}</dl>{state}</header>'
 
 
@@ -184,10 +194,10 @@ def benchmarks_of(config: Mapping[str, Any]) -> list[str]:
     return [str(argument).partition(":")[0].replace("-", "_").lower() for argument in config.get("eval_benchmarks") or ()]
 
 
-def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair], *, is_finished: bool) -> str:
+def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair], *, is_finished: bool, model_step: float) -> str:
     if not metrics:
         return '<p class="soft">No metrics have been logged yet.</p>'
-    problems = find_problems(metrics, pairs=pairs, is_finished=is_finished)
+    problems = find_problems(metrics, pairs=pairs, is_finished=is_finished, model_step=model_step)
     gap = what_cannot_be_told(pairs)
     note = f'<p class="soft">{escape(gap)}</p>' if gap else ""
     if not problems and gap:

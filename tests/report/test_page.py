@@ -387,6 +387,28 @@ def test_without_held_out_records_or_with_few_the_page_says_what_cannot_be_told(
     assert "No held-out record was evaluated" in text
 
 
+def test_a_page_on_the_best_model_describes_it_and_not_the_weights_that_were_left() -> None:
+    figures = {0: (0.5, 0.7, 1.0), 50: (0.9, 0.5, 1.0), 100: (0.55, 0.9, 4.0)}
+    metrics = [
+        {"step": step, "eval_rewards/accuracies": accuracy, "eval_loss": loss, "eval_nll_loss": nll}
+        for step, (accuracy, loss, nll) in figures.items()
+    ]
+    pairs = [pair(k, reward_chosen=1.0 if k % 10 else -1.0, tokens_chosen=10 + k % 3) for k in range(100)]
+    stopped = "stopped at step 100: nothing better in 3 evaluations than eval_loss 0.5 at step 50"
+    best = {"algorithm": "dpo", "steps": 100, "model_step": 50, "stopped_early": stopped}
+    text = Page(render(metrics=metrics, pairs=pairs, summary=best, num_steps=100)).text
+    assert "Accuracy of the implicit reward0.5 → 0.9100 held-out pairs, start → 50" in text
+    assert "✓ No warning signs" in text
+    assert (
+        "Stopped at step 100: nothing better in 3 evaluations than eval_loss 0.5 at step 50. The model is that of step 50, the "
+        "best one; tiles and warnings are of it."
+    ) in text
+    text = Page(render(metrics=metrics, pairs=pairs, summary={**best, "model_step": 100}, num_steps=100)).text
+    assert "0.5 → 0.55100 held-out pairs, start → 100" in text
+    assert "Held-out loss was lowest at step 50" in text
+    assert "The model is that of step" not in text
+
+
 def test_what_mdpo_makes_of_damaged_images_is_drawn() -> None:
     line = {"step": 5, "loss": 1.5, "conditional/accuracies": 0.75, "conditional/margins": 0.0625}
     page = render(metrics=[line, {**line, "step": 6}])
