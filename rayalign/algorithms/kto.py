@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
-from rayalign.algorithms.terms import logp_metrics, reward_metrics
+from rayalign.algorithms.terms import logp_metrics, nll_metric, reward_metrics
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.companions import Mismatched
 from rayalign.ops.lazy import torch
@@ -70,7 +70,7 @@ class KTO:
         return LossOutput(
             loss=losses.sum() / counts.responses,
             pair_metrics=rewards | logp_metrics(logps.chosen.total, logps.rejected.total),
-            mean_metrics={"kl": (kl * batch.num_pairs, torch.tensor(batch.num_pairs))},
+            mean_metrics={"kl": (kl * batch.num_pairs, torch.tensor(batch.num_pairs)), **nll_metric(logps.chosen)},
             missing={
                 **{f"{name}/chosen": no_chosen for name in ("rewards", "logps")},
                 **{f"{name}/rejected": no_rejected for name in ("rewards", "logps")},

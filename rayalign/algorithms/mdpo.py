@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rayalign.algorithms.algorithm import LossOutput, Needs, PolicyForward, StepStatistics
-from rayalign.algorithms.terms import logistic_loss, logp_metrics, reward_metrics, wins
+from rayalign.algorithms.terms import logistic_loss, logp_metrics, nll_metric, reward_metrics, wins
 from rayalign.config.flags import check_bounds, flag
 from rayalign.data.companions import Damaged
 from rayalign.ops.lazy import F, torch
@@ -74,5 +74,5 @@ class MDPO:
             loss=losses / counts.pairs,
             pair_metrics=reward_metrics(self.beta * chosen_logratios, self.beta * rejected_logratios)
             | logp_metrics(logps.chosen.total, logps.rejected.total),
-            mean_metrics=means,
+            mean_metrics=means | nll_metric(logps.chosen),
         )

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from rayalign.report.charts import Point, format_number
-from rayalign.report.pairs import ScoredPair, accuracy_of, correlation
+from rayalign.report.pairs import ScoredPair, accuracy_of, correlation, what_they_are
 
 Metrics = Sequence[Mapping[str, float]]
 
@@ -39,14 +39,18 @@ def curve(metrics: Metrics, name: str) -> list[Point]:
     return sorted({line["step"]: line[name] for line in metrics if name in line}.items())
 
 
-def find_problems(metrics: Metrics, *, pairs: Sequence[ScoredPair], is_finished: bool = True) -> dict[str, str]:
+def find_problems(
+    metrics: Metrics, *, pairs: Sequence[ScoredPair], is_finished: bool = True, model_step: float = math.inf
+) -> dict[str, str]:
     """A sentence or two for all that looks unhealthy, by kind; `pairs` are the held-out records as the last evaluation scored
-    them. What more steps may still mend is told of a finished run only."""
+    them. What more steps may still mend is told of a finished run only. What the model says of responses is judged up to
+    `model_step`, of which its weights are."""
+    whole, metrics = metrics, [line for line in metrics if line["step"] <= model_step]
     num_pairs = sum(math.isfinite(pair.margin) for pair in pairs)
     num_chosen = sum(pair.tokens_chosen > 0 for pair in pairs)
     found = {
-        "not finite": _not_finite(metrics),
-        "no gradient": _no_gradient(metrics),
+        "not finite": _not_finite(whole),
+        "no gradient": _no_gradient(whole),
         "chosen falls": _chosen_falls(metrics, num_chosen=num_chosen),
         "answers change": _answers_change(metrics, num_chosen=num_chosen),
         "likelihood accuracy falls": _likelihood_accuracy_falls(metrics, num_pairs=num_pairs),
@@ -55,11 +59,27 @@ def find_problems(metrics: Metrics, *, pairs: Sequence[ScoredPair], is_finished:
         "saturated": _saturated(metrics, num_pairs=num_pairs),
         "length": _follows_length(pairs) if curve(metrics, "eval_rewards/margins") else "",
         "picture ignored": _picture_ignored(metrics),
-        "waits": _waits_for_data(metrics),
+        "waits": _waits_for_data(whole),
     }
     if is_finished:
         found["coin toss"] = _coin_toss(metrics, num_pairs=num_pairs) or _prefers_bad(pairs)
     return {kind: words for kind, words in found.items() if words}
+
+
+def what_cannot_be_told(pairs: Sequence[ScoredPair]) -> str:
+    """A sentence for what the held-out records are too few to show; empty where they are enough."""
+    if not pairs:
+        return (
+            "No held-out record was evaluated (--val_dataset, --dataset_test_ratio): whether the policy is better on records "
+            "that it has not seen can't be told."
+        )
+    if len(pairs) >= FEW_PAIRS:
+        return ""
+    noise = 1 / math.sqrt(len(pairs))
+    return (
+        f"Held-out {what_they_are(pairs)}: only {len(pairs):,}, of which an accuracy is known to ± {noise:.2f} at best. "
+        "What fewer than 20 can't show is not warned of."
+    )
 
 
 def _finite(metrics: Metrics, name: str) -> list[Point]:

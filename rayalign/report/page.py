@@ -18,7 +18,7 @@ from typing import Any
 from rayalign.report.charts import format_number
 from rayalign.report.conversations import Answers, Conversation, answers_section
 from rayalign.report.curves import curves_section
-from rayalign.report.health import Metrics, curve, find_problems
+from rayalign.report.health import Metrics, curve, find_problems, what_cannot_be_told
 from rayalign.report.markup import section, table
 from rayalign.report.pairs import ScoredPair, distributions, examples, length_bias, what_they_are
 
@@ -73,10 +73,11 @@ def render_report(
 
     An empty `summary` says that the run has not finished; `algorithm` is read from it where it is there.
     """
+    model_step = summary.get("model_step", math.inf)
     body = [
         _header(title, config, summary, metrics, num_steps),
-        _tiles(config, metrics, dropped, pairs, times, score_name=score_name),
-        _warnings(metrics, pairs, is_finished=bool(summary)),
+        _tiles(config, [line for line in metrics if line["step"] <= model_step], dropped, pairs, times, score_name=score_name),
+        _warnings(metrics, pairs, is_finished=bool(summary), model_step=model_step),
         curves_section(metrics, reward_name=reward_name(config), benchmarks=benchmarks_of(config)),
         answers_section(answers, conversations),
         distributions(pairs, score_name=score_name),
@@ -120,6 +121,15 @@ def _header(title: str, config: Mapping[str, Any], summary: Mapping[str, Any], m
             f'<p class="state"><b>Not finished, step {format_number(step)} of {format_number(num_steps)}.</b> This page is '
             "written anew at every evaluation; load it again to see a newer one.</p>"
         )
+    told = []
+    if stopped := summary.get("stopped_early"):
+        told.append(f"{stopped[:1].upper()}{stopped[1:]}.")
+    if summary.get("model_step", num_steps) < num_steps:
+        told.append(
+            f"The model is that of step {format_number(summary['model_step'])}, the best one; tiles and warnings are of it."
+        )
+    if told:
+        state = f'<p class="state">{escape(" ".join(told))}</p>'
     return f'<header><h1>{escape(title)}</h1><dl class="facts">{"".join(rows)}</dl>{state}</header>'
 
 
@@ -133,7 +143,7 @@ def _tiles(
     score_name: str,
 ) -> str:
     names = [(name.format(reward=reward_name(config)), metric) for name, metric in TILES]
-    tiles = [tile for name, metric in names if (tile := _course(name, metric, metrics))]
+    tiles = [tile for name, metric in names if (tile := _course(name, metric, metrics, pairs))]
     scores = [pair.reward_chosen for pair in pairs if math.isfinite(pair.reward_chosen)]
     if scores and not any(pair.tokens_rejected for pair in pairs):
         tiles.append((f"Mean {score_name}", "", format_number(statistics.fmean(scores)), "held-out"))
@@ -155,10 +165,13 @@ def _tiles(
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
-def _course(name: str, metric: str, metrics: Metrics) -> tuple[str, str, str, str] | None:
-    """A tile (name, value at the start, value now, note) of a metric: the held-out one, else the training's."""
+def _course(name: str, metric: str, metrics: Metrics, pairs: Sequence[ScoredPair]) -> tuple[str, str, str, str] | None:
+    """A tile (name, value at the start, value now, note) of a metric: the held-out one, else the training's. Of a held-out
+    accuracy the note says of how many pairs."""
     held_out = curve(metrics, f"eval_{metric}")
-    points, kind = (held_out, "held-out") if held_out else (curve(metrics, metric), "training")
+    num_pairs = sum(pair.has_both for pair in pairs)
+    of = f"{num_pairs:,} held-out pairs" if num_pairs and "accura" in metric else "held-out"
+    points, kind = (held_out, of) if held_out else (curve(metrics, metric), "training")
     if not points:
         return None
     (first, start), (last, now) = points[0], points[-1]
@@ -181,14 +194,18 @@ def benchmarks_of(config: Mapping[str, Any]) -> list[str]:
     return [str(argument).partition(":")[0].replace("-", "_").lower() for argument in config.get("eval_benchmarks") or ()]
 
 
-def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair], *, is_finished: bool) -> str:
+def _warnings(metrics: Metrics, pairs: Sequence[ScoredPair], *, is_finished: bool, model_step: float) -> str:
     if not metrics:
         return '<p class="soft">No metrics have been logged yet.</p>'
-    problems = find_problems(metrics, pairs=pairs, is_finished=is_finished)
+    problems = find_problems(metrics, pairs=pairs, is_finished=is_finished, model_step=model_step)
+    gap = what_cannot_be_told(pairs)
+    note = f'<p class="soft">{escape(gap)}</p>' if gap else ""
+    if not problems and gap:
+        return f'<p class="soft">No warning signs in the metrics{"" if is_finished else " so far"}. {escape(gap)}</p>'
     if not problems:
         return f'<p class="fine">✓ No warning signs in the metrics{"" if is_finished else " so far"}.</p>'
     items = "".join(f"<li>{escape(words)}</li>" for words in problems.values())
-    return f'<section class="warnings" role="alert"><b>This run needs a look</b><ul>{items}</ul></section>'
+    return f'<section class="warnings" role="alert"><b>This run needs a look</b><ul>{items}</ul>{note}</section>'
 
 
 def _times(times: Times) -> str:

@@ -98,10 +98,11 @@ class HeldOut:
         pairs = trainer.evaluate_shuffled(self._watched(batches))
         return {f"eval_{name}": value for name, value in image_metrics(self.pairs, _together(pairs)).items()}
 
-    def problems(self, metrics: Metrics, *, is_finished: bool) -> dict[str, str]:
-        """What looks wrong by the run's lines of metrics and the pairs' own values, in words, by kind."""
+    def problems(self, metrics: Metrics, *, step: int, is_finished: bool) -> dict[str, str]:
+        """What looks wrong by the run's lines of metrics and the pairs' own values, in words, by kind; `step` is that of the
+        weights that were evaluated last."""
         pairs = [scored_pair(pair_id, values) for pair_id, values in self.pairs.items()]
-        return find_problems(metrics, pairs=pairs, is_finished=is_finished)
+        return find_problems(metrics, pairs=pairs, is_finished=is_finished, model_step=step)
 
 
 def _together(mine: Mapping[K, T]) -> dict[K, T]:

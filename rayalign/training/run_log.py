@@ -114,11 +114,11 @@ class RunLog:
             if line["step"] <= up_to and key_of(line) not in told and self._metrics.append(line):
                 self._reporting.log(line)
 
-    def warn(self, held_out: HeldOut, *, is_finished: bool) -> None:
-        """Says what looks wrong in the run so far; each thing once."""
+    def warn(self, held_out: HeldOut, *, step: int, is_finished: bool) -> None:
+        """Says what looks wrong in the run up to the step whose weights were evaluated last; each thing once."""
         if self._metrics is None:
             return
-        for kind, words in held_out.problems(self._metrics.lines, is_finished=is_finished).items():
+        for kind, words in held_out.problems(self._metrics.lines, step=step, is_finished=is_finished).items():
             if kind not in self._warned:
                 logger.warning("Warning: %s", words)
             self._warned.add(kind)

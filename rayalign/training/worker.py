@@ -304,7 +304,7 @@ class _Worker:
             self._say("Evaluating %d held-out records at step %d", len(self.held_out.rows), step)
             with self.log.progress.pause("evaluation"):
                 self.log.evaluation(step, self.held_out.evaluate(self.trainer))
-            self.log.warn(self.held_out, is_finished=False)
+            self.log.warn(self.held_out, step=step, is_finished=False)
         self.log.report(self.held_out.pairs, self.watch.seconds)
 
     def _evaluate_and_report(self, step: int) -> None:
@@ -318,7 +318,7 @@ class _Worker:
         """At the end: whether the preference comes from the pictures, and what looks wrong in the whole run."""
         if len(self.held_out.rows):
             self.log.shuffled(step, self.held_out.evaluate_shuffled(self.trainer))
-            self.log.warn(self.held_out, is_finished=True)
+            self.log.warn(self.held_out, step=step, is_finished=True)
 
     @_timed("evaluation")
     def _answer(self, moment: Moment) -> None:

@@ -99,7 +99,7 @@ def test_the_page_shows_the_values_given() -> None:
         "some/model",
         "rlaif-v#1000",
         "Wall time1 h 12 minof the whole command",
-        "Accuracy of the implicit reward0.5 → 0.8125held-out, start → 10",
+        "Accuracy of the implicit reward0.5 → 0.812540 held-out pairs, start → 10",
         "Margin0 → 1.357",
         "Loss0.6931 → 0.5432",
         "3.21",
@@ -372,6 +372,41 @@ def test_a_reward_models_page_has_rewards_and_no_log_probs() -> None:
     assert "Log-probs of the responses" not in page
     assert histogram_of(page, "Distribution of reward")
     assert "✓ No warning signs in the metrics." in page
+
+
+def test_without_held_out_records_or_with_few_the_page_says_what_cannot_be_told() -> None:
+    training = [{"step": 5, "loss": 0.6}, {"step": 10, "loss": 0.5}]
+    text = Page(render(pairs=[], metrics=training)).text
+    assert "No warning signs in the metrics. No held-out record was evaluated" in text
+    assert "✓" not in text
+    text = Page(render(pairs=[pair(k) for k in range(6)], metrics=training)).text
+    assert "Held-out pairs: only 6, of which an accuracy is known to ± 0.41 at best." in text
+    assert "✓" not in text
+    text = Page(render(pairs=[], metrics=[{"step": 5, "loss": math.nan}])).text
+    assert "This run needs a look" in text
+    assert "No held-out record was evaluated" in text
+
+
+def test_a_page_on_the_best_model_describes_it_and_not_the_weights_that_were_left() -> None:
+    figures = {0: (0.5, 0.7, 1.0), 50: (0.9, 0.5, 1.0), 100: (0.55, 0.9, 4.0)}
+    metrics = [
+        {"step": step, "eval_rewards/accuracies": accuracy, "eval_loss": loss, "eval_nll_loss": nll}
+        for step, (accuracy, loss, nll) in figures.items()
+    ]
+    pairs = [pair(k, reward_chosen=1.0 if k % 10 else -1.0, tokens_chosen=10 + k % 3) for k in range(100)]
+    stopped = "stopped at step 100: nothing better in 3 evaluations than eval_loss 0.5 at step 50"
+    best = {"algorithm": "dpo", "steps": 100, "model_step": 50, "stopped_early": stopped}
+    text = Page(render(metrics=metrics, pairs=pairs, summary=best, num_steps=100)).text
+    assert "Accuracy of the implicit reward0.5 → 0.9100 held-out pairs, start → 50" in text
+    assert "✓ No warning signs" in text
+    assert (
+        "Stopped at step 100: nothing better in 3 evaluations than eval_loss 0.5 at step 50. The model is that of step 50, the "
+        "best one; tiles and warnings are of it."
+    ) in text
+    text = Page(render(metrics=metrics, pairs=pairs, summary={**best, "model_step": 100}, num_steps=100)).text
+    assert "0.5 → 0.55100 held-out pairs, start → 100" in text
+    assert "Held-out loss was lowest at step 50" in text
+    assert "The model is that of step" not in text
 
 
 def test_what_mdpo_makes_of_damaged_images_is_drawn() -> None:

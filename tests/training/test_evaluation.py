@@ -73,6 +73,15 @@ def test_every_algorithm_says_how_often_the_chosen_response_is_the_likelier_one(
     ]
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.name)
+def test_every_algorithm_tells_how_likely_the_chosen_responses_are_in_training_too(
+    folder: Path, pairs: list[EncodedPair], algorithm: Algorithm
+) -> None:
+    batch = make_batch(folder, pairs, needs=algorithm.needs)
+    (output,), _ = trainer_of(folder, algorithm).gradients([batch], counts_of(pairs))
+    assert "nll_loss" in output.mean_metrics
+
+
 def test_greedy_answers_are_told_from_the_tokens_that_are_the_policys_first_choice(folder: Path) -> None:
     trainer = trainer_of(folder, SFT())
     pair = encode_pair(folder, "greedy", "Which digit?", "two", "a cat")
