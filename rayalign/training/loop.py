@@ -310,6 +310,22 @@ def run_steps(
     before = unlogged or Unlogged()
     clock = Clock(tokens_before, trainer.policy.num_tokens_with_padding, before=before)
     window, skipped_steps = MetricSums(before=before.sums), before.skipped_steps
+
+    def log(step: int, result: StepResult) -> float:
+        """Writes a line of metrics; returns its loss."""
+        nonlocal window, skipped_steps
+        metrics = window.reduce(steps=clock.steps)
+        if trainer.skips_steps:
+            metrics["skipped_steps"] = skipped_steps
+        if not result.is_skipped:
+            metrics["grad_norm"] = float(result.grad_norm)
+        window, skipped_steps = MetricSums(), 0
+        rates = clock.reduce()
+        rate = learning_rate(trainer.config, step, sampler.num_steps)
+        epoch = (step + 1) / sampler.steps_per_epoch
+        events.log({"step": step + 1, "epoch": epoch, **metrics, "learning_rate": rate, **rates})
+        return metrics["loss"]
+
     for step in range(start_step, sampler.num_steps):
         count = len(sampler.micro_batches(step, trainer.rank))
         counts = sampler.counts(step)
@@ -321,18 +337,9 @@ def run_steps(
         skipped_steps += result.is_skipped
         done = step + 1
         if done % run.logging_steps == 0 or done == sampler.num_steps:
-            metrics = window.reduce(steps=clock.steps)
-            if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"The loss is {metrics['loss']} at step {done}. {REMEDY}")
-            if trainer.skips_steps:
-                metrics["skipped_steps"] = skipped_steps
-            if not result.is_skipped:
-                metrics["grad_norm"] = float(result.grad_norm)
-            window, skipped_steps = MetricSums(), 0
-            rates = clock.reduce()
-            rate = learning_rate(trainer.config, step, sampler.num_steps)
-            epoch = done / sampler.steps_per_epoch
-            events.log({"step": done, "epoch": epoch, **metrics, "learning_rate": rate, **rates})
+            loss = log(step, result)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"The loss is {loss} at step {done}. {REMEDY}")
         verdict = GOES_ON
         if done % run.eval_steps == 0 or done == sampler.num_steps:
             events.evaluate(done)
@@ -341,6 +348,8 @@ def run_steps(
         is_urgent = events.is_urgent(done)
         if done % run.save_steps == 0 or done == sampler.num_steps or verdict.saves or is_urgent:
             if not (result.is_skipped or math.isfinite(float(result.grad_norm))):
+                if clock.steps:
+                    log(step, result)
                 raise FloatingPointError(
                     f"The gradient norm is {float(result.grad_norm)} at step {done}, so no checkpoint is written. {REMEDY}"
                 )

@@ -129,6 +129,12 @@ class RunLog:
         if self._metrics is not None:
             self._page.run(functools.partial(self._write_page, list(self._metrics.lines), scores, seconds))
 
+    def end(self, scores: Scores, seconds: Mapping[str, float]) -> None:
+        """As a run ends that can't go on: its page tells of the last lines, too."""
+        self._page.wait()
+        self.report(scores, seconds)
+        self.close()
+
     def close(self) -> None:
         """Writes and sends what is still to be written and sent."""
         if self._metrics is not None and self._reporting is not None:

@@ -15,6 +15,7 @@ import torch
 from rayalign.algorithms import Algorithm
 from rayalign.cluster import Stopped, outcome_of
 from rayalign.config.config import Config
+from rayalign.data.batch import PairBatch
 from rayalign.data.prepare import RunData
 from rayalign.data.sampler import require_partners
 from rayalign.data.stream import pairs_in_order, sampler_of
@@ -212,20 +213,7 @@ class _Worker:
         with self.watch.stage("training"):
             # A run that was killed after it stopped early stays stopped.
             stays_stopped = self.best.stops(self.config.run)
-            last_step = (
-                self.start_step
-                if stays_stopped
-                else run_steps(
-                    self.trainer,
-                    self.sampler,
-                    stream,
-                    self.config.run,
-                    events,
-                    start_step=self.start_step,
-                    tokens_before=self.log.latest.get("num_tokens", 0),
-                    unlogged=self.unlogged,
-                )
-            )
+            last_step = self.start_step if stays_stopped else self._take_steps(stream, events)
         self.profiler.close()
         stopped = self._why_stopped(last_step)
         model_step = last_step
@@ -253,6 +241,23 @@ class _Worker:
             model_step=model_step,
             stopped=stopped,
         )
+
+    def _take_steps(self, stream: Iterator[tuple[int, PairBatch]], events: LoopEvents) -> int:
+        """Takes the steps that are left; returns the last one. Raises FloatingPointError once the page tells of the end."""
+        try:
+            return run_steps(
+                self.trainer,
+                self.sampler,
+                stream,
+                self.config.run,
+                events,
+                start_step=self.start_step,
+                tokens_before=self.log.latest.get("num_tokens", 0),
+                unlogged=self.unlogged,
+            )
+        except FloatingPointError:
+            self.log.end(self.held_out.pairs, self.watch.seconds)
+            raise
 
     def _judge(self, step: int) -> Verdict:
         """What the evaluation just made means; rank 0 decides, which alone has every metric of a run that goes on."""

@@ -122,8 +122,12 @@ def test_a_run_that_is_no_longer_finite_stops_before_it_saves(
         next(iter(trainer.policy.trainable.values())).fill_(math.nan)
     sampler = sampler_of(pairs_of(folder))
     run = RunConfig(logging_steps=logging_steps, save_steps=save_steps)
+    lines: list[Any] = []
     with pytest.raises(FloatingPointError) as caught:
-        run_steps(trainer, sampler, stream_of(folder, sampler, 0, SFT()), run, events(), start_step=0)
+        run_steps(trainer, sampler, stream_of(folder, sampler, 0, SFT()), run, events(log=lines.append), start_step=0)
+    assert [line["step"] for line in lines] == [2]  # what the run ends by is told
+    assert math.isnan(lines[0]["loss"])
+    assert math.isnan(lines[0]["grad_norm"])
     assert str(caught.value) == f"{words} Lower --learning_rate, or use --dtype float32 or bfloat16."
 
 
