@@ -4,10 +4,8 @@ import dataclasses
 import logging
 from typing import Literal
 
-from rayalign.config.sections import RunConfig
 from rayalign.config.tune import TuneConfig
-from rayalign.training.best import is_greater_better
-from rayalign.training.metric_names import EVALUATED
+from rayalign.training.metric_names import EVALUATED, high_is_good
 
 logger = logging.getLogger(__name__)
 
@@ -45,4 +43,4 @@ def _whole_name(metric: str) -> str:
 
 
 def _mode_by_name(metric: str) -> Mode:
-    return "max" if is_greater_better(metric, RunConfig()) else "min"
+    return "max" if high_is_good(metric) else "min"

@@ -12,7 +12,7 @@ from typing import Any
 from rayalign.config.flags import did_you_mean
 from rayalign.config.sections import RunConfig
 from rayalign.storage import Store
-from rayalign.training.metric_names import EVALUATED
+from rayalign.training.metric_names import EVALUATED, high_is_good
 
 NOTE = "best.json"
 
@@ -21,9 +21,6 @@ DEFAULTS = ("eval_accuracy/likelihood", "eval_rewards/accuracies", "eval_loss")
 
 TIE_BREAKER = "eval_rewards/margins"
 """Decides between equal values, where an evaluation has it: an accuracy on few records often stays the same."""
-
-LOWER_IS_BETTER = ("loss", "nll", "perplexity", "/kl", "_kl", "grad_norm", "/CHAIR", "/Hal", "/Cog")
-"""In the names of metrics of which less is better."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def is_greater_better(metric: str, run: RunConfig) -> bool:
     """As --greater_is_better says, else by the metric's name."""
     if run.greater_is_better is not None:
         return run.greater_is_better
-    return not any(part in metric for part in LOWER_IS_BETTER)
+    return high_is_good(metric)
 
 
 def write_note(folder: Store, best: Best, checkpoint: str) -> None:

@@ -10,3 +10,11 @@ SHUFFLED = "/shuffled"
 
 PAIR_TOKENS = CHOSEN_TOKENS, REJECTED_TOKENS = "tokens/chosen", "tokens/rejected"
 """Beside a pair's metrics: how many tokens its responses have."""
+
+LOWER_IS_BETTER = ("loss", "nll", "perplexity", "/kl", "_kl", "grad_norm", "/CHAIR", "/Hal", "/Cog")
+"""In the names of metrics of which less is better."""
+
+
+def high_is_good(metric: str) -> bool:
+    """Whether a high value is better, by the metric's name."""
+    return not any(part in metric for part in LOWER_IS_BETTER)
