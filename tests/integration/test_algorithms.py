@@ -36,8 +36,8 @@ LOGPS = {"logps/chosen", "logps/rejected"}
 METRICS = {
     "rm": REWARDS,
     "simpo": REWARDS | LOGPS | {"nll_loss"},
-    "kto": REWARDS | LOGPS | {"kl"},
-    "mdpo": REWARDS | LOGPS | {"conditional/margins", "conditional/accuracies"},
+    "kto": REWARDS | LOGPS | {"kl", "nll_loss"},
+    "mdpo": REWARDS | LOGPS | {"conditional/margins", "conditional/accuracies", "nll_loss"},
 }
 """What each logs beside the loss and what every training logs."""
 
