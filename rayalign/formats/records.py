@@ -124,44 +124,17 @@ def build_record(
     margin: float | None = None,
     label: bool | None = None,
     columns: Mapping[str, str] | None = None,
+    marks_only: bool = False,
 ) -> PreferenceRecord:
     """Makes a record, with missing `<image>` marks put in front of the first round's query. An `<img>path</img>` in the text
-    becomes a mark, and its path an image; what other tools write for an image becomes a mark, too.
+    becomes a mark, and its path an image; what other tools write for an image becomes a mark, too. With `marks_only`, texts
+    with either stay as they are.
 
     `columns` says what the row calls `system`, `query`, `history`, `images`, `chosen`, `rejected` and `margin`, for the errors.
     Raises RecordError.
     """
-    tagged = [path for message in messages for path in _paths_in(message.content, columns or {})]
-    if tagged:
-        if images and tuple(images) != tuple(tagged):
-            words = "images stand both in their column and as <img>...</img> in the text, and they differ; keep one"
-            raise RecordError("ambiguous images", words, field=(columns or {}).get("images", "images"))
-        images = tagged
-        messages = [m.model_copy(update={"content": IMAGE_TAG.sub(IMAGE_MARK, m.content)}) for m in messages]
-    return record_of_plain_texts(
-        id=id,
-        messages=_with_marks(messages, len(images), columns or {}),
-        images=images,
-        chosen=chosen,
-        rejected=rejected,
-        margin=margin,
-        label=label,
-        columns=columns,
-    )
-
-
-def record_of_plain_texts(
-    *,
-    id: str,
-    messages: Sequence[Message],
-    images: Sequence[str | bytes],
-    chosen: str,
-    rejected: str | None = None,
-    margin: float | None = None,
-    label: bool | None = None,
-    columns: Mapping[str, str] | None = None,
-) -> PreferenceRecord:
-    """As `build_record`, for messages in whose texts `<image>` alone stands for an image."""
+    if not marks_only:
+        messages, images = _read_images_in_text(messages, images, columns or {})
     values = {
         "id": id,
         "messages": place_marks(messages, len(images)),
@@ -180,6 +153,20 @@ def record_of_plain_texts(
             raise cause from None
         field = str(first["loc"][0]) if first["loc"] else ""
         raise RecordError("wrong type", first["msg"], field=(columns or {}).get(field, field)) from None
+
+
+def _read_images_in_text(
+    messages: Sequence[Message], images: Sequence[str | bytes], columns: Mapping[str, str]
+) -> tuple[Sequence[Message], Sequence[str | bytes]]:
+    """The messages with marks where their texts name or stand for images, and the record's images."""
+    tagged = [path for message in messages for path in _paths_in(message.content, columns)]
+    if tagged:
+        if images and tuple(images) != tuple(tagged):
+            words = "images stand both in their column and as <img>...</img> in the text, and they differ; keep one"
+            raise RecordError("ambiguous images", words, field=columns.get("images", "images"))
+        images = tagged
+        messages = [m.model_copy(update={"content": IMAGE_TAG.sub(IMAGE_MARK, m.content)}) for m in messages]
+    return _with_marks(messages, len(images), columns), images
 
 
 def _paths_in(text: str, columns: Mapping[str, str]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rayalign.formats.cells import as_text
-from rayalign.formats.records import IMAGE_MARK, IMAGE_TAG, Message, PreferenceRecord, RecordError, record_of_plain_texts
+from rayalign.formats.records import IMAGE_MARK, IMAGE_TAG, Message, PreferenceRecord, RecordError, build_record
 
 COLUMNS = {"query": "messages", "chosen": "responses"}
 """What errors call the parts of a request."""
@@ -23,6 +23,5 @@ def require_plain(text: str) -> str:
 
 def record_of(messages: Sequence[Message], images: Sequence[bytes], response: str) -> PreferenceRecord:
     """The record of a conversation, whose `<image>` marks stand for the images, and a response. Raises RecordError."""
-    return record_of_plain_texts(
-        id="request", messages=messages, images=images, chosen=as_text(response, column="responses"), columns=COLUMNS
-    )
+    chosen = as_text(response, column="responses")
+    return build_record(id="request", messages=messages, images=images, chosen=chosen, columns=COLUMNS, marks_only=True)
