@@ -70,7 +70,7 @@ class Dataset:
 
 def resolve_dataset(argument: str) -> Dataset:
     """The data set that `NAME_OR_PATH[#N]` names; raises ValueError that says what was looked for where, and what to do."""
-    place, sample = _split_sample(argument)
+    place, sample = split_sample(argument)
     if place in CATALOGUE:
         hub = tuple(SourceFile(file.location, file.size, file.commit) for file in registered_files(place))
         return Dataset(argument, place, hub, sample)
@@ -85,7 +85,7 @@ def resolve_dataset(argument: str) -> Dataset:
 
 def whole_argument(argument: str) -> str:
     """The same data set named from any working folder: a path is made absolute, a URL or registered name stays."""
-    place, sample = _split_sample(argument)
+    place, sample = split_sample(argument)
     if place in CATALOGUE or is_url(place):
         return argument
     return Store.at(place).location + (f"#{sample}" if sample else "")
@@ -109,7 +109,7 @@ def read_rows(file: SourceFile, span: Span | None = None, rows: Sequence[int] | 
     return raw.read_rows(file.location, span, rows)
 
 
-def _split_sample(argument: str) -> tuple[str, int | None]:
+def split_sample(argument: str) -> tuple[str, int | None]:
     place, sign, number = argument.rpartition("#")
     if not sign:
         place, number = argument, ""

@@ -38,7 +38,7 @@ def propose(space: SearchSpace, tune: TuneConfig, settings: Sequence[Setting], o
     study = optuna.create_study(directions=directions, sampler=sampler)
     results: dict[int, list[list[float]]] = {}
     for outcome in outcomes:
-        found = [outcome.value, outcome.cost] if tune.cost_metric else [outcome.value]
+        found = [outcome.value, outcome.sizes.get(tune.cost_metric)] if tune.cost_metric else [outcome.value]
         known = [value for value in found if value is not None]
         if outcome.has_ended and len(known) == len(found):
             results.setdefault(outcome.trial.number, []).append(known)

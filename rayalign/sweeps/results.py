@@ -20,10 +20,13 @@ from rayalign.storage import Store
 from rayalign.sweeps.importance import importance
 from rayalign.sweeps.ranking import mode_of
 from rayalign.sweeps.search_space import LISTED, parse_search
-from rayalign.sweeps.trials import COSTS, TRIALS, Outcome, short
+from rayalign.sweeps.trials import TRIALS, Outcome, short
 
 SWEEP, BEST, BEST_MODEL, PAGE = "sweep.json", "best.yaml", "model", "sweep.html"
 TABLES = ("trials.csv", "trials.parquet")
+
+COSTS = ("eval_drift", "eval_nll_loss")
+"""What a preference costs, where --cost_metric names nothing: the way from the reference, or the log-probs of good ones."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ def page(folder: Store, standings: Sequence[Standing], sweep: TuneConfig, words:
     heads, *rows = table_rows(standings, sweep.metric)
     ranges = parse_search(sweep.search).items()
     outcomes = [outcome for standing in standings for outcome in standing.outcomes]
+    cost = sweep.cost_metric or cost_of_all(outcomes)
     trials = [
         DrawnTrial(
             outcome.trial.words,
@@ -162,7 +166,7 @@ def page(folder: Store, standings: Sequence[Standing], sweep: TuneConfig, words:
             {name: short(value) if isinstance(value, list) else value for name, value in outcome.flags.items()},
             outcome.value,
             outcome.points,
-            outcome.cost,
+            outcome.sizes.get(cost),
             outcome.steps,
             outcome.num_steps,
         )
@@ -178,16 +182,26 @@ def page(folder: Store, standings: Sequence[Standing], sweep: TuneConfig, words:
             rows=rows,
             trials=trials,
             importance=importance(outcomes),
-            cost_name=sweep.cost_metric or _cost_name(outcomes),
+            cost_name=cost,
             is_log={name: values.kind == "loguniform" for name, values in ranges if values.kind not in LISTED},
         )
     )
 
 
-def _cost_name(outcomes: Iterable[Outcome]) -> str:
-    """The metric that the trials' costs are, where --cost_metric names none."""
-    names = {name for outcome in outcomes for name in outcome.last}
-    return next((name for name in COSTS if name in names), COSTS[-1])
+def cost_of_all(outcomes: Sequence[Outcome]) -> str:
+    """The metric that says what trials cost where --cost_metric names none: of COSTS the one that most trials have."""
+    return max(COSTS, key=lambda name: sum(name in outcome.sizes for outcome in outcomes))
+
+
+def uneven_in_words(outcomes: Iterable[Outcome]) -> str:
+    """What to know where trials were not evaluated on the same number of records; empty where they were."""
+    counts = {outcome.held_out for outcome in outcomes if outcome.held_out is not None}
+    if len(counts) < 2:
+        return ""
+    return (
+        f"Trials were evaluated on {min(counts)} to {max(counts)} held-out records, as what they search leaves out different "
+        "ones: their figures are not of the same records"
+    )
 
 
 def saved_in_words(outcomes: Iterable[Outcome], scheduler: str) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayalign.config.config import Config
 from rayalign.config.flags import did_you_mean, flags_of
@@ -21,7 +21,15 @@ from rayalign.sweeps.search_space import (
     searchable,
 )
 
-REWARDS = "eval_rewards/"
+if TYPE_CHECKING:
+    from rayalign.models.source import ModelSource
+
+REWARDS, DRIFT = "eval_rewards/", "eval_drift"
+SHAPE = ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+"""Flags of an adapter that one to continue from has already."""
+DRAWING = ("dataset", "dataset_test_ratio", "data_seed")
+"""Flags by which records are held out, where --val_dataset names none."""
+
 MOST_OTHERS = 200
 
 
@@ -87,20 +95,57 @@ def _check_together(space: SearchSpace, tune: TuneConfig) -> None:
         raise ValueError(
             f"--price_per_hour {tune.price_per_hour:g}: only --dry_run true tells costs. Pass it, or leave this out."
         )
+    _check_held_out(space)
     _check_metric(space, with_whole_names(tune))
 
 
+def check_shape(space: SearchSpace, source: "ModelSource") -> None:
+    """Raises ValueError for a searched flag of adapters where trials continue from an adapter, which keeps its own."""
+    searched = [name for name in SHAPE if name in space.ranges]
+    stacks = space.base.tuner.stack_adapter and "stack_adapter" not in space.ranges
+    if searched and source.adapter and not stacks:
+        raise ValueError(
+            f"--search {searched[0]}: trials continue from the adapter {source.adapter}, which keeps its shape. Leave it out, "
+            "or train new adapters on top of it (--stack_adapter true)."
+        )
+
+
+def _check_held_out(space: SearchSpace) -> None:
+    """Raises ValueError where trials would be compared on different records."""
+    data = space.base.data
+    same = "trials are compared on the same held-out records, and these would differ."
+    if "val_dataset" in space.ranges:
+        raise ValueError(f"--search val_dataset: {same} Pass --val_dataset itself.")
+    for name in DRAWING:
+        if name in space.ranges and not data.val_dataset:
+            raise ValueError(f"--search {name}: {same} Name them (--val_dataset), or leave it out.")
+    if "data_seed" not in space.ranges:
+        return
+    from rayalign.sources.files import split_sample  # here, as it loads what reads files
+
+    drawn = [argument for argument in data.val_dataset if split_sample(argument)[1] is not None]
+    if drawn:
+        raise ValueError(
+            f"--search data_seed: {same} --val_dataset {drawn[0]} is drawn by it. Write them into a file of their own."
+        )
+
+
 def _check_metric(space: SearchSpace, tune: TuneConfig) -> None:
-    """Raises ValueError for a metric that no trial can have."""
+    """Raises ValueError for metrics that some trials can't have."""
     data = space.base.data
     if not data.val_dataset and data.dataset_test_ratio == 0:
         raise ValueError(
             f"--metric {tune.metric} with --dataset_test_ratio 0: no record is held out, so that trials can't be compared. "
             "Hold some out, or pass --val_dataset."
         )
-    chosen = [{ALGORITHM: name} if ALGORITHM in space.ranges else {} for name in space.algorithms]
-    if tune.metric.startswith(REWARDS) and all(space.config(c).algorithm.needs.responses == "chosen" for c in chosen):
-        raise ValueError(f"--metric {tune.metric}: {', '.join(space.algorithms)} has no rewards. Pass --metric eval_loss.")
+    instead = "eval_loss" if len(space.algorithms) == 1 else "eval_nll_loss, which all have"
+    for name in space.algorithms:
+        needs = space.config({ALGORITHM: name} if ALGORITHM in space.ranges else {}).algorithm.needs
+        for flag, metric in (("metric", tune.metric), ("cost_metric", tune.cost_metric or "")):
+            if metric.startswith(REWARDS) and needs.responses == "chosen":
+                raise ValueError(f"--{flag} {metric}: {name} has no rewards. Pass --{flag} {instead}.")
+            if metric == DRIFT and not needs.reference:
+                raise ValueError(f"--{flag} {metric}: {name} has no reference to drift from. Pass --{flag} eval_nll_loss.")
 
 
 def _check_values(space: SearchSpace, algorithm: str, name: str) -> None:

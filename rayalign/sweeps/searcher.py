@@ -4,7 +4,7 @@ a table of those that run."""
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ray.tune.search import Searcher
@@ -82,24 +82,30 @@ class SweepLines:
         self._ended = 0
         self._running: dict[str, tuple[Trial, Mapping[str, Any]]] = {}
         self.lack_metric = False
-        """Whether a trial was evaluated without the metric that ranks them, which then none has."""
+        """Whether a trial was evaluated without the metric that ranks them, or ended without that of its cost: then none has
+        it."""
 
     def evaluated(self, trial: Trial, result: Mapping[str, Any]) -> None:
         """A trial that runs was evaluated."""
         if self._sweep.metric in result:
             self._running[trial.name] = (trial, result)
-        elif ALGORITHM not in trial.setting and not self.lack_metric:
-            self.lack_metric = True
-            known = sorted(name for name in result if name.startswith(EVALUATED))
-            logger.warning(
-                "--metric %s: the evaluations have no such metric.%s Those that run go on to their end, and no other begins",
-                self._sweep.metric,
-                did_you_mean(self._sweep.metric, known),
-            )
+        else:
+            self._lacks("metric", self._sweep.metric, trial, result)
         now = self._clock()
         if now - self._table_at >= TABLE_SECONDS and self._running:
             self._table_at = now
             logger.info("Running:\n%s", self._table())
+
+    def _lacks(self, flag: str, metric: str, trial: Trial, metrics: Iterable[str]) -> None:
+        """A trial has been found without a metric; another algorithm's may have it."""
+        if ALGORITHM not in trial.setting and not self.lack_metric:
+            self.lack_metric = True
+            logger.warning(
+                "--%s %s: the evaluations have no such metric.%s Those that run go on to their end, and no other begins",
+                flag,
+                metric,
+                did_you_mean(metric, sorted(name for name in metrics if name.startswith(EVALUATED))),
+            )
 
     def _table(self) -> str:
         """A line for each trial that has been evaluated and goes on."""
@@ -116,6 +122,9 @@ class SweepLines:
         """A trial has ended."""
         self._running.pop(outcome.trial.name, None)
         self._ended += 1
+        cost = self._sweep.cost_metric
+        if cost is not None and outcome.state == "finished" and outcome.value is not None and cost not in outcome.sizes:
+            self._lacks("cost_metric", cost, outcome.trial, outcome.sizes)
         outcomes = self._queue.outcomes.values()
         ended = sum(outcome.has_ended or outcome.state == "failed" for outcome in outcomes)
         words = [f"{outcome.trial.words} {outcome.state}"]

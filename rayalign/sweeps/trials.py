@@ -21,9 +21,6 @@ HANDED_NOTE = "handed_over.json"
 """In the folder of a population's trial, a list: at which `step` it got the weights of which trial (`from`), and the `flags`
 with which it went on."""
 
-COSTS = ("eval_drift", "eval_nll_loss")
-"""What a preference costs, where --cost_metric names nothing: the way from the reference, or the log-probs of good ones."""
-
 State = Literal["finished", "stopped", "failed", "unfinished"]
 
 
@@ -62,13 +59,13 @@ class Trial:
 class Outcome:
     """What a trial came to. `last` and `best` are the held-out metrics of its last and of its best evaluation; `value` is the
     metric that ranks trials, at the end, None where there is none that is finite; `points` are the metric at each evaluation,
-    by step. `cost` is the size of the metric that says what the value cost, at the same step; `handed` are the lines of
-    HANDED_NOTE."""
+    by step. `sizes` are those of the held-out metrics at the same step as the value, for what it cost; `handed` are the lines
+    of HANDED_NOTE; `held_out` is how many records it was evaluated on."""
 
     trial: Trial
     state: State
     value: float | None = None
-    cost: float | None = None
+    sizes: Mapping[str, float] = field(default_factory=dict)
     last: Mapping[str, float] = field(default_factory=dict)
     best: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -77,6 +74,7 @@ class Outcome:
     error: str | None = None
     points: tuple[tuple[float, float], ...] = ()
     handed: Sequence[Mapping[str, Any]] = ()
+    held_out: int | None = None
 
     @property
     def flags(self) -> Mapping[str, Any]:
@@ -124,8 +122,8 @@ def known_settings(folder: Store) -> list[Setting]:
     return [found[number] for number in numbers]
 
 
-def read_outcome(folder: Store, trial: Trial, *, metric: str, mode: str, cost_metric: str | None = None) -> Outcome:
-    """What a trial's folder says of it. Without `cost_metric` the cost is that of the first of `COSTS` that it has."""
+def read_outcome(folder: Store, trial: Trial, *, metric: str, mode: str) -> Outcome:
+    """What a trial's folder says of it."""
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] > 0]
     state, note = _state(folder)
     ranked = [line for line in lines if math.isfinite(line.get(metric, math.nan))]
@@ -136,12 +134,12 @@ def read_outcome(folder: Store, trial: Trial, *, metric: str, mode: str, cost_me
     if state == "finished":  # the summary is of the step that model/ is of
         value = note[metric] if math.isfinite(note.get(metric, math.nan)) else None
     last = _evaluation(lines, steps)
-    costs = [note.get(name, last.get(name, math.nan)) for name in ([cost_metric] if cost_metric else COSTS)]
+    at_end = {name: value for name, value in {**last, **note}.items() if name.startswith(EVALUATED)}
     return Outcome(
         trial,
         state,
         value=value,
-        cost=next((abs(cost) for cost in costs if math.isfinite(cost)), None),
+        sizes={name: abs(value) for name, value in at_end.items() if math.isfinite(value)},
         last=last,
         best=_evaluation(lines, best),
         steps=steps,
@@ -150,6 +148,7 @@ def read_outcome(folder: Store, trial: Trial, *, metric: str, mode: str, cost_me
         error=note.get("error"),
         points=tuple((line["step"], line[metric]) for line in ranked),
         handed=read_handed(folder),
+        held_out=note.get("held_out_records"),
     )
 
 

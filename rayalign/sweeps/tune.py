@@ -15,6 +15,7 @@ from typing import Any
 from rayalign.config.config import Config
 from rayalign.config.sections import ModelConfig
 from rayalign.config.tune import TuneConfig
+from rayalign.config.unused import unused_flags
 from rayalign.config.yaml_files import to_yaml
 from rayalign.data.prepare import cache_of, prepare_run
 from rayalign.data.stream import sampler_of
@@ -42,9 +43,10 @@ from rayalign.sweeps.results import (
     setting_lines,
     table,
     trial_lines,
+    uneven_in_words,
     write_tables,
 )
-from rayalign.sweeps.search_checks import check_search
+from rayalign.sweeps.search_checks import check_search, check_shape
 from rayalign.sweeps.search_space import ALGORITHM, SearchSpace
 from rayalign.sweeps.sweep_folder import check_sweep_folder, write_search
 from rayalign.sweeps.trials import STOPPED_NOTE, TRIALS, Outcome, Queue, Trial, known_settings, read_outcome, trials_of
@@ -77,6 +79,9 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     config.check_inputs()
     space, sweep = check_search(config, sweep), with_whole_names(sweep)
     _check_trials(space, sweep)
+    for unused in unused_flags(config):
+        if unused.because not in space.ranges:
+            logger.warning("%s", unused.words)
     tell_odd_mode(sweep)
     if sweep.scheduler == "pbt":
         check_population(space, sweep, apart=why_apart(space))
@@ -91,7 +96,7 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
     require_lasting_folders(config)
     config = with_whole_paths(config)
     for model in _models_of(dataclasses.replace(space, base=config)):
-        require_model(model, REGISTERED_MODELS)
+        check_shape(space, require_model(model, REGISTERED_MODELS))
     folder = Store.at(str(config.run.output_dir))
     if not config.run.overwrite:
         check_sweep_folder(folder, config, sweep)
@@ -151,9 +156,7 @@ def _queue(space: SearchSpace, sweep: TuneConfig, folder: Store) -> Queue:
     seeds = {"first_seed": space.base.optimizer.seed, "num_seeds": sweep.num_seeds}
 
     def read(trial: Trial) -> Outcome:
-        return read_outcome(
-            folder / TRIALS / trial.name, trial, metric=sweep.metric, mode=mode_of(sweep), cost_metric=sweep.cost_metric
-        )
+        return read_outcome(folder / TRIALS / trial.name, trial, metric=sweep.metric, mode=mode_of(sweep))
 
     def propose(outcomes: list[Outcome]) -> list[Trial]:
         from rayalign.sweeps import proposals  # here, as Optuna is an extra
@@ -189,7 +192,10 @@ def _finish(space: SearchSpace, sweep: TuneConfig, folder: Store, outcomes: list
     seed = space.base.optimizer.seed
     write_tables(folder, standings, sweep.metric, seed=seed)
     saved = saved_in_words(outcomes, "The scheduler")
-    words = f"Ranked by {sweep.metric} ({mode_of(sweep)}). {saved + '.' if saved else ''}"
+    uneven = uneven_in_words(outcomes)
+    if uneven:
+        logger.warning("%s", uneven)
+    words = " ".join([f"Ranked by {sweep.metric} ({mode_of(sweep)}).", *(f"{more}." for more in (saved, uneven) if more)])
     (folder / PAGE).write_bytes(page(folder, standings, sweep, words).encode())
     if "tensorboard" in space.base.run.report_to:
         write_hparams(folder, outcomes, sweep.metric)

@@ -75,7 +75,9 @@ def test_with_a_cost_the_proposals_go_where_none_beats_them_in_both():
     while len(settings) < tune.num_samples and (setting := propose(space, tune, settings, outcomes)) is not None:
         settings.append(setting)
         beta, alpha = setting["beta"], setting["rpo_alpha"]
-        outcomes.append(Outcome(Trial(len(settings), setting), "finished", value=beta - alpha, cost=beta + alpha))
+        outcomes.append(
+            Outcome(Trial(len(settings), setting), "finished", value=beta - alpha, sizes={"eval_nll_loss": beta + alpha})
+        )
     later = settings[20:]
     assert sum(setting["rpo_alpha"] < 0.25 for setting in later) >= 12  # evenly drawn: 5
     assert min(setting["beta"] for setting in later) < 0.3

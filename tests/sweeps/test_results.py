@@ -1,6 +1,7 @@
 """The ranking, its table and its files."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,17 @@ import pyarrow.parquet
 import pytest
 
 from rayalign.storage import Store
-from rayalign.sweeps.results import copy_model, ranked, require_best, saved_in_words, setting_lines, table, write_tables
+from rayalign.sweeps.results import (
+    copy_model,
+    cost_of_all,
+    ranked,
+    require_best,
+    saved_in_words,
+    setting_lines,
+    table,
+    uneven_in_words,
+    write_tables,
+)
 from rayalign.sweeps.trials import Outcome, Trial
 
 
@@ -71,6 +82,22 @@ def test_the_table_has_a_line_for_each_setting_and_the_errors():
 def test_the_steps_that_stopped_trials_saved_are_told():
     assert saved_in_words([finished(1, 0.5), STOPPED], "asha") == "asha stopped 1 of 2 trials: 6 of 16 steps were not needed"
     assert saved_in_words([finished(1, 0.5)], "asha") == ""
+
+
+def test_without_a_cost_metric_the_cost_is_one_that_most_trials_have():
+    with_reference = Outcome(Trial(1, {}), "finished", sizes={"eval_drift": 90.0, "eval_nll_loss": 1.0})
+    without = Outcome(Trial(2, {}), "finished", sizes={"eval_nll_loss": 2.0})
+    assert cost_of_all([with_reference, FAILED]) == "eval_drift"
+    assert cost_of_all([with_reference, without]) == "eval_nll_loss"
+
+
+def test_trials_that_were_evaluated_on_other_numbers_of_records_are_told():
+    alike = [replace(finished(number, 0.5), held_out=40) for number in (1, 2)]
+    assert uneven_in_words([*alike, FAILED]) == ""
+    assert uneven_in_words([*alike, replace(finished(3, 0.5), held_out=37)]) == (
+        "Trials were evaluated on 37 to 40 held-out records, as what they search leaves out different ones: their figures are "
+        "not of the same records"
+    )
 
 
 @pytest.mark.parametrize(

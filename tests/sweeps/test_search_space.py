@@ -8,8 +8,11 @@ from rayalign.config.config import Config
 from rayalign.config.flags import check_bounds, flag
 from rayalign.config.sections import DataConfig, OptimizerConfig, TunerConfig
 from rayalign.config.tune import TuneConfig
-from rayalign.sweeps.search_checks import check_search
+from rayalign.models.source import ModelSource
+from rayalign.sweeps.search_checks import check_search, check_shape
 from rayalign.sweeps.search_space import SearchRange, SearchSpace, parse_search
+
+VAL = DataConfig(val_dataset=("held_out.jsonl",))
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,68 @@ def test_values_that_a_flag_does_not_take_are_refused_before_the_sweep(entries: 
             TuneConfig(search=("lora_rank=grid:4,8",)),
             "--search lora_rank with --sft_type full: full trains no adapter. Leave one of the two out.",
         ),
+        (
+            Config(DPO()),
+            TuneConfig(search=("rlhf_type=grid:dpo,sft",)),
+            "--metric eval_rewards/accuracies: sft has no rewards. Pass --metric eval_nll_loss, which all have.",
+        ),
+        (
+            Config(SimPO()),
+            TuneConfig(search=("beta=grid:1,2",), cost_metric="drift"),
+            "--cost_metric eval_drift: simpo has no reference to drift from. Pass --cost_metric eval_nll_loss.",
+        ),
+        (
+            Config(DPO()),
+            TuneConfig(search=("reference_free=grid:true", "rlhf_type=grid:dpo,cpo"), metric="eval_drift"),
+            "--metric eval_drift: cpo has no reference to drift from. Pass --metric eval_nll_loss.",
+        ),
+        (
+            Config(DPO(), data=VAL),
+            TuneConfig(search=("val_dataset=grid:a.jsonl,b.jsonl",)),
+            "--search val_dataset: trials are compared on the same held-out records, and these would differ. Pass "
+            "--val_dataset itself.",
+        ),
+        *(
+            (
+                Config(DPO()),
+                TuneConfig(search=(f"{name}=grid:{values}",)),
+                f"--search {name}: trials are compared on the same held-out records, and these would differ. Name them "
+                "(--val_dataset), or leave it out.",
+            )
+            for name, values in {"dataset": "a.jsonl,b.jsonl", "dataset_test_ratio": "0.1,0.2", "data_seed": "1,2"}.items()
+        ),
+        (
+            Config(DPO(), data=DataConfig(val_dataset=("a.jsonl#10",))),
+            TuneConfig(search=("data_seed=grid:1,2",)),
+            "--search data_seed: trials are compared on the same held-out records, and these would differ. --val_dataset "
+            "a.jsonl#10 is drawn by it. Write them into a file of their own.",
+        ),
     ],
 )
 def test_what_no_trial_could_have_is_refused_before_the_sweep(base: Config, sweep: TuneConfig, message: str):
     with pytest.raises(ValueError) as error:
         check_search(base, sweep)
     assert str(error.value) == message
-    mixed = replace(sweep, search=("rlhf_type=grid:sft,dpo", *sweep.search), metric="eval_loss")
-    check_search(Config(DPO(), data=DataConfig(val_dataset=("a.jsonl",), dataset_test_ratio=0)), mixed)
+
+
+def test_what_is_drawn_from_the_training_records_may_be_searched_where_others_are_held_out():
+    ranges = ("dataset=grid:a.jsonl,b.jsonl", "dataset_test_ratio=grid:0,0.2", "data_seed=grid:1,2")
+    check_search(Config(DPO(), data=VAL), TuneConfig(search=ranges, cost_metric="eval_drift"))
+    check_search(Config(SFT(), data=VAL), TuneConfig(search=("rlhf_type=grid:sft,dpo",), metric="eval_loss"))
+
+
+def test_the_shape_of_an_adapter_that_trials_continue_from_is_not_searched():
+    going_on, new = ModelSource("base", adapter="runs/a/model"), ModelSource("base")
+    space = space_of("lora_rank=grid:4,8")
+    with pytest.raises(ValueError) as error:
+        check_shape(space, going_on)
+    assert str(error.value) == (
+        "--search lora_rank: trials continue from the adapter runs/a/model, which keeps its shape. Leave it out, or train new "
+        "adapters on top of it (--stack_adapter true)."
+    )
+    check_shape(space, new)
+    check_shape(replace(space, base=space.base.replace({"stack_adapter": True})), going_on)
+    check_shape(space_of("lora_dropout=grid:0,0.1"), going_on)
 
 
 def test_a_sound_search_passes():

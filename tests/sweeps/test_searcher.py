@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,21 @@ def test_no_other_trial_begins_where_trials_lack_the_metric(tmp_path: Path, capl
         "and no other begins"
     ]
     assert searcher.suggest("b") == Searcher.FINISHED
+
+
+def test_no_other_trial_begins_where_one_ended_without_the_metric_of_its_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    _, queue = searcher_of(tmp_path)
+    lines = SweepLines(queue, replace(SWEEP, cost_metric="eval_drfit"), total=2)
+    trial = next(iter(queue.outcomes.values())).trial
+    lines.ended(Outcome(trial, "failed", error="The loss is nan."))
+    lines.ended(Outcome(trial, "stopped", value=0.5))  # its note has no metrics of the end
+    assert not lines.lack_metric
+    lines.ended(Outcome(trial, "finished", value=0.5, sizes={"eval_m": 0.5, "eval_drift": 2.0}))
+    assert lines.lack_metric
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "--cost_metric eval_drfit: the evaluations have no such metric. Did you mean eval_drift? Those that run go on to their "
+        "end, and no other begins"
+    ]
 
 
 def test_a_trial_that_the_scheduler_ends_is_stopped(tmp_path: Path):

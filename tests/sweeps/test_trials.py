@@ -73,15 +73,12 @@ def test_a_value_that_is_not_finite_ranks_nowhere(tmp_path: Path):
     assert (found.state, found.value) == ("finished", None)
 
 
-def test_a_cost_is_the_size_of_the_metric_that_is_asked_for_or_of_the_first_known_one(tmp_path: Path):
+def test_what_a_trial_cost_is_told_by_the_sizes_of_its_metrics_at_the_end(tmp_path: Path):
     folder = write_trial(
         tmp_path / "a", {2: 0.5}, name="summary.json", **{MARGINS: 0.5, "eval_drift": -3.0, "eval_nll_loss": 2.0}
     )
-    assert outcome_of(folder).cost == 3.0
-    trial = Trial(1, {})
-    assert read_outcome(folder, trial, metric=MARGINS, mode="max", cost_metric="eval_nll_loss").cost == 2.0
-    assert read_outcome(folder, trial, metric=MARGINS, mode="max", cost_metric="eval_loss").cost == 0.5  # of the last line
-    assert read_outcome(folder, trial, metric=MARGINS, mode="max", cost_metric="eval_other").cost is None
+    # eval_loss is of the last line.
+    assert outcome_of(folder).sizes == {MARGINS: 0.5, "eval_drift": 3.0, "eval_nll_loss": 2.0, "eval_loss": 0.5}
 
 
 def test_the_queue_skips_what_has_ended_and_then_asks_for_more():
