@@ -307,6 +307,11 @@ class RunConfig:
             raise ValueError(
                 f"--report_to {' '.join(self.report_to)}: none is for no sink at all. Leave it out, or the others."
             )
+        if self.greater_is_better is not None and self.metric_for_best_model is None:
+            raise ValueError(
+                f"--greater_is_better {str(self.greater_is_better).lower()} without --metric_for_best_model: it says so of a "
+                "metric that you name. Name one (--metric_for_best_model eval_loss), or leave this flag out."
+            )
 
 
 @dataclass(frozen=True)

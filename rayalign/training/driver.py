@@ -21,6 +21,7 @@ from ray.train.torch import TorchTrainer
 from rayalign import __version__
 from rayalign.cluster import CHECKPOINT_LIST, free_lost_workers, give_up_share, result_of, share_of
 from rayalign.config.config import Config
+from rayalign.config.unused import unused_flags
 from rayalign.data.prepare import RunData, TooManyDropped, prepare_run
 from rayalign.formats.parse import own_formats
 from rayalign.joining import start_ray
@@ -94,6 +95,8 @@ def run(config: Config, *, began: float | None = None) -> Result:
     assert not config.run.dry_run, "main.run makes a plan of it"
     watch = Stopwatch(began=began)
     config.check_inputs()
+    for unused in unused_flags(config):
+        logger.warning("%s", unused.words)
     require_lasting_folders(config)
     config = with_whole_paths(config)
     check_sinks(config.run.report_to)
