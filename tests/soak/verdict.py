@@ -24,7 +24,11 @@ ROUNDED = ("step", "loss", "grad_norm", "logps/chosen", "eval_loss")
 """Metrics that are compared without `is_exact`: those that don't jump where a pair's margin is about 0."""
 
 ROUNDING = 1e-5
-"""Of weights, by float32 sums in another order over the steps of AdamW, each up to 1e-3 long here; 2e-7 were seen."""
+"""Of weights, by float32 sums in another order over the steps of AdamW, each up to 1e-3 long here; 6e-6 were seen."""
+
+OF_ROUNDING = "vision_tower.encoder.layers.0.self_attn.k_proj.bias"
+"""A bias of keys adds one number to all logits of a query, which the softmax takes away again: its gradient is 0 but for
+rounding, and AdamW makes whole steps of that. Without `is_exact` it is not compared."""
 
 ROUNDING_OF_METRICS = 1e-3
 """Relative; single pairs change them more."""
@@ -62,10 +66,10 @@ def furthest_of(calm: Path, stormy: Path) -> float:
 
 
 def furthest(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """The largest difference of two weights of the same name; infinite where one has others."""
+    """The largest difference of two weights of the same name but OF_ROUNDING; infinite where one has others."""
     if {name: values.shape for name, values in one.items()} != {name: values.shape for name, values in other.items()}:
         return math.inf
-    return max(float(np.abs(values - other[name]).max()) for name, values in one.items())
+    return max(float(np.abs(values - other[name]).max()) for name, values in one.items() if name != OF_ROUNDING)
 
 
 def differences_of_metrics(expected: list[dict[str, Any]], lines: list[dict[str, Any]], *, is_exact: bool) -> list[str]:
