@@ -32,11 +32,12 @@ class Conversation:
 @dataclass(frozen=True)
 class Answers:
     """What the model said by itself, by record: at a step before the training and at one after it. `failed` says why it could
-    say nothing."""
+    say nothing; `gave_up` that the run had to start again by that, so that it is not asked any more."""
 
     before: Mapping[str, str] = field(default_factory=dict)
     after: Mapping[str, str] = field(default_factory=dict)
     failed: str = ""
+    gave_up: bool = False
 
     @property
     def records(self) -> tuple[str, ...]:

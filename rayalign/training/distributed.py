@@ -4,6 +4,7 @@ Weights and gradients are whole on each worker, or sharded (`DTensor`s).
 """
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +28,11 @@ def gather(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
     return values
 
 
-def group_beside() -> dist.ProcessGroup | None:
-    """All workers once more, for what threads of theirs exchange while the training goes on. Every worker calls it."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+def group_beside(*, seconds: float | None = None) -> dist.ProcessGroup | None:
+    """All workers once more, for what they exchange beside the training. Every worker calls it. After some `seconds` without
+    the others an exchange raises RuntimeError."""
+    patience = None if seconds is None else timedelta(seconds=seconds)
+    return dist.new_group(backend="gloo", timeout=patience) if dist.is_initialized() else None
 
 
 def sum_over_workers(tensors: Iterable[Tensor]) -> None:

@@ -1,18 +1,26 @@
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from rayalign.data.encoder_spec import EncoderSpec
 from rayalign.data.store import EncodedPair, PreparedData, shard_name
+from rayalign.policy import generation
 from rayalign.policy.policy import Policy
 from rayalign.report.conversations import Answers
 from rayalign.storage import Store
 from rayalign.training import answers
 from rayalign.training.answers import ANSWERS, ask, read_answers, sample_of
+from tests.sharded_steps import together
 from tests.tiny_models import encode_pair, make_policy, noise_image, wake_adapters
 
 
@@ -74,11 +82,12 @@ def test_every_worker_answers_its_share(asked: Asked, monkeypatch: pytest.Monkey
     asked.ask("before")
     whole = read_answers(asked.run).before
     shares: list[Any] = []
-    monkeypatch.setattr(answers, "gather", lambda value: shares.append(value) or [value])
+    monkeypatch.setattr(answers, "gather", lambda value, group=None: shares.append(value) or [value or Answers()])
     for rank in (0, 1):
         asked.ask("after", rank=rank, workers=2)
-    assert [list(texts) for texts, _ in shares] == [["0", "2"], ["1"]]
-    assert {**shares[0][0], **shares[1][0]} == whole
+    found = [texts for texts, _ in shares[1::2]]  # after what is known before
+    assert [list(texts) for texts in found] == [["0", "2"], ["1"]]
+    assert {**found[0], **found[1]} == whole
 
 
 def test_a_policy_that_fails_is_named_and_nothing_is_raised(asked: Asked, caplog: pytest.LogCaptureFixture) -> None:
@@ -95,6 +104,49 @@ def test_a_policy_that_fails_is_named_and_nothing_is_raised(asked: Asked, caplog
     asked.policy = working
     asked.ask("after")
     assert read_answers(asked.run).failed == ""
+
+
+def alone_of(rank: int, folders: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Rank 1 fails while rank 0 waits for it in a forward. Returns how often each was asked, and what ended it."""
+    run, calls = Store(str(folders["run"])), 0
+
+    def generate(*args: object, **options: object) -> list[str]:
+        nonlocal calls
+        calls += 1
+        if rank == 1:
+            raise MemoryError("no room")
+        dist.all_reduce(torch.zeros(1))
+        return []
+
+    nothing: Any = None
+    prepared: Any = SimpleNamespace(reader=lambda: SimpleNamespace(read=lambda rows: pa.record_batch({})))
+    rows = np.array([0])
+    told = ""
+    with mock.patch.object(answers, "PATIENCE", 1.0), mock.patch.object(generation, "generate_answers", generate):
+        try:
+            ask("before", nothing, nothing, prepared, rows, folder=run, rank=rank, workers=2, together=True)
+        except RuntimeError as error:
+            told = str(error)
+    return {"calls": torch.tensor(calls), "told": torch.tensor(list(told.encode()))}
+
+
+def test_a_worker_that_alone_fails_of_those_that_answer_together_ends_a_start_and_the_next_does_not_ask(
+    tmp_path: Path, asked: Asked
+) -> None:
+    run = tmp_path / "shared"
+    run.mkdir()
+    other = together(alone_of, 2, {"run": run}, tmp_path)[1]
+    assert int(other["calls"]) == 1
+    assert bytes(other["told"].tolist()).decode() == (
+        "This worker alone could not answer held-out prompts, and the others wait for it (MemoryError: no room). A new start "
+        "leaves the answers out."
+    )
+    kept = read_answers(Store(str(run)))
+    assert (kept.before, kept.gave_up) == ({}, True)
+    asked.run = Store(str(run))
+    asked.ask("before")
+    asked.ask("after")
+    assert read_answers(asked.run) == kept
 
 
 @pytest.mark.parametrize(
