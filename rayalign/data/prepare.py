@@ -193,7 +193,7 @@ def _prepare_now(sources: Sources, spec: EncoderSpec, config: DataConfig, store:
     dropped = sorted(outcomes.dropped, key=lambda line: (line["dataset"], line["file"], line["row"]))
     check_drops(dropped, num_rows, limit=config.max_dropped_fraction)
     looks_at_pictures = None if spec.family.text_only else spec.model
-    said = remarks(outcomes.seen, arguments, sources.columns, looks_at_pictures=looks_at_pictures)
+    said = remarks(outcomes.seen, arguments, sources.columns, looks_at_pictures=looks_at_pictures, responses=spec.responses)
     data = PreparedData.finish(store, attempt=attempt, index=index, dropped=dropped, remarks=said)
     seconds = time.monotonic() - started
     speed = per_second(total / seconds)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from rayalign.config.flags import nearest
 from rayalign.formats.columns import PICTURE_NOT_READ, Renames, renamed, unread_columns
 from rayalign.formats.parse import Format, known_columns
+from rayalign.formats.records import Responses
 
 SEEN_SCHEMA = pa.schema(
     [
@@ -62,11 +63,13 @@ def printable(words: str, *, longest: int = LONGEST_NAME) -> str:
 @dataclass
 class RowsSeen:
     """What tasks have reported of the rows of one data set: how many there are, how many are kept and how many of these cross
-    the seam, their pictures, the columns."""
+    the seam and have a chosen and a rejected response, their pictures, the columns."""
 
     num_rows: int = 0
     kept: int = 0
     crossing: int = 0
+    chosen: int = 0
+    rejected: int = 0
     num_images: int = 0
     unread: set[str] = field(default_factory=set)
     renamed: set[str] = field(default_factory=set)
@@ -77,16 +80,23 @@ class RowsSeen:
         self.num_rows += outcome.num_rows
         self.kept += kept.num_rows
         self.crossing += pc.sum(kept["crosses_seam"]).as_py() or 0
+        self.chosen += pc.sum(pc.greater(kept["chosen_tokens"], 0)).as_py() or 0
+        self.rejected += pc.sum(pc.greater(kept["rejected_tokens"], 0)).as_py() or 0
         self.num_images += pc.sum(kept["num_images"]).as_py() or 0
         self.unread |= _names(outcome, "unread")
         self.renamed |= _names(outcome, "renamed")
 
 
 def remarks(
-    seen: Sequence[RowsSeen], arguments: Sequence[str], renames: Renames, *, looks_at_pictures: str | None
+    seen: Sequence[RowsSeen],
+    arguments: Sequence[str],
+    renames: Renames,
+    *,
+    looks_at_pictures: str | None,
+    responses: Responses = "both",
 ) -> list[Remark]:
     """What to say about the data sets `arguments`, from what was `seen` of each. `looks_at_pictures`: the model that does
-    (None: it reads text only)."""
+    (None: it reads text only); `responses`: which ones records are encoded with."""
     said: list[Remark] = []
     for own, argument in zip(seen, arguments, strict=True):
         unread = sorted(own.unread)
@@ -101,6 +111,14 @@ def remarks(
             said.append((logging.WARNING, words))
         if own.crossing:
             said.append((logging.INFO, f"{argument}: {_crossing(own.crossing, own.kept)}"))
+    kept, counts = sum(own.kept for own in seen), [sum(own.chosen for own in seen), sum(own.rejected for own in seen)]
+    if responses == "either" and kept and 0 in counts:
+        has, lacks = ("a good", "a bad") if counts[0] else ("a bad", "a good")
+        words = (
+            f"{' '.join(arguments)}: NO RECORD HAS {lacks.upper()} RESPONSE, and all {kept:,} have {has} one: what tells them "
+            "apart can't be learned from these. Look at the records' labels, or add records of the other kind."
+        )
+        said.append((logging.WARNING, words))
     met = {name for own in seen for name in own.renamed}
     for source, target in renames:
         if printable(source) not in met:

@@ -19,7 +19,7 @@ from rayalign.data.rows import OUTCOME_SCHEMA, FilePart, PrepareTask, Sources, e
 from rayalign.data.store import EncodedPair
 from rayalign.data.truncation import RecordTooLong
 from rayalign.formats.columns import Renames
-from rayalign.formats.records import RecordError
+from rayalign.formats.records import RecordError, Responses
 from rayalign.sources.files import resolve_dataset, spans_of
 from rayalign.storage import Store
 
@@ -160,13 +160,15 @@ def test_a_model_that_can_encode_nothing_and_a_record_too_long_for_raise_are_no_
 
 @pytest.fixture
 def outcome_of_rows(model_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., pa.Table]:
-    """`outcome_of_rows(rows, columns, model)`: what a task reports of a file with these rows."""
+    """`outcome_of_rows(rows, columns, model, responses)`: what a task reports of a file with these rows."""
     Image.new("RGB", (30, 40)).save(tmp_path / "a.png")
 
-    def outcome(rows: list[dict[str, Any]], columns: Renames = (), model: str = "llava") -> pa.Table:
+    def outcome(
+        rows: list[dict[str, Any]], columns: Renames = (), model: str = "llava", responses: Responses = "both"
+    ) -> pa.Table:
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources = Sources((resolve_dataset(str(tmp_path / "a.jsonl")),), None, False, (), columns)
-        spec = EncoderSpec(str(model_folder(model)), responses="both")
+        spec = EncoderSpec(str(model_folder(model)), responses=responses)
         lines = write_task(
             whole_file(sources),
             Store(str(tmp_path / "shards")),
@@ -212,13 +214,13 @@ def test_columns_are_said_once_a_task_and_hostile_names_do_no_harm(outcome_of_ro
     assert table["field"].to_pylist()[4] == "?"
 
 
-def said(table: pa.Table, columns: Renames = (), model: str | None = "my/model") -> list[tuple[int, str]]:
+def said(table: pa.Table, columns: Renames = (), model: str | None = "my/model", **responses: Any) -> list[tuple[int, str]]:
     """What is said of a task's outcome, which arrives in two tables."""
     seen = RowsSeen()
     for part in (table.slice(0, 1), table.slice(1)):
         seen.add(part)
     assert seen.num_rows == table.num_rows
-    return remarks([seen], ["a.jsonl"], columns, looks_at_pictures=model)
+    return remarks([seen], ["a.jsonl"], columns, looks_at_pictures=model, **responses)
 
 
 def test_what_is_left_out_is_said_once_for_a_data_set(outcome_of_rows: Outcome) -> None:
@@ -261,6 +263,24 @@ def test_records_in_which_a_token_would_cross_into_a_response_are_counted(outcom
             "response's behind these.",
         )
     ]
+
+
+GOOD, BAD = RESPONSE | {"label": True}, RESPONSE | {"label": False}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([GOOD, GOOD], "NO RECORD HAS A BAD RESPONSE, and all 2 have a good one"),
+        ([BAD, {"query": "?"}], "NO RECORD HAS A GOOD RESPONSE, and all 1 have a bad one"),
+        ([GOOD, BAD], ""),
+        ([PAIR], ""),
+    ],
+)
+def test_single_responses_of_one_kind_are_told(outcome_of_rows: Outcome, rows: list[dict[str, Any]], words: str) -> None:
+    told = said(outcome_of_rows(rows, responses="either"), model=None, responses="either")
+    rest = ": what tells them apart can't be learned from these. Look at the records' labels, or add records of the other kind."
+    assert told == ([(logging.WARNING, f"a.jsonl: {words}{rest}")] if words else [])
 
 
 @pytest.mark.parametrize(
