@@ -81,9 +81,7 @@ def prepare_run(config: Config) -> RunData:
         trust_remote_code=config.model.trust_remote_code,
     )
     cache = cache_of(config)
-    if config.data.val_dataset:
-        sides = (_sources_of(side, config.data, config.plugins) for side in (config.data.dataset, config.data.val_dataset))
-        require_apart(*sides, seed=config.data.data_seed)
+    require_held_apart(config)
     training = prepare(config.data.dataset, spec, config.data, cache, config.plugins)
     if spec.lent_template:
         logger.warning(
@@ -128,6 +126,13 @@ def prepare(
         check_drops(*_drops_before(found, sources), limit=limit, advice=advice, say=logger.info)
     _say_remarks(found)
     return found
+
+
+def require_held_apart(config: Config) -> None:
+    """Raises ValueError where records of --val_dataset are trained on, too, and where a data set can't be found."""
+    if config.data.val_dataset:
+        sides = (_sources_of(side, config.data, config.plugins) for side in (config.data.dataset, config.data.val_dataset))
+        require_apart(*sides, seed=config.data.data_seed)
 
 
 def _sources_of(arguments: Sequence[str], config: DataConfig, plugins: tuple[Plugin, ...]) -> Sources:

@@ -20,6 +20,7 @@ from rayalign.config.flags import section_from_mapping
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.inference_verbs import GenerateConfig, IterateConfig, ScoreConfig
 from rayalign.config.sections import ModelConfig
+from rayalign.data.prepare import require_held_apart
 from rayalign.evaluation import generate, score
 from rayalign.evaluation.pool_folder import ROWS, SETTINGS, is_finished, open_output, result_files
 from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
@@ -135,8 +136,7 @@ def _require_rounds(config: Config) -> None:
             "the number is fixed. Pass one number."
         )
     own_formats(config.plugins)
-    for argument in config.data.val_dataset:
-        resolve_dataset(argument)
+    require_held_apart(config)
 
 
 def training_of(

@@ -211,7 +211,8 @@ def _walk(folder: Path) -> Iterator[str]:
 
 
 def _glob(pattern: Store) -> _Found:
-    """The data files that match a pattern, or lie in a folder that does; `**` stands for any depth."""
+    """The data files that match a pattern, or lie in a folder that does, each real one once, whatever links match; `**` stands
+    for any depth."""
     parts = pattern.location.split("/")
     first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     base, rest = Store("/".join(parts[:first]) or "/"), parts[first:]
@@ -229,7 +230,11 @@ def _glob(pattern: Store) -> _Found:
                 found.add(_source(store, info))
             elif _seems_to_hold_rows(path):
                 not_read.add(path)
-    return _Found(tuple(sorted(found, key=lambda file: file.location)), sorted(not_read))
+    once: dict[str, SourceFile] = {}
+    for file in sorted(found, key=lambda file: file.location):
+        local = Store(file.location).local_path
+        once.setdefault(file.location if local is None else os.path.realpath(local), file)
+    return _Found(tuple(once.values()), sorted(not_read))
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

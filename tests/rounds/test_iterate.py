@@ -71,6 +71,7 @@ def test_what_the_first_rounds_training_would_refuse_is_refused_before_any_work(
         (config.replace({"dry_run": True}), own, "--dry_run: rounds have no plan of their own"),
         (config.replace({"num_workers": "1:2"}), own, "--num_workers 1:2: as many workers respond and score as train"),
         (config.replace({"val_dataset": ["gone.jsonl"]}), own, "Dataset 'gone.jsonl': there is no file or folder"),
+        (config.replace({"val_dataset": list(config.data.dataset)}), own, "1 of its 1 records of files that --dataset reads"),
         (config.replace({"output_dir": str(tmp_path / "file")}), own, "is a file: pass a folder"),
         (config, IterateConfig(scorer=("reward_model=/gone",)), "--scorer reward_model=/gone: there is no such folder"),
         (

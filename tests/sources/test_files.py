@@ -439,10 +439,11 @@ def test_links_that_lead_around_and_what_is_no_file_are_passed_over(tmp_path: Pa
     (tmp_path / "latest").symlink_to(tmp_path)  # around in a circle
     (tmp_path / "deep" / "up").symlink_to(tmp_path / "latest")
     (tmp_path / "again.jsonl").symlink_to(tmp_path / "deep" / "a.jsonl")
+    (tmp_path / "deep" / "b.jsonl").symlink_to(tmp_path / "deep" / "a.jsonl")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    for argument in (str(tmp_path), f"{tmp_path}/**/*.jsonl"):
+    for argument in (str(tmp_path), f"{tmp_path}/**/*.jsonl", f"{tmp_path}/deep/*.jsonl"):
         files = resolve_dataset(argument).files
         assert [os.path.realpath(file.location) for file in files] == [str(tmp_path / "deep" / "a.jsonl")], argument
 
