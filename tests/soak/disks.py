@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.soak.processes import Nodes
 from tests.soak.runs import VARIANTS, inputs_in
-from tests.soak.storm import CACHE, LONGEST_WAIT, Run, emptied, last_line, undisturbed
+from tests.soak.storm import LONGEST_WAIT, Run, emptied, last_line, undisturbed
 from tests.soak.verdict import differences
 
 OWN_NAMESPACE = "RAYALIGN_SOAK_NAMESPACE"
@@ -44,7 +44,7 @@ class Case:
 
     def with_cache(self) -> "Case":
         """The same, with the records prepared."""
-        shutil.copytree(self.calm.parent / CACHE, self.place / "cache")
+        shutil.copytree(self.calm / "cache", self.place / "cache")
         return self
 
     def end_of(self, run: Run) -> int:

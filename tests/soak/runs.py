@@ -29,12 +29,11 @@ class Variant:
     turns: tuple[tuple[object, ...], ...] = (TWO_WORKERS,)
     is_exact: bool = True
 
-    def command(self, inputs: tuple[Path, Path], place: Path, cache: Path | None = None) -> Callable[[int], Sequence[object]]:
-        """What Python is started with, by the number of the start (from 1); the records are prepared in the place, too, or in a
-        `cache`."""
+    def command(self, inputs: tuple[Path, Path], place: Path) -> Callable[[int], Sequence[object]]:
+        """What Python is started with, by the number of the start (from 1); the records are prepared in the place, too, and
+        the reference's log-probs, whose last bits depend on a worker's threads."""
         model, records = inputs
-        cache = cache or place / "cache"
-        paths = ("--model", model, "--dataset", records, "--output_dir", place / "run", "--cache_dir", cache)
+        paths = ("--model", model, "--dataset", records, "--output_dir", place / "run", "--cache_dir", place / "cache")
         common = ("-c", PROGRAM, "dpo", *paths, *COMMON, *self.flags)
         return lambda start: (*common, *self.turns[(start - 1) % len(self.turns)])
 

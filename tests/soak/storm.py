@@ -37,9 +37,6 @@ SECONDS_TO_COME = 10
 
 MOST_FINDINGS = 5
 
-CACHE = "cache"
-"""What the runs that are left alone share in the folder: their records and the reference's log-probs."""
-
 
 @dataclass
 class Run:
@@ -219,7 +216,7 @@ def undisturbed(nodes: Nodes, folder: Path, name: str) -> Path:
     place = folder / f"undisturbed {name}"
     if not (place / "done").exists():
         print(f"{name}, undisturbed", flush=True)
-        run = Run(nodes, VARIANTS[name].command(inputs_in(folder), place, folder / CACHE), emptied(place))
+        run = Run(nodes, VARIANTS[name].command(inputs_in(folder), place), emptied(place))
         storm(run, [])
         if run.findings:
             raise SystemExit(f"The run that nobody killed: {run.findings}")
