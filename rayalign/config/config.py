@@ -89,6 +89,11 @@ class Config:
         """Pairs per optimizer step over all workers and accumulation steps, however many workers an elastic run has."""
         return self.optimizer.batch_size * self.optimizer.gradient_accumulation_steps * self.cluster.most_workers
 
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether adapters are trained with dropout."""
+        return self.tuner.sft_type == "lora" and self.algorithm.needs.dropout and self.tuner.lora_dropout > 0
+
     def precomputes_reference(self, *, several_epochs: bool, several_runs: bool) -> bool:
         """Whether the reference's log-probabilities are computed before the training: as --precompute_ref_log_probs says, else
         where they are needed or will be used again."""

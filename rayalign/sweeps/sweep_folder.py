@@ -23,11 +23,15 @@ RANKING = {
 }
 """Flags that a run may change and a sweep may not: trials are compared by what these measure."""
 
+ARITHMETIC = "arithmetic"
+"""In the note: the type that trials compute in."""
+
 REMEDY = "Pass --overwrite true to delete it, or another --output_dir."
 
 
 def check_sweep_folder(folder: Store, config: Config, sweep: TuneConfig) -> None:
-    """Raises ValueError where the folder holds another sweep, or something else."""
+    """Raises ValueError where the folder holds another sweep, or something else. What follows from the cluster's GPUs is only
+    compared where these are known."""
     note = folder / SEARCH_NOTE
     if not note.exists():
         if (folder / TRIALS).list():
@@ -37,7 +41,8 @@ def check_sweep_folder(folder: Store, config: Config, sweep: TuneConfig) -> None
         return
     before, now = note.read_json_object(), _identity(config, sweep)
     # A note of an earlier version lacks what it did not compare.
-    changed = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
+    known = [name for name in now if name in before and (name != ARITHMETIC or None not in (before[name], now[name]))]
+    changed = {name: (before[name], now[name]) for name in known if before[name] != now[name]}
     if changed and (folder / TRIALS).list():
         lines = "".join(f"\n  {name}: {old} -> {new}" for name, (old, new) in changed.items())
         raise ValueError(f"--output_dir {folder.location} holds a sweep with other flags:{lines}\n{REMEDY}")
@@ -55,6 +60,6 @@ def _identity(config: Config, sweep: TuneConfig) -> Mapping[str, Any]:
     batch = "batch_size x gradient_accumulation_steps x num_workers"
     searched = {name: getattr(sweep, name) for name in SEARCHED}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in searched.items()}
-    whole = {ALGORITHM: config.algorithm.name, batch: config.global_batch_size, "arithmetic": arithmetic(config.to_dict())}
+    whole = {ALGORITHM: config.algorithm.name, batch: config.global_batch_size, ARITHMETIC: arithmetic(config.to_dict())}
     texts = [hashlib.sha256((plugin.source or "").encode()).hexdigest() for plugin in config.plugins]
     return {**listed, **fixed, **whole, "texts of plugins": texts}

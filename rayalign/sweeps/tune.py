@@ -104,13 +104,14 @@ def run(config: Config, sweep: TuneConfig) -> Sweep:
         if config.run.overwrite:
             for name in (TRIALS, OF_TUNE, BEST_MODEL, *TABLES, REFERENCE_NOTE, SWEEP, BEST, PAGE):
                 (folder / name).delete()
-        write_search(folder, config, sweep)
         queue = _queue(dataclasses.replace(space, base=config), sweep, folder)
         before = sum(outcome.has_ended for outcome in queue.outcomes.values())
         if before:
             logger.info("%d trials in %s have ended before", before, folder.location)
         if queue.num_waiting or (sweep.search_alg == "optuna" and before < sweep.num_samples * sweep.num_seeds):
             config = join_cluster(config)
+            check_sweep_folder(folder, config, sweep)  # again: it is known now what trials compute in
+            write_search(folder, config, sweep)
             logger.info("Results will be in %s", folder.location)
             space = dataclasses.replace(space, base=config)
             num_steps = _prepare(space)

@@ -53,8 +53,8 @@ FREE_TO_CHANGE = frozenset(
         *("gradient_checkpointing", "attn_implementation", "torch_compile", "precompute_ref_log_probs"),
     }
 )
-"""Flags that a continued run may set anew: they change neither the data nor the update. (The three that make up the global
-batch may change only together, which is checked. A run's folder may move.)"""
+"""Flags that a continued run may set anew: they change neither the data nor the update, but for dropout's masks. (The three
+that make up the global batch may change only together, which is checked. A run's folder may move.)"""
 
 BATCH_FLAGS = ("batch_size", "gradient_accumulation_steps", "num_workers")
 
@@ -68,7 +68,8 @@ LAST_WITHOUT_MARK = b"max_failures:"
 
 
 def check_run_folder(config: Config) -> None:
-    """Raises the ValueErrors of `open_run`, and changes nothing: a run is refused before it takes any resource."""
+    """Raises the ValueErrors of `open_run`, and changes nothing: a run is refused before it takes any resource. What follows
+    from the cluster's GPUs is left to `open_run`."""
     if not config.run.overwrite:
         _flags_to_add(Store.at(str(config.run.output_dir)), config)
 
@@ -134,8 +135,8 @@ def _check_resumable(folder: Store, config: Config) -> list[str]:
     now = config.to_dict() | {"rlhf_type": config.algorithm.name}
     written = _flags_before(folder / "config.yaml")
     before = {**_defaults(config), **written}
-    for flags in (before, now):
-        flags["dtype"] = arithmetic(flags)
+    types = arithmetic(before), arithmetic(now)
+    before["dtype"], now["dtype"] = types if None not in types else ("", "")
     changed = {name: (before[name], now[name]) for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]}
     before_plugins = _plugins_before(folder, before.get(PLUGIN) or ())
     plugins = {plugin.name: plugin.text for plugin in config.plugins}
@@ -145,15 +146,26 @@ def _check_resumable(folder: Store, config: Config) -> list[str]:
     batches = _global_batch(before), config.global_batch_size
     if batches[0] != batches[1]:
         changed["batch_size x gradient_accumulation_steps x num_workers"] = batches
+    elif config.uses_dropout and before["batch_size"] != now["batch_size"]:
+        logger.warning(
+            "--batch_size %s -> %s: dropout draws its masks for each micro-batch, so that the weights come out a little other "
+            "than with the former",
+            before["batch_size"],
+            now["batch_size"],
+        )
     if changed:
         lines = "".join(f"\n  {name}: {old} -> {new}" for name, (old, new) in changed.items())
         raise ValueError(f"--output_dir {folder.location} holds an unfinished run with another configuration:{lines}\n{REMEDY}")
     return [name for name in now if name not in written]
 
 
-def arithmetic(flags: Mapping[str, Any]) -> str:
-    """The type that a run computes in: what `auto` stands for follows from whether workers have GPUs."""
-    named: str = ModelConfig(dtype=flags["dtype"]).dtype_on("cuda" if flags["gpus_per_worker"] else "cpu")
+def arithmetic(flags: Mapping[str, Any]) -> str | None:
+    """The type that a run computes in: what `auto` stands for follows from whether workers have GPUs. None before that is
+    known."""
+    gpus = flags["gpus_per_worker"]
+    if gpus is None and flags["dtype"] == "auto":
+        return None
+    named: str = ModelConfig(dtype=flags["dtype"]).dtype_on("cuda" if gpus else "cpu")
     return named
 
 

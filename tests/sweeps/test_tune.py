@@ -12,7 +12,7 @@ from rayalign.algorithms import ALGORITHMS, DPO
 from rayalign.config import command_line
 from rayalign.config.config import Config
 from rayalign.config.plugins import Plugin
-from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from rayalign.config.sections import ClusterConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from rayalign.config.tune import TuneConfig
 from rayalign.storage import Store
 from rayalign.sweeps import tune
@@ -207,6 +207,19 @@ def test_a_sweep_goes_on_only_with_what_its_trials_were_ranked_by(tmp_path: Path
     note = folder / SEARCH_NOTE
     note.write_json({name: value for name, value in note.read_json_object().items() if name not in flags})
     check_sweep_folder(folder, other, SWEEP)  # that of a version which did not compare it
+
+
+def test_a_sweep_goes_on_in_the_type_that_its_trials_compute_in(tmp_path: Path):
+    def on(gpus: float | None) -> Config:
+        return replace(base(tmp_path), cluster=ClusterConfig(gpus_per_worker=gpus))
+
+    (tmp_path / "trials" / "001").mkdir(parents=True)
+    folder = Store.at(str(tmp_path))
+    write_search(folder, on(1.0), SWEEP)
+    check_sweep_folder(folder, on(None), SWEEP)  # before the cluster's GPUs are known
+    check_sweep_folder(folder, on(1.0), SWEEP)
+    with pytest.raises(ValueError, match="arithmetic: bfloat16 -> float32"):
+        check_sweep_folder(folder, on(0.0), SWEEP)
 
 
 def test_a_sweep_goes_on_with_the_texts_that_its_plugins_had(tmp_path: Path):

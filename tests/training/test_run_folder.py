@@ -96,11 +96,25 @@ def test_a_run_may_become_elastic_and_be_fixed_again_with_the_same_global_batch(
 
 
 def test_the_type_of_the_arithmetic_stays_whatever_says_it(unfinished: Path) -> None:
+    open_run(config_of(unfinished, gpus_per_worker=0))
     assert refusal(config_of(unfinished, gpus_per_worker=1)) == (
         f"--output_dir {unfinished} holds an unfinished run with another configuration:\n"
         f"  dtype: float32 -> bfloat16\n{WAY_OUT}"
     )
     open_run(config_of(unfinished, dtype="float32", gpus_per_worker=1))
+
+
+def test_before_the_clusters_gpus_are_known_no_type_is_refused(tmp_path: Path) -> None:
+    """A run's first look at its folder comes before it joins the cluster."""
+    folder = tmp_path / "run"
+    open_run(config_of(folder, gpus_per_worker=1.0))  # as the cluster told
+    finish_a_checkpoint(folder)
+    check_run_folder(config_of(folder))
+    open_run(config_of(folder, gpus_per_worker=1.0))
+    with pytest.raises(ValueError, match="dtype: bfloat16 -> float32"):
+        check_run_folder(config_of(folder, dtype="float32"))
+    with pytest.raises(ValueError, match="dtype: bfloat16 -> float32"):
+        open_run(config_of(folder, gpus_per_worker=0.0))
 
 
 def test_a_changed_configuration_is_refused_flag_by_flag(unfinished: Path) -> None:
@@ -119,6 +133,20 @@ def test_another_algorithm_is_refused(unfinished: Path) -> None:
     assert refusal(config) == (
         f"--output_dir {unfinished} holds an unfinished run with another configuration:\n  rlhf_type: dpo -> sft\n{WAY_OUT}"
     )
+
+
+@pytest.mark.parametrize(("algorithm", "dropout", "told"), [(SFT, 0.05, True), (SFT, 0.0, False), (DPO, 0.05, False)])
+def test_other_micro_batches_are_told_where_dropout_draws_other_masks_for_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, algorithm: Any, dropout: float, told: bool
+) -> None:
+    def config(**batch: int) -> Config:
+        flags = {"output_dir": str(tmp_path), "model": "m", "dataset": "d.jsonl", "lora_dropout": dropout}
+        return config_from_mapping(algorithm, {**flags, **batch})
+
+    open_run(config())
+    finish_a_checkpoint(tmp_path)
+    open_run(config(batch_size=2, gradient_accumulation_steps=8))
+    assert ("--batch_size 1 -> 2: dropout draws its masks for each micro-batch" in caplog.text) is told
 
 
 def test_another_global_batch_is_refused(unfinished: Path) -> None:
