@@ -86,7 +86,7 @@ class Best:
 
 def best_from(state: Any, run: RunConfig) -> Best:
     """What `to_dict` made. A checkpoint of a version without it knows no best, nor does one of a run that went by another
-    --metric_for_best_model or --greater_is_better."""
+    --metric_for_best_model or --greater_is_better, or on other records (--max_eval_records)."""
     if not isinstance(state, dict) or {*state, "judged_by"} != set(asdict(Best())):
         return Best()
     best = Best(**state)
@@ -94,7 +94,7 @@ def best_from(state: Any, run: RunConfig) -> Best:
 
 
 def _judged_by(run: RunConfig) -> str:
-    return f"{run.metric_for_best_model}, {run.greater_is_better}"
+    return f"{run.metric_for_best_model}, {run.greater_is_better}, {run.max_eval_records}"
 
 
 def metric_name(asked: str | None, metrics: Mapping[str, float]) -> str | None:

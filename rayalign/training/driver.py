@@ -176,6 +176,9 @@ def fit(
     def check() -> None:
         if lease is not None:
             lease.check()
+
+    def check_with_nodes() -> None:
+        check()
         node_watch.check()
 
     fewest, most = config.cluster.fewest_workers, config.cluster.most_workers
@@ -189,7 +192,7 @@ def fit(
         if config.cluster.is_elastic:
             replace_share(folder / "checkpoints" / SHARE, share_of(trainer))
         try:
-            return beside_signals(trainer.fit, check=check)
+            return beside_signals(trainer.fit, check=check_with_nodes)
         except ray.exceptions.RayActorError:  # the controller is lost, and its workers with it
             free_lost_workers()
             give_up_share(share_of(trainer))
@@ -201,6 +204,7 @@ def fit(
 
     with (
         told_endings(functools.partial(run_reached, config)),
+        # After the training, idle nodes may be given back: what judges needs room for one worker alone.
         judged_beside(config, judge_on_cluster(config), check=check) as benchmarks,
     ):
         outcome = with_restarts(train, max_failures=config.cluster.max_failures, progress=newest_step)

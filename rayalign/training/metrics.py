@@ -12,7 +12,7 @@ from rayalign.algorithms import LossOutput
 from rayalign.data.batch import PairBatch
 from rayalign.storage import Store
 from rayalign.training.distributed import gather
-from rayalign.training.sinks import key_of
+from rayalign.training.sinks import sent_before
 
 REMOTE_FLUSH_SECONDS = 30
 LOSS, F64 = "loss", torch.float64
@@ -164,7 +164,7 @@ class MetricsLog:
     def __init__(self, store: Store, *, start_step: int) -> None:
         self._store = store
         lines = read_metrics(store)
-        self.sent = frozenset(key_of(line) for line in lines)
+        self.sent = sent_before(store.parent, lines, start_step=start_step)
         """The keys of the lines that earlier starts of the run wrote, those behind their last checkpoint included."""
         self.lines: list[dict[str, float]] = [line for line in lines if line["step"] <= start_step]
         self._flushed = time.monotonic()
@@ -186,6 +186,11 @@ class MetricsLog:
         elif time.monotonic() - self._flushed > REMOTE_FLUSH_SECONDS:
             self.flush()
         return True
+
+    def keep(self) -> None:
+        """Before a checkpoint: what goes on from it finds all lines up to its step."""
+        if self._store.local_path is None:
+            self.flush()
 
     def flush(self) -> None:
         """Writes the whole file."""

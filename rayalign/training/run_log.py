@@ -114,6 +114,11 @@ class RunLog:
             if line["step"] <= up_to and key_of(line) not in told and self._metrics.append(line):
                 self._reporting.log(line)
 
+    def keep(self) -> None:
+        """Before a checkpoint of these steps is written."""
+        if self._metrics is not None:
+            self._metrics.keep()
+
     def warn(self, held_out: HeldOut, *, step: int, is_finished: bool) -> None:
         """Says what looks wrong in the run up to the step whose weights were evaluated last; each thing once."""
         if self._metrics is None:

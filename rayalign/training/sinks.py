@@ -24,7 +24,11 @@ EVENTS = "tensorboard"
 """The folder of a run's folder that TensorBoard reads."""
 
 RUN_IDS = "report_to.json"
-"""The file of a run's folder with the ids that services gave the run, by which it goes on there."""
+"""The file of a run's folder with the ids that services gave the run, by which it goes on there, and what they got ahead of the
+checkpoint that it last went on from."""
+
+AHEAD = "ahead"
+"""In that file: pairs of a step and names of metrics."""
 
 UPLOAD_SECONDS = 30.0
 """Between two copies of the events to an object store, which can't append."""
@@ -126,7 +130,8 @@ class WeightsAndBiases:
     def open(self, run: str, config: Mapping[str, Any]) -> bool:
         import wandb
 
-        run_id, keeps = _id_of(self._folder, "wandb", lambda: uuid.uuid4().hex[:8])
+        known = _id_of(self._folder, "wandb")
+        run_id = known or uuid.uuid4().hex[:8]
         local = self._folder.local_path
         place = os.environ.get("WANDB_DIR") or str(local if local is not None else tempfile.mkdtemp())
         self._run = wandb.init(
@@ -141,9 +146,10 @@ class WeightsAndBiases:
         # A metric may come for a step before the newest one: of the best evaluation, at the end.
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step", step_sync=True)
+        _note_id(self._folder, "wandb", run_id)
         offline = f"offline; `wandb sync {Path(self._run.dir).parent}` sends them" if self._run.offline else ""
         logger.info("Metrics also go to wandb: %s", offline or self._run.url)
-        return keeps
+        return known is not None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({**metrics, "train/global_step": step})
@@ -172,15 +178,17 @@ class MLflow:
             return str(client.create_run(experiment_id, run_name=os.environ.get("MLFLOW_RUN_NAME") or run).info.run_id)
 
         self._client, self._metric = client, Metric
-        self._run_id, keeps = _id_of(self._folder, "mlflow", create)
-        if keeps:
+        known = _id_of(self._folder, "mlflow")
+        self._run_id = known or create()
+        if known:
             client.update_run(self._run_id, status="RUNNING")
         else:
             params = [Param(name, str(value)[:LONGEST_PARAMETER]) for name, value in config.items()]
             for first in range(0, len(params), BATCH):
                 client.log_batch(self._run_id, params=params[first : first + BATCH])
+            _note_id(self._folder, "mlflow", self._run_id)
         logger.info("Metrics also go to MLflow: run %s at %s", self._run_id, self._tracking_uri())
-        return keeps
+        return known is not None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
@@ -303,15 +311,32 @@ def _send(sink: MetricsSink, line: Line) -> None:
     sink.log(int(line["step"]), {sink_name(name): float(value) for name, value in line.items() if name != "step"})
 
 
-def _id_of(folder: Store, service: str, make: Callable[[], str]) -> tuple[str, bool]:
-    """The id of a run at a service, and whether an earlier start of it had made that already."""
+def sent_before(folder: Store, lines: Iterable[Line], *, start_step: int) -> frozenset[LineKey]:
+    """The keys of the lines that earlier starts of a run sent: of those in its metrics.jsonl, and of those that were cut off as
+    they were behind the checkpoint that a start went on from. Notes those behind `start_step`, before they are cut off, too."""
     file = folder / RUN_IDS
-    ids = file.read_json_object() if file.exists() else {}
-    if service in ids:
-        return str(ids[service]), True
-    ids[service] = make()
-    file.write_json(ids)
-    return ids[service], False
+    note = _note(file)
+    sent = {key_of(line) for line in lines} | {(step, frozenset(names)) for step, names in note.get(AHEAD, ())}
+    ahead = [[step, sorted(names)] for step, names in sent if step > start_step]
+    if ahead or AHEAD in note:
+        file.write_json({**note, AHEAD: sorted(ahead)})
+    return frozenset(sent)
+
+
+def _id_of(folder: Store, service: str) -> str | None:
+    """The id at a service of a run that it has taken."""
+    found = _note(folder / RUN_IDS).get(service)
+    return None if found is None else str(found)
+
+
+def _note_id(folder: Store, service: str, run_id: str) -> None:
+    """Notes the id, once the service has taken the run: one that never did gets all lines when it does."""
+    file = folder / RUN_IDS
+    file.write_json({**_note(file), service: run_id})
+
+
+def _note(file: Store) -> dict[str, Any]:
+    return file.read_json_object() if file.exists() else {}
 
 
 def _type(error: Exception) -> str:

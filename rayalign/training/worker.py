@@ -348,6 +348,7 @@ class _Worker:
     def _save(self, step: int, unlogged: Sequence[Unlogged]) -> None:
         self.watchdog.tick()
         self._say("Saving the checkpoint of step %d", step)
+        self.log.keep()
         trainer = self.trainer
         with self.log.progress.pause("saving"):
             if self.rank == 0 or trains_shards(trainer.policy):

@@ -13,6 +13,7 @@ from rayalign.shared_paths import TOKEN
 from rayalign.storage import Store
 from rayalign.training.checkpoint_folder import whole_checkpoints
 from rayalign.training.lease import LEASE
+from rayalign.training.sinks import RUN_IDS
 
 OF_TIME = ("pairs_per_second", "tokens_per_second", "data_wait_fraction", "time", "seconds")
 """Metrics that time decides."""
@@ -100,8 +101,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def file_names(run: Path) -> set[str]:
     """Of all files, but checkpoints and events by their kind only, as their names tell of the start that wrote them; without
     what a kill may leave and nobody takes for more: the lease of a run that was over, parts of files under names of their
-    own, and what nodes were to see of the folder."""
-    files = (path for path in run.rglob("*") if path.is_file() and path.suffix != ".partial" and path.name != LEASE)
+    own, what nodes were to see of the folder, and what TensorBoard got ahead of a checkpoint."""
+    files = (
+        path for path in run.rglob("*") if path.is_file() and path.suffix != ".partial" and path.name not in (LEASE, RUN_IDS)
+    )
     files = (path for path in files if not path.name.startswith(TOKEN))
     names = {str(path.relative_to(run)) for path in files}
     return {name.split("/")[0] if name.startswith(("checkpoints/", "tensorboard/")) else name for name in names}

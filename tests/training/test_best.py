@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ def test_a_metric_that_is_not_there_is_refused_with_those_that_are() -> None:
 )
 def test_whether_high_is_good_is_told_by_the_name_unless_the_flag_says_it(metric: str, greater: bool) -> None:
     assert is_greater_better(metric, RunConfig()) is greater
-    assert is_greater_better(metric, RunConfig(greater_is_better=False)) is False
-    assert is_greater_better(metric, RunConfig(greater_is_better=True)) is True
+    assert is_greater_better(metric, RunConfig(metric_for_best_model=metric, greater_is_better=False)) is False
+    assert is_greater_better(metric, RunConfig(metric_for_best_model=metric, greater_is_better=True)) is True
 
 
 def test_the_run_stops_after_as_many_evaluations_without_a_better_one() -> None:
@@ -136,7 +137,11 @@ def test_a_best_is_that_of_the_flags_which_judged_it() -> None:
     state = json.loads(json.dumps(best.to_dict()))
     assert best_from(state, run) == Best(LOSS, 10, 0.5, None, since=1)
     assert best_from(state, RunConfig(metric_for_best_model="loss")).since == 1
-    for other in (RunConfig(), RunConfig(metric_for_best_model="loss", greater_is_better=True)):
+    for other in (
+        RunConfig(),
+        RunConfig(metric_for_best_model="loss", greater_is_better=True),
+        replace(run, max_eval_records=9),
+    ):
         assert best_from(state, other) == Best()
     del state["judged_by"]  # as earlier versions wrote it
     assert best_from(state, RunConfig()) == best

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 import torch
 
@@ -98,6 +99,18 @@ def test_a_resumed_run_forgets_the_lines_after_its_checkpoint_and_a_line_cut_sho
     log = MetricsLog(file, start_step=10)
     log.append({"step": 15, "loss": 4})
     assert read_metrics(file) == [{"step": 5, "loss": 1}, {"step": 10, "loss": 2}, {"step": 15, "loss": 4}]
+
+
+def test_on_an_object_store_a_checkpoint_finds_all_lines_up_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "local_path", property(lambda store: None))
+    monkeypatch.setattr(Store, "resolve", lambda store: (pafs.LocalFileSystem(), store.location))
+    file = Store(str(tmp_path / "metrics.jsonl"))
+    log = MetricsLog(file, start_step=0)
+    log.append({"step": 5, "loss": 0.5, "num_tokens": 100})
+    assert read_metrics(file) == []  # as each line would be an upload
+    log.keep()
+    log.append({"step": 10, "loss": 0.25, "num_tokens": 200})
+    assert MetricsLog(file, start_step=5).lines == [{"step": 5, "loss": 0.5, "num_tokens": 100}]
 
 
 def test_an_evaluation_made_again_after_a_kill_stands_once(file: Store) -> None:

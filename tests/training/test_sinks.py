@@ -90,6 +90,19 @@ def test_no_step_is_written_twice_after_a_resume(tmp_path: Path) -> None:
     assert [step for step, _ in events(tmp_path)] == [0, 5, 10, 10, 15]
 
 
+def test_what_was_sent_behind_a_checkpoint_is_not_sent_again_after_several_kills(tmp_path: Path) -> None:
+    def lines(first: int, last: int) -> list[dict[str, float]]:
+        return [{"step": step, "loss": 1.0} for step in range(first, last + 1, 5)]
+
+    start(tmp_path, lines(5, 90))
+    start(tmp_path, lines(55, 60), from_step=50)
+    start(tmp_path, lines(55, 70), from_step=50)
+    log = start(tmp_path, lines(55, 100), from_step=50)
+    assert [step for step, _ in events(tmp_path)] == [line["step"] for line in log.lines] == list(range(5, 101, 5))
+    start(tmp_path, lines(105, 110), from_step=100)
+    assert [step for step, _ in events(tmp_path)] == list(range(5, 111, 5))
+
+
 def test_a_sink_that_comes_later_gets_the_lines_before(tmp_path: Path) -> None:
     later, kept = Sink(), Sink(keeps=True)
     start(tmp_path, LINES)
@@ -204,6 +217,24 @@ def test_wandb_gets_one_run_over_all_starts(tmp_path: Path, wandb: list[Any]) ->
         {"train/loss": 1.0, "train/global_step": 10},
     ]
     assert wandb[-1] == ("finish",)
+
+
+def test_a_service_that_did_not_take_the_run_at_first_gets_all_lines_later(
+    tmp_path: Path, wandb: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**given: Any) -> Any:
+        raise PermissionError("no API key")
+
+    store, works = Store(str(tmp_path)), sys.modules["wandb"].init
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    report(WeightsAndBiases(store), LINES[:2])
+    monkeypatch.setattr(sys.modules["wandb"], "init", works)
+    reporting = Reporting(
+        {"sink": WeightsAndBiases(store)}, run="r", config={}, lines=LINES[:2], sent=map(sinks.key_of, LINES[:2])
+    )
+    reporting.log(LINES[2])
+    reporting.close()
+    assert [call[1]["train/global_step"] for call in wandb if call[0] == "log"] == [0, 5, 10]
 
 
 class Client:
