@@ -42,14 +42,20 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 # Nodes may take longer to start than the 30 s that Ray gives them.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
 
-# srun takes --cpus-per-task from no one else since Slurm 22.05.
+# Tells below that the command came to its end, wherever its folder is.
+done=$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.done
+rm -f "$done"
+
+# srun takes --cpus-per-task from no one else since Slurm 22.05. (The inner bash reads the words that are given to it.)
+# shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$SLURM_GPUS_ON_NODE" --disable-usage-stats \
-    -- env RAY_ADDRESS="$address" "${run[@]}"
+    -- env RAY_ADDRESS="$address" bash -c 'done=$1; shift; "$@" && touch "$done"' run "$done" "${run[@]}"
 
 # Where Ray itself does not start, `ray symmetric-run` says so and ends with 0.
-if [[ $output_dir != *://* && ! -e $output_dir/summary.json ]]; then
-    echo "The run has not finished: $output_dir holds no summary.json" >&2
+if [[ ! -e $done ]]; then
+    echo "The run has not finished: $output_dir" >&2
     exit 1
 fi
+rm -f "$done"

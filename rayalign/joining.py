@@ -37,7 +37,7 @@ def start_ray(config: Config) -> None:
     """Joins the cluster that RAY_ADDRESS names (in a job: the job's) or that `ray start` made on this machine; without any,
     starts one of this process's own, with room for the workers, which no other run finds. Says which.
 
-    Raises ValueError where nobody answers at RAY_ADDRESS.
+    Raises ValueError where nobody answers at RAY_ADDRESS, and where the cluster there doesn't let this process in.
     """
     quiet_ray()
     set_ray_variables()
@@ -47,8 +47,7 @@ def start_ray(config: Config) -> None:
     with _own_sigterm_handler(), contextlib.ExitStack() as then:
         then.callback(tidy_worker_logs)
         if address or _started_here():
-            # None is the cluster of `ray start`; "auto" would find the private one of any other process, too.
-            ray.init(address=address, logging_level=logging.WARNING)
+            _join(address)
             nodes = sum(node["Alive"] for node in ray.nodes())
             logger.info("Ray: joined the cluster at %s (%d nodes)", ray.get_runtime_context().gcs_address, nodes)
             return
@@ -58,6 +57,20 @@ def start_ray(config: Config) -> None:
         logger.info("Ray: starting a cluster of this run's own on this machine, for %d CPUs", cpus)
         # Ray Train asks the dashboard whether a run that vanished still holds its resources.
         ray.init(address="local", num_cpus=cpus, include_dashboard=True, logging_level=logging.WARNING)
+
+
+def _join(address: str | None) -> None:
+    """Joins the cluster at an address, or the one that `ray start` made here."""
+    try:
+        # None is the cluster of `ray start`; "auto" would find the private one of any other process, too.
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        where = f"{ADDRESS_VARIABLE}={address}" if address else "The cluster that `ray start` made on this machine"
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"{where}: a cluster answers there, and does not let this process in ({first}). Where it asks for a token, export "
+            "RAY_AUTH_MODE=token, and give the cluster's own in ~/.ray/auth_token or RAY_AUTH_TOKEN."
+        ) from error
 
 
 def _address_given() -> str | None:

@@ -69,6 +69,26 @@ def test_the_address_of_jobs_is_told_from_that_of_drivers(addressed: Callable[[s
     assert "such as 10.0.0.1:6379. An http address is for `ray job submit`." in addressed("http://127.0.0.1:8265")
 
 
+@pytest.mark.parametrize("error", [ConnectionError("Failed to connect"), ray.exceptions.AuthenticationError("no token")])
+def test_a_cluster_that_lets_nobody_in_is_told_with_what_it_may_ask_for(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        threading.Thread(target=lambda: head.accept()[0].close(), daemon=True).start()
+        with pytest.raises(ValueError) as caught:
+            joining.start_ray(Config(DPO()))
+    assert str(caught.value).startswith(f"RAY_ADDRESS={address}: a cluster answers there, and does not let this process in (")
+    assert "export RAY_AUTH_MODE=token" in str(caught.value)
+
+
 def test_a_cluster_of_ray_start_is_joined_only_where_it_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()

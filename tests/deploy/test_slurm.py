@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -26,14 +27,17 @@ def test_the_script_is_sound_shell() -> None:
     assert (found.stdout, found.returncode) == ("", 0)
 
 
-def run_script(tmp_path: Path, *, finishes: bool = True) -> tuple[list[list[str]], subprocess.CompletedProcess[str]]:
-    """Runs the script where `srun` only writes down its words and what it was given of the cluster's token; returns the words
-    of each call."""
+def run_script(
+    tmp_path: Path, *, starts: bool = True, code: int = 0
+) -> tuple[list[list[str]], subprocess.CompletedProcess[str]]:
+    """Runs the script where `srun` writes down its words and what it was given of the cluster's token, and, where Ray `starts`,
+    runs the command, which ends with a `code`, and ends well in any case. Returns the words of each call."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    done = f'mkdir -p "{tmp_path}/run"; : > "{tmp_path}/run/summary.json"' if finishes else ":"
+    then = 'while [[ $1 != -- ]]; do shift; done; shift; "$@" || true' if starts else ":"
     for name, lines in {
-        "srun": f'printf "%s\\n" "$RAY_AUTH_MODE" "${{#RAY_AUTH_TOKEN}}" "$@" END >> "{tmp_path}/calls"\n{done}',
+        "srun": f'printf "%s\\n" "$RAY_AUTH_MODE" "${{#RAY_AUTH_TOKEN}}" "$@" END >> "{tmp_path}/calls"\n{then}',
+        "rayalign": f"exit {code}",
         "hostname": 'echo "10.0.0.7 172.17.0.1 "',
     }.items():
         (programs / name).write_text(f"#!/bin/bash\n{lines}\n")
@@ -42,9 +46,11 @@ def run_script(tmp_path: Path, *, finishes: bool = True) -> tuple[list[list[str]
     activate.parent.mkdir(parents=True)
     activate.touch()
     script = tmp_path / "job.sh"
-    script.write_text(SCRIPT.read_text().replace("output_dir=/shared/runs/first", f"output_dir={tmp_path}/run"))
+    script.write_text(SCRIPT.read_text().replace("output_dir=/shared/runs/first", "output_dir=s3://bucket/run"))
     given = {
         "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "SLURM_JOB_NAME": OPTIONS["job-name"],
+        "SLURM_JOB_ID": "7",
         "SLURM_JOB_NUM_NODES": OPTIONS["nodes"],
         "SLURM_CPUS_PER_TASK": OPTIONS["cpus-per-task"],
         "SLURM_GPUS_ON_NODE": OPTIONS["gpus-per-node"],
@@ -67,7 +73,9 @@ def test_ray_starts_once_on_each_node_and_the_command_on_the_head(tmp_path: Path
     assert asked[:4] == ["--address", "10.0.0.7:6379", "--min-nodes", OPTIONS["nodes"]]
     started = check_ray_start(curate_and_validate_ray_start_args(asked))
     assert (started["num_cpus"], started["num_gpus"]) == (int(OPTIONS["cpus-per-task"]), int(OPTIONS["gpus-per-node"]))
-    assert command[:3] == ["env", "RAY_ADDRESS=10.0.0.7:6379", "rayalign"]
+    assert command[:4] == ["env", "RAY_ADDRESS=10.0.0.7:6379", "bash", "-c"]
+    assert command[5:8] == ["run", f"{tmp_path}/rayalign-7.done", "rayalign"]
+    assert not (tmp_path / "rayalign-7.done").exists()
     assert OPTIONS["ntasks-per-node"] == "1"
     assert "exclusive" in OPTIONS
 
@@ -80,10 +88,11 @@ def test_the_workers_fit_the_nodes(tmp_path: Path) -> None:
     assert cluster.num_workers * cluster.cpus_per_worker + 1 <= nodes * cpus  # and something is left for encoding
 
 
-def test_a_job_whose_run_did_not_finish_has_failed(tmp_path: Path) -> None:
-    _, ended = run_script(tmp_path, finishes=False)
+@pytest.mark.parametrize("how", [{"starts": False}, {"code": 1}], ids=str)
+def test_a_job_whose_run_did_not_finish_has_failed(tmp_path: Path, how: dict[str, Any]) -> None:
+    _, ended = run_script(tmp_path, **how)
     assert ended.returncode == 1
-    assert ended.stderr == f"The run has not finished: {tmp_path}/run holds no summary.json\n"
+    assert ended.stderr == "The run has not finished: s3://bucket/run\n"
 
 
 def test_an_option_that_ray_start_has_not_would_be_noticed() -> None:
