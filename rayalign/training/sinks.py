@@ -336,7 +336,11 @@ def _note_id(folder: Store, service: str, run_id: str) -> None:
 
 
 def _note(file: Store) -> dict[str, Any]:
-    return file.read_json_object() if file.exists() else {}
+    try:
+        return file.read_json_object() if file.exists() else {}
+    except ValueError as error:  # damaged: services begin a run of their own anew
+        logger.warning("%s: can't be read (%s)", file.location, error)
+        return {}
 
 
 def _type(error: Exception) -> str:

@@ -103,6 +103,12 @@ def test_what_was_sent_behind_a_checkpoint_is_not_sent_again_after_several_kills
     assert [step for step, _ in events(tmp_path)] == list(range(5, 111, 5))
 
 
+def test_a_damaged_note_of_what_was_sent_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / sinks.RUN_IDS).write_text('{"ahead": [[5')
+    assert len(start(tmp_path, LINES).lines) == len(LINES)
+    assert f"{tmp_path}/{sinks.RUN_IDS}: can't be read" in caplog.text
+
+
 def test_a_sink_that_comes_later_gets_the_lines_before(tmp_path: Path) -> None:
     later, kept = Sink(), Sink(keeps=True)
     start(tmp_path, LINES)
