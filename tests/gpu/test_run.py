@@ -25,9 +25,10 @@ STEPS = 8
 
 
 def command(device: torch.device, algorithm: str, model: Path, records: Path, folder: Path, *words: object) -> list[str]:
+    on_cpu = () if device.type == "cuda" else ("--gpus_per_worker", 0)  # on a GPU by the default
     flags = (
         *("--model", model, "--dataset", records, "--output_dir", folder, "--cache_dir", folder.parent / "cache"),
-        *("--num_workers", 1, "--gpus_per_worker", int(device.type == "cuda"), "--cpus_per_worker", 1, "--batch_size", 4),
+        *("--num_workers", 1, "--cpus_per_worker", 1, "--batch_size", 4, *on_cpu),
         *("--gradient_accumulation_steps", 2, "--dataset_test_ratio", 0.2, "--learning_rate", 1e-3, "--max_steps", STEPS),
         *("--logging_steps", 1, "--eval_steps", 4, "--save_steps", 4, "--lora_target_modules", "ALL"),
     )
