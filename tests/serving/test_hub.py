@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, constants
 
+import rayalign
+from rayalign.main import main
 from rayalign.serving.hub import check_push, push
 from rayalign.storage import Store
+from tests.serving.test_merge import TUNERS, trained
 
 
 @pytest.fixture
@@ -77,6 +80,52 @@ def test_an_export_is_sent_as_one_commit_into_a_repository_that_is_made(
     (commit,) = [body for path, body in requests if "/commit/" in path]
     lines = [json.loads(line) for line in commit.splitlines()]
     assert {line["value"]["path"] for line in lines if line["key"] == "file"} == {"README.md", "config.json"}
+
+
+@pytest.mark.parametrize("caller", ["python", "command"])
+def test_an_export_with_a_repository_is_uploaded_from_python_as_from_the_command(
+    hub: tuple[str, list[tuple[str, Any]]],
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caller: str,
+) -> None:
+    address, requests = hub
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", "good")
+    trained(model_folder("llava_next"), tmp_path / "model", TUNERS["LoRA"])
+    out = tmp_path / "out"
+    if caller == "python":
+        assert rayalign.export(tmp_path / "model", out, push_to_hub="me/vlm", hub_private=False) == str(out)
+    else:
+        words = f"export --model {tmp_path}/model --output_dir {out} --push_to_hub me/vlm --hub_private false"
+        main(words.split())
+    created = json.loads(dict(requests)["/api/repos/create"])
+    assert created["name"] == "vlm"
+    assert (created.get("private") or created.get("visibility")) != "private"
+    (commit,) = [body for path, body in requests if "/commit/" in path]
+    lines = [json.loads(line) for line in commit.splitlines()]
+    assert {line["value"]["path"] for line in lines if line["key"] == "file"} == {file.name for file in out.iterdir()}
+
+
+@pytest.mark.parametrize("caller", ["python", "command"])
+def test_an_upload_that_can_t_be_made_is_told_before_anything_is_written(
+    hub: tuple[str, list[tuple[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caller: str,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    told = "--push_to_hub me/vlm: HF_HUB_OFFLINE is set, so that nothing is sent to the hub. Unset it, or leave the flag out."
+    if caller == "python":
+        with pytest.raises(ValueError) as caught:
+            rayalign.export(tmp_path / "gone", tmp_path / "out", push_to_hub="me/vlm")
+        assert str(caught.value) == told
+    else:
+        with pytest.raises(SystemExit):
+            main(f"export --model {tmp_path}/gone --output_dir {tmp_path}/out --push_to_hub me/vlm".split())
+        assert told in capsys.readouterr().err
 
 
 def test_what_can_t_be_uploaded_is_told_first(hub: tuple[str, list[tuple[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
