@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HTTPError as ClientError
 
 import rayalign
 from rayalign.main import main
@@ -137,3 +138,43 @@ def test_what_can_t_be_uploaded_is_told_first(hub: tuple[str, list[tuple[str, An
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^--push_to_hub me/vlm: HF_HUB_OFFLINE is set"):
         check_push("me/vlm")
+
+
+def test_a_hub_that_is_not_reached_is_told(
+    hub: tuple[str, list[tuple[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing listens on port 9; an upload may break off at any time."""
+    api = HfApi(endpoint="http://127.0.0.1:9", token="good")
+    with pytest.raises(ValueError) as caught:
+        check_push("me/vlm", api=api)
+    assert str(caught.value) == (
+        "--push_to_hub me/vlm: the hub can't be reached ([Errno 111] Connection refused). Leave the flag out, or try again "
+        "with a network."
+    )
+    (tmp_path / "config.json").write_text("{}")
+    output = Store.at(str(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        push(output, "me/vlm", private=True, api=api)
+    assert str(caught.value) == (
+        f"--push_to_hub me/vlm: the upload broke off ([Errno 111] Connection refused). The export is in {tmp_path}: pass "
+        "--overwrite true to make and upload it again, or send that folder with `hf upload`."
+    )
+    api = HfApi(endpoint=hub[0], token="good")
+    for error, words in (
+        (ClientError("timed out"), "timed out"),
+        (ClientError(""), "HTTPError"),
+        (RuntimeError("Error while uploading\nmodel"), "Error while uploading"),
+    ):
+        monkeypatch.setattr(api, "upload_folder", raising(error))
+        with pytest.raises(ValueError) as caught:
+            push(output, "me/vlm", private=True, api=api)
+        assert str(caught.value).startswith(
+            f"--push_to_hub me/vlm: the upload broke off ({words}). The export is in {tmp_path}:"
+        )
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def call(*_: Any, **__: Any) -> None:
+        raise error
+
+    return call
