@@ -25,6 +25,7 @@ from rayalign.evaluation import generate, score
 from rayalign.evaluation.pool_folder import ROWS, SETTINGS, is_finished, open_output, result_files
 from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
 from rayalign.formats.parse import own_formats
+from rayalign.formats.records import RecordError
 from rayalign.images.fetch import fetch_images
 from rayalign.joining import ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
@@ -186,7 +187,7 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
 
 _TOLD = ("pairs", "responses", "mean_score")
 
-NO_PAIR = "prompts without a pair"
+NO_PAIR, NO_PICTURE = "prompts without a pair", "prompts whose pictures can't be read any more"
 
 
 def _respond(config: Config, own: IterateConfig, policy: Mapping[str, Any], output: Store, seed: int) -> None:
@@ -232,11 +233,11 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
     lineage = {"round": number, "model": policy, "scorer": " ".join(own.scorer), "seed": seed}
     scores: list[float] = []
     left_out: Counter[str] = Counter()
-    prompts = 0
+    prompts, odd = 0, ""
     root, allow_urls = _image_root(config), _allows_urls(config)
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        nonlocal prompts
+        nonlocal prompts, odd
         for responses in by_prompt(place / SCORES):
             prompts += 1
             scores.extend(response["score"] for response in responses)
@@ -245,10 +246,24 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
             )
             left_out.update(choice.left_out)
             left_out.update([NO_PAIR] if not choice.pairs else [])
-            images = _contents(responses[0]["images"], root, allow_urls=allow_urls) if choice.pairs else []
+            try:
+                images = _contents(responses[0]["images"], root, allow_urls=allow_urls) if choice.pairs else []
+            except RecordError as error:
+                odd = odd or f"{responses[0]['prompt_id']}: {error}"
+                left_out[NO_PICTURE] += 1
+                continue
             yield from (pair_row(better, worse, images, lineage) for better, worse in choice.pairs)
 
     count = write_pairs(rows(), place / PAIRS / ROWS)
+    if odd and not count:
+        raise ValueError(
+            f"Round {number}: the pictures of all {left_out[NO_PICTURE]} prompts with pairs can't be read any more (first "
+            f"{odd}). Bring them back to where they were; the same command goes on."
+        )
+    if odd:
+        logger.warning(
+            "Round %d: the pictures of %d prompts can't be read any more (first %s)", number, left_out[NO_PICTURE], odd
+        )
     found = {
         "prompts": prompts,
         "responses": len(scores),

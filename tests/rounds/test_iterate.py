@@ -1,9 +1,12 @@
 """What the rounds hand to their stages, and what they refuse before any work."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayalign.algorithms import DPO, RM
@@ -190,3 +193,42 @@ def test_the_scoring_stage_finds_the_pictures_of_prompts_wherever_these_lie(
         found = fetch_images([str(folder / "a.png")], folder=responses, image_root=root, allow_urls=flags.allow_image_urls)
         assert found == [(folder / "a.png").read_bytes()]
     assert flags.allow_image_urls == (len(names) > 1)
+
+
+def test_a_prompt_whose_picture_is_gone_is_left_out_of_the_pairs_and_counted(tmp_path: Path) -> None:
+    """Between the responses and the pairs a picture may go, or an address may no longer answer."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(noise_image(8, 8))
+    (tmp_path / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    config = Config(DPO(), DataConfig(dataset=(str(tmp_path / "prompts.jsonl"),)))
+    place = Store(str(tmp_path / "out" / "round_1"))
+    prompt = {"system": None, "query": "<image>Which?", "history": [], "is_ended": True}
+    lines = [
+        {**prompt, "prompt_id": f"p:{name}", "images": [{"bytes": None, "path": f"{tmp_path}/{name}.png"}], "sample": i}
+        | {"response": "two"[: 3 - i], "score": float(i)}
+        for name in "ab"
+        for i in range(2)
+    ]
+    (place / "scores" / "rows" / "0.parquet").write_bytes(as_parquet(lines))
+
+    def pairs() -> Mapping[str, Any]:
+        return iterate._pairs(config, IterateConfig(scorer=("python=x:y",)), place, 1, policy="base", seed=1)
+
+    (tmp_path / "a.png").rename(tmp_path / "a")
+    (tmp_path / "b.png").rename(tmp_path / "b")
+    with pytest.raises(ValueError) as caught:  # nothing is noted, so that the command goes on
+        pairs()
+    assert str(caught.value).startswith("Round 1: the pictures of all 2 prompts with pairs can't be read any more (first p:a: ")
+    assert str(caught.value).endswith("). Bring them back to where they were; the same command goes on.")
+    (tmp_path / "b").rename(tmp_path / "b.png")
+    found = pairs()
+    assert (found["prompts"], found["responses"], found["pairs"]) == (2, 4, 1)
+    assert found["left_out"] == {"prompts whose pictures can't be read any more": 1}
+    (row,) = pq.read_table(tmp_path / "out" / "round_1" / "pairs" / "rows").to_pylist()
+    assert row["lineage"]["prompt"] == "p:b"
+
+
+def as_parquet(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(lines)), sink)
+    return bytes(sink.getvalue().to_pybytes())
