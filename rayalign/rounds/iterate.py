@@ -8,7 +8,6 @@ output_dir/rounds.json  rounds.html                     what came out of each ro
 import dataclasses
 import json
 import logging
-import os
 import re
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from rayalign.config.sections import ModelConfig
 from rayalign.data.prepare import require_held_apart
 from rayalign.evaluation import generate, score
 from rayalign.evaluation.pool_folder import ROWS, SETTINGS, is_finished, open_output, result_files
-from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
+from rayalign.evaluation.start import ANYWHERE, datasets_of, files_of_data, files_of_model, picture_root, sources_of
 from rayalign.formats.parse import own_formats
 from rayalign.formats.records import RecordError
 from rayalign.images.fetch import fetch_images
@@ -32,7 +31,6 @@ from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.rounds.pairs import CUT, by_prompt, choose_pairs, pair_row, write_pairs
 from rayalign.rounds.results import PAGE, PAIRS, RESPONSES, ROUNDS, SCORES, TRAIN, Round, write_results
-from rayalign.sources.files import resolve_dataset
 from rayalign.sources.whole_paths import with_whole_paths
 from rayalign.storage import Store
 from rayalign.training import driver
@@ -283,21 +281,9 @@ def _train(config: Config, summary: Store) -> Mapping[str, Any]:
     return found
 
 
-ANYWHERE = "/"
-
-
 def _image_root(config: Config) -> str:
-    """The folder below which all images of the prompts lie, whose whole paths the results hold: --image_root, or what the data
-    sets' folders have in common; ANYWHERE where that is nothing."""
-    if config.data.image_root:
-        return config.data.image_root
-    files = [file for argument in config.data.dataset for file in resolve_dataset(argument).files]
-    folders = [Store(file.location).parent.location.replace("://", ":/", 1) for file in files]
-    try:
-        shared = os.path.commonpath(folders)
-    except ValueError:  # a disk's and a store's
-        return ANYWHERE
-    return ANYWHERE if shared in ("", "/") or shared.endswith(":") else shared.replace(":/", "://", 1)
+    """The folder below which all images of the prompts lie, whose whole paths the results hold, or ANYWHERE."""
+    return picture_root(config.data.image_root, datasets_of(config.data.dataset))
 
 
 def _allows_urls(config: Config) -> bool:

@@ -179,7 +179,7 @@ def test_the_scoring_stage_finds_the_pictures_of_prompts_wherever_these_lie(
 ) -> None:
     """Of one folder, and of two that share none but the root."""
     if len(names) > 1:
-        monkeypatch.setattr(iterate.os.path, "commonpath", lambda folders: "/")
+        monkeypatch.setattr("os.path.commonpath", lambda folders: "/")
     places = [tmp_path / name for name in names]
     for folder in places:
         folder.mkdir()
