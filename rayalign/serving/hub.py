@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.errors import HTTPError as ClientError  # type: ignore[attr-defined]  # httpx's or httpx2's, by version
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, and not listed
 
+from rayalign.serving.export_folder import CHECKPOINT_NOTE
 from rayalign.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,12 @@ def push(output: Store, repo: str, *, private: bool, api: HfApi | None = None) -
             output.download(folder)
         try:
             address = api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export by rayalign")
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message="Export by rayalign",
+                ignore_patterns=CHECKPOINT_NOTE,  # which has paths of this machine
+            )
         except HfHubHTTPError as error:
             raise ValueError(
                 f"--push_to_hub {repo}: the hub refused it ({_reason(error)}). The export is in {output.location}."

@@ -70,6 +70,7 @@ def test_an_export_is_sent_as_one_commit_into_a_repository_that_is_made(
     address, requests = hub
     (tmp_path / "README.md").write_text("# A model\n")
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "exported_checkpoint.json").write_text('{"run": {"model": "/home/me/sft"}}')  # stays here
     api = HfApi(endpoint=address, token="good")
     check_push("me/vlm", api=api)
     assert push(Store.at(str(tmp_path)), "me/vlm", private=True, api=api) == f"{address}/me/vlm"
