@@ -6,6 +6,7 @@ output_dir/rounds.json  rounds.html                     what came out of each ro
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import re
@@ -70,10 +71,13 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
     flags = {**config.to_dict(), **dataclasses.asdict(own), "rlhf_type": config.algorithm.name}
     settings = {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
     settings |= {"model files": files_of_model(source), "prompt files": files_of_data(sources_of(config))}
+    if config.data.val_dataset:  # the records on which rounds are compared
+        settings["held-out files"] = files_of_data(sources_of(config.replace({"dataset": config.data.val_dataset})))
     settings |= {"scorers": [dict(scorer.settings) for scorer in scorers]}
     inside = folder.list() if folder.is_dir() else []
     names = [inner.name for inner in inside if inner.name in (ROUNDS, PAGE) or re.fullmatch(r"round_\d+", inner.name)]
     if not config.run.overwrite:
+        _require_all_rounds(folder, own.num_rounds)
         _allow_other_draws(folder, settings, own.num_rounds)
     open_output(folder, settings, overwrite=config.run.overwrite, names=names)
     rounds: list[Round] = []
@@ -110,6 +114,16 @@ def _allow_other_draws(folder: Store, settings: Mapping[str, Any], num_rounds: i
         )
     place.delete()
     note.write_json(now)
+
+
+def _require_all_rounds(folder: Store, num_rounds: int) -> None:
+    """Raises ValueError where more rounds are done than are asked for: the results would no longer tell of all."""
+    done = next(k for k in itertools.count() if not _summary(folder / f"round_{k + 1}").exists())
+    if num_rounds < done:
+        raise ValueError(
+            f"--num_rounds {num_rounds}: {done} rounds are done in --output_dir {folder.location}, and the results would tell "
+            f"of {num_rounds}. Pass --num_rounds {done} or more, or another --output_dir."
+        )
 
 
 def _summary(place: Store) -> Store:

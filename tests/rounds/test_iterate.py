@@ -1,7 +1,7 @@
 """What the rounds hand to their stages, and what they refuse before any work."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,57 @@ def test_another_scorer_under_the_same_name_is_refused(  # type: ignore[no-untyp
     (tmp_path / "mine.py").write_text("def score(rows):\n    return [1 for row in rows]\n")
     with pytest.raises(ValueError, match="other settings:\n  scorers"):
         iterate.run(config, own)
+
+
+@pytest.fixture
+def begun(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`begun(num_rounds)` is a command of rounds with held-out records, which raises Started where it would start Ray."""
+
+    def start(config: Config) -> None:
+        raise Started
+
+    monkeypatch.setattr(iterate, "start_ray", start)
+    (tmp_path / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    (tmp_path / "held_out.jsonl").write_text('{"query": "Who?", "response": "I.", "rejected_response": "You."}\n')
+    (tmp_path / "mine.py").write_text("def score(rows):\n    return [0 for row in rows]\n")
+    config = Config(
+        DPO(),
+        DataConfig(dataset=(str(tmp_path / "prompts.jsonl"),), val_dataset=(str(tmp_path / "held_out.jsonl"),)),
+        ModelConfig(model=str(model_folder("llava"))),
+        run=RunConfig(output_dir=str(tmp_path / "out")),
+    )
+    scorer = (f"python={tmp_path / 'mine.py'}:score",)
+    return lambda num_rounds=3, **flags: iterate.run(config.replace(flags), IterateConfig(num_rounds=num_rounds, scorer=scorer))
+
+
+def test_other_held_out_records_under_the_same_name_are_refused(tmp_path: Path, begun: Callable[..., None]) -> None:
+    for _ in range(2):
+        with pytest.raises(Started):
+            begun()
+    (tmp_path / "held_out.jsonl").write_text('{"query": "Who?", "response": "You.", "rejected_response": "I, me."}\n')
+    with pytest.raises(ValueError, match="other settings:\n  held-out files"):
+        begun()
+
+
+def test_fewer_rounds_than_are_done_are_refused_and_the_results_stay(tmp_path: Path, begun: Callable[..., None]) -> None:
+    with pytest.raises(Started):
+        begun()
+    for number in (1, 2):
+        (Store(str(tmp_path / "out")) / f"round_{number}" / "train" / "summary.json").write_json({})
+    (tmp_path / "out" / "rounds.json").write_text("[1, 2]")
+    with pytest.raises(ValueError) as caught:
+        begun(num_rounds=1)
+    assert str(caught.value) == (
+        f"--num_rounds 1: 2 rounds are done in --output_dir {tmp_path}/out, and the results would tell of 1. Pass --num_rounds "
+        "2 or more, or another --output_dir."
+    )
+    assert (tmp_path / "out" / "rounds.json").read_text() == "[1, 2]"
+    for num_rounds in (2, 3):
+        with pytest.raises(Started):
+            begun(num_rounds=num_rounds)
+    with pytest.raises(Started):
+        begun(num_rounds=1, overwrite=True)
+    assert not (tmp_path / "out" / "rounds.json").exists()
 
 
 def test_a_round_without_pairs_is_drawn_anew_with_other_flags_and_earlier_rounds_stay(tmp_path: Path) -> None:
