@@ -155,8 +155,8 @@ def export(
     checkpoint of any run is written, as its model/ is: "best", "last" or a step of the run in `run_dir`, or a checkpoint's
     folder.
 
-    Raises ValueError for a model with neither adapter nor value head, a checkpoint that is not there or not whole, and a folder
-    that must not be overwritten.
+    Raises ValueError for a model with neither adapter nor value head, a checkpoint that is not there or not whole, a folder
+    that must not be overwritten, and an upload that can't be made.
     """
     from rayalign.config.flags import section_from_mapping
     from rayalign.config.serving import ExportConfig
@@ -167,13 +167,9 @@ def export(
     }
     upload = {"push_to_hub": push_to_hub, "hub_private": hub_private} if push_to_hub is not None else {}
     flags: ExportConfig = section_from_mapping(ExportConfig, {**named, "layout": layout, "overwrite": overwrite, **upload})
-    if flags.checkpoint or flags.run_dir:
-        from rayalign.training import checkpoint_export
+    from rayalign.training import export as verb
 
-        return checkpoint_export.run(flags).location
-    from rayalign.serving import export as serving
-
-    return serving.run(flags).location
+    return verb.run(flags).location
 
 
 def evaluate(*, config: File | Sequence[File] = (), **flags: FlagValue) -> "Evaluation":

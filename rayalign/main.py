@@ -122,23 +122,12 @@ def _export(words: Sequence[str], prog: str, summary: str) -> None:
     example = "--model output/dpo/model --output_dir output/dpo/merged"
     config = command_line.parse_section(ExportConfig, words, prog=prog, description=summary, example=example)
     configure_logging()
-
     with user_errors():
-        if config.push_to_hub:
-            from rayalign.serving import hub
-
-            hub.check_push(config.push_to_hub)
         quiet_transformers()
-        if config.checkpoint or config.run_dir:
-            from rayalign.training import checkpoint_export
 
-            output = checkpoint_export.run(config)
-        else:
-            from rayalign.serving import export
+        from rayalign.training import export
 
-            output = export.run(config)
-        if config.push_to_hub:
-            hub.push(output, config.push_to_hub, private=config.hub_private)
+        export.run(config)
 
 
 def _serve(words: Sequence[str], prog: str, summary: str) -> None:

@@ -51,7 +51,8 @@ class ServeConfig:
         (), "Adapters of --model that are served beside it, each under a name of its own: NAME=PATH ..."
     )
     engine: Literal["auto", "transformers", "vllm"] = flag(
-        "auto", "What generates. auto: vllm where that is installed and there are GPUs, else transformers."
+        "auto",
+        "What generates. auto: vllm where that is installed, there are GPUs and it does all that is asked; else transformers.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "The type of the weights. auto: bfloat16 on GPUs, float32 on CPUs."

@@ -74,7 +74,8 @@ def rows_of_part(part: FilePart, sources: "Sources") -> Iterator[tuple[int, Row]
 def _rows_of(task: PrepareTask, sources: "Sources") -> Iterator[tuple[FilePart, Store, int, Row]]:
     """A task's rows, each behind its part and the folder of its file."""
     for part in task.parts:
-        folder = Store(sources.datasets[part.dataset].files[part.file].location).parent
+        dataset = sources.datasets[part.dataset]
+        folder = dataset.folder_of(dataset.files[part.file])
         for number, row in rows_of_part(part, sources):
             yield part, folder, number, row
 

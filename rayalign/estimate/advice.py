@@ -26,7 +26,7 @@ MOST_TRIES, CAUTION, NEAR_ENOUGH = 6, 0.99, 0.03
 
 @dataclass(frozen=True)
 class Schedule:
-    """The run's length: optimizer steps, epochs, pairs trained on (repeats counted), and pairs evaluated."""
+    """The run's length: optimizer steps, epochs, pairs trained on and pairs evaluated (repeats counted)."""
 
     steps: int
     epochs: float
@@ -53,8 +53,16 @@ def schedule_of(config: Config, data: DataShapes) -> Schedule:
         num_epochs=config.optimizer.num_train_epochs,
         max_steps=config.optimizer.max_steps,
     )
-    evaluations = math.ceil(steps / config.run.eval_steps)
-    return Schedule(steps, steps / per_epoch, steps * training / per_epoch, evaluations * data.evaluated)
+    return Schedule(steps, steps / per_epoch, steps * training / per_epoch, _evaluated(config, data, steps))
+
+
+def _evaluated(config: Config, data: DataShapes, steps: int) -> int:
+    """Pairs that a run evaluates: those it draws at each pass and before the first step, and those with pictures at the end
+    once more, on the pictures of others."""
+    drawn = min(data.evaluated, config.run.max_eval_records)
+    passes = math.ceil(steps / config.run.eval_steps) + config.run.eval_on_start
+    with_pictures = float(data.has_images.mean()) if data.pairs else 0.0
+    return round(drawn * (passes + with_pictures))
 
 
 def held_out_of(config: Config, *, total: int) -> int:
@@ -138,8 +146,17 @@ def _sharded(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def time_of(config: Config, plan: PlanConfig, *, flops: float, per_worker: int) -> Time:
-    """Of a run of so many operations. GPUs of one worker take turns; workers run side by side."""
+    """Of a run of so many operations. GPUs of one worker take turns; workers run side by side.
+
+    Raises ValueError for fewer GPUs than one model needs.
+    """
     gpus = plan.gpus or config.cluster.most_workers * per_worker
+    cluster = config.cluster
+    least = cluster.num_shards if cluster.shards_models else per_worker
+    if gpus < least:
+        needs = f"a worker needs {least} of {plan.gpu_memory_gb:g} GB for its model"
+        why = f"the model is sharded over {least} workers of a GPU each" if cluster.shards_models else needs
+        raise ValueError(f"--gpus {gpus}: {why}. Pass --gpus {least} or more, or leave it out.")
     busy = gpus // per_worker
     hours = flops / (busy * plan.gpu_tflops * 1e12 * plan.mfu) / 3600
     return Time(gpus, busy, hours, None if plan.price_per_hour is None else hours * gpus * plan.price_per_hour)

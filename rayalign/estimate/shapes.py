@@ -24,8 +24,8 @@ class PairShape:
 
 @dataclass(frozen=True)
 class DataShapes:
-    """The pairs that were looked at, and how many there are: `total`, `held_out` of them not trained on; `evaluated` are run at
-    each evaluation, those or a data set's of their own. `origin` says how the lengths were found."""
+    """The pairs that were looked at, and how many there are: `total`, `held_out` of them not trained on; evaluations draw from
+    `evaluated`, those or a data set's of their own. `origin` says how the lengths were found."""
 
     pairs: tuple[PairShape, ...]
     total: int

@@ -23,6 +23,7 @@ from rayalign.evaluation.start import (
     is_reward_model_here,
     model_of,
     on_cluster,
+    pictures_of_rows,
     sources_of,
 )
 from rayalign.evaluation.work import Result, Work
@@ -59,6 +60,7 @@ def run(flags: InferenceConfig, own: GenerateConfig, plugins: tuple[Plugin, ...]
         "verb": "generate",
         "model": files_of_model(source),
         "data": files_of_data(sources),
+        **pictures_of_rows(sources),
         "data_seed": flags.data_seed,
         "dtype": flags.dtype,
         "max_length": flags.max_length,

@@ -13,7 +13,6 @@ from rayalign.data.tasks import cut_into_tasks
 from rayalign.formats.records import RecordError
 from rayalign.sources.files import SourceFile, read_rows
 from rayalign.sources.rows import Span
-from rayalign.storage import Store
 
 Row = Mapping[str, Any]
 
@@ -73,11 +72,11 @@ class FileRows:
     file: SourceFile
     span: Span
     label: str
+    folder: str
 
     def read(self, numbers: Sequence[int]) -> Iterator[Row | RecordError]:
-        folder = Store(self.file.location).parent.location
         for number, row in read_rows(self.file, self.span, numbers):
-            yield row if isinstance(row, RecordError) else {"id": f"{self.label}:{number}", "folder": folder, "row": row}
+            yield row if isinstance(row, RecordError) else {"id": f"{self.label}:{number}", "folder": self.folder, "row": row}
 
 
 def groups_of_rows(rows: Iterable[Row], *, key: str = "id", size: int = GROUP_ROWS) -> list[Group]:
@@ -112,14 +111,17 @@ def groups_of_datasets(sources: Sources, *, seed: int, size: int = GROUP_ROWS) -
     groups: list[Group] = []
     position = 0
     for part in (part for task in cut_into_tasks(sources, seed) for part in task.parts):
-        label, file = file_label(sources, part), sources.datasets[part.dataset].files[part.file]
+        label, dataset = file_label(sources, part), sources.datasets[part.dataset]
+        file = dataset.files[part.file]
+        folder = dataset.folder_of(file).location
         for span in part.spans:
             rows = range(span.first_row, span.first_row + span.num_rows)
             wanted = rows if part.rows is None else [row for row in part.rows.tolist() if row in rows]
             for start in range(0, len(wanted), size):
                 numbers = tuple(wanted[start : start + size])
                 positions = tuple(range(position, position + len(numbers)))
-                groups.append(Group(tuple(f"{label}:{n}" for n in numbers), positions, numbers, FileRows(file, span, label)))
+                keys = tuple(f"{label}:{n}" for n in numbers)
+                groups.append(Group(keys, positions, numbers, FileRows(file, span, label, folder)))
                 position += len(numbers)
     if not groups:
         raise ValueError(f"--dataset {' '.join(d.argument for d in sources.datasets)}: there is no record in it.")

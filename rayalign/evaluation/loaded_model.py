@@ -31,6 +31,7 @@ from rayalign.ops.value_head import find_value_head
 from rayalign.policy.forward_check import check_forward
 from rayalign.policy.loading import load_policy
 from rayalign.policy.policy import Policy
+from rayalign.serving.export_folder import CHECKPOINT_NOTE, RUN
 from rayalign.storage import Store
 
 
@@ -126,8 +127,12 @@ def load_with_reference(
 
 
 def flags_around(source: ModelSource) -> dict[str, Any]:
-    """The flags of the run that made a model, in whose folder it is; empty where it is in none. Raises ValueError."""
-    return flags_of_run(Store.at(source.adapter or source.base).parent)
+    """The flags of the run that made a model: those that an exported checkpoint notes, else those of the run in whose folder it
+    is; empty where nothing tells them. Raises ValueError."""
+    place = Store.at(source.adapter or source.base)
+    note = place / CHECKPOINT_NOTE
+    noted = note.read_json_object().get(RUN) if note.exists() else None
+    return noted if isinstance(noted, dict) else flags_of_run(place.parent)
 
 
 def start_of_run(source: ModelSource, like: ModelConfig) -> ModelConfig | None:

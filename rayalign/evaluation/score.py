@@ -20,7 +20,7 @@ from rayalign.evaluation.scorers.by_function import function_scorer
 from rayalign.evaluation.scorers.by_judge import judge_scorer
 from rayalign.evaluation.scorers.by_model import KINDS, model_scorer
 from rayalign.evaluation.scorers.scorer import Candidate, Scored, ScoreFunction, Scorer
-from rayalign.evaluation.start import config_of, files_of_data, on_cluster, sources_of
+from rayalign.evaluation.start import config_of, files_of_data, on_cluster, pictures_of_rows, sources_of
 from rayalign.evaluation.work import Result, Work
 from rayalign.formats.columns import renamed
 from rayalign.formats.parse import parse_row
@@ -41,6 +41,7 @@ def run(flags: InferenceConfig, own: ScoreConfig) -> PoolResult:
         "scorers": [dict(scorer.settings) for scorer in scorers],
         "ensemble": own.ensemble,
         "data": files_of_data(sources),
+        **pictures_of_rows(sources),
         "data_seed": flags.data_seed,
         "dtype": flags.dtype,
         "max_length": flags.max_length,

@@ -1,10 +1,12 @@
 """What verbs that run a model over records begin with: flags with whole paths, the cluster, the files of model and data."""
 
 import contextlib
+import dataclasses
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rayalign.config.plugins import Plugin
 from rayalign.config.sections import ClusterConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from rayalign.data.rows import Sources
 from rayalign.downloads import versions
+from rayalign.evaluation.pool_folder import ROWS, SETTINGS
 from rayalign.formats.columns import parse_renames
 from rayalign.joining import ray_as_found, start_ray
 from rayalign.models.compat import hub_revision
@@ -30,6 +33,14 @@ from rayalign.sources.files import Dataset, whole_argument
 from rayalign.sources.several import resolve_datasets
 from rayalign.sources.whole_paths import whole_model
 from rayalign.storage import Store, is_url
+
+logger = logging.getLogger(__name__)
+
+PICTURES = "image_root"
+"""The setting of a pool that says where the images lie that its rows name by their whole paths."""
+
+ANYWHERE = "/"
+"""In place of a folder that holds all images, where there is none."""
 
 
 def config_of(flags: InferenceConfig, plugins: tuple[Plugin, ...] = ()) -> Config:
@@ -101,12 +112,54 @@ def sources_of(config: Config) -> Sources:
     if not config.data.dataset:
         raise ValueError("No data given: pass --dataset with files, folders, globs or registered names.")
     data = config.data
-    datasets = resolve_datasets(data.dataset)
+    datasets = datasets_of(data.dataset)
     if config.run.output_dir:
         for dataset in datasets:
             _require_apart(dataset, Store.at(config.run.output_dir))
     reading = tuple(plugin for plugin in config.plugins if plugin.formats)
     return Sources(datasets, data.image_root, data.allow_image_urls, reading, parse_renames(data.columns))
+
+
+def datasets_of(arguments: Sequence[str]) -> tuple[Dataset, ...]:
+    """The data sets, of which those that a pool wrote have their images where its settings say."""
+    return tuple(dataclasses.replace(dataset, pictures=_pictures_of(dataset)) for dataset in resolve_datasets(arguments))
+
+
+def _pictures_of(dataset: Dataset) -> str | None:
+    """Where the images of a data set lie that a pool wrote, as its settings say; None for any other."""
+    folders = {Store(file.location).parent.location for file in dataset.files}
+    if len(folders) != 1 or Store(min(folders)).name != ROWS:
+        return None
+    note = Store(min(folders)).parent / SETTINGS
+    try:
+        settings = note.read_json_object() if note.exists() else {}
+    except ValueError:  # a file of the user's own that has the name
+        return None
+    root = settings.get(PICTURES)
+    if "verb" not in settings or not isinstance(root, str) or root == ANYWHERE:
+        return None
+    logger.info("--dataset %s: its images lie in %s, as %s says", dataset.argument, root, note.location)
+    return root
+
+
+def picture_root(image_root: str | None, datasets: Sequence[Dataset]) -> str:
+    """The folder below which all images of data sets lie: the image root, or what the folders of their images have in common;
+    ANYWHERE where that is nothing."""
+    if image_root:
+        return image_root
+    places = {dataset.folder_of(file).location for dataset in datasets for file in dataset.files}
+    try:
+        shared = os.path.commonpath([place.replace("://", ":/", 1) for place in places])
+    except ValueError:  # a disk's and a store's
+        return ANYWHERE
+    return ANYWHERE if shared in ("", "/") or shared.endswith(":") else shared.replace(":/", "://", 1)
+
+
+def pictures_of_rows(sources: Sources) -> dict[str, str]:
+    """What the settings of a pool whose rows have the prompts' images say of where these lie; nothing where no folder holds
+    them all."""
+    root = picture_root(sources.image_root, sources.datasets)
+    return {} if root == ANYWHERE else {PICTURES: root}
 
 
 def _require_apart(dataset: Dataset, output: Store) -> None:

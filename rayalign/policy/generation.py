@@ -120,11 +120,21 @@ def prefill(policy: Policy, batch: PairBatch) -> Prefilled:
     """Reads the one prompt of a batch. Raises FloatingPointError where what should follow it are no numbers."""
     cache = DynamicCache()  # without windows: where they lie is told by the mask, for prompts of any length side by side
     logits = policy.logits_behind_prompt(batch, policy.image_features(batch), cache)
-    if logits.isnan().any():
-        raise FloatingPointError(
-            "what the model makes of a prompt are no numbers: its weights are damaged, or too large for its type (--dtype)"
-        )
+    if not is_sound(logits):
+        raise no_numbers("a prompt")
     return Prefilled(cache, logits, batch.position_ids.amax().expand(*batch.position_ids.shape[:-1], 1))
+
+
+def is_sound(logits: Tensor) -> Tensor:
+    """Of logits [..., V] whether a token can be chosen by them, [...]."""
+    return logits.amax(-1).isfinite()
+
+
+def no_numbers(what: str) -> FloatingPointError:
+    """The error of logits that are not sound."""
+    return FloatingPointError(
+        f"what the model makes of {what} are no numbers: its weights are damaged, or too large for its type (--dtype)"
+    )
 
 
 def _continue(
@@ -137,7 +147,7 @@ def _continue(
     ends: frozenset[int],
 ) -> list[Response]:
     """The responses to prompts, `sampling.n` of each one, of at most `longest` [R] tokens; `draws` [R, max_new_tokens] decide
-    what is drawn."""
+    what is drawn. Raises FloatingPointError where what should follow one that is not done are no numbers."""
     cache, is_token = _side_by_side(read, sampling.n)
     logits = torch.stack([prompt.logits for prompt in read]).repeat_interleave(sampling.n, 0)
     shape = max((prompt.position_ids.shape for prompt in read), key=len)  # with three axes where a prompt has images with them
@@ -148,8 +158,11 @@ def _continue(
     rows = list(range(len(ids)))  # those that the tensors hold
     for step in range(max(longest)):
         tokens = choose(logits, draws[rows, step], sampling)
-        for row, token, is_end in zip(rows, tokens.tolist(), torch.isin(tokens, end_ids).tolist(), strict=True):
+        are_ends, are_sound = torch.isin(tokens, end_ids).tolist(), is_sound(logits).tolist()
+        for row, token, is_end, is_number in zip(rows, tokens.tolist(), are_ends, are_sound, strict=True):
             if not ended[row] and len(ids[row]) < longest[row]:
+                if not is_number:
+                    raise no_numbers("a response")
                 ended[row] = is_end
                 ids[row] += [] if is_end else [token]
         left = [place for place, row in enumerate(rows) if not ended[row] and len(ids[row]) < longest[row]]

@@ -6,9 +6,9 @@ output_dir/rounds.json  rounds.html                     what came out of each ro
 """
 
 import dataclasses
+import itertools
 import json
 import logging
-import os
 import re
 import time
 from collections import Counter
@@ -23,15 +23,15 @@ from rayalign.config.sections import ModelConfig
 from rayalign.data.prepare import require_held_apart
 from rayalign.evaluation import generate, score
 from rayalign.evaluation.pool_folder import ROWS, SETTINGS, is_finished, open_output, result_files
-from rayalign.evaluation.start import files_of_data, files_of_model, sources_of
+from rayalign.evaluation.start import ANYWHERE, datasets_of, files_of_data, files_of_model, picture_root, sources_of
 from rayalign.formats.parse import own_formats
+from rayalign.formats.records import RecordError
 from rayalign.images.fetch import fetch_images
 from rayalign.joining import ray_as_found, start_ray
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import require_model
 from rayalign.rounds.pairs import CUT, by_prompt, choose_pairs, pair_row, write_pairs
 from rayalign.rounds.results import PAGE, PAIRS, RESPONSES, ROUNDS, SCORES, TRAIN, Round, write_results
-from rayalign.sources.files import resolve_dataset
 from rayalign.sources.whole_paths import with_whole_paths
 from rayalign.storage import Store
 from rayalign.training import driver
@@ -71,10 +71,13 @@ def run(config: Config, own: IterateConfig) -> list[Round]:
     flags = {**config.to_dict(), **dataclasses.asdict(own), "rlhf_type": config.algorithm.name}
     settings = {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
     settings |= {"model files": files_of_model(source), "prompt files": files_of_data(sources_of(config))}
+    if config.data.val_dataset:  # the records on which rounds are compared
+        settings["held-out files"] = files_of_data(sources_of(config.replace({"dataset": config.data.val_dataset})))
     settings |= {"scorers": [dict(scorer.settings) for scorer in scorers]}
     inside = folder.list() if folder.is_dir() else []
     names = [inner.name for inner in inside if inner.name in (ROUNDS, PAGE) or re.fullmatch(r"round_\d+", inner.name)]
     if not config.run.overwrite:
+        _require_all_rounds(folder, own.num_rounds)
         _allow_other_draws(folder, settings, own.num_rounds)
     open_output(folder, settings, overwrite=config.run.overwrite, names=names)
     rounds: list[Round] = []
@@ -111,6 +114,16 @@ def _allow_other_draws(folder: Store, settings: Mapping[str, Any], num_rounds: i
         )
     place.delete()
     note.write_json(now)
+
+
+def _require_all_rounds(folder: Store, num_rounds: int) -> None:
+    """Raises ValueError where more rounds are done than are asked for: the results would no longer tell of all."""
+    done = next(k for k in itertools.count() if not _summary(folder / f"round_{k + 1}").exists())
+    if num_rounds < done:
+        raise ValueError(
+            f"--num_rounds {num_rounds}: {done} rounds are done in --output_dir {folder.location}, and the results would tell "
+            f"of {num_rounds}. Pass --num_rounds {done} or more, or another --output_dir."
+        )
 
 
 def _summary(place: Store) -> Store:
@@ -186,7 +199,7 @@ def _round(config: Config, own: IterateConfig, folder: Store, number: int, model
 
 _TOLD = ("pairs", "responses", "mean_score")
 
-NO_PAIR = "prompts without a pair"
+NO_PAIR, NO_PICTURE = "prompts without a pair", "prompts whose pictures can't be read any more"
 
 
 def _respond(config: Config, own: IterateConfig, policy: Mapping[str, Any], output: Store, seed: int) -> None:
@@ -232,11 +245,11 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
     lineage = {"round": number, "model": policy, "scorer": " ".join(own.scorer), "seed": seed}
     scores: list[float] = []
     left_out: Counter[str] = Counter()
-    prompts = 0
+    prompts, odd = 0, ""
     root, allow_urls = _image_root(config), _allows_urls(config)
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        nonlocal prompts
+        nonlocal prompts, odd
         for responses in by_prompt(place / SCORES):
             prompts += 1
             scores.extend(response["score"] for response in responses)
@@ -245,10 +258,24 @@ def _pairs(config: Config, own: IterateConfig, place: Store, number: int, *, pol
             )
             left_out.update(choice.left_out)
             left_out.update([NO_PAIR] if not choice.pairs else [])
-            images = _contents(responses[0]["images"], root, allow_urls=allow_urls) if choice.pairs else []
+            try:
+                images = _contents(responses[0]["images"], root, allow_urls=allow_urls) if choice.pairs else []
+            except RecordError as error:
+                odd = odd or f"{responses[0]['prompt_id']}: {error}"
+                left_out[NO_PICTURE] += 1
+                continue
             yield from (pair_row(better, worse, images, lineage) for better, worse in choice.pairs)
 
     count = write_pairs(rows(), place / PAIRS / ROWS)
+    if odd and not count:
+        raise ValueError(
+            f"Round {number}: the pictures of all {left_out[NO_PICTURE]} prompts with pairs can't be read any more (first "
+            f"{odd}). Bring them back to where they were; the same command goes on."
+        )
+    if odd:
+        logger.warning(
+            "Round %d: the pictures of %d prompts can't be read any more (first %s)", number, left_out[NO_PICTURE], odd
+        )
     found = {
         "prompts": prompts,
         "responses": len(scores),
@@ -268,21 +295,9 @@ def _train(config: Config, summary: Store) -> Mapping[str, Any]:
     return found
 
 
-ANYWHERE = "/"
-
-
 def _image_root(config: Config) -> str:
-    """The folder below which all images of the prompts lie, whose whole paths the results hold: --image_root, or what the data
-    sets' folders have in common; ANYWHERE where that is nothing."""
-    if config.data.image_root:
-        return config.data.image_root
-    files = [file for argument in config.data.dataset for file in resolve_dataset(argument).files]
-    folders = [Store(file.location).parent.location.replace("://", ":/", 1) for file in files]
-    try:
-        shared = os.path.commonpath(folders)
-    except ValueError:  # a disk's and a store's
-        return ANYWHERE
-    return ANYWHERE if shared in ("", "/") or shared.endswith(":") else shared.replace(":/", "://", 1)
+    """The folder below which all images of the prompts lie, whose whole paths the results hold, or ANYWHERE."""
+    return picture_root(config.data.image_root, datasets_of(config.data.dataset))
 
 
 def _allows_urls(config: Config) -> bool:

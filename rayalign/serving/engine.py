@@ -22,7 +22,7 @@ from rayalign.data.encode import Encoder
 from rayalign.data.encoder_spec import image_processing
 from rayalign.formats.records import Message, record_errors
 from rayalign.policy.compat import set_active_adapters
-from rayalign.policy.generation import end_tokens, prefill
+from rayalign.policy.generation import end_tokens, is_sound, no_numbers, prefill
 from rayalign.policy.policy import Policy
 from rayalign.policy.sequences import Sequences
 from rayalign.serving.conversation import record_of
@@ -182,14 +182,11 @@ class Engine:
     def _hand_out(self, logits: Tensor, generations: Sequence[Generation]) -> None:
         """Chooses each response's next token by its row of the logits [R, V]. What goes wrong with one row ends its response
         alone; on a GPU a draw from what are no numbers would end all that the process does there."""
-        sound = logits.amax(-1).isfinite().tolist()
-        for generation, is_sound, likeliest, row in zip(generations, sound, logits.argmax(-1).tolist(), logits, strict=True):
+        sound = is_sound(logits).tolist()
+        for generation, is_number, likeliest, row in zip(generations, sound, logits.argmax(-1).tolist(), logits, strict=True):
             with _told_to([generation]):
-                if not is_sound:
-                    raise FloatingPointError(
-                        "what the model makes of a response are no numbers: its weights are damaged, or too large for its type "
-                        "(--dtype)"
-                    )
+                if not is_number:
+                    raise no_numbers("a response")
                 generation.take(generation.chosen(likeliest, row), self._ends)
 
 

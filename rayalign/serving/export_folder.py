@@ -7,6 +7,12 @@ from pathlib import Path, PurePosixPath
 
 from rayalign.storage import Store, is_url
 
+CHECKPOINT_NOTE = "exported_checkpoint.json"
+"""The file beside the model of a checkpoint that says that it was exported, and may be written over: a run's own model/ has the
+others, too. `RUN` in it are the flags of its run that tell what the model is compared with."""
+
+RUN = "run"
+
 
 def check_apart(output: Store, read: Mapping[str | None, str]) -> None:
     """Raises ValueError where `output` is, holds or lies in a folder that is read. `read`: what errors call each folder or URL;

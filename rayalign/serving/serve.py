@@ -11,6 +11,7 @@ import secrets
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +47,25 @@ def run(config: ServeConfig) -> None:
         raise ValueError("Pass --model with what is to be served: a model's folder or hub id, or the model/ folder of a run.")
     require_serve()
     source, adapters = resolve_served(config)
-    vllm = _takes_vllm(config)
     if config.write_config is not None:
-        if not vllm:
+        if config.engine != "vllm":
             raise ValueError("--write_config writes vLLM's configuration: pass --engine vllm, too.")
         write_serve_file(config, source, adapters, Path(config.write_config))
         logger.info("Written: start it with `serve run %s`, where vLLM is installed", config.write_config)
         return
-    token = None if vllm else _token_of(config)
+    vllm = for_vllm(config, source, adapters)
+    token = _token_of(config) if vllm is None else None
     with ray_as_found():
         # A cluster of its own has room for all replicas, and for Ray Serve's controller and proxy.
         replicas = config.max_replicas or config.min_replicas
         start_ray(Config(SFT(), cluster=ClusterConfig(num_workers=replicas, cpus_per_worker=config.cpus_per_replica)))
-        if vllm:
+        gpus = gpus_of(config, ray.cluster_resources().get("GPU", 0))
+        if vllm is not None and (gpus or config.engine == "vllm"):
             from ray.serve.llm import build_openai_app
 
-            application = build_openai_app(serve_arguments(config, source, adapters))
+            application = build_openai_app(vllm)
         else:
-            application = _application(config, source, adapters, token)
+            application = _application(config, source, adapters, token, gpus)
         _serve(application, config)
 
 
@@ -92,14 +94,31 @@ def resolve_served(config: ServeConfig) -> tuple[ModelSource, dict[str, ModelSou
     return source, adapters
 
 
-def _takes_vllm(config: ServeConfig) -> bool:
+def for_vllm(config: ServeConfig, source: ModelSource, adapters: Mapping[str, ModelSource]) -> dict[str, Any] | None:
+    """The arguments of vLLM's application; None where --engine auto leaves it out, and says why if vLLM is there. Raises
+    ValueError for an --engine vllm that can't be."""
     has_vllm = importlib.util.find_spec("vllm") is not None
-    if config.engine == "vllm" and not has_vllm and config.write_config is None:
+    if config.engine == "vllm" and not has_vllm:
         raise ValueError(
             "--engine vllm: vLLM is not installed here. Install it (pip install vllm), or pass --write_config FILE to write "
             "the configuration for a cluster that has it."
         )
-    return config.engine == "vllm" or (config.engine == "auto" and has_vllm and config.gpus_per_replica != 0)
+    if config.engine == "vllm":
+        return serve_arguments(config, source, adapters)
+    if config.engine == "transformers" or not has_vllm or config.gpus_per_replica == 0:
+        return None
+    try:
+        return serve_arguments(config, source, adapters)
+    except ValueError as error:
+        logger.info("--engine auto takes transformers, since vLLM would refuse this: %s", error)
+        return None
+
+
+def gpus_of(config: ServeConfig, in_cluster: float) -> float:
+    """GPUs of a replica, on a cluster with so many."""
+    if config.gpus_per_replica is not None:
+        return config.gpus_per_replica
+    return 1 if in_cluster else 0
 
 
 def _token_of(config: ServeConfig) -> str | None:
@@ -119,7 +138,9 @@ def _token_of(config: ServeConfig) -> str | None:
     return token
 
 
-def _application(config: ServeConfig, source: ModelSource, adapters: dict[str, ModelSource], token: str | None) -> Any:
+def _application(
+    config: ServeConfig, source: ModelSource, adapters: dict[str, ModelSource], token: str | None, gpus: float
+) -> Any:
     from ray import serve
 
     from rayalign.serving.app import digest_of
@@ -133,9 +154,6 @@ def _application(config: ServeConfig, source: ModelSource, adapters: dict[str, M
         quiet_logging()
         return load_app(config, source, folders, token_digest=digest)
 
-    gpus = config.gpus_per_replica
-    if gpus is None:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     deployment: Any = serve.deployment(
         serve.ingress(build)(),
         name="model",

@@ -4,6 +4,7 @@ https://docs.ray.io/en/latest/serve/llm. vLLM adds LoRA to language models only,
 and its server knows neither a token nor which URLs are safe: what that would change is refused in words.
 """
 
+import dataclasses
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,16 @@ NO_HOST = "none.invalid"
 """The only host of which vLLM fetches images, where it is to fetch none."""
 
 MERGE = "Merge it into its model (rayalign export), and take that."
+
+
+NOT_FOLLOWED = {
+    "max_new_tokens": "there a response is as long as its request asks for",
+    "max_image_mb": "its server takes images of any size",
+    "max_body_mb": "its server takes requests of any size",
+    "cpus_per_replica": "Ray Serve chooses the CPUs of its replicas",
+    "gpus_per_replica": "a replica of it has one GPU",
+}
+"""Flags that vLLM's application has no setting for, and why."""
 
 
 def serve_arguments(config: ServeConfig, source: ModelSource, adapters: Mapping[str, ModelSource]) -> dict[str, Any]:
@@ -81,6 +92,11 @@ def _check(config: ServeConfig, source: ModelSource) -> None:
         raise ValueError(
             "--engine vllm with --max_pixels: vLLM scales no images down. Leave it out, or pass --engine transformers."
         )
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ServeConfig)}
+    for name, why in NOT_FOLLOWED.items():
+        value = getattr(config, name)
+        if value != defaults[name] and not (name == "gpus_per_replica" and value == 1):
+            raise ValueError(f"--engine vllm with --{name} {value:g}: {why}. Leave it out, or pass --engine transformers.")
     if source.adapter is not None:
         raise ValueError(f"--engine vllm: {config.model} is an adapter. {MERGE}")
     if is_reward_model(ModelSource(model_folder(source.base, weights=False))):

@@ -54,12 +54,18 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A --dataset argument as given, what errors call it, its files, and how many of its records to draw (None: all)."""
+    """A --dataset argument as given, what errors call it, its files, and how many of its records to draw (None: all);
+    `pictures`: the folder that holds its images (None: each file's own)."""
 
     argument: str
     name: str
     files: tuple[SourceFile, ...]
     sample: int | None
+    pictures: str | None = None
+
+    def folder_of(self, file: SourceFile) -> Store:
+        """What relative image paths in a file's rows start from, and absolute ones must lie below."""
+        return Store(file.location).parent if self.pictures is None else Store(self.pictures)
 
     def num_drawn(self, num_rows: int) -> int:
         """How many of its rows are taken; raises ValueError where more are asked for than there are."""

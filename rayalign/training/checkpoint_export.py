@@ -23,7 +23,8 @@ from rayalign.models.source import require_model, resolve_model
 from rayalign.policy.loading import load_policy
 from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
-from rayalign.serving.export_folder import check_apart, check_empty
+from rayalign.serving.export_folder import CHECKPOINT_NOTE, RUN, check_apart, check_empty
+from rayalign.sources.whole_paths import whole_model
 from rayalign.storage import Store
 from rayalign.training.best import best_checkpoint
 from rayalign.training.checkpoint import load_weights
@@ -32,8 +33,8 @@ from rayalign.training.origin import began_with_adapter
 
 logger = logging.getLogger(__name__)
 
-NOTE = "exported_checkpoint.json"
-"""The file beside a model that says that it was exported, and may be written over: a run's own model/ has the others, too."""
+OF_THE_START = ("model", "model_type", "adapter", "beta")
+"""Flags of a run that its implicit rewards are measured by: what it began with, and their scale."""
 
 HOW_TO_NAME = (
     "Pass --run_dir with the run's folder and --checkpoint best, last or a step, or --checkpoint with a checkpoint's folder."
@@ -56,7 +57,7 @@ def run(flags: ExportConfig) -> Store:
     checkpoint = find_checkpoint(flags.checkpoint, flags.run_dir)
     output = Store.at(flags.output_dir)
     check_apart(output, {checkpoint.store.location: "the checkpoint that is exported"})
-    check_empty(output, overwrite=flags.overwrite, is_export=(output / NOTE).exists())
+    check_empty(output, overwrite=flags.overwrite, is_export=(output / CHECKPOINT_NOTE).exists())
     config = config_of_run(checkpoint.store.parent.parent, flags.model)
     began = require_model(config.model, REGISTERED_MODELS)
     check_apart(
@@ -71,7 +72,8 @@ def run(flags: ExportConfig) -> Store:
         folder = Path(temporary) / "model"
         folder.mkdir()
         write_model(config, weights, folder)
-        Store(str(folder / NOTE)).write_json({"rayalign": __version__, "checkpoint": checkpoint.store.name})
+        note = {"rayalign": __version__, "checkpoint": checkpoint.store.name, RUN: _start_of(config)}
+        Store(str(folder / CHECKPOINT_NOTE)).write_json(note)
         odd = sorted({store.name for store in output.list()} - {file.name for file in folder.iterdir()})
         if odd:
             raise ValueError(
@@ -125,6 +127,12 @@ def config_of_run(folder: Store, model: str | None = None) -> Config:
             "none. Give the folder where that adapter is now."
         )
     return config
+
+
+def _start_of(config: Config) -> dict[str, Any]:
+    """The flags of OF_THE_START, with whole paths."""
+    start = {name: value for name, value in config.to_dict().items() if name in OF_THE_START}
+    return start | {name: whole_model(start[name]) for name in ("model", "adapter") if start[name]}
 
 
 def _algorithm(name: str, plugins: Any, folder: Store) -> type[Algorithm]:

@@ -15,7 +15,7 @@ from rayalign.algorithms import ALGORITHMS
 from rayalign.config import command_line
 from rayalign.config.config import Config
 from rayalign.config.plan import PlanConfig
-from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TunerConfig
+from rayalign.config.sections import ClusterConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TunerConfig
 from rayalign.estimate import advice
 from rayalign.estimate.architecture import Blueprint
 from rayalign.estimate.catalogue import shipped_configs
@@ -23,7 +23,7 @@ from rayalign.estimate.lengths import ImageLook, estimated, estimated_tokens, me
 from rayalign.estimate.memory import GB, Memory, MicroBatch
 from rayalign.estimate.plan import estimate_run, plan_run
 from rayalign.estimate.shapes import DataShapes, PairShape
-from rayalign.estimate.vision import VisionCosts
+from rayalign.estimate.vision import ImageLoad, VisionCosts
 from rayalign.models.source import ModelSource
 from tests.tiny_models import noise_image
 
@@ -311,10 +311,55 @@ def test_a_worker_gets_the_fewest_gpus_that_hold_its_model(gpu: float, number: i
 def test_hours_and_cost_follow_from_operations():
     config = dataclasses.replace(Config(DPO), optimizer=OptimizerConfig(num_train_epochs=2, batch_size=2))
     schedule = advice.schedule_of(config, DataShapes((), 1000, 40, 40, ""))
-    assert (schedule.steps, schedule.epochs, schedule.trained, schedule.evaluated) == (60, 2, 1920, 80)
+    assert (schedule.steps, schedule.epochs, schedule.trained, schedule.evaluated) == (60, 2, 1920, 120)
     plan = PlanConfig(gpu_tflops=100, mfu=0.5, gpus=4, price_per_hour=3.0)
     time = advice.time_of(config, plan, flops=3.6e17, per_worker=2)
     assert (time.gpus, time.busy, time.hours, time.cost) == (4, 2, 1.0, 12.0)
+
+
+WITH_PICTURE = PairShape(10, 5, 5, 4, (ImageLoad(4, 1, 1, 1.0, 1.0),))
+
+
+@pytest.mark.parametrize(
+    ("held_out", "pairs", "flags", "evaluated"),
+    [
+        (40, (), {}, 3 * 40),  # before the first step, at step 50 and at the end, step 60
+        (40, (), {"eval_on_start": False}, 2 * 40),
+        (20_000, (), {}, 3 * 1000),  # what --max_eval_records draws, each time
+        (20_000, (), {"max_eval_records": 500, "eval_steps": 10}, 7 * 500),
+        (20_000, (WITH_PICTURE,), {}, 4 * 1000),  # at the end on the pictures of others, too
+        (40, (WITH_PICTURE, PairShape(10, 5, 5)), {}, 3 * 40 + 20),  # those that have some
+    ],
+)
+def test_a_plan_counts_the_pairs_that_the_run_evaluates(
+    held_out: int, pairs: tuple[PairShape, ...], flags: dict[str, Any], evaluated: int
+):
+    config = Config(DPO, optimizer=OptimizerConfig(num_train_epochs=2, batch_size=2), run=RunConfig(**flags))
+    assert advice.schedule_of(config, DataShapes(pairs, 960, 0, held_out, "")).evaluated == evaluated
+
+
+@pytest.mark.parametrize(
+    ("flags", "per_worker", "message"),
+    [
+        ({}, 2, "--gpus 1: a worker needs 2 of 24 GB for its model. Pass --gpus 2 or more, or leave it out."),
+        (
+            {"strategy": "fsdp", "num_workers": 8},
+            1,
+            "--gpus 1: the model is sharded over 8 workers of a GPU each. Pass --gpus 8 or more, or leave it out.",
+        ),
+        (
+            {"strategy": "fsdp", "num_workers": 8, "shard_group_size": 4},
+            1,
+            "--gpus 1: the model is sharded over 4 workers of a GPU each. Pass --gpus 4 or more, or leave it out.",
+        ),
+    ],
+)
+def test_fewer_gpus_than_a_model_needs_have_no_hours(flags: dict[str, Any], per_worker: int, message: str):
+    config = Config(DPO, cluster=ClusterConfig(**flags))
+    with pytest.raises(ValueError) as error:
+        advice.time_of(config, PlanConfig(gpus=1, gpu_memory_gb=24), flops=1e15, per_worker=per_worker)
+    assert str(error.value) == message
+    assert advice.time_of(Config(DPO), PlanConfig(gpus=1), flops=1e15, per_worker=1).gpus == 1
 
 
 def test_flags_of_the_plan_belong_to_its_pipeline(capsys: pytest.CaptureFixture[str]):

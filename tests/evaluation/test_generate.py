@@ -1,5 +1,6 @@
 """Prompts of any record format are responded to; what can't be used is named; what comes out is a data set again."""
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from rayalign.algorithms import SFT, Needs
 from rayalign.config.config import Config
@@ -17,15 +19,18 @@ from rayalign.config.plugins import find_plugin
 from rayalign.config.sections import DataConfig, ModelConfig, OptimizerConfig
 from rayalign.data.attempts import Attempt
 from rayalign.data.rows import Sources
-from rayalign.evaluation.generate import RESPONSE_SCHEMA, make_generator, run
+from rayalign.evaluation.generate import RESPONSE_SCHEMA, make_generator, respond, run
 from rayalign.evaluation.groups import groups_of_datasets
+from rayalign.evaluation.loaded_model import load_model
 from rayalign.evaluation.pool import do_group
 from rayalign.evaluation.pool_folder import read_results
 from rayalign.evaluation.prompts import PLACEHOLDER, prompt_columns, prompt_of
 from rayalign.evaluation.start import config_of, files_of_data, sources_of
+from rayalign.evaluation.work import results_of
 from rayalign.formats.parse import parse_row
 from rayalign.formats.records import RecordError
 from rayalign.policy.generation import Sampling
+from rayalign.policy.policy import Policy
 from rayalign.policy.saving import save_policy
 from rayalign.sources.files import resolve_dataset
 from rayalign.storage import Store
@@ -157,6 +162,37 @@ def test_responses_do_not_depend_on_groups_and_batches(generated: Callable[..., 
     assert [(line["id"], line["sample"]) for line in lines] == [(f"prompts.jsonl:{i}", k) for i in (0, 1, 2, 4) for k in (0, 1)]
     assert len({line["response"] for line in lines}) > 4
     assert generated(2, 1) == lines
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_prompt_whose_response_becomes_no_numbers_is_dropped_alone(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    model = load_model(
+        Config(SFT(), model=ModelConfig(model=str(model_folder("llava")), gradient_checkpointing=False)),
+        NOWHERE,
+        responses="chosen",
+    )
+    work = functools.partial(respond, model, Sampling(temperature=1.0, max_new_tokens=6), 4)
+    rows = [row_of({"query": query}) for query in ("Which digit is it?", "describe the cat.", "Is it the same?")]
+    before = results_of(work, rows)
+    first, *others = (set(model.encoder.tokenizer.encode(line["response"])) for (line,) in before)
+    odd = first.difference(*others).pop()  # behind this token there are no numbers
+    behind = Policy.logits_behind_tokens
+
+    def broken(policy: Policy, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        logits = behind(policy, tokens, *rest)
+        logits[tokens[:, 0] == odd, 3] = value
+        return logits
+
+    monkeypatch.setattr(Policy, "logits_behind_tokens", broken)
+    dropped, *after = results_of(work, rows)
+    assert after == before[1:]
+    assert isinstance(dropped, RecordError)
+    assert str(dropped) == (
+        "FloatingPointError: what the model makes of a response are no numbers: its weights are damaged, or too large for its "
+        "type (--dtype)"
+    )
 
 
 def test_a_reward_model_is_refused_before_any_worker_loads_it(model_folder: Callable[..., Path], tmp_path: Path) -> None:

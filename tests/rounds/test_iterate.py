@@ -1,9 +1,12 @@
 """What the rounds hand to their stages, and what they refuse before any work."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayalign.algorithms import DPO, RM
@@ -116,6 +119,57 @@ def test_another_scorer_under_the_same_name_is_refused(  # type: ignore[no-untyp
         iterate.run(config, own)
 
 
+@pytest.fixture
+def begun(tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`begun(num_rounds)` is a command of rounds with held-out records, which raises Started where it would start Ray."""
+
+    def start(config: Config) -> None:
+        raise Started
+
+    monkeypatch.setattr(iterate, "start_ray", start)
+    (tmp_path / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    (tmp_path / "held_out.jsonl").write_text('{"query": "Who?", "response": "I.", "rejected_response": "You."}\n')
+    (tmp_path / "mine.py").write_text("def score(rows):\n    return [0 for row in rows]\n")
+    config = Config(
+        DPO(),
+        DataConfig(dataset=(str(tmp_path / "prompts.jsonl"),), val_dataset=(str(tmp_path / "held_out.jsonl"),)),
+        ModelConfig(model=str(model_folder("llava"))),
+        run=RunConfig(output_dir=str(tmp_path / "out")),
+    )
+    scorer = (f"python={tmp_path / 'mine.py'}:score",)
+    return lambda num_rounds=3, **flags: iterate.run(config.replace(flags), IterateConfig(num_rounds=num_rounds, scorer=scorer))
+
+
+def test_other_held_out_records_under_the_same_name_are_refused(tmp_path: Path, begun: Callable[..., None]) -> None:
+    for _ in range(2):
+        with pytest.raises(Started):
+            begun()
+    (tmp_path / "held_out.jsonl").write_text('{"query": "Who?", "response": "You.", "rejected_response": "I, me."}\n')
+    with pytest.raises(ValueError, match="other settings:\n  held-out files"):
+        begun()
+
+
+def test_fewer_rounds_than_are_done_are_refused_and_the_results_stay(tmp_path: Path, begun: Callable[..., None]) -> None:
+    with pytest.raises(Started):
+        begun()
+    for number in (1, 2):
+        (Store(str(tmp_path / "out")) / f"round_{number}" / "train" / "summary.json").write_json({})
+    (tmp_path / "out" / "rounds.json").write_text("[1, 2]")
+    with pytest.raises(ValueError) as caught:
+        begun(num_rounds=1)
+    assert str(caught.value) == (
+        f"--num_rounds 1: 2 rounds are done in --output_dir {tmp_path}/out, and the results would tell of 1. Pass --num_rounds "
+        "2 or more, or another --output_dir."
+    )
+    assert (tmp_path / "out" / "rounds.json").read_text() == "[1, 2]"
+    for num_rounds in (2, 3):
+        with pytest.raises(Started):
+            begun(num_rounds=num_rounds)
+    with pytest.raises(Started):
+        begun(num_rounds=1, overwrite=True)
+    assert not (tmp_path / "out" / "rounds.json").exists()
+
+
 def test_a_round_without_pairs_is_drawn_anew_with_other_flags_and_earlier_rounds_stay(tmp_path: Path) -> None:
     folder = Store(str(tmp_path / "out"))
     before = {"rlhf_type": "dpo", "n": 4, "temperature": 0.8, "top_p": 1.0, "max_new_tokens": 64}
@@ -176,7 +230,7 @@ def test_the_scoring_stage_finds_the_pictures_of_prompts_wherever_these_lie(
 ) -> None:
     """Of one folder, and of two that share none but the root."""
     if len(names) > 1:
-        monkeypatch.setattr(iterate.os.path, "commonpath", lambda folders: "/")
+        monkeypatch.setattr("os.path.commonpath", lambda folders: "/")
     places = [tmp_path / name for name in names]
     for folder in places:
         folder.mkdir()
@@ -190,3 +244,42 @@ def test_the_scoring_stage_finds_the_pictures_of_prompts_wherever_these_lie(
         found = fetch_images([str(folder / "a.png")], folder=responses, image_root=root, allow_urls=flags.allow_image_urls)
         assert found == [(folder / "a.png").read_bytes()]
     assert flags.allow_image_urls == (len(names) > 1)
+
+
+def test_a_prompt_whose_picture_is_gone_is_left_out_of_the_pairs_and_counted(tmp_path: Path) -> None:
+    """Between the responses and the pairs a picture may go, or an address may no longer answer."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(noise_image(8, 8))
+    (tmp_path / "prompts.jsonl").write_text('{"query": "Which?"}\n')
+    config = Config(DPO(), DataConfig(dataset=(str(tmp_path / "prompts.jsonl"),)))
+    place = Store(str(tmp_path / "out" / "round_1"))
+    prompt = {"system": None, "query": "<image>Which?", "history": [], "is_ended": True}
+    lines = [
+        {**prompt, "prompt_id": f"p:{name}", "images": [{"bytes": None, "path": f"{tmp_path}/{name}.png"}], "sample": i}
+        | {"response": "two"[: 3 - i], "score": float(i)}
+        for name in "ab"
+        for i in range(2)
+    ]
+    (place / "scores" / "rows" / "0.parquet").write_bytes(as_parquet(lines))
+
+    def pairs() -> Mapping[str, Any]:
+        return iterate._pairs(config, IterateConfig(scorer=("python=x:y",)), place, 1, policy="base", seed=1)
+
+    (tmp_path / "a.png").rename(tmp_path / "a")
+    (tmp_path / "b.png").rename(tmp_path / "b")
+    with pytest.raises(ValueError) as caught:  # nothing is noted, so that the command goes on
+        pairs()
+    assert str(caught.value).startswith("Round 1: the pictures of all 2 prompts with pairs can't be read any more (first p:a: ")
+    assert str(caught.value).endswith("). Bring them back to where they were; the same command goes on.")
+    (tmp_path / "b").rename(tmp_path / "b.png")
+    found = pairs()
+    assert (found["prompts"], found["responses"], found["pairs"]) == (2, 4, 1)
+    assert found["left_out"] == {"prompts whose pictures can't be read any more": 1}
+    (row,) = pq.read_table(tmp_path / "out" / "round_1" / "pairs" / "rows").to_pylist()
+    assert row["lineage"]["prompt"] == "p:b"
+
+
+def as_parquet(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(lines)), sink)
+    return bytes(sink.getvalue().to_pybytes())

@@ -1,20 +1,35 @@
 """What `serve` decides before Ray is started: the token, what is served, how many replicas."""
 
+import contextlib
+import dataclasses
+import importlib.util
 import re
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from rayalign.algorithms import Needs
 from rayalign.config.serving import ServeConfig
 from rayalign.models.source import ModelSource
 from rayalign.policy.saving import save_policy
+from rayalign.serving import serve
 from rayalign.serving.loading import load_engine
-from rayalign.serving.serve import _token_of, replicas_of, require_free_port, resolve_served, run, why_it_failed
+from rayalign.serving.serve import (
+    _token_of,
+    for_vllm,
+    replicas_of,
+    require_free_port,
+    resolve_served,
+    run,
+    why_it_failed,
+)
 from rayalign.serving.vllm_config import is_loopback
 from tests.tiny_models import make_policy
 
@@ -67,6 +82,97 @@ def test_what_is_not_there_is_told_before_ray_is_started(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^--engine vllm: vLLM is not installed here\."):
         run(ServeConfig(model=str(tmp_path), engine="vllm"))
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM is found, as if it were installed."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else found(name))
+
+
+@pytest.mark.usefixtures("with_vllm")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({}, None),
+        ({"gpus_per_replica": 1}, None),
+        ({"model": "{run}"}, "--engine vllm: {run} is an adapter. Merge it into its model"),
+        ({"model": "{rm}"}, "--engine vllm: {rm} is "),
+        ({"adapter": ("dpo={run}",)}, "--engine vllm with --adapter dpo={run}: Ray Serve takes vLLM's adapters from"),
+        ({"max_new_tokens": 16}, "--engine vllm with --max_new_tokens 16: "),
+        ({"host": "0.0.0.0"}, "--engine vllm with --host 0.0.0.0: "),
+    ],
+)
+def test_auto_takes_vllm_for_what_it_serves_as_asked_and_says_why_not_otherwise(
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    flags: dict[str, Any],
+    words: str | None,
+) -> None:
+    base, places = model_folder("llava"), {"run": f"{tmp_path}/run", "rm": f"{tmp_path}/rm"}
+    save_policy(make_policy(base), Path(places["run"]))
+    save_policy(make_policy(base, needs=Needs(head="value")), Path(places["rm"]))
+    values: dict[str, Any] = {
+        name: tuple(word.format(**places) for word in value) if name == "adapter" else value for name, value in flags.items()
+    }
+    values["model"] = str(flags.get("model", base)).format(**places)
+    config = ServeConfig(**values)
+    caplog.set_level("INFO")
+    found = for_vllm(config, *resolve_served(config))
+    said = [line for line in caplog.messages if line.startswith("--engine auto")]
+    if words is None:
+        assert found is not None
+        assert found["llm_configs"][0]["model_loading_config"]["model_source"] == str(base)
+        assert said == []
+        return
+    assert found is None
+    assert len(said) == 1
+    assert said[0].startswith(f"--engine auto takes transformers, since vLLM would refuse this: {words.format(**places)}")
+    with pytest.raises(ValueError, match=f"^{re.escape(words.format(**places))}"):
+        for_vllm(dataclasses.replace(config, engine="vllm"), *resolve_served(config))
+
+
+@pytest.mark.usefixtures("with_vllm")
+@pytest.mark.parametrize(
+    ("flags", "in_cluster", "engine", "gpus"),
+    [
+        ({}, 0, "transformers", 0),
+        ({}, 8, "vllm", None),
+        ({"engine": "vllm"}, 0, "vllm", None),
+        ({"engine": "transformers"}, 8, "transformers", 1),
+        ({"gpus_per_replica": 0}, 8, "transformers", 0),
+        ({"gpus_per_replica": 0.5}, 8, "transformers", 0.5),
+        ({"gpus_per_replica": 1}, 0, "vllm", None),  # they come with the nodes that are asked for
+    ],
+)
+def test_auto_takes_vllm_where_replicas_have_gpus(
+    model_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: dict[str, Any],
+    in_cluster: int,
+    engine: str,
+    gpus: float | None,
+) -> None:
+    """In a cluster that is not started, with so many GPUs."""
+    served: list[Any] = []
+    monkeypatch.setattr(serve, "ray_as_found", contextlib.nullcontext)
+    monkeypatch.setattr(serve, "start_ray", lambda config: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4, "GPU": in_cluster} if in_cluster else {"CPU": 4})
+    monkeypatch.setattr(serve, "_application", lambda *words: ("transformers", words[-1]))
+    monkeypatch.setitem(sys.modules, "ray.serve.llm", SimpleNamespace(build_openai_app=lambda arguments: ("vllm", None)))
+    monkeypatch.setattr(serve, "_serve", lambda application, config: served.append(application))
+    run(ServeConfig(model=str(model_folder("llava")), **flags))
+    assert served == [(engine, gpus)]
+
+
+def test_a_configuration_is_written_for_vllm_only(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    base = str(model_folder("llava"))
+    with pytest.raises(ValueError, match=r"^--write_config writes vLLM's configuration: pass --engine vllm, too\."):
+        run(ServeConfig(model=base, write_config=str(tmp_path / "serve.yaml")))
+    run(ServeConfig(model=base, engine="vllm", write_config=str(tmp_path / "serve.yaml")))  # vLLM need not be here
+    assert (tmp_path / "serve.yaml").exists()
 
 
 def test_a_reward_model_is_no_adapter_that_responds_and_has_none(model_folder: Callable[..., Path], tmp_path: Path) -> None:

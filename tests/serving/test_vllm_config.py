@@ -95,6 +95,14 @@ def test_an_adapter_that_vllm_would_load_in_part_is_refused(
         ({"token_file": "token"}, "--engine vllm with --token_file: Ray Serve's server for vLLM asks nobody for a token."),
         ({"allow_image_urls": True}, "--engine vllm with --allow_image_urls true: vLLM would fetch"),
         ({"max_pixels": 100}, "--engine vllm with --max_pixels: vLLM scales no images down."),
+        (
+            {"max_new_tokens": 16},
+            "--engine vllm with --max_new_tokens 16: there a response is as long as its request asks for.",
+        ),
+        ({"max_image_mb": 1}, "--engine vllm with --max_image_mb 1: its server takes images of any size."),
+        ({"max_body_mb": 1}, "--engine vllm with --max_body_mb 1: its server takes requests of any size."),
+        ({"cpus_per_replica": 9}, "--engine vllm with --cpus_per_replica 9: Ray Serve chooses the CPUs of its replicas."),
+        ({"gpus_per_replica": 0.5}, "--engine vllm with --gpus_per_replica 0.5: a replica of it has one GPU. Leave it out, or"),
     ],
 )
 def test_a_flag_that_vllm_would_not_follow_is_refused(

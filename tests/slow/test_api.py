@@ -14,8 +14,7 @@ found = rayalign.evaluate(model=model, dataset=records, image_checks="none", out
 responses = rayalign.generate(
     model=model, dataset=[records], n=2, temperature=1.0, max_new_tokens=4, output_dir=f"{out}/responses"
 )
-root = records.rpartition("/")[0]
-scores = rayalign.score(scorer=scorer, dataset=responses.dataset, image_root=root, output_dir=f"{out}/scores")
+scores = rayalign.score(scorer=scorer, dataset=responses.dataset, output_dir=f"{out}/scores")
 print(json.dumps({
     "table": found.table.splitlines()[0].split(),
     "records": found.metrics["model"]["dataset"]["records"],

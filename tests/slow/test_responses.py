@@ -23,7 +23,7 @@ def test_responses_are_generated_by_two_workers_completed_and_scored(
     cluster_of_four_cpus.run(*generate)
     assert pq.read_table(rows).sort_by([("position", "ascending"), ("sample", "ascending")]).equals(whole)
     (tmp_path / "mine.py").write_text("def length(rows):\n    return [len(row['response']) for row in rows]\n")
-    score = ("pipelines/score.py", "--scorer", f"python={tmp_path / 'mine.py'}:length", "--image_root", records.parent)
+    score = ("pipelines/score.py", "--scorer", f"python={tmp_path / 'mine.py'}:length")
     cluster_of_four_cpus.run(*score, "--dataset", rows, "--output_dir", tmp_path / "scores")
     scored = pq.read_table(tmp_path / "scores" / "rows")
     assert scored.num_rows == sum(bool(text) for text in whole["response"].to_pylist())

@@ -15,16 +15,19 @@ import torch
 import rayalign
 from rayalign.algorithms import DPO, RM, SFT, Algorithm
 from rayalign.config.config import Config, config_from_mapping
+from rayalign.config.sections import ModelConfig
 from rayalign.config.serving import ExportConfig
 from rayalign.data.encode import EncoderSpec
+from rayalign.evaluation.scorers.by_model import model_scorer
 from rayalign.models.registry import REGISTERED_MODELS
 from rayalign.models.source import resolve_model
 from rayalign.policy.loading import load_policy
 from rayalign.policy.saving import save_policy
+from rayalign.serving.export_folder import CHECKPOINT_NOTE
 from rayalign.storage import Store
 from rayalign.training.best import Best, write_note
 from rayalign.training.checkpoint import Snapshot, write_checkpoint
-from rayalign.training.checkpoint_export import HOW_TO_NAME, NOTE, run
+from rayalign.training.checkpoint_export import HOW_TO_NAME, run
 from rayalign.training.checkpoint_folder import checkpoint_name
 from rayalign.training.optimizer import make_optimizer
 from rayalign.training.origin import ORIGIN_NOTE
@@ -80,7 +83,7 @@ def contents(folder: Path) -> dict[str, Any]:
             return file.read_bytes()
         return {key: sorted(value) if isinstance(value, list) else value for key, value in json.loads(file.read_text()).items()}
 
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != NOTE]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != CHECKPOINT_NOTE]
     return {str(file.relative_to(folder)): read(file) for file in files}
 
 
@@ -121,6 +124,35 @@ def test_a_checkpoint_of_a_run_that_began_with_an_adapter_is_exported(tmp_path: 
     write_run(tmp_path / "run", folder / "model_20", stack_adapter=stacked)
     export(tmp_path / "run", tmp_path / "out", "best")
     assert contents(tmp_path / "out") == contents(tmp_path / "run" / "model_10")
+
+
+@pytest.mark.parametrize("named", ["adapter", "model and adapter", "plain model"])
+def test_implicit_rewards_of_an_exported_checkpoint_are_those_of_its_run(
+    tmp_path: Path, folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """Of a run that began with an adapter, with a merged SFT model, in a folder of its own and in that of another run."""
+    start: dict[str, Any] = {
+        "adapter": {"model": str(folder / "model_20")},
+        "model and adapter": {"model": str(model), "adapter": str(folder / "model_20")},
+        "plain model": {"model": str(model)},
+    }[named]
+    write_run(tmp_path / "run", beta=0.3, **start)
+    write_run(tmp_path / "other", model)
+    monkeypatch.chdir(tmp_path)
+    for output in ("out", "other/best"):
+        export(Path("run"), Path(output))
+        scorer = model_scorer("implicit_reward", ModelConfig(model=str(tmp_path / output)), beta=None, reference=None)
+        assert scorer.reference is not None
+        assert (scorer.reference.model, scorer.reference.adapter, scorer.beta) == (start["model"], start.get("adapter"), 0.3)
+
+
+def test_an_exported_checkpoint_names_by_its_whole_path_the_start_that_has_moved(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    export(folder, tmp_path / "out", model="../dpo/model_20")
+    note = json.loads((tmp_path / "out" / CHECKPOINT_NOTE).read_text())
+    assert note["run"] == {"model": str(folder / "model_20"), "model_type": None, "adapter": None, "beta": 0.1}
 
 
 def test_the_base_model_alone_is_refused_where_the_run_began_with_an_adapter(tmp_path: Path, folder: Path, model: Path) -> None:
