@@ -68,10 +68,6 @@ class EvaluateConfig:
             raise ValueError(f"--{unused}: belongs to --scorer, which is not given. Leave it out.")
         if "none" in self.image_checks and len(self.image_checks) > 1:
             raise ValueError(f"--image_checks {' '.join(self.image_checks)}: none stands alone.")
-        if self.beta is not None and self.ref_model == "none":
-            raise ValueError(
-                f"--beta {self.beta:g} with --ref_model none: there are no implicit rewards. Leave one of them out."
-            )
         if bool(self.judge_url) != bool(self.judge_model):
             raise ValueError("--judge_url and --judge_model belong together: give both.")
 

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayalign.config.config import Config
-from rayalign.config.evaluate import ALL_CHECKS, EvaluateConfig
+from rayalign.config.evaluate import EvaluateConfig
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ClusterConfig
 from rayalign.data.rows import Sources
@@ -108,11 +108,6 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
     exams = [_read_exam(name, place, config, evaluation) for name, place in parse_benchmarks(evaluation.benchmarks).items()]
     if not (config.data.dataset or exams):
         raise ValueError("Nothing to evaluate on: pass --dataset with preference data, --benchmarks, or both.")
-    if evaluation.image_checks not in (ALL_CHECKS, ("none",)) and not config.data.dataset:
-        raise ValueError(
-            f"--image_checks {' '.join(evaluation.image_checks)}: pairs of --dataset are scored so, and there are none. "
-            "Leave it out."
-        )
     if evaluation.max_questions is not None and not exams:
         raise ValueError("--max_questions: there are no --benchmarks, whose questions it draws. Leave it out.")
     _require_pairs(evaluation, exams)

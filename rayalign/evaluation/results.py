@@ -74,14 +74,13 @@ class ModelResult:
 
 def write_results(output: Store, results: Sequence[ModelResult], *, flags: Mapping[str, Any], seed: int) -> None:
     """Writes the files of an evaluation of one model, or of two."""
+    (output / METRICS).write_json(as_json(results, flags=flags, seed=seed))
     tables = {RECORDS: records_table(results), QUESTIONS: questions_table(results)}
     for name, table in tables.items():
-        (output / name).delete()  # that of an evaluation before, which asked for more
         if table.num_rows:
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink)
             (output / name).write_bytes(sink.getvalue().to_pybytes())
-    (output / METRICS).write_json(as_json(results, flags=flags, seed=seed))
 
 
 def as_json(results: Sequence[ModelResult], *, flags: Mapping[str, Any], seed: int) -> dict[str, Any]:

@@ -92,8 +92,6 @@ def scorers_of(own: ScoreConfig, model: ModelConfig) -> tuple[Scorer, ...]:
         "reference": own.reference is not None and "implicit_reward" not in kinds,
         "judge_model": own.judge_model is not None and "judge" not in kinds,
         "judge_prompt": own.judge_prompt is not None and "judge" not in kinds,
-        "judge_pattern": own.judge_pattern != ScoreConfig().judge_pattern and "judge" not in kinds,
-        "ensemble": own.ensemble != ScoreConfig().ensemble and len(kinds) == 1,
     }
     for name, is_unused in unused.items():
         if is_unused:

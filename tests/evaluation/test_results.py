@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -114,10 +113,6 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text())["model"]["name"] == "<model>"
     assert pq.read_table(tmp_path / "records.parquet").num_rows == 3
     assert pq.read_table(tmp_path / "questions.parquet").num_rows == 4
-    # An evaluation that asked for less leaves nothing of this one beside its own.
-    less = [replace(result, dataset=None, benchmarks={}) for result in RESULTS]
-    write_results(Store(str(tmp_path)), less, flags=FLAGS, seed=0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json"]
 
 
 def test_a_model_without_one_usable_score_is_refused() -> None:

@@ -355,8 +355,6 @@ def test_a_question_that_shows_the_instructions_marks_is_judged_as_it_stands(
         (ScoreConfig(scorer=("judge=http://host/v1",), judge_model="x", judge_pattern="Score"), "has no group"),
         (ScoreConfig(scorer=("python=math",)), "expected MODULE:FUNCTION"),
         (ScoreConfig(scorer=("python=math:sqrt",), beta=1.0), "--beta: no scorer of --scorer python=math:sqrt uses it"),
-        (ScoreConfig(scorer=("python=math:sqrt",), judge_pattern="(x)"), "--judge_pattern: no scorer of --scorer"),
-        (ScoreConfig(scorer=("python=math:sqrt",), ensemble="min"), "--ensemble: no scorer of --scorer"),
     ],
 )
 def test_what_is_no_scorer_and_flags_without_one_are_refused(own: ScoreConfig, words: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rayalign.evaluation.statistics import Estimate, estimate, wins
 from rayalign.formats.cells import plain
-from rayalign.formats.records import RecordError, record_errors
+from rayalign.formats.records import RecordError
 from rayalign.sources.rows import read_rows
 from rayalign.storage import Store
 
@@ -25,9 +25,6 @@ YES_NO = ("Yes", "No")
 
 SEED = 42
 """Of the bootstrap's draws."""
-
-LOOKED_FOR = 20
-"""Images by which the folder of all is found: some may be missing."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +133,18 @@ def find_files(place: Store, suffixes: Sequence[str], *, word: str, needs: str) 
 
 
 def image_folder(contents: Contents, image_root: Store | None = None) -> Store:
-    """The folder that a benchmark's image paths start from: the first of its `image_places`, then `image_root`, in which one of
-    the first LOOKED_FOR images is. Raises ValueError where there is none of them in any."""
+    """The folder that a benchmark's image paths start from: the first of its `image_places`, then `image_root`, in which the
+    first image is. Raises ValueError where it is in none."""
     folder = contents.place if contents.place.is_dir() else contents.place.parent
-    named = dict.fromkeys(image for item in contents.items for image in item.images if isinstance(image, str))
-    some = list(itertools.islice(named, LOOKED_FOR))
-    if not some:
+    first = next((image for item in contents.items for image in item.images if isinstance(image, str)), None)
+    if first is None:
         return folder
     tried = [folder / name if name else folder for name in contents.image_places]
     tried += [image_root] if image_root is not None else []
-    found = next((place for image in some for place in tried if (place / image).exists()), None)
+    found = next((place for place in tried if (place / first).exists()), None)
     if found is None:
         places = ", ".join(place.location for place in tried)
-        raise ValueError(f"The image {some[0]} is in none of {places}. Put the benchmark's images there, or pass --image_root.")
+        raise ValueError(f"The image {first} is in none of {places}. Put the benchmark's images there, or pass --image_root.")
     return found
 
 
@@ -169,9 +165,7 @@ def read_items(
                 if isinstance(row, RecordError):
                     raise row
                 filled = {name: plain(value, column=name) for name, value in row.items() if value is not None}
-                with record_errors(passing=(OSError,)):
-                    parsed = list(parse(filled, file))
-                for item in parsed:
+                for item in parse(filled, file):
                     own = _new_id(item.id, items)
                     items[own] = dataclasses.replace(item, id=own)
             except RecordError as error:

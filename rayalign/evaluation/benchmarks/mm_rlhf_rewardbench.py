@@ -1,8 +1,7 @@
 """MM-RLHF-RewardBench: the best response against each of the others, ranked by people (Zhang et al. 2025,
 https://arxiv.org/abs/2502.10391)."""
 
-import dataclasses
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,9 +33,7 @@ def read(place: Store) -> Contents:
     """The pairs; those about a video are left out. Raises ValueError."""
     file = find_file(place, ("mm_reward_bench.jsonl",), needs=FILES)
     items, left_out = read_items([file], _parse)
-    sizes = Counter(item.facts["question"] for item in items)
-    counted = tuple(dataclasses.replace(item, facts={**item.facts, "size": sizes[item.facts["question"]]}) for item in items)
-    return Contents(counted, left_out, file, ("", "images"))
+    return Contents(items, left_out, file, ("", "images"))
 
 
 def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
@@ -58,8 +55,7 @@ def _category(image: str) -> str:
 
 
 def metrics(scored: Sequence[Preferred]) -> Metrics:
-    """ACC: of single pairs, also by category; ACC+: of questions whose best response is preferred to each of the others. Those
-    of which a pair has no scores are left out of it."""
+    """ACC: of single pairs, also by category; ACC+: of questions whose best response is preferred to each of the others."""
     found: Metrics = {}
     categories = [one.item.facts["category"] for one in scored]
     found |= accuracy_by([win_of(one) for one in scored], categories, name="ACC")
@@ -68,12 +64,9 @@ def metrics(scored: Sequence[Preferred]) -> Metrics:
         **{f"/{c}": [o for o in scored if o.item.facts["category"] == c] for c in categories},
     }.items():
         rights: dict[str, list[bool]] = defaultdict(list)
-        sizes: dict[str, int] = {}
         for one in inside:
             rights[one.item.facts["question"]].append(one.margin > 0)
-            sizes[one.item.facts["question"]] = one.item.facts["size"]
-        if whole := [all(own) for question, own in rights.items() if len(own) == sizes[question]]:
-            found[f"ACC+{name}"] = estimate(whole, seed=SEED)
+        found[f"ACC+{name}"] = estimate([all(own) for own in rights.values()], seed=SEED)
     return found
 
 

@@ -15,7 +15,6 @@ from rayalign.evaluation.benchmarks.benchmark import (
     accuracy_by,
     find_file,
     image_of,
-    is_right,
     one_of,
     read_items,
     word_of,
@@ -57,8 +56,7 @@ def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
 
 
 def metrics(answers: Sequence[Said]) -> Metrics:
-    """Accuracy, by category and without the picture, and how much the picture adds to the questions that were answered both
-    ways."""
+    """Accuracy, by category and without the picture, and how much the picture adds."""
     seeing = [answer for answer in answers if not answer.item.facts["blind"]]
     blind = [answer for answer in answers if answer.item.facts["blind"]]
     found: Metrics = {}
@@ -67,11 +65,13 @@ def metrics(answers: Sequence[Said]) -> Metrics:
         found |= accuracy_by(rights, [answer.item.facts["category"] for answer in seeing])
     if blind:
         found["accuracy/blind"] = estimate([answer.text == answer.item.answer for answer in blind], seed=SEED)
-    without = {answer.item.unit: answer for answer in blind}
-    gains = [float(is_right(one)) - float(is_right(without[one.item.unit])) for one in seeing if one.item.unit in without]
-    if gains:
-        found["multimodal_gain"] = sum(gains) / len(gains)
+    if seeing and blind:
+        found["multimodal_gain"] = _mean(seeing) - _mean(blind)
     return found
+
+
+def _mean(answers: Sequence[Said]) -> float:
+    return sum(answer.text == answer.item.answer for answer in answers) / len(answers)
 
 
 MMSTAR = Benchmark("MMStar", "https://arxiv.org/abs/2403.20330", FILES, read, of_choices=metrics)

@@ -10,7 +10,6 @@ from rayalign.evaluation.benchmarks.benchmark import Said, image_folder
 from rayalign.evaluation.benchmarks.chair import CHAIR, named_in, read_synonyms
 from rayalign.evaluation.benchmarks.mmhal_bench import MMHAL_BENCH, rating_in
 from rayalign.evaluation.benchmarks.vocabulary import Vocabulary
-from rayalign.evaluation.exams import read_exam
 from rayalign.storage import Store
 from tests.evaluation.benchmarks.twins import items_of, put_pictures, said, values
 
@@ -139,25 +138,6 @@ def amber(tmp_path: Path) -> Path:
     (tmp_path / "data" / "safe_words.txt").write_text("water\nscene\n")
     put_pictures(tmp_path / "image", *(f"AMBER_{n}.jpg" for n in range(1, 6)))
     return tmp_path
-
-
-def test_an_odd_truth_of_amber_is_left_out_and_counted(amber: Path) -> None:
-    file = amber / "data" / "annotations.json"
-    annotations = json.loads(file.read_text())
-    del annotations[0]["hallu"]
-    annotations[2]["type"] = 7
-    file.write_text(json.dumps(annotations))
-    contents = AMBER.read(Store(str(amber)))
-    assert [item.id for item in contents.items] == ["2", "4", "5"]
-    assert [row.place for row in contents.left_out] == ["query_all.json, row 0", "query_all.json, row 2"]
-    assert contents.left_out[0].reason == "KeyError: 'hallu'"
-
-
-@pytest.mark.parametrize("content", [{}, {"images": 7}, {"images": [], "categories": [{}], "annotations": []}], ids=str)
-def test_files_of_another_shape_are_refused_in_words(chair: Path, content: dict[str, object]) -> None:
-    (chair / "annotations" / "instances_val2014.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"^--benchmarks chair:{chair}: its files are not what the benchmark's own hold \("):
-        read_exam("chair", str(chair), image_root=None, max_questions=None, seed=0)
 
 
 def test_ambers_descriptions_are_compared_with_what_is_there(amber: Path) -> None:

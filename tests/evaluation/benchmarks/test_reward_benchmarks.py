@@ -96,6 +96,3 @@ def test_mm_rlhf_rewardbenchs_stricter_accuracy_needs_all_pairs_of_a_question(tm
     assert found == pytest.approx(
         {"ACC": 2.5 / 4, "ACC/mcq": 0.5, "ACC/long": 0.75, "ACC+": 1 / 3, "ACC+/mcq": 0.0, "ACC+/long": 0.5}
     )
-    # A question of which a pair has no scores is neither right nor wrong.
-    found = values(MM_RLHF_REWARDBENCH.of_pairs(preferred(contents, {"q1": 1.0, "q2": 2.0, "q3": 0.0})))
-    assert found == pytest.approx({"ACC": 2.5 / 3, "ACC/mcq": 1.0, "ACC/long": 0.75, "ACC+": 0.5, "ACC+/long": 0.5})

@@ -98,15 +98,6 @@ def test_files_that_are_no_benchmark_are_refused_in_words(tmp_path: Path) -> Non
     )
 
 
-def test_one_missing_image_hides_no_folder_wherever_it_stands(tmp_path: Path) -> None:
-    write_lines(
-        tmp_path / "coco_pope_random.json",
-        [{"question_id": n, "image": f"{n}.jpg", "text": "Is it?", "label": "yes"} for n in range(3)],
-    )
-    put_pictures(tmp_path / "val2014", "2.jpg")
-    assert image_folder(POPE.read(Store(str(tmp_path)))).name == "val2014"
-
-
 def test_images_that_are_not_there_are_told_with_where_they_were_looked_for(pope: Path) -> None:
     contents = POPE.read(Store(str(pope)))
     (pope / "val2014" / "COCO_val2014_1.jpg").unlink()
@@ -185,10 +176,6 @@ def test_mmstar_is_asked_with_and_without_its_picture(tmp_path: Path) -> None:
         "accuracy/blind": 0.0,
         "multimodal_gain": 0.5,
     }
-    # What was answered without its picture alone says nothing of the gain.
-    found = values(MMSTAR.of_choices(said(contents, {"0": "B", "0/blind": "B", "1/blind": None})))
-    assert (found["accuracy"], found["accuracy/blind"], found["multimodal_gain"]) == (1.0, 0.5, 0.0)
-    assert "multimodal_gain" not in MMSTAR.of_choices(said(contents, {"0": "B", "1/blind": None}))
 
 
 def test_mmstars_image_column_may_be_plain_bytes_and_a_foreign_answer_is_left_out(tmp_path: Path) -> None:
