@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from urllib3.util import Retry
 
+from rayalign.evaluation import judge as judge_module
 from rayalign.evaluation.judge import Judge, judge_all, read_judgements
 from rayalign.evaluation.scorers.by_judge import KEY_VARIABLE, judge_key
 from rayalign.storage import Store
@@ -34,7 +36,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
         said = body["messages"][0]["content"].split()[-1].upper()
         answer = self.server.body or json.dumps({"id": "x", "choices": [{"message": {"content": said}}]}).encode()
-        self.send_response(501 if said == "REFUSED" else self.server.status)
+        answer = b'{"choices": []}' if said == "EMPTY" else answer
+        statuses = {"REFUSED": 501, "LONG": 400, "FILTERED": 403, "CRASH": 500}
+        self.send_response(statuses.get(said, self.server.status))
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
@@ -91,6 +95,31 @@ def test_what_was_paid_for_is_kept_whatever_else_fails_or_is_asked(server: Serve
     assert [(line["judge"], line["id"]) for line in read_judgements(kept)] == [("other", "a"), ("gpt", "b"), ("gpt", "c")]
     assert judge_all(Judge(server.url, "other"), {"a": "rate x"}, kept) == {"a": "X"}
     assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize("word", ["long", "filtered", "crash", "empty"])
+def test_a_prompt_that_the_judge_refuses_costs_itself(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.setattr(judge_module, "RETRIES", Retry(total=0))
+    judge, kept = Judge(server.url, "gpt"), Store(str(tmp_path / "kept.jsonl"))
+    prompts = {"a": "rate a", "b": f"rate {word}", "c": "rate c"}
+    assert judge_all(judge, prompts, kept) == {"a": "A", "b": None, "c": "C"}
+    assert [line["id"] for line in read_judgements(kept)] == ["a", "c"]
+    assert judge_all(judge, prompts, kept) == {"a": "A", "b": None, "c": "C"}  # it is asked once more, alone
+    assert len(server.asked) == 5  # and with it a plain question
+
+
+def test_a_judge_that_refuses_whatever_it_is_asked_is_told(server: Server, tmp_path: Path) -> None:
+    judge, kept = Judge(server.url, "gpt"), Store(str(tmp_path / "kept.jsonl"))
+    judge_all(judge, {"a": "rate a"}, kept)
+    server.status, server.body = 400, b"temperature is not supported"
+    with pytest.raises(ValueError) as caught:
+        judge_all(judge, {"a": "rate a", "b": "rate b"}, kept)
+    assert str(caught.value) == f"--judge_url {server.url}: the judge answers 400: temperature is not supported"
+    server.status, server.body = 200, b"<html>"
+    with pytest.raises(ValueError, match="the answer is no chat completion"):
+        judge_all(judge, {"a": "rate a", "b": "rate b"}, kept)
 
 
 def test_a_server_that_is_no_judge_is_told(server: Server, tmp_path: Path) -> None:
