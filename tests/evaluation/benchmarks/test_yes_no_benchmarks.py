@@ -176,6 +176,10 @@ def test_mmstar_is_asked_with_and_without_its_picture(tmp_path: Path) -> None:
         "accuracy/blind": 0.0,
         "multimodal_gain": 0.5,
     }
+    # What the picture adds is told of the question that was answered both ways, 1: wrong with it, right without.
+    found = values(MMSTAR.of_choices(said(contents, {"0": "B", "1": "C", "1/blind": "A"})))
+    assert (found["accuracy"], found["accuracy/blind"], found["multimodal_gain"]) == (0.5, 1.0, -1.0)
+    assert "multimodal_gain" not in MMSTAR.of_choices(said(contents, {"0": "B", "1/blind": "A"}))
 
 
 def test_mmstars_image_column_may_be_plain_bytes_and_a_foreign_answer_is_left_out(tmp_path: Path) -> None:
