@@ -109,6 +109,17 @@ def test_images_that_are_not_there_are_told_with_where_they_were_looked_for(pope
     )
 
 
+def test_the_image_folder_is_found_by_any_image_that_is_there(pope: Path) -> None:
+    rows = [row | {"image": image} for row, image in zip(pope_rows(*["yes"] * 3), ("a.jpg", "b.jpg", "c.jpg"), strict=True)]
+    for file in pope.glob("coco_pope_*.json"):
+        write_lines(file, rows)
+    put_pictures(pope / "images", "c.jpg")
+    assert image_folder(POPE.read(Store(str(pope)))).name == "images"
+    (pope / "images" / "c.jpg").unlink()
+    with pytest.raises(ValueError, match=r"^The 3 images \(a\.jpg, \.\.\.\) are in none of "):
+        image_folder(POPE.read(Store(str(pope))))
+
+
 def hallusion_row(category: str, set_id: int, figure: int, question: int, answer: int) -> dict[str, object]:
     """As HallusionBench.json has them: texts, and a file name that is not read."""
     return {
