@@ -374,6 +374,8 @@ def test_a_question_that_shows_the_instructions_marks_is_judged_as_it_stands(
         (ScoreConfig(scorer=("judge=http://host/v1",)), "pass --judge_model"),
         (ScoreConfig(scorer=("judge=http://host/v1",), judge_model="x", judge_pattern="Score"), "has no group"),
         (ScoreConfig(scorer=("python=math",)), "expected MODULE:FUNCTION"),
+        (ScoreConfig(scorer=("python=math:sqrt",), judge_pattern="N: (.)"), "--judge_pattern: no scorer of --scorer python"),
+        (ScoreConfig(scorer=("python=math:sqrt",), ensemble="min"), "--ensemble min: --scorer python=math:sqrt is the only"),
         (ScoreConfig(scorer=("python=math:sqrt",), beta=1.0), "--beta: no scorer of --scorer python=math:sqrt uses it"),
     ],
 )
