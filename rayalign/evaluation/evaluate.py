@@ -125,6 +125,8 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
             found[contender.role] = {
                 suite.name: _score(suite, contender, placed.cluster, output, overwrite=flags.overwrite) for suite in suites
             }
+    if flags.overwrite:
+        (output / JUDGEMENTS).delete()
     results = [
         _result(contender, found[contender.role], exams, judge, output, evaluation, config.data.data_seed)
         for contender in contenders

@@ -76,12 +76,13 @@ def text_of(answer: Mapping[str, Any]) -> str:
 
 def judge_all(judge: Judge, prompts: Mapping[str, str], kept: Store) -> dict[str, str | None]:
     """What the judge says to each prompt, by its id; None where it refuses to answer that one. Whole answers are kept in a file
-    of JSON lines, {"id", "judge", "prompt", "answer"}; what is in it already is not asked again. Raises ValueError where the
-    judge fails; what it said is kept."""
+    of JSON lines, {"id", "judge", "url", "prompt", "answer"}; what is in it of the same judge is not asked again. Raises
+    ValueError where the judge fails; what it said is kept."""
     lines: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []  # of another judge, or on another answer: they cost as much, and may be asked for again
+    named = {"judge": judge.model, "url": judge.url.rstrip("/")}
     for line in read_judgements(kept):
-        is_asked = line["judge"] == judge.model and prompts.get(line["id"]) == line["prompt"]
+        is_asked = named.items() <= line.items() and prompts.get(line["id"]) == line["prompt"]
         (lines if is_asked else others).append(line)
     left = [name for name in prompts if name not in {line["id"] for line in lines}]
     refused: dict[str, Refused] = {}
@@ -94,7 +95,7 @@ def judge_all(judge: Judge, prompts: Mapping[str, str], kept: Store) -> dict[str
             )
             for name, answer in answers.items():
                 if isinstance(answer, dict):
-                    lines.append({"id": name, "judge": judge.model, "prompt": prompts[name], "answer": answer})
+                    lines.append({"id": name, **named, "prompt": prompts[name], "answer": answer})
             kept.write_bytes("".join(json.dumps(line) + "\n" for line in [*others, *lines]).encode())
             for answer in answers.values():
                 if isinstance(answer, ValueError) and not isinstance(answer, Refused):
