@@ -81,10 +81,15 @@ def _require_reference(contenders: Sequence[Contender], config: Config, evaluati
     """Raises ValueError where flags ask for what only a reference gives, and no model has one that differs from it."""
     sources = [contender.source for contender in contenders if contender.source]
     is_named = evaluation.ref_model not in (START_OF_RUN, NO_REFERENCE)
-    if (is_named or evaluation.sample_kl) and all(map(is_reward_model_here, sources)):
-        asked = f"--ref_model {evaluation.ref_model}" if is_named else "--sample_kl true"
+    asked = {
+        f"--ref_model {evaluation.ref_model}": is_named,
+        "--sample_kl true": evaluation.sample_kl,
+        f"--beta {evaluation.beta}": evaluation.beta is not None,
+    }
+    if any(asked.values()) and all(map(is_reward_model_here, sources)):
         raise ValueError(
-            f"{asked}: {contenders[0].name} is a reward model, whose scores need no reference. Leave the flag out."
+            f"{next(flag for flag, is_given in asked.items() if is_given)}: {contenders[0].name} is a reward model, whose "
+            "scores need no reference. Leave the flag out."
         )
     has_one = any(contender.reference is not None for contender in contenders)
     if is_named and not has_one:
@@ -92,6 +97,10 @@ def _require_reference(contenders: Sequence[Contender], config: Config, evaluati
     if evaluation.sample_kl and not (has_one and config.data.dataset):
         missing = "a reference: pass --ref_model" if config.data.dataset else "prompts: pass --dataset"
         raise ValueError(f"--sample_kl true: there is no divergence without {missing}, or leave the flag out.")
+    if evaluation.beta is not None and not has_one:
+        raise ValueError(
+            f"--beta {evaluation.beta:g}: there is no implicit reward without a reference: pass --ref_model, or leave it out."
+        )
 
 
 def reference_of(source: ModelSource, model: ModelConfig, named: str) -> ModelConfig | None:

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from rayalign.config.config import Config
-from rayalign.config.evaluate import EvaluateConfig
+from rayalign.config.evaluate import ALL_CHECKS, EvaluateConfig
 from rayalign.config.inference import InferenceConfig
 from rayalign.config.sections import ClusterConfig
 from rayalign.data.rows import Sources
@@ -111,6 +111,8 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
     if evaluation.max_questions is not None and not exams:
         raise ValueError("--max_questions: there are no --benchmarks, whose questions it draws. Leave it out.")
     _require_pairs(evaluation, exams)
+    if not config.data.dataset:
+        _require_no_flags_of_data(evaluation, exams)
     judge = _judge_of(evaluation, exams)
     data_sources = sources_of(config) if config.data.dataset else None
     contenders = contenders_of(config, evaluation)
@@ -123,6 +125,8 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
             found[contender.role] = {
                 suite.name: _score(suite, contender, placed.cluster, output, overwrite=flags.overwrite) for suite in suites
             }
+    if flags.overwrite:
+        (output / JUDGEMENTS).delete()
     results = [
         _result(contender, found[contender.role], exams, judge, output, evaluation, config.data.data_seed)
         for contender in contenders
@@ -158,6 +162,20 @@ def _require_pairs(evaluation: EvaluateConfig, exams: Sequence[Exam]) -> None:
         raise ValueError(
             f"--benchmarks {asking}: its questions are answered by a model, and --scorer {' '.join(evaluation.scorer)} scores "
             f"pairs. Those of pairs are {of_pairs}; for the others pass --model without --scorer."
+        )
+
+
+def _require_no_flags_of_data(evaluation: EvaluateConfig, exams: Sequence[Exam]) -> None:
+    """Raises ValueError for flags that change nothing where there is no preference data."""
+    if evaluation.image_checks not in (ALL_CHECKS, ("none",)):
+        raise ValueError(
+            f"--image_checks {' '.join(evaluation.image_checks)}: there is no --dataset, whose pairs are scored with wrong "
+            "pictures. Leave it out."
+        )
+    if evaluation.beta is not None and all(exam.benchmark.of_pairs is None for exam in exams):
+        raise ValueError(
+            f"--beta {evaluation.beta:g}: is the factor of pairs' implicit rewards, and --benchmarks "
+            f"{' '.join(exam.name for exam in exams)} without --dataset has none. Leave it out."
         )
 
 

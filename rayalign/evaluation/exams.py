@@ -40,6 +40,11 @@ def read_exam(
         images = image_folder(contents, Store.at(image_root) if image_root else None)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{flag} {name}:{place}: {error}") from None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{flag} {name}:{place}: its files hold something else than this benchmark's ({type(error).__name__}: {error}). It "
+            f"needs {benchmark.files}."
+        ) from error
     items = draw(contents.items, max_questions, seed=seed)
     return Exam(name, benchmark, contents, items, rows_of(items, benchmark, images))
 

@@ -73,9 +73,11 @@ class ModelResult:
 
 
 def write_results(output: Store, results: Sequence[ModelResult], *, flags: Mapping[str, Any], seed: int) -> None:
-    """Writes the files of an evaluation of one model, or of two."""
-    (output / METRICS).write_json(as_json(results, flags=flags, seed=seed))
+    """Writes the files of an evaluation of one model, or of two, in the place of those of an earlier one."""
     tables = {RECORDS: records_table(results), QUESTIONS: questions_table(results)}
+    for name in tables:
+        (output / name).delete()
+    (output / METRICS).write_json(as_json(results, flags=flags, seed=seed))
     for name, table in tables.items():
         if table.num_rows:
             sink = pa.BufferOutputStream()

@@ -92,10 +92,15 @@ def scorers_of(own: ScoreConfig, model: ModelConfig) -> tuple[Scorer, ...]:
         "reference": own.reference is not None and "implicit_reward" not in kinds,
         "judge_model": own.judge_model is not None and "judge" not in kinds,
         "judge_prompt": own.judge_prompt is not None and "judge" not in kinds,
+        "judge_pattern": own.judge_pattern != ScoreConfig().judge_pattern and "judge" not in kinds,
     }
     for name, is_unused in unused.items():
         if is_unused:
             raise ValueError(f"--{name}: no scorer of --scorer {' '.join(own.scorer)} uses it. Leave it out.")
+    if own.ensemble != ScoreConfig().ensemble and len(scorers) == 1:
+        raise ValueError(
+            f"--ensemble {own.ensemble}: --scorer {own.scorer[0]} is the only scorer. Leave it out, or give another."
+        )
     return tuple(scorers)
 
 

@@ -135,6 +135,19 @@ def test_flags_that_nothing_would_use_are_refused(model_folder: Callable[..., Pa
     assert refusal(flags, EvaluateConfig(sample_kl=True)) == (
         "--sample_kl true: there is no divergence without a reference: pass --ref_model, or leave the flag out."
     )
+    assert refusal(flags, EvaluateConfig(beta=0.2)) == (
+        "--beta 0.2: there is no implicit reward without a reference: pass --ref_model, or leave it out."
+    )
+    write_lines(tmp_path / "coco_pope_random.json", [{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "no"}])
+    put_pictures(tmp_path, "a.jpg")
+    flags = InferenceConfig(model=base, output_dir=str(tmp_path / "out"))
+    pope = (f"pope:{tmp_path / 'coco_pope_random.json'}",)
+    assert refusal(flags, EvaluateConfig(benchmarks=pope, image_checks=("shuffled",))) == (
+        "--image_checks shuffled: there is no --dataset, whose pairs are scored with wrong pictures. Leave it out."
+    )
+    assert refusal(flags, EvaluateConfig(benchmarks=pope, ref_model="m", beta=0.2)) == (
+        "--beta 0.2: is the factor of pairs' implicit rewards, and --benchmarks pope without --dataset has none. Leave it out."
+    )
 
 
 def test_scorers_stand_in_a_models_place(tmp_path: Path) -> None:
@@ -157,6 +170,8 @@ def test_scorers_stand_in_a_models_place(tmp_path: Path) -> None:
     for own, said in (
         (EvaluateConfig(scorer=(word,), ref_model="m"), f"--ref_model: no scorer of --scorer {word} uses it. Leave it out."),
         (EvaluateConfig(scorer=(word,), beta=0.2), f"--beta: no scorer of --scorer {word} uses it. Leave it out."),
+        (EvaluateConfig(scorer=(word,), ensemble="min"), f"--ensemble min: --scorer {word} is the only scorer. Leave it out,"),
+        (EvaluateConfig(scorer=(word,), judge_pattern="(1)"), f"--judge_pattern: no scorer of --scorer {word} uses it. Leave"),
         (EvaluateConfig(scorer=("judge=http://localhost/v1",)), "--scorer judge: pass --judge_model with the name by"),
         (EvaluateConfig(scorer=("rules",)), "--scorer rules: must be one of reward_model, implicit_reward,"),
     ):
@@ -179,6 +194,7 @@ def test_a_reward_model_takes_no_reference(model_folder: Callable[..., Path], tm
     for own, asked in (
         (EvaluateConfig(ref_model="sft"), "--ref_model sft"),
         (EvaluateConfig(sample_kl=True), "--sample_kl true"),
+        (EvaluateConfig(beta=0.2), "--beta 0.2"),
     ):
         said = f"{asked}: {folder} is a reward model, whose scores need no reference. Leave the flag out."
         assert refusal(flags, own) == said

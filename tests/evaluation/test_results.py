@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: metrics as JSON, every record's own values, a table, and a page."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -113,6 +114,13 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text())["model"]["name"] == "<model>"
     assert pq.read_table(tmp_path / "records.parquet").num_rows == 3
     assert pq.read_table(tmp_path / "questions.parquet").num_rows == 4
+
+
+def test_no_table_of_an_earlier_evaluation_stays_beside_the_metrics(tmp_path: Path) -> None:
+    write_results(Store(str(tmp_path)), RESULTS, flags=FLAGS, seed=0)
+    of_benchmarks = [dataclasses.replace(one, dataset=None) for one in RESULTS[:1]]
+    write_results(Store(str(tmp_path)), of_benchmarks, flags=FLAGS, seed=0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "questions.parquet"]
 
 
 def test_a_model_without_one_usable_score_is_refused() -> None:

@@ -243,6 +243,10 @@ def test_columns_of_the_users_own_with_our_names_cost_nothing(tmp_path: Path, co
     )
 
 
+STATUSES = {"too long": 400, "filtered": 403, "crash": 500, "busy": 503}
+"""What the judge's server answers to texts that hold these words."""
+
+
 @pytest.fixture
 def judge() -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
     """The URL of a server that judges by the response's length, and the requests that it gets."""
@@ -255,7 +259,7 @@ def judge() -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
             text = body["messages"][0]["content"][-1]["text"]
             said = "I can't say." if "a cat" in text else "Score: 9 would be for more. \ud800\nScore: 7.5"
             answer = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-            self.send_response(400 if "too long" in text else 503 if "busy" in text else 200)
+            self.send_response(next((status for mark, status in STATUSES.items() if mark in text), 200))
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
@@ -289,23 +293,39 @@ def test_a_judge_is_shown_pictures_question_and_response_and_its_words_are_kept(
     assert "Question: Which digit?\n\nResponse: It is two." in shown["messages"][0]["content"][1]["text"]
 
 
-def test_a_judge_that_answers_nothing_ends_the_run_and_one_that_fails_a_row_costs_that_row(
+def test_a_judge_that_answers_nothing_ends_the_run(
     judge: tuple[str, list[Mapping[str, Any]]], pictures: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(by_judge, "RETRIES", Retry(total=0))
-    busy, long, good = ({**ROWS[2], "response": text} for text in ("busy", "too long", "It is two."))
-    own = ScoreConfig(scorer=(f"judge={judge[0]}",), judge_model="big")
-    first, second, third = lines_of(own, pictures, [busy, long, good])
-    assert [result.reason for result in (first, second)] == ["judge unreachable", "judge failed"]
-    assert third[0]["score"] == 7.5
-    assert lines_of(own, pictures, [long])[0].reason == "judge failed"
-    scorers = scorers_of(own, ModelConfig())
-    rows = [{"id": f"r{i}", "folder": pictures, "row": busy} for i in range(3)]
+    monkeypatch.setattr(by_judge, "PLAIN_QUESTION", "busy")  # of a server that is busy whatever it is asked
+    scorers = scorers_of(ScoreConfig(scorer=(f"judge={judge[0]}",), judge_model="big"), ModelConfig())
+    rows = [{"id": f"r{i}", "folder": pictures, "row": {**ROWS[2], "response": "busy"}} for i in range(3)]
     with pytest.raises(by_judge.JudgeUnreachable, match=r"^the judge http://127.0.0.1:\d+/v1 answered 503"):
         results_of(make_scoring(HERE, NOWHERE, scorers, "mean"), rows)
     nowhere = ScoreConfig(scorer=("judge=http://127.0.0.1:9/v1",), judge_model="big")
     with pytest.raises(by_judge.JudgeUnreachable, match="can't be reached"):
         lines_of(nowhere, pictures, ROWS[2:])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("too long", "judge failed"),
+        ("filtered", "judge unreachable"),
+        ("crash", "judge unreachable"),
+        ("busy", "judge unreachable"),
+    ],
+)
+def test_a_row_that_a_judge_fails_at_costs_itself_also_where_no_other_is_left(
+    judge: tuple[str, list[Mapping[str, Any]]], pictures: str, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
+) -> None:
+    monkeypatch.setattr(by_judge, "RETRIES", Retry(total=0))
+    own = ScoreConfig(scorer=(f"judge={judge[0]}",), judge_model="big")
+    bad = {**ROWS[2], "response": text}
+    first, good = lines_of(own, pictures, [bad, ROWS[2]])
+    assert (first.reason, good[0]["score"]) == (reason, 7.5)
+    (alone,) = lines_of(own, pictures, [bad])
+    assert (alone.reason, str(alone)) == (reason, str(first))
 
 
 def test_a_key_is_checked_on_the_driver_and_is_in_no_rows_reason(
@@ -354,6 +374,8 @@ def test_a_question_that_shows_the_instructions_marks_is_judged_as_it_stands(
         (ScoreConfig(scorer=("judge=http://host/v1",)), "pass --judge_model"),
         (ScoreConfig(scorer=("judge=http://host/v1",), judge_model="x", judge_pattern="Score"), "has no group"),
         (ScoreConfig(scorer=("python=math",)), "expected MODULE:FUNCTION"),
+        (ScoreConfig(scorer=("python=math:sqrt",), judge_pattern="N: (.)"), "--judge_pattern: no scorer of --scorer python"),
+        (ScoreConfig(scorer=("python=math:sqrt",), ensemble="min"), "--ensemble min: --scorer python=math:sqrt is the only"),
         (ScoreConfig(scorer=("python=math:sqrt",), beta=1.0), "--beta: no scorer of --scorer python=math:sqrt uses it"),
     ],
 )

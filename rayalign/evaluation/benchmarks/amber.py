@@ -52,7 +52,7 @@ def read(place: Store) -> Contents:
     related = read_json(find_file(place, ("relation.json",), needs=FILES), dict)
     safe = find_file(place, ("safe_words.txt",), needs=FILES).read_bytes().decode().split("\n")
     names = ("query/query_all.json", "query_all.json", "query/query_generative.json", "query/query_discriminative.json")
-    truths = {str(annotation["id"]): annotation for annotation in annotations}
+    truths = {str(annotation["id"]): annotation for annotation in annotations if "id" in annotation}
     items, left_out = read_items([find_file(place, names, needs=FILES)], lambda row, file: _parse(row, truths, related))
     every = {name for own, others in related.items() for name in (own, *others)}
     words = Words(Vocabulary({name: name for name in every}), related, frozenset(filter(None, map(str.strip, safe))))
@@ -65,15 +65,17 @@ def _parse(row: Mapping[str, Any], truths: Mapping[str, Any], related: Mapping[s
         raise RecordError("missing field", f"annotations.json has no truth of the question {own}", field="id")
     truth, query = truths[own], word_of(row, "query")
     images = (image_of(one_of(row, "image"), column="image"),)
-    if truth["type"] == "generative":
-        unknown = [name for name in (*truth["truth"], *truth["hallu"]) if name not in related]
+    kind = word_of(truth, "type")
+    if kind == "generative":
+        there, imagined = one_of(truth, "truth"), one_of(truth, "hallu")
+        unknown = [name for name in (*there, *imagined) if name not in related]
         if unknown:
             raise RecordError("missing field", f"relation.json has no {unknown[0]}", field="truth")
-        yield Item(own, query, images, facts={"truth": truth["truth"], "hallu": truth["hallu"]})
+        yield Item(own, query, images, facts={"truth": there, "hallu": imagined})
     else:
-        answer = "Yes" if is_yes(truth["truth"], column="truth") else "No"
-        kind = next((name for start, name in DIMENSIONS.items() if truth["type"].startswith(start)), "relation")
-        yield Item(own, f"{query} {INSTRUCTION}", images, YES_NO, answer, {"dimension": kind})
+        answer = "Yes" if is_yes(one_of(truth, "truth"), column="truth") else "No"
+        dimension = next((name for start, name in DIMENSIONS.items() if kind.startswith(start)), "relation")
+        yield Item(own, f"{query} {INSTRUCTION}", images, YES_NO, answer, {"dimension": dimension})
 
 
 def metrics_of_choices(answers: Sequence[Said]) -> Metrics:

@@ -7,7 +7,8 @@ from rayalign.evaluation.benchmarks.benchmark import SEED, YES_NO, Item, Metrics
 from rayalign.evaluation.statistics import estimate
 
 WORD = re.compile(r"[A-Za-z']+")
-ALONE = r"(?![A-Za-z'])"
+ARTICLE = r"A[ \t]+(?!(?:is|was|has|and|or|but|as|for|because|since|would|seems|appears|matches|shows|fits|describes)\b)[a-z]"
+"""An A that may be no option's letter: a word in small letters follows on its line that can stand behind an article."""
 
 
 def option_in(text: str, item: Item) -> str | None:
@@ -28,18 +29,16 @@ def yes_or_no(text: str) -> str | None:
 
 
 def letter_in(text: str, letters: Sequence[str]) -> str | None:
-    """By the text's beginning (`B`, `B.`, `(B)`), else by `answer is B`, else by the only option's letter that stands alone in
-    it."""
+    """By the text's beginning (`B`, `B.`, `(B)`, `**B**`, `B - a dog`), else by `answer is B`, else by the only option's letter
+    that stands alone in it."""
     kinds = "".join(letters)
-    begins = re.match(rf"\s*\(?([{kinds}])(?:[).:,]|\s*$)", text)
+    begins = re.match(rf"""[\s*`_"(\[]*([{kinds}])(?:[).:,;*`_"\]]|[ \t]+[(\-\u2013\u2014]|[ \t]*$)""", text, re.MULTILINE)
     if begins:
         return begins[1]
-    told = re.search(rf"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?([{kinds}])(?:[^A-Za-z']|$)", text)
+    told = re.search(rf"""(?i:answer|option|choice)(?i:\s+is)?[\s:*`_"(\[]*([{kinds}])(?:[^A-Za-z']|$)""", text)
     if told:
         return told[1]
-    # "A" may be an article, so it counts only where no word follows.
-    alone = set(re.findall(rf"(?<![A-Za-z'])([{kinds}])(?:[).:,]|\s*$)|(?<![A-Za-z'])(?!A)([{kinds}]){ALONE}", text))
-    found = {first or second for first, second in alone}
+    found = set(re.findall(rf"(?<![A-Za-z'])(?!{ARTICLE})([{kinds}])(?![A-Za-z'])", text))
     return found.pop() if len(found) == 1 else None
 
 

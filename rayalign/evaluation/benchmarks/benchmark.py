@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rayalign.evaluation.statistics import Estimate, estimate, wins
 from rayalign.formats.cells import plain
-from rayalign.formats.records import RecordError
+from rayalign.formats.records import RecordError, record_errors
 from rayalign.sources.rows import read_rows
 from rayalign.storage import Store
 
@@ -133,26 +133,27 @@ def find_files(place: Store, suffixes: Sequence[str], *, word: str, needs: str) 
 
 
 def image_folder(contents: Contents, image_root: Store | None = None) -> Store:
-    """The folder that a benchmark's image paths start from: the first of its `image_places`, then `image_root`, in which the
-    first image is. Raises ValueError where it is in none."""
+    """The folder that a benchmark's image paths start from: of its `image_places`, then `image_root`, the first in which the
+    first image is that is in any of them. Raises ValueError where all are empty of its images."""
     folder = contents.place if contents.place.is_dir() else contents.place.parent
-    first = next((image for item in contents.items for image in item.images if isinstance(image, str)), None)
-    if first is None:
+    images = list(dict.fromkeys(image for item in contents.items for image in item.images if isinstance(image, str)))
+    if not images:
         return folder
     tried = [folder / name if name else folder for name in contents.image_places]
     tried += [image_root] if image_root is not None else []
-    found = next((place for place in tried if (place / first).exists()), None)
+    found = next((place for image in images for place in tried if (place / image).exists()), None)
     if found is None:
+        which = f"The image {images[0]} is" if len(images) == 1 else f"The {len(images)} images ({images[0]}, ...) are"
         places = ", ".join(place.location for place in tried)
-        raise ValueError(f"The image {first} is in none of {places}. Put the benchmark's images there, or pass --image_root.")
+        raise ValueError(f"{which} in none of {places}. Put the benchmark's images there, or pass --image_root.")
     return found
 
 
 def read_items(
     files: Sequence[Store], parse: Callable[[Mapping[str, Any], Store], Iterable[Item]]
 ) -> tuple[tuple[Item, ...], tuple[LeftOut, ...]]:
-    """The items that `parse` makes of each row of some files, and the rows that it raises RecordError for. An id that is there
-    more often than once gets a number behind it.
+    """The items that `parse` makes of each row of some files, and the rows that it fails at, however it does. An id that is
+    there more often than once gets a number behind it.
 
     Raises ValueError for a file that holds no usable row.
     """
@@ -164,8 +165,10 @@ def read_items(
             try:
                 if isinstance(row, RecordError):
                     raise row
-                filled = {name: plain(value, column=name) for name, value in row.items() if value is not None}
-                for item in parse(filled, file):
+                with record_errors():
+                    filled = {name: plain(value, column=name) for name, value in row.items() if value is not None}
+                    parsed = list(parse(filled, file))
+                for item in parsed:
                     own = _new_id(item.id, items)
                     items[own] = dataclasses.replace(item, id=own)
             except RecordError as error:

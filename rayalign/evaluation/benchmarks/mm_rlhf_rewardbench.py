@@ -1,7 +1,8 @@
 """MM-RLHF-RewardBench: the best response against each of the others, ranked by people (Zhang et al. 2025,
 https://arxiv.org/abs/2502.10391)."""
 
-from collections import defaultdict
+import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,9 @@ def read(place: Store) -> Contents:
     """The pairs; those about a video are left out. Raises ValueError."""
     file = find_file(place, ("mm_reward_bench.jsonl",), needs=FILES)
     items, left_out = read_items([file], _parse)
-    return Contents(items, left_out, file, ("", "images"))
+    sizes = Counter(item.facts["question"] for item in items)
+    counted = tuple(dataclasses.replace(item, facts={**item.facts, "size": sizes[item.facts["question"]]}) for item in items)
+    return Contents(counted, left_out, file, ("", "images"))
 
 
 def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
@@ -55,7 +58,8 @@ def _category(image: str) -> str:
 
 
 def metrics(scored: Sequence[Preferred]) -> Metrics:
-    """ACC: of single pairs, also by category; ACC+: of questions whose best response is preferred to each of the others."""
+    """ACC: of single pairs, also by category; ACC+: of questions whose best response is preferred to each of the others;
+    those with a pair that has no score are left out of it."""
     found: Metrics = {}
     categories = [one.item.facts["category"] for one in scored]
     found |= accuracy_by([win_of(one) for one in scored], categories, name="ACC")
@@ -63,11 +67,20 @@ def metrics(scored: Sequence[Preferred]) -> Metrics:
         "": scored,
         **{f"/{c}": [o for o in scored if o.item.facts["category"] == c] for c in categories},
     }.items():
-        rights: dict[str, list[bool]] = defaultdict(list)
-        for one in inside:
-            rights[one.item.facts["question"]].append(one.margin > 0)
-        found[f"ACC+{name}"] = estimate([all(own) for own in rights.values()], seed=SEED)
+        if all_right := _all_right(inside):
+            found[f"ACC+{name}"] = estimate(all_right, seed=SEED)
     return found
+
+
+def _all_right(scored: Sequence[Preferred]) -> list[bool]:
+    """Of each question all of whose pairs have a score, whether all are right."""
+    rights: dict[str, list[bool]] = defaultdict(list)
+    sizes: dict[str, int] = {}
+    for one in scored:
+        question = one.item.facts["question"]
+        rights[question].append(one.margin > 0)
+        sizes[question] = one.item.facts["size"]
+    return [all(inside) for question, inside in rights.items() if len(inside) == sizes[question]]
 
 
 MM_RLHF_REWARDBENCH = Benchmark("MM-RLHF-RewardBench", "https://arxiv.org/abs/2502.10391", FILES, read, of_pairs=metrics)

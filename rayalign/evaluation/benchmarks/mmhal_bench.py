@@ -77,7 +77,7 @@ def rating_in(judgement: str) -> int | None:
 
 def metrics(judgements: Sequence[Said], prompt: str) -> Metrics:
     """The mean rating, also by type of question, and the share of those below 3, which hallucinate. As the benchmark has it, a
-    judgement without a clear rating counts as 0; `unrated` is the number of these."""
+    judgement without a clear rating counts as 0, and so does none; `unrated` is the number of these."""
     ratings = [rating_in(one.text or "") for one in judgements]
     scores = [float(rating or 0) for rating in ratings]
     found: Metrics = {

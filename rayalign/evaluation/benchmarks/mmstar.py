@@ -15,6 +15,7 @@ from rayalign.evaluation.benchmarks.benchmark import (
     accuracy_by,
     find_file,
     image_of,
+    is_right,
     one_of,
     read_items,
     word_of,
@@ -56,22 +57,21 @@ def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
 
 
 def metrics(answers: Sequence[Said]) -> Metrics:
-    """Accuracy, by category and without the picture, and how much the picture adds."""
+    """Accuracy, by category and without the picture, and how much the picture adds to what was answered both ways."""
     seeing = [answer for answer in answers if not answer.item.facts["blind"]]
     blind = [answer for answer in answers if answer.item.facts["blind"]]
     found: Metrics = {}
     if seeing:
-        rights = [float(answer.text == answer.item.answer) for answer in seeing]
-        found |= accuracy_by(rights, [answer.item.facts["category"] for answer in seeing])
+        found |= accuracy_by(
+            [float(is_right(answer)) for answer in seeing], [answer.item.facts["category"] for answer in seeing]
+        )
     if blind:
-        found["accuracy/blind"] = estimate([answer.text == answer.item.answer for answer in blind], seed=SEED)
-    if seeing and blind:
-        found["multimodal_gain"] = _mean(seeing) - _mean(blind)
+        found["accuracy/blind"] = estimate([is_right(answer) for answer in blind], seed=SEED)
+    without = {answer.item.unit: is_right(answer) for answer in blind}
+    gains = [is_right(answer) - without[answer.item.unit] for answer in seeing if answer.item.unit in without]
+    if gains:
+        found["multimodal_gain"] = sum(gains) / len(gains)
     return found
-
-
-def _mean(answers: Sequence[Said]) -> float:
-    return sum(answer.text == answer.item.answer for answer in answers) / len(answers)
 
 
 MMSTAR = Benchmark("MMStar", "https://arxiv.org/abs/2403.20330", FILES, read, of_choices=metrics)

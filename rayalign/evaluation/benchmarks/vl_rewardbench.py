@@ -35,6 +35,8 @@ GROUPS = {
 }
 """By what an id begins with; the others are general."""
 
+GENERAL = "general"
+
 
 def read(place: Store) -> Contents:
     """The pairs. Raises ValueError."""
@@ -55,14 +57,17 @@ def _parse(row: Mapping[str, Any], file: Store) -> Iterator[Item]:
         query=word_of(row, "query"),
         images=(image_of(one_of(row, "image", "image_path"), column="image"),),
         responses=(responses[ranking.index(0)], responses[ranking.index(1)]),
-        facts={"group": GROUPS.get(re.split("[-_]", own, maxsplit=1)[0], "general")},
+        facts={"group": GROUPS.get(re.split("[-_]", own, maxsplit=1)[0], GENERAL)},
     )
 
 
 def metrics(scored: Sequence[Preferred]) -> Metrics:
-    """Accuracy, over all and by group, and the mean of the three groups."""
+    """Accuracy, over all and by group, and the mean of the three groups, where each of them has a pair with a score."""
     rights, groups = [win_of(one) for one in scored], [one.item.facts["group"] for one in scored]
-    return {**accuracy_by(rights, groups), "accuracy/macro": macro_average(rights, groups, seed=SEED)}
+    found: Metrics = dict(accuracy_by(rights, groups))
+    if {GENERAL, *GROUPS.values()} == set(groups):
+        found["accuracy/macro"] = macro_average(rights, groups, seed=SEED)
+    return found
 
 
 VL_REWARDBENCH = Benchmark("VL-RewardBench", "https://arxiv.org/abs/2411.17451", FILES, read, of_pairs=metrics)

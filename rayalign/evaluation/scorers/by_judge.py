@@ -83,13 +83,16 @@ OF_THE_REQUEST = (400, 413, 422)
 
 UNREACHABLE = "judge unreachable"
 
+PLAIN_QUESTION = 'Answer with the word "yes".'
+"""Any judge that can be reached answers it: a row that fails where this is answered failed by what it holds."""
+
 
 Ask = Callable[[Sequence[Mapping[str, Any]]], str]
 """What the judge writes to the parts of a message."""
 
 
 class JudgeUnreachable(ConnectionError):
-    """A judge that answers none of many requests: no other row fares better."""
+    """A judge that answers none of some rows, and no plain question either: no other row fares better."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class JudgeScorer:
         with ThreadPoolExecutor(config.optimizer.batch_size) as threads:
             scores = list(threads.map(functools.partial(self._judge, ask, sources), candidates))
         gone = [score for score in scores if isinstance(score, RecordError) and score.reason == UNREACHABLE]
-        if gone and len(gone) == len(scores):
+        if gone and len(gone) == len(scores) and not _answers(ask):
             raise JudgeUnreachable(gone[0].words)
         return scores
 
@@ -175,6 +178,15 @@ class JudgeScorer:
             return str(said).encode(errors="replace").decode()  # JSON can spell half a character, which no file takes
         except (ValueError, LookupError, TypeError):
             raise RecordError("judge failed", f"{self.url} answered no chat completion: {told!r}") from None
+
+
+def _answers(ask: Ask) -> bool:
+    """Whether the judge answers a question that has nothing to do with any row."""
+    try:
+        ask([{"type": "text", "text": PLAIN_QUESTION}])
+    except RecordError as error:
+        return error.reason != UNREACHABLE
+    return True
 
 
 def _kind(image: bytes) -> str:

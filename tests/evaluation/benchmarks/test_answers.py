@@ -33,6 +33,8 @@ def test_yes_and_no_are_found_in_the_first_sentence(text: str, expected: str | N
         ("Answer: A", "A"),
         ("It must be C because of its ears", "C"),
         ("A dog is to the left", None),
+        ("There is A dog", None),
+        ("A dog, so B", "B"),
         ("B or C", None),
         ("E", None),
         ("None of them", None),
@@ -40,3 +42,41 @@ def test_yes_and_no_are_found_in_the_first_sentence(text: str, expected: str | N
 )
 def test_a_letter_is_found_where_it_stands_for_an_option(text: str, expected: str | None) -> None:
     assert letter_in(text, ("A", "B", "C", "D")) == expected
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        "**{}**",
+        "`{}`",
+        "__{}__",
+        '"{}"',
+        "[{}]",
+        "{};",
+        "{} (cat)",
+        "{} - cat",
+        "{} \u2014 cat",
+        "**{}** cat",
+        "{}\nBecause the cat",
+        "{}\nbecause the cat",
+        "Answer: **{}**",
+        "**Answer:** {}",
+        "Answer:\n\n**{}**",
+        "The answer is **{}**, not D.",
+        "\\boxed{{{}}}",
+        "$\\boxed{{\\text{{{}}}}}$",
+        "The correct one would be **{}**.",
+        "I would take {}",
+        "{} is the right one.",
+        "{} because of its ears",
+        "It must be {} since it has ears",
+    ],
+)
+def test_all_letters_are_read_alike(form: str) -> None:
+    assert [letter_in(form.format(letter), ("A", "B", "C", "D")) for letter in "ABC"] == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize("form", ["{} or D", "{} and D are both right"])
+def test_two_letters_are_none_alike(form: str) -> None:
+    assert [letter_in(form.format(letter), ("A", "B", "C", "D")) for letter in "ABC"] == [None, None, None]

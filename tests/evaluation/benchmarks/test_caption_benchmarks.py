@@ -10,6 +10,7 @@ from rayalign.evaluation.benchmarks.benchmark import Said, image_folder
 from rayalign.evaluation.benchmarks.chair import CHAIR, named_in, read_synonyms
 from rayalign.evaluation.benchmarks.mmhal_bench import MMHAL_BENCH, rating_in
 from rayalign.evaluation.benchmarks.vocabulary import Vocabulary
+from rayalign.evaluation.exams import read_exam
 from rayalign.storage import Store
 from tests.evaluation.benchmarks.twins import items_of, put_pictures, said, values
 
@@ -162,6 +163,37 @@ def test_ambers_yes_no_part_is_about_denying(amber: Path) -> None:
     assert found["accuracy"] == pytest.approx(1 / 3)
     assert (found["precision"], found["recall"], found["f1"]) == (0.5, 0.5, 0.5)
     assert (found["accuracy/existence"], found["accuracy/attribute"], found["accuracy/relation"]) == (1.0, 0.0, 0.0)
+
+
+def test_an_annotation_of_amber_that_lacks_something_costs_its_own_question(amber: Path) -> None:
+    file = amber / "data" / "annotations.json"
+    first, second, third, fourth, fifth = json.loads(file.read_text())
+    del first["hallu"], second["id"], third["truth"], fourth["type"]
+    file.write_text(json.dumps([first, second, third, fourth, fifth]))
+    contents = AMBER.read(Store(str(amber)))
+    assert [item.id for item in contents.items] == ["5"]
+    assert [row.reason for row in contents.left_out] == [
+        "hallu: the row has none of hallu; it has id, type, truth",
+        "id: annotations.json has no truth of the question 2",
+        "truth: the row has none of truth; it has id, type",
+        "type: the row has none of type; it has id, truth",
+    ]
+    file.write_text(json.dumps([{**first, "hallu": 7}, fifth]))
+    contents = AMBER.read(Store(str(amber)))
+    assert contents.left_out[0].reason.startswith("TypeError: ")
+
+
+def test_files_of_another_layout_are_refused_in_words(chair: Path) -> None:
+    (chair / "annotations" / "captions_val2014.json").write_text("{}")
+    with pytest.raises(ValueError) as caught:
+        read_exam("chair", str(chair), image_root=None, max_questions=None, seed=0)
+    assert str(caught.value) == (
+        f"--benchmarks chair:{chair}: its files hold something else than this benchmark's (KeyError: 'annotations'). It needs "
+        f"{CHAIR.files}."
+    )
+    (chair / "annotations" / "captions_val2014.json").write_text('{"annotations": ["A cat."]}')
+    with pytest.raises(ValueError, match=r"^--benchmarks chair:.*: its files hold something else .*\(TypeError: "):
+        read_exam("chair", str(chair), image_root=None, max_questions=None, seed=0)
 
 
 @pytest.fixture

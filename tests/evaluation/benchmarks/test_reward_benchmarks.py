@@ -47,6 +47,8 @@ def test_vl_rewardbench_has_a_mean_of_groups_beside_the_mean_of_pairs(tmp_path: 
         "accuracy/macro": 0.5,
     }
     assert found == pytest.approx(expected)
+    del margins["mathverse_4"]  # without one of the groups there is no mean of the three
+    assert "accuracy/macro" not in VL_REWARDBENCH.of_pairs(preferred(contents, margins))
 
 
 def test_multimodal_rewardbench_tells_safety_and_reasoning_in_two_parts(tmp_path: Path) -> None:
@@ -96,3 +98,6 @@ def test_mm_rlhf_rewardbenchs_stricter_accuracy_needs_all_pairs_of_a_question(tm
     assert found == pytest.approx(
         {"ACC": 2.5 / 4, "ACC/mcq": 0.5, "ACC/long": 0.75, "ACC+": 1 / 3, "ACC+/mcq": 0.0, "ACC+/long": 0.5}
     )
+    # Of a question one of whose pairs has no score nobody knows whether its best response is preferred to all.
+    found = values(MM_RLHF_REWARDBENCH.of_pairs(preferred(contents, {"q1": 1.0, "q2": 2.0, "q3": -1.0})))
+    assert found == pytest.approx({"ACC": 2 / 3, "ACC/mcq": 1.0, "ACC/long": 0.5, "ACC+": 0.5, "ACC+/long": 0.5})

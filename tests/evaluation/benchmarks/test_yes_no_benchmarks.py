@@ -109,6 +109,17 @@ def test_images_that_are_not_there_are_told_with_where_they_were_looked_for(pope
     )
 
 
+def test_the_image_folder_is_found_by_any_image_that_is_there(pope: Path) -> None:
+    rows = [row | {"image": image} for row, image in zip(pope_rows(*["yes"] * 3), ("a.jpg", "b.jpg", "c.jpg"), strict=True)]
+    for file in pope.glob("coco_pope_*.json"):
+        write_lines(file, rows)
+    put_pictures(pope / "images", "c.jpg")
+    assert image_folder(POPE.read(Store(str(pope)))).name == "images"
+    (pope / "images" / "c.jpg").unlink()
+    with pytest.raises(ValueError, match=r"^The 3 images \(a\.jpg, \.\.\.\) are in none of "):
+        image_folder(POPE.read(Store(str(pope))))
+
+
 def hallusion_row(category: str, set_id: int, figure: int, question: int, answer: int) -> dict[str, object]:
     """As HallusionBench.json has them: texts, and a file name that is not read."""
     return {
@@ -176,6 +187,10 @@ def test_mmstar_is_asked_with_and_without_its_picture(tmp_path: Path) -> None:
         "accuracy/blind": 0.0,
         "multimodal_gain": 0.5,
     }
+    # What the picture adds is told of the question that was answered both ways, 1: wrong with it, right without.
+    found = values(MMSTAR.of_choices(said(contents, {"0": "B", "1": "C", "1/blind": "A"})))
+    assert (found["accuracy"], found["accuracy/blind"], found["multimodal_gain"]) == (0.5, 1.0, -1.0)
+    assert "multimodal_gain" not in MMSTAR.of_choices(said(contents, {"0": "B", "1/blind": "A"}))
 
 
 def test_mmstars_image_column_may_be_plain_bytes_and_a_foreign_answer_is_left_out(tmp_path: Path) -> None:
