@@ -293,6 +293,29 @@ def test_a_judge_is_shown_pictures_question_and_response_and_its_words_are_kept(
     assert "Question: Which digit?\n\nResponse: It is two." in shown["messages"][0]["content"][1]["text"]
 
 
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("Fine.\nScore: 8", 8),
+        ("**Score:** 8", 8),
+        ("**Score: 8.5**", 8.5),
+        ("**Score**: 8/10", 8),
+        ("- score: `8`", 8),
+        ("SCORE:\n\n**-2**", -2),
+        ("Score: 3 would be for lies.\n**Score:** 9", 9),
+        ("Underscore: 8", None),
+        ("A score of 8", None),
+        ("Score: none", None),
+    ],
+)
+def test_a_judges_last_score_is_read_however_it_is_set(said: str, score: float | None) -> None:
+    (scorer,) = scorers_of(ScoreConfig(scorer=("judge=http://host/v1",), judge_model="big"), ModelConfig())
+    (candidate,) = candidates_of({"id": "r", "folder": "/", "row": ROWS[2]}, NOWHERE)
+    assert isinstance(scorer, by_judge.JudgeScorer)
+    found = scorer._judge(lambda content: said, NOWHERE, candidate)
+    assert (found.value if isinstance(found, Score) else None) == score
+
+
 def test_a_judge_that_answers_nothing_ends_the_run(
     judge: tuple[str, list[Mapping[str, Any]]], pictures: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
