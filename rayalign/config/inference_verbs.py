@@ -60,7 +60,7 @@ class ScoreConfig:
         None, "File with the judge's instruction, in which {query} and {response} are filled in. Default: one of our own."
     )
     judge_pattern: str = flag(
-        r"Score:\s*(-?\d+(?:\.\d+)?)",
+        r"(?i)\bscore\W*?:\W*?(-?\d+(?:\.\d+)?)",
         "Regular expression whose first group is the score in what a judge writes, where it last matches.",
     )
 

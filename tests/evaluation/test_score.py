@@ -1,6 +1,8 @@
 """Scores are what their scorers' formulas say; what has none is named; ensembles take the mean or the least."""
 
+import base64
 import http.server
+import io
 import json
 import math
 import re
@@ -12,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import yaml
+from PIL import Image
 from urllib3.util import Retry
 
 from rayalign.algorithms import SFT, Needs
@@ -291,6 +294,61 @@ def test_a_judge_is_shown_pictures_question_and_response_and_its_words_are_kept(
     assert (shown["model"], shown["temperature"], shown["key"]) == ("big", 0, "Bearer secret")
     assert shown["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert "Question: Which digit?\n\nResponse: It is two." in shown["messages"][0]["content"][1]["text"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [("PNG", "PNG"), ("JPEG", "JPEG"), ("WEBP", "WEBP"), ("GIF", "PNG"), ("BMP", "PNG"), ("TIFF", "PNG"), ("PPM", None)],
+)
+def test_a_judge_is_shown_pictures_of_the_kinds_that_servers_take_under_their_names(
+    tmp_path: Path, kind: str, shown: str | None
+) -> None:
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(tmp_path / "a.picture", kind)
+    content = content_of(tmp_path / "a.picture")
+    if shown is None:
+        assert isinstance(content, RecordError)  # of a kind that no model is trained on either
+        return
+    label, _, data = content[0]["image_url"]["url"].partition(";base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert (label, image.format) == (f"data:image/{shown.lower()}", shown)
+    assert all(abs(a - b) < 8 for a, b in zip(image.convert("RGB").getpixel((4, 4)), (200, 30, 30), strict=True))
+    if kind == shown:
+        assert base64.b64decode(data) == (tmp_path / "a.picture").read_bytes()
+
+
+def content_of(picture: Path) -> Any:
+    """What a judge is shown of a response about a picture, or why it is not."""
+    (scorer,) = scorers_of(ScoreConfig(scorer=("judge=http://host/v1",), judge_model="big"), ModelConfig())
+    row = {"id": "r", "folder": str(picture.parent), "row": {**ROWS[2], "images": [picture.name]}}
+    (candidate,) = candidates_of(row, NOWHERE)
+    assert isinstance(scorer, by_judge.JudgeScorer)
+    try:
+        return scorer.content(NOWHERE, candidate)
+    except RecordError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("Fine.\nScore: 8", 8),
+        ("**Score:** 8", 8),
+        ("**Score: 8.5**", 8.5),
+        ("**Score**: 8/10", 8),
+        ("- score: `8`", 8),
+        ("SCORE:\n\n**-2**", -2),
+        ("Score: 3 would be for lies.\n**Score:** 9", 9),
+        ("Underscore: 8", None),
+        ("A score of 8", None),
+        ("Score: none", None),
+    ],
+)
+def test_a_judges_last_score_is_read_however_it_is_set(said: str, score: float | None) -> None:
+    (scorer,) = scorers_of(ScoreConfig(scorer=("judge=http://host/v1",), judge_model="big"), ModelConfig())
+    (candidate,) = candidates_of({"id": "r", "folder": "/", "row": ROWS[2]}, NOWHERE)
+    assert isinstance(scorer, by_judge.JudgeScorer)
+    found = scorer._judge(lambda content: said, NOWHERE, candidate)
+    assert (found.value if isinstance(found, Score) else None) == score
 
 
 def test_a_judge_that_answers_nothing_ends_the_run(

@@ -5,6 +5,7 @@ What it writes is kept word for word beside the score that is read out of it.
 
 import base64
 import functools
+import io
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from rayalign.config.config import Config
 from rayalign.data.rows import Sources
 from rayalign.evaluation.scorers.scorer import Candidate, Score, Scored, ScoreFunction
 from rayalign.formats.records import IMAGE_MARK, RecordError, record_errors
-from rayalign.images.fetch import fetch_images
+from rayalign.images.fetch import fetch_images, open_image
 from rayalign.models.source import ModelSource
 from rayalign.storage import Store
 
@@ -146,7 +147,7 @@ class JudgeScorer:
         query = "\n".join(message.content for message in record.messages).replace(IMAGE_MARK, "").strip()
         filled = {"{query}": query, "{response}": record.chosen}  # at once: either may hold the other's mark
         text = re.sub(r"\{query\}|\{response\}", lambda mark: filled[mark.group()], self.instruction)
-        urls = [f"data:image/{_kind(image)};base64,{base64.b64encode(image).decode()}" for image in images]
+        urls = [_data_uri(image) for image in images]
         return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
 
     def _ask(self, http: urllib3.PoolManager, key: str | None, content: Sequence[Mapping[str, Any]]) -> str:
@@ -189,8 +190,23 @@ def _answers(ask: Ask) -> bool:
     return True
 
 
-def _kind(image: bytes) -> str:
-    return "png" if image.startswith(b"\x89PNG") else "webp" if image[8:12] == b"WEBP" else "jpeg"
+def _data_uri(image: bytes) -> str:
+    """A picture as servers take it: a PNG, JPEG or WebP as it is, the first frame of any other as PNG. Raises RecordError for
+    one that can't be decoded."""
+    kind = _kind(image)
+    if kind is None:
+        kind, file = "png", io.BytesIO()
+        open_image(image).save(file, "PNG")
+        image = file.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def _kind(image: bytes) -> str | None:
+    if image.startswith(b"\x89PNG"):
+        return "png"
+    if image.startswith(b"\xff\xd8"):
+        return "jpeg"
+    return "webp" if image[8:12] == b"WEBP" else None
 
 
 def judge_scorer(url: str, *, model: str | None, prompt_file: str | None, pattern: str) -> JudgeScorer:
