@@ -42,6 +42,7 @@ from rayalign.evaluation.start import (
     config_of,
     files_of_data,
     files_of_model,
+    is_reward_model_here,
     on_cluster,
     sources_of,
 )
@@ -116,6 +117,7 @@ def run(flags: InferenceConfig, evaluation: EvaluateConfig) -> Evaluation:
     judge = _judge_of(evaluation, exams)
     data_sources = sources_of(config) if config.data.dataset else None
     contenders = contenders_of(config, evaluation)
+    _require_writers(contenders, exams)
     found: dict[str, dict[str, Scored]] = {}
     with on_cluster(config, model=contenders[0].source) as placed:
         suites = [_suite_of_exam(exam, config) for exam in exams]
@@ -162,6 +164,18 @@ def _require_pairs(evaluation: EvaluateConfig, exams: Sequence[Exam]) -> None:
         raise ValueError(
             f"--benchmarks {asking}: its questions are answered by a model, and --scorer {' '.join(evaluation.scorer)} scores "
             f"pairs. Those of pairs are {of_pairs}; for the others pass --model without --scorer."
+        )
+
+
+def _require_writers(contenders: Sequence[Contender], exams: Sequence[Exam]) -> None:
+    """Raises ValueError for a benchmark of texts with a reward model in a folder of this machine; of others the actors find out
+    that no row can be used."""
+    asking = next((exam.name for exam in exams if all(item.kind == "open" for item in exam.items)), None)
+    silent = next((one for one in contenders if one.source and not one.scorers and is_reward_model_here(one.source)), None)
+    if asking is not None and silent is not None:
+        raise ValueError(
+            f"--benchmarks {asking}: asks for texts, and --{silent.role} {silent.name} is a reward model, which scores "
+            "responses and writes none. Leave one of them out."
         )
 
 

@@ -72,7 +72,7 @@ def figures_of(exam: Exam, answers: Answers) -> dict[str, float]:
 def figures_to_come(exam: Exam, *, is_reward_model: bool) -> list[str]:
     """The names that `figures_of` will give of a model that answers every question."""
     scorers = (REWARD_MODEL,) if is_reward_model else (LIKELIHOOD, PER_TOKEN)
-    ways = (BY_LOGP,) if is_reward_model else (BY_LOGP, BY_TEXT)
+    ways = (REWARD_MODEL,) if is_reward_model else (BY_LOGP, BY_TEXT)
     kinds = {kind: [item for item in exam.items if item.kind == kind] for kind in ("choice", "pair", "open")}
     answers = Answers(
         choices={way: [Said(item, item.responses[0]) for item in kinds["choice"]] for way in ways if kinds["choice"]},

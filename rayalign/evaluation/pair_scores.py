@@ -95,6 +95,8 @@ class PairScorer:
         return results
 
     def _encode(self, row: Row) -> EncodedPair:
+        if self._model.is_reward_model and not row.get(SCORES, "pair"):
+            raise RecordError("reward model", "asks for a text, and a reward model scores responses and writes none")
         record = self._model.record(row)
         if row.get(SCORES, "pair"):
             require(record, "both")

@@ -13,12 +13,13 @@ import numpy as np
 
 from rayalign.evaluation.benchmarks.answers import option_in
 from rayalign.evaluation.benchmarks.benchmark import Benchmark, Contents, Item, Metrics, Preferred, Said
-from rayalign.evaluation.preferences import Pairs
+from rayalign.evaluation.preferences import REWARD_MODEL, Pairs
 from rayalign.evaluation.score_columns import ASKS, SCORES
 from rayalign.storage import Store
 
 BY_LOGP, BY_TEXT = "log-probs", "text"
-"""How an option is chosen: the likeliest one, or what the model's own greedy text means."""
+"""How an option is chosen: the likeliest one, or what the model's own greedy text means. A reward model chooses the one of the
+highest value, by REWARD_MODEL."""
 
 PLACEHOLDER = "."
 """Stands for the response of a question that has none, and is not scored."""
@@ -89,7 +90,7 @@ def fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def answers_of(items: Sequence[Item], lines: Mapping[str, Mapping[str, Any]], pairs: Pairs | None) -> Answers:
     """The answers in a pool's results: `lines` by row, and the `pairs` of those questions that are pairs."""
-    by_logp, by_text, texts, unanswered = [], [], [], []
+    best, by_text, texts, unanswered = [], [], [], []
     preferred: dict[str, list[Preferred]] = {}
     margins = {} if pairs is None else pairs.margins()
     places = {} if pairs is None else {own: place for place, own in enumerate(pairs.ids)}
@@ -114,10 +115,11 @@ def answers_of(items: Sequence[Item], lines: Mapping[str, Mapping[str, Any]], pa
         if None in found or not all(score is not None and math.isfinite(score) for score in scores):
             unanswered.append(item.id)
             continue
-        by_logp.append(Said(item, item.responses[int(np.argmax(scores))]))
+        best.append(Said(item, item.responses[int(np.argmax(scores))]))
         if said is not None:
             by_text.append(Said(item, option_in(said, item)))
-    choices = {name: said for name, said in ((BY_LOGP, by_logp), (BY_TEXT, by_text)) if said}
+    by_score = REWARD_MODEL if any(line.get("is_reward_model") for line in lines.values()) else BY_LOGP
+    choices = {name: said for name, said in ((by_score, best), (BY_TEXT, by_text)) if said}
     return Answers(choices, preferred, texts, unanswered=unanswered)
 
 

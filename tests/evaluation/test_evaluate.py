@@ -68,12 +68,17 @@ def suite_of(flags: InferenceConfig, evaluation: EvaluateConfig) -> tuple[str, s
     return row["folder"], suite.sources.image_root
 
 
-def test_a_benchmark_with_a_judge_needs_one(tmp_path: Path) -> None:
+def put_mmhal(folder: Path) -> None:
+    """MMHal-Bench with one question."""
     row = {"question_type": "t", "image_id": "1", "image_src": "http://host/a.jpg", "image_content": ["Cat"]}
     rows = [row | {"question": "Which?", "gt_answer": "A cat."}]
-    (tmp_path / "response_template.json").write_text(json.dumps(rows))
-    (tmp_path / "eval_gpt4.py").write_text("template = '{} {} {} {}'\n")
-    put_pictures(tmp_path / "images", "a.jpg")
+    (folder / "response_template.json").write_text(json.dumps(rows))
+    (folder / "eval_gpt4.py").write_text("template = '{} {} {} {}'\n")
+    put_pictures(folder / "images", "a.jpg")
+
+
+def test_a_benchmark_with_a_judge_needs_one(tmp_path: Path) -> None:
+    put_mmhal(tmp_path)
     said = refusal(
         InferenceConfig(model="m", output_dir=str(tmp_path / "out")), EvaluateConfig(benchmarks=(f"mmhal_bench:{tmp_path}",))
     )
@@ -198,3 +203,16 @@ def test_a_reward_model_takes_no_reference(model_folder: Callable[..., Path], tm
     ):
         said = f"{asked}: {folder} is a reward model, whose scores need no reference. Leave the flag out."
         assert refusal(flags, own) == said
+
+
+def test_a_reward_model_is_asked_for_no_texts(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, base = tmp_path / "rm", str(model_folder("llava"))
+    save_policy(make_policy(Path(base), needs=Needs(head="value")), folder)
+    put_mmhal(tmp_path)
+    out = str(tmp_path / "out")
+    own = {"benchmarks": (f"mmhal_bench:{tmp_path}",), "judge_url": "http://localhost/v1", "judge_model": "judge"}
+    for model, more, role in ((str(folder), {}, "model"), (base, {"compare": str(folder)}, "compare")):
+        assert refusal(InferenceConfig(model=model, output_dir=out), EvaluateConfig(**own, **more)) == (
+            f"--benchmarks mmhal_bench: asks for texts, and --{role} {folder} is a reward model, which scores responses and "
+            "writes none. Leave one of them out."
+        )

@@ -115,6 +115,9 @@ def test_a_reward_model_gives_its_scores_and_no_reference(model_folder: Callable
         assert [line[side] for line in lines] == pytest.approx(values.tolist(), abs=1e-4)  # float32 in other batches
     assert "reference_chosen" not in lines[0]
     assert lines[0]["is_reward_model"]
+    (asked,) = scorer(run, reference=folder)([ROWS[0] | {"scores": "", "asks": 4}])
+    assert isinstance(asked, RecordError)
+    assert str(asked) == "asks for a text, and a reward model scores responses and writes none"
 
 
 def test_a_row_that_can_not_be_scored_is_said_and_costs_no_other(model_folder: Callable[..., Path]) -> None:

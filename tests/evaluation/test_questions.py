@@ -86,6 +86,11 @@ def test_the_likeliest_option_and_the_models_own_words_are_both_answers() -> Non
     }
 
 
+def test_the_values_of_a_reward_model_are_no_log_probs() -> None:
+    lines = {"yes#0": line(chosen=0.5, rejected=2.0, is_reward_model=True)}
+    assert [(way, said[0].text) for way, said in answers_of((CLOSED,), lines, None).choices.items()] == [("reward_model", "No")]
+
+
 def test_a_question_that_gave_no_result_is_named_as_unanswered() -> None:
     lines = {name: found for name, found in LINES.items() if name not in ("three#1", "open#0")}
     lines["yes#0"] = line(chosen=float("nan"), rejected=-2.0, text="no")

@@ -363,6 +363,8 @@ def test_a_judge_that_answers_nothing_ends_the_run(
     nowhere = ScoreConfig(scorer=("judge=http://127.0.0.1:9/v1",), judge_model="big")
     with pytest.raises(by_judge.JudgeUnreachable, match="can't be reached"):
         lines_of(nowhere, pictures, ROWS[2:])
+    with pytest.raises(by_judge.JudgeUnreachable, match="can't be reached"):  # also beside a row that is not asked about
+        lines_of(nowhere, pictures, [ROWS[2], {**ROWS[2], "images": ["gone.png"]}])
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ Ask = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
 class JudgeUnreachable(ConnectionError):
-    """A judge that answers none of some rows, and no plain question either: no other row fares better."""
+    """A judge that scores none of some rows, and answers no plain question either: no other row fares better."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class JudgeScorer:
         with ThreadPoolExecutor(config.optimizer.batch_size) as threads:
             scores = list(threads.map(functools.partial(self._judge, ask, sources), candidates))
         gone = [score for score in scores if isinstance(score, RecordError) and score.reason == UNREACHABLE]
-        if gone and len(gone) == len(scores) and not _answers(ask):
+        if gone and not any(isinstance(score, Score) for score in scores) and not _answers(ask):
             raise JudgeUnreachable(gone[0].words)
         return scores
 
