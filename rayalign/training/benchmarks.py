@@ -37,7 +37,8 @@ from rayalign.training.best import is_of_benchmark, metric_name, write_note
 from rayalign.training.checkpoint_folder import Checkpoint
 from rayalign.training.metric_names import EVALUATED
 from rayalign.training.metrics import MetricsLog
-from rayalign.training.sinks import key_of, reporting_of
+from rayalign.training.sent_lines import key_of
+from rayalign.training.sinks import reporting_of
 
 logger = logging.getLogger(__name__)
 

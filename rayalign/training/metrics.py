@@ -12,7 +12,7 @@ from rayalign.algorithms import LossOutput
 from rayalign.data.batch import PairBatch
 from rayalign.storage import Store
 from rayalign.training.distributed import gather
-from rayalign.training.sinks import sent_before
+from rayalign.training.sent_lines import sent_before
 
 REMOTE_FLUSH_SECONDS = 30
 LOSS, F64 = "loss", torch.float64

@@ -24,7 +24,8 @@ from rayalign.training.origin import ORIGIN_NOTE
 from rayalign.training.profiling import PROFILE
 from rayalign.training.run_report import REPORT, SCORES, Background, write_report
 from rayalign.training.run_times import RUN_TIMES
-from rayalign.training.sinks import EVENTS, RUN_IDS
+from rayalign.training.sent_lines import RUN_IDS
+from rayalign.training.sinks import EVENTS
 
 if TYPE_CHECKING:
     from rayalign.data.prepare import RunData

@@ -19,7 +19,8 @@ from rayalign.training.metrics import MetricsLog
 from rayalign.training.mfu import flops_per_token, peak_tflops
 from rayalign.training.run_report import Background, Scores, write_report
 from rayalign.training.run_times import note_workers
-from rayalign.training.sinks import Reporting, key_of, reporting_of
+from rayalign.training.sent_lines import key_of
+from rayalign.training.sinks import Reporting, reporting_of
 
 logger = logging.getLogger(__name__)
 

@@ -17,18 +17,12 @@ from typing import Any, Protocol
 
 from rayalign.storage import Store
 from rayalign.training.metric_names import EVALUATED
+from rayalign.training.sent_lines import Line, LineKey, id_of, key_of, note_id
 
 logger = logging.getLogger(__name__)
 
 EVENTS = "tensorboard"
 """The folder of a run's folder that TensorBoard reads."""
-
-RUN_IDS = "report_to.json"
-"""The file of a run's folder with the ids that services gave the run, by which it goes on there, and what they got ahead of the
-checkpoint that it last went on from."""
-
-AHEAD = "ahead"
-"""In that file: pairs of a step and names of metrics."""
 
 UPLOAD_SECONDS = 30.0
 """Between two copies of the events to an object store, which can't append."""
@@ -42,11 +36,6 @@ BATCH = 100
 LONGEST_PARAMETER = 500
 """Characters of a parameter that every version of MLflow takes."""
 
-Line = Mapping[str, float]
-"""A line of metrics.jsonl: `step` and metrics by name."""
-
-LineKey = tuple[float, frozenset[str]]
-
 
 class MetricsSink(Protocol):
     """A place that metrics are sent to. All methods may raise whatever goes wrong there."""
@@ -59,11 +48,6 @@ class MetricsSink(Protocol):
 
     def close(self) -> None:
         """The run has ended well."""
-
-
-def key_of(line: Line) -> LineKey:
-    """What tells a line from others: its step and the names of its metrics."""
-    return line["step"], frozenset(line)
 
 
 def sink_name(metric: str) -> str:
@@ -130,7 +114,7 @@ class WeightsAndBiases:
     def open(self, run: str, config: Mapping[str, Any]) -> bool:
         import wandb
 
-        known = _id_of(self._folder, "wandb")
+        known = id_of(self._folder, "wandb")
         run_id = known or uuid.uuid4().hex[:8]
         local = self._folder.local_path
         place = os.environ.get("WANDB_DIR") or str(local if local is not None else tempfile.mkdtemp())
@@ -146,7 +130,7 @@ class WeightsAndBiases:
         # A metric may come for a step before the newest one: of the best evaluation, at the end.
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step", step_sync=True)
-        _note_id(self._folder, "wandb", run_id)
+        note_id(self._folder, "wandb", run_id)
         offline = f"offline; `wandb sync {Path(self._run.dir).parent}` sends them" if self._run.offline else ""
         logger.info("Metrics also go to wandb: %s", offline or self._run.url)
         return known is not None
@@ -178,7 +162,7 @@ class MLflow:
             return str(client.create_run(experiment_id, run_name=os.environ.get("MLFLOW_RUN_NAME") or run).info.run_id)
 
         self._client, self._metric = client, Metric
-        known = _id_of(self._folder, "mlflow")
+        known = id_of(self._folder, "mlflow")
         self._run_id = known or create()
         if known:
             client.update_run(self._run_id, status="RUNNING")
@@ -186,7 +170,7 @@ class MLflow:
             params = [Param(name, str(value)[:LONGEST_PARAMETER]) for name, value in config.items()]
             for first in range(0, len(params), BATCH):
                 client.log_batch(self._run_id, params=params[first : first + BATCH])
-            _note_id(self._folder, "mlflow", self._run_id)
+            note_id(self._folder, "mlflow", self._run_id)
         logger.info("Metrics also go to MLflow: run %s at %s", self._run_id, self._tracking_uri())
         return known is not None
 
@@ -309,38 +293,6 @@ def reporting_of(
 
 def _send(sink: MetricsSink, line: Line) -> None:
     sink.log(int(line["step"]), {sink_name(name): float(value) for name, value in line.items() if name != "step"})
-
-
-def sent_before(folder: Store, lines: Iterable[Line], *, start_step: int) -> frozenset[LineKey]:
-    """The keys of the lines that earlier starts of a run sent: of those in its metrics.jsonl, and of those that were cut off as
-    they were behind the checkpoint that a start went on from. Notes those behind `start_step`, before they are cut off, too."""
-    file = folder / RUN_IDS
-    note = _note(file)
-    sent = {key_of(line) for line in lines} | {(step, frozenset(names)) for step, names in note.get(AHEAD, ())}
-    ahead = [[step, sorted(names)] for step, names in sent if step > start_step]
-    if ahead or AHEAD in note:
-        file.write_json({**note, AHEAD: sorted(ahead)})
-    return frozenset(sent)
-
-
-def _id_of(folder: Store, service: str) -> str | None:
-    """The id at a service of a run that it has taken."""
-    found = _note(folder / RUN_IDS).get(service)
-    return None if found is None else str(found)
-
-
-def _note_id(folder: Store, service: str, run_id: str) -> None:
-    """Notes the id, once the service has taken the run: one that never did gets all lines when it does."""
-    file = folder / RUN_IDS
-    file.write_json({**_note(file), service: run_id})
-
-
-def _note(file: Store) -> dict[str, Any]:
-    try:
-        return file.read_json_object() if file.exists() else {}
-    except ValueError as error:  # damaged: services begin a run of their own anew
-        logger.warning("%s: can't be read (%s)", file.location, error)
-        return {}
 
 
 def _type(error: Exception) -> str:

@@ -13,7 +13,7 @@ from rayalign.shared_paths import TOKEN
 from rayalign.storage import Store
 from rayalign.training.checkpoint_folder import whole_checkpoints
 from rayalign.training.lease import LEASE
-from rayalign.training.sinks import RUN_IDS
+from rayalign.training.sent_lines import RUN_IDS
 
 OF_TIME = ("pairs_per_second", "tokens_per_second", "data_wait_fraction", "time", "seconds")
 """Metrics that time decides."""

@@ -18,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 from rayalign.storage import Store
 from rayalign.training import sinks
 from rayalign.training.metrics import MetricsLog
+from rayalign.training.sent_lines import RUN_IDS, key_of
 from rayalign.training.sinks import EVENTS, MLflow, Reporting, TensorBoard, WeightsAndBiases, check_sinks, reporting_of
 
 LINES = [{"step": 0, "eval_loss": 3.0}, {"step": 5, "loss": 2.0}, {"step": 10, "loss": 1.0}, {"step": 10, "eval_loss": 0.5}]
@@ -104,9 +105,9 @@ def test_what_was_sent_behind_a_checkpoint_is_not_sent_again_after_several_kills
 
 
 def test_a_damaged_note_of_what_was_sent_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / sinks.RUN_IDS).write_text('{"ahead": [[5')
+    (tmp_path / RUN_IDS).write_text('{"ahead": [[5')
     assert len(start(tmp_path, LINES).lines) == len(LINES)
-    assert f"{tmp_path}/{sinks.RUN_IDS}: can't be read" in caplog.text
+    assert f"{tmp_path}/{RUN_IDS}: can't be read" in caplog.text
 
 
 def test_a_sink_that_comes_later_gets_the_lines_before(tmp_path: Path) -> None:
@@ -126,9 +127,7 @@ def test_events_of_a_run_on_an_object_store_end_up_there_once(tmp_path: Path, mo
     monkeypatch.setattr("rayalign.storage.upload", lambda source, target: Path(target).write_bytes(Path(source).read_bytes()))
     store = Store(str(tmp_path))
     for lines in ([], LINES[:2]):
-        reporting = Reporting(
-            {"tensorboard": TensorBoard(store)}, run="r", config={}, lines=lines, sent=map(sinks.key_of, LINES)
-        )
+        reporting = Reporting({"tensorboard": TensorBoard(store)}, run="r", config={}, lines=lines, sent=map(key_of, LINES))
         for line in LINES[len(lines) :]:
             reporting.log(line)
         reporting.close()
@@ -212,7 +211,7 @@ def report(sink: Any, lines: list[dict[str, float]], *, sent: Any = ()) -> None:
 def test_wandb_gets_one_run_over_all_starts(tmp_path: Path, wandb: list[Any]) -> None:
     store = Store(str(tmp_path))
     report(WeightsAndBiases(store), LINES[:2])
-    report(WeightsAndBiases(store), LINES[1:3], sent=map(sinks.key_of, LINES[:2]))
+    report(WeightsAndBiases(store), LINES[1:3], sent=map(key_of, LINES[:2]))
     (first, second) = [call[1] for call in wandb if call[0] == "init"]
     assert first["id"] == second["id"]
     assert (first["project"], first["name"], first["resume"]) == ("rayalign", "first", "allow")
@@ -235,9 +234,7 @@ def test_a_service_that_did_not_take_the_run_at_first_gets_all_lines_later(
     monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
     report(WeightsAndBiases(store), LINES[:2])
     monkeypatch.setattr(sys.modules["wandb"], "init", works)
-    reporting = Reporting(
-        {"sink": WeightsAndBiases(store)}, run="r", config={}, lines=LINES[:2], sent=map(sinks.key_of, LINES[:2])
-    )
+    reporting = Reporting({"sink": WeightsAndBiases(store)}, run="r", config={}, lines=LINES[:2], sent=map(key_of, LINES[:2]))
     reporting.log(LINES[2])
     reporting.close()
     assert [call[1]["train/global_step"] for call in wandb if call[0] == "log"] == [0, 5, 10]
@@ -289,7 +286,7 @@ def mlflow_runs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_mlflow_gets_one_run_over_all_starts(tmp_path: Path, mlflow_runs: list[dict[str, Any]]) -> None:
     store = Store(str(tmp_path))
     report(MLflow(store), LINES[:2])
-    report(MLflow(store), LINES[1:3], sent=map(sinks.key_of, LINES[:2]))
+    report(MLflow(store), LINES[1:3], sent=map(key_of, LINES[:2]))
     assert mlflow_runs == [
         {
             "name": "first",
